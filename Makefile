@@ -1,0 +1,45 @@
+# AVATAR-RL. `make demo` trains a tiny audio-visual model on this machine; `make test` runs the tests.
+# Both set everything up first; the second time setup is a no-op.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= recipes/local.yaml
+ARGS ?=
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.setup-$(EXTRA)
+
+.PHONY: setup demo test test-unit test-chaos lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml deploy/constraints/$(EXTRA).txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3,11) <= sys.version_info[:2] < (3,13) else "AVATAR-RL needs Python 3.11 or 3.12; found %s: set PYTHON=python3.11" % sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing AVATAR-RL ($(EXTRA)) into $(VENV); about 3 minutes the first time ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --editable '.[$(EXTRA),dev]' -c deploy/constraints/$(EXTRA).txt
+	@$(BIN)/python -m cluster.install.cpu_media
+	@$(BIN)/python -m cluster.install.redis_binary
+	@touch $@
+
+demo: setup
+	@$(BIN)/avatar train $(RECIPE) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest tests -m 'not chaos' $(ARGS)
+
+test-unit: setup
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-chaos: setup
+	@$(BIN)/python -m pytest tests -m chaos $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup
+	@test -n "$(NAME)" || { echo "usage: make bench NAME=orchestration   (one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v __init__ | xargs))"; exit 2; }
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,0 +1,84 @@
+"""What a finished request becomes: facts for the scorer, a group for the buffer, an answer for the evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from buffer_service.trajectory import Group, Trajectory
+from prompts.errors import DataError
+from prompts.template import prompt_digest
+
+if TYPE_CHECKING:
+    from actors.engine import FinishedRequest
+    from buffer_service.tickets import TicketLease
+    from prompts.record import Prompt
+
+#: Per completion: (reward, None when every component is masked; components by name, None where masked).
+Scores = list[tuple[float | None, dict[str, float | None]]]
+
+
+def completion_facts(finished: FinishedRequest) -> list[tuple[str, bool, float, int]]:
+    """Per completion (text, finished, mean log-probability, tokens): plain data, since scorers share no code with us."""
+    return [
+        (item.text, item.finish_reason == "stop", float(item.logprobs.mean()), len(item.token_ids))
+        for item in finished.completions
+    ]
+
+
+def make_group(finished: FinishedRequest, lease: TicketLease, scores: Scores, *, temperature: float) -> Group:
+    """The scored group of one ticket. Completions whose every component is masked are left out: nothing is known of
+    them, and a zero would be a lie (METHOD 1.5). Raises DataError when that is all of them."""
+    ticket = lease.ticket
+    group_id = f"{ticket.seq:08d}"
+    digest = prompt_digest(finished.prompt_token_ids)
+    scored = [(item, *score) for item, score in zip(finished.completions, scores, strict=True)]
+    kept = [(item, reward, components) for item, reward, components in scored if reward is not None]
+    trajectories = tuple(
+        Trajectory(
+            id=f"{group_id}.{index}",
+            group_id=group_id,
+            prompt_id=ticket.prompt_id,
+            index=index,
+            hinted=lease.hinted,
+            prompt_tokens=len(finished.prompt_token_ids),
+            prompt_digest=digest,
+            token_ids=item.token_ids,
+            logprobs=item.logprobs,
+            versions=item.versions,
+            finish_reason=item.finish_reason,
+            temperature=temperature,
+            reward=reward,
+            components=components,
+            step=ticket.step,
+        )
+        for index, (item, reward, components) in enumerate(kept)
+    )
+    if not trajectories:
+        raise DataError(f"prompt {ticket.prompt_id!r}: every reward component of all its completions is masked")
+    return Group(
+        id=group_id,
+        prompt_id=ticket.prompt_id,
+        seq=ticket.seq,
+        step=ticket.step,
+        hinted=lease.hinted,
+        trajectories=trajectories,
+    )
+
+
+def evaluation_payload(prompt: Prompt, finished: FinishedRequest, scores: Scores) -> dict[str, Any]:
+    """One held-out prompt's outcome, JSON-ready; accuracy is the mean over its completions."""
+    accuracies = [components.get("accuracy") for _, components in scores]
+    known = [value for value in accuracies if value is not None]
+    first = finished.completions[0]
+    return {
+        "prompt_id": prompt.id,
+        "category": prompt.category,
+        "needs": list(prompt.needs),
+        "question": prompt.question,
+        "answer": prompt.answer,
+        "accuracy": sum(known) / len(known) if known else None,
+        "components": scores[0][1],
+        "text": first.text,
+        "version": first.versions[0][0],
+        "tokens": sum(len(item.token_ids) for item in finished.completions),
+    }

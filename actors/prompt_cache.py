@@ -1,0 +1,57 @@
+"""Prompts as vLLM takes them, media preprocessed, kept for their next visit: pool prompts recur every few steps."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+class PromptCache:
+    """Least-recently-used by bytes. Holds processor output only, which no weight update can make stale."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def key(self, engine_input: dict[str, Any]) -> str | None:
+        """Equal for prompts that preprocess alike; None when that cannot be told (media without ids)."""
+        if engine_input.get("multi_modal_data") and not engine_input.get("multi_modal_uuids"):
+            return None
+        parts = ("prompt", "prompt_token_ids", "multi_modal_uuids", "mm_processor_kwargs")
+        return json.dumps([engine_input.get(part) for part in parts], sort_keys=True)
+
+    def get(self, key: str | None) -> Any | None:
+        if key is None or key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: str | None, rendered: Any) -> None:
+        if key is None or key in self._entries:
+            return
+        size = sum(tensor.nbytes for tensor in _tensors(rendered.get("mm_kwargs"))) + len(key)
+        if size > self.capacity:
+            return
+        self._entries[key] = (rendered, size)
+        self.used += size
+        while self.used > self.capacity:
+            self.used -= self._entries.popitem(last=False)[1][1]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors anywhere in vLLM's nested keyword items."""
+    if isinstance(value, Tensor):
+        yield value
+    elif hasattr(value, "data") and isinstance(value.data, Tensor):  # MultiModalFieldElem
+        yield value.data
+    elif hasattr(value, "values"):  # kwargs by modality, an item's fields
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)

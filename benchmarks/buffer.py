@@ -1,0 +1,290 @@
+"""Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts, memory, AOF modes.
+
+Run with ``make bench NAME=buffer``; about five minutes. Every ratio compares two things timed alternately in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import redis
+
+from buffer_service.codec import encode
+from buffer_service.config import AppendFsync, BufferConfig
+from buffer_service.server import EmbeddedRedis
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket, TicketLease
+from buffer_service.trajectory import Group, Trajectory
+
+Times = list[float]
+GROUP, TOKENS, DRAW = 8, 512, 64
+
+
+def group_for(lease: TicketLease, rng: np.random.Generator, *, n: int = GROUP, tokens: int = TOKENS) -> Group:
+    """A group with random contents and a success rate that depends on the prompt."""
+    t = lease.ticket
+    gid = f"{t.seq:08d}"
+    rate = (hash(t.prompt_id) % 97) / 97
+    members = tuple(
+        Trajectory(
+            id=f"{gid}.{i}", group_id=gid, prompt_id=t.prompt_id, index=i, hinted=False, prompt_tokens=700,
+            prompt_digest=12345, token_ids=rng.integers(0, 150_000, tokens, dtype=np.int32),
+            logprobs=-rng.random(tokens, dtype=np.float32), versions=((0, tokens),), finish_reason="stop",
+            temperature=1.0, reward=reward, components={"format": 1.0, "accuracy": reward}, step=t.step,
+        )
+        for i, reward in enumerate((rng.random(n) < rate).astype(float).tolist())
+    )  # fmt: skip
+    return Group(id=gid, prompt_id=t.prompt_id, seq=t.seq, step=t.step, hinted=False, trajectories=members)
+
+
+class Bench:
+    """One run of the buffer with a stream of tickets over ``prompts`` prompts."""
+
+    def __init__(self, url: str, name: str, *, capacity: int, prompts: int) -> None:
+        self.config = BufferConfig(capacity=capacity, warm_up=0)
+        self.buffer = ReplayBuffer.connect(self.config, name, url)
+        self.raw = redis.Redis.from_url(url)
+        self.epoch = self.buffer.new_epoch()
+        self.prompts, self.seq, self.step = prompts, 0, 0
+        self.rng = np.random.default_rng(1)
+
+    def leases(self, n: int, *, stride: int = 1) -> list[TicketLease]:
+        """``n`` leased tickets of the present step, prompts spread over the whole set."""
+        at = [((self.seq + i) * stride) % self.prompts for i in range(n)]
+        self.buffer.push_tickets(
+            [Ticket(seq=self.seq + i, prompt_id=f"prompt-{p:07d}", step=self.step, n=GROUP) for i, p in enumerate(at)]
+        )
+        self.seq += n
+        found: list[TicketLease] = []
+        while len(found) < n:
+            found += self.buffer.lease_tickets("bench", n - len(found), 3600)
+        return found
+
+    def commit(self) -> None:
+        gids = [f"{self.seq - 1 - i:08d}" for i in range(int(self.buffer.stats().fresh))]
+        self.buffer.commit_step(self.step, self.step + 1, gids, self.epoch)
+        self.step += 1
+
+    def fill(self, trajectories: int, *, tokens: int = TOKENS, n: int = GROUP) -> None:
+        for first in range(0, trajectories // n, 250):
+            for lease in self.leases(min(250, trajectories // n - first), stride=7919):
+                group = group_for(lease, self.rng, tokens=tokens, n=n)
+                self.buffer.add_group(group, lease, tokens_generated=tokens * n)
+            self.commit()
+
+    def seed_prompts(self) -> None:
+        """Statistics of all prompts at once, written as the scripts write them, so that a million take a minute."""
+        key = self.buffer._connection.key
+        total = 0
+        scale = 1 << 28
+        for first in range(0, self.prompts, 5000):
+            states, ranks = {}, {}
+            for p in range(first, min(first + 5000, self.prompts)):
+                rbar = int(((p * 7919) % 1_000_003) / 1_000_003 * scale) / scale
+                total += int(rbar * scale)
+                pid = f"prompt-{p:07d}"
+                visits = [[p + k, *[rbar] * 8] for k in range(3)]
+                states[pid] = msgspec.msgpack.encode([rbar, False, visits, [], 0, 0, 0, 0])
+                ranks[pid] = rbar
+            with self.raw.pipeline(transaction=False) as pipe:
+                pipe.hset(key("prompts"), mapping=states)
+                pipe.zadd(key("rank"), ranks)
+                pipe.execute()
+        self.raw.hset(key("meta"), "rbar_sum", total)
+
+    def insert_times(self, n: int, stride: int = 7919) -> Times:
+        work = [(lease, group_for(lease, self.rng)) for lease in self.leases(n, stride=stride)]
+        times = []
+        for lease, group in work:
+            begin = time.perf_counter()
+            self.buffer.add_group(group, lease, tokens_generated=GROUP * TOKENS)
+            times.append(time.perf_counter() - begin)
+        return times
+
+    def raw_insert_times(self, n: int) -> Times:
+        """A plain pipelined client: the same encoded bytes in one round trip (encoding included, as above)."""
+        ticket = Ticket(seq=0, prompt_id="raw", step=0, n=GROUP)
+        lease = TicketLease(ticket=ticket, attempt=1, consumer="raw", hinted=False)
+        groups = [group_for(lease, self.rng) for _ in range(8)]
+        times = []
+        for i in range(n):
+            begin = time.perf_counter()
+            pipe = self.raw.pipeline(transaction=False)
+            for j, t in enumerate(groups[i % 8].trajectories):
+                pipe.set(f"raw:{i}:{j}", encode(t))
+            pipe.execute()
+            times.append(time.perf_counter() - begin)
+        self.raw.unlink(*[f"raw:{i}:{j}" for i in range(n) for j in range(GROUP)])
+        return times
+
+    def draw_times(self, n: int, first_seed: int = 0) -> Times:
+        times = []
+        for seed in range(first_seed, first_seed + n):
+            begin = time.perf_counter()
+            drawn = self.buffer.draw(DRAW, step=self.step, seed=seed)
+            times.append(time.perf_counter() - begin)
+            assert len(drawn) == DRAW
+        return times
+
+    def raw_draw_times(self, n: int, first_seed: int = 0) -> Times:
+        """Plain MGET of the values that a draw with the same seed returns; nothing is decoded."""
+        times = []
+        for seed in range(first_seed, first_seed + n):
+            drawn = self.buffer.draw(DRAW, step=self.step, seed=seed)
+            keys = [self.buffer._connection.key(f"t:{t.id}") for t in drawn]
+            begin = time.perf_counter()
+            self.raw.mget(keys)
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+def memory(raw: redis.Redis) -> int:
+    return int(raw.info("memory")["used_memory"])
+
+
+def alternate(first: Callable[[], Times], second: Callable[[], Times], rounds: int) -> tuple[Times, Times]:
+    """Both, by turns, so that a noisy moment hits both."""
+    a: Times = []
+    b: Times = []
+    for _ in range(rounds):
+        a += first()
+        b += second()
+    return a, b
+
+
+def rate(times: Sequence[float]) -> float:
+    """Calls per second from the median, which a neighbour on the machine cannot spoil."""
+    return 1 / statistics.median(times)
+
+
+def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
+    with EmbeddedRedis(folder / "raw", persistent=False) as server:
+        bench = Bench(server.url, "ratios", capacity=10_000, prompts=2000)
+        bench.fill(2000 if quick else 10_000)
+        rounds = 4 if quick else 20
+        ours, raw = alternate(lambda: bench.insert_times(50), lambda: bench.raw_insert_times(50), rounds)
+        bench.commit()
+        yield "insert_per_s", rate(ours)
+        yield "raw_insert_per_s", rate(raw)
+        yield "insert_ratio", rate(ours) / rate(raw)
+        yield "insert_p99_ms", float(np.percentile(ours, 99)) * 1e3
+        seeds = iter(range(0, 10**6, 20))
+        pairs = [(bench.draw_times(20, s), bench.raw_draw_times(20, s)) for s, _ in zip(seeds, range(rounds), strict=False)]
+        ours, raw = [t for a, _ in pairs for t in a], [t for _, b in pairs for t in b]
+        yield "draw_per_s", rate(ours)
+        yield "raw_mget_per_s", rate(raw)
+        yield "draw_ratio", rate(ours) / rate(raw)
+        yield "draw_p99_ms", float(np.percentile(ours, 99)) * 1e3
+
+
+def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
+    """Time per call at many prompts and trajectories over that at few; the two servers are measured by turns."""
+    prompts, stock = (50_000, 10_000) if quick else (1_000_000, 100_000)
+    with EmbeddedRedis(folder / "few", persistent=False) as a, EmbeddedRedis(folder / "many", persistent=False) as b:
+        few = Bench(a.url, "few", capacity=1000, prompts=1000)
+        many = Bench(b.url, "many", capacity=stock, prompts=prompts)
+        for bench in (few, many):
+            bench.seed_prompts()
+            bench.fill(bench.config.capacity)
+        yield "million_prompts", many.buffer.stats().prompts
+        yield "million_stock", many.buffer.stats().stock
+        yield "memory_million_mib", memory(many.raw) / 2**20
+        rounds = 4 if quick else 16
+        small, large = alternate(lambda: few.insert_times(50), lambda: many.insert_times(50), rounds)
+        few.commit()
+        many.commit()
+        yield "growth_insert", statistics.median(large) / statistics.median(small)
+        small, large = alternate(lambda: few.draw_times(30), lambda: many.draw_times(30), rounds)
+        yield "growth_draw", statistics.median(large) / statistics.median(small)
+        yield "stats_ms_million", _timed(many.buffer.stats) * 1e3
+        yield from snapshot_figures(many, folder)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
+    """The longest any other client had to wait while a snapshot was taken, and the same without one."""
+
+    def longest(until: Callable[[], bool]) -> float:
+        raw, worst = redis.Redis.from_url(bench.buffer._connection.url), 0.0
+        while not until():
+            worst = max(worst, _timed(raw.ping))
+            time.sleep(0.0005)
+        return worst
+
+    deadline = time.perf_counter() + 3
+    yield "idle_block_ms", longest(lambda: time.perf_counter() > deadline) * 1e3
+    done = threading.Event()
+    other = ReplayBuffer.connect(bench.config, bench.buffer.run_id, bench.buffer._connection.url)
+    took: list[float] = []
+
+    def snapshot() -> None:
+        took.append(_timed(lambda: other.snapshot(folder / "snapshot.bin")))
+        done.set()
+
+    threading.Thread(target=snapshot).start()
+    yield "snapshot_block_ms", longest(done.is_set) * 1e3
+    yield "snapshot_s", took[0]
+    yield "snapshot_mib", (folder / "snapshot.bin").stat().st_size / 2**20
+    log = bench.raw.execute_command("SLOWLOG", "GET", "128")
+    yield "slowest_server_command_ms", max((int(e["duration"]) for e in log), default=0) / 1e3
+
+
+def footprint(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
+    n = 1000 if quick else 10_000
+    with EmbeddedRedis(folder / "memory", persistent=False) as server:
+        empty = memory(redis.Redis.from_url(server.url))
+        bench = Bench(server.url, "memory", capacity=4 * n, prompts=2000)
+        bench.fill(n, tokens=1000)
+        lease = TicketLease(
+            ticket=Ticket(seq=1, prompt_id="prompt-0000001", step=0, n=1), attempt=1, consumer="x", hinted=False
+        )
+        yield "record_bytes", len(encode(group_for(lease, bench.rng, n=1, tokens=1000).trajectories[0]))
+        yield "bytes_per_trajectory", (memory(bench.raw) - empty) / bench.buffer.stats().stock
+        yield "memory_10k_mib", memory(bench.raw) / 2**20 * (10_000 / n)
+
+
+def aof_modes(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
+    modes: list[tuple[str, bool, AppendFsync]] = [("none", False, "no"), ("no", True, "no")]
+    modes += [("everysec", True, "everysec"), ("always", True, "always")]
+    for name, persistent, fsync in modes:
+        with EmbeddedRedis(folder / f"aof-{name}", appendfsync=fsync, persistent=persistent) as server:
+            bench = Bench(server.url, "aof", capacity=2000, prompts=500)
+            times = bench.insert_times(100 if quick else 600)
+            yield f"aof_{name}_insert_per_s", rate(times)
+            yield f"aof_{name}_insert_p99_ms", float(np.percentile(times, 99)) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/buffer.json"))
+    options = parser.parse_args()
+    figures: dict[str, float] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count() or 0}
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
+        for part in (against_raw, footprint, aof_modes, growth):
+            for name, value in part(Path(folder), options.quick):
+                figures[name] = round(float(value), 4)
+                print(f"{name:28s} {figures[name]:>14,.3f}", flush=True)
+    figures["load_after"] = round(os.getloadavg()[0], 2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"{options.out}; load {figures['load_before']:.1f} -> {figures['load_after']:.1f} on {figures['cores']:.0f} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The line to Redis: one thread-safe client, typed errors, reconnecting within a deadline."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import redis
+import tenacity
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from buffer_service.config import BufferConfig
+from buffer_service.errors import (
+    BufferAccessError,
+    BufferFullError,
+    BufferSetupError,
+    BufferUnreachableError,
+    FencedError,
+    LeaseHeldError,
+    RecordError,
+    StepTrainedError,
+    UnknownTicketError,
+    VersionError,
+)
+from buffer_service.scripting import script
+from prompts.errors import ReplayBufferError
+
+T = TypeVar("T")
+MIN_VERSION = (6, 2)
+_OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
+_KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
+    "NORUN": (BufferSetupError, "connect again, or restore a snapshot"),
+    "SETUP": (BufferSetupError, "use another run id, the same settings, or connect with reconfigure=True"),
+    "UNKNOWN": (UnknownTicketError, "push the ticket first, and send what its lease asked for"),
+    "FENCED": (FencedError, "this learner was replaced; stop it"),
+    "HELD": (LeaseHeldError, "wait for the lease to end, or begin a new epoch"),
+    "TRAINED": (StepTrainedError, "go on with the next step"),
+    "VERSION": (VersionError, "publish versions in ascending order"),
+    "RECORD": (RecordError, "check what wrote it"),
+}
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.BusyLoadingError)
+
+
+def open_client(config: BufferConfig, url: str) -> redis.Redis:
+    """A client for ``url`` with the credentials of ``config``; nothing is sent yet."""
+    password = config.password()
+    options: dict[str, Any] = {
+        "username": config.username,
+        "password": password.get_secret_value() if password else None,
+        "socket_timeout": config.timeout_s,
+        "retry": Retry(NoBackoff(), 0),  # we retry ourselves, by deadline
+    }
+    if config.tls_ca:
+        options["ssl_ca_certs"] = str(config.tls_ca)
+    if not url.startswith("unix://"):
+        options["socket_connect_timeout"] = config.timeout_s
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return redis.Redis.from_url(url, **given)
+    except ValueError as error:
+        raise BufferSetupError(f"buffer.url: {error}; write redis://, rediss:// or unix://") from error
+
+
+def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferError:
+    """The typed error for what Redis answered."""
+    text = str(error)
+    if found := _OURS.search(text):
+        kind, remedy = _KINDS[found.group(1)]
+        return kind(f"{found.group(2).strip()}; {remedy}")
+    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError) or re.match(
+        r"(WRONGPASS|NOAUTH|NOPERM|invalid username)", text
+    ):
+        return BufferAccessError(f"{where} refuses this login ({text}); check username, password and ACL")
+    if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in text:
+        return BufferAccessError(f"{where} is a read-only replica; give the URL of the primary")
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text:
+        return BufferFullError(f"{where} is out of memory, nothing was written; raise maxmemory or lower capacity")
+    if "MISCONF" in text or "NOREPLICAS" in text:
+        return BufferSetupError(f"{where} refuses writes ({text}); free its disk or repair its persistence")
+    if isinstance(error, _AWAY):
+        return BufferUnreachableError(f"{where} does not answer ({text}); is Redis running there?")
+    return ReplayBufferError(f"{where}: {text}")
+
+
+class Connection:
+    """One run's namespace on one Redis. Every script is safe to repeat, so a lost reply is simply asked for again."""
+
+    def __init__(self, config: BufferConfig, run_id: str, url: str) -> None:
+        self.config, self.run_id, self.url = config, run_id, url
+        self.prefix = f"avatar:{{{run_id}}}:"  # the braces keep a run in one slot of a Redis cluster
+        self.where = f"Redis at {re.sub('//[^@/]*@', '//', url)}"
+        self.client = open_client(config, url)
+        self._memory_checked = 0.0
+
+    def key(self, name: str) -> str:
+        return self.prefix + name
+
+    def attempt(self, operation: Callable[[], T]) -> T:
+        """Runs ``operation``, again with backoff while Redis is away, up to ``reconnect_s``. Raises typed errors."""
+        try:
+            return operation()
+        except _AWAY as error:
+            # A refused login is a ConnectionError to redis-py; repeating it would not help.
+            if isinstance(error, redis.exceptions.AuthenticationError):
+                raise translate(error, self.where) from error
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.where) from error
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_AWAY),
+            wait=tenacity.wait_exponential_jitter(initial=0.02, max=1.0, jitter=0.02),
+            stop=tenacity.stop_after_delay(self.config.reconnect_s),
+            reraise=True,
+        )
+        try:
+            return retrying(operation)
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.where) from error
+
+    def run(self, name: str, *args: Any) -> Any:
+        """One atomic operation by name."""
+        lua = script(name)
+
+        def once() -> Any:
+            try:
+                return self.client.evalsha(lua.sha, 1, self.prefix, *args)
+            except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
+                return self.client.eval(lua.text, 1, self.prefix, *args)
+
+        return self.attempt(once)
+
+    def together(self, build: Callable[[Any], None]) -> list[Any]:
+        """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""
+
+        def once() -> list[Any]:
+            with self.client.pipeline(transaction=True) as pipe:
+                build(pipe)
+                return list(pipe.execute())
+
+        return self.attempt(once)
+
+    def check_server(self) -> None:
+        """Raises BufferSetupError or BufferAccessError when this Redis cannot hold the buffer."""
+        info = self.attempt(lambda: self.client.info())
+        version = tuple(int(x) for x in str(info["redis_version"]).split(".")[:2])
+        if version < MIN_VERSION:
+            raise BufferSetupError(f"{self.where} is version {info['redis_version']}; 6.2 or newer is needed")
+        if info.get("role") == "slave":
+            raise BufferAccessError(f"{self.where} is a replica of {info.get('master_host')}; give the primary's URL")
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise BufferSetupError(f"{self.where} has maxmemory-policy {policy}, it must be noeviction, else it loses data")
+
+    def check_memory(self) -> None:
+        """Raises BufferFullError above ``memory_limit`` of maxmemory; looks at most once a second."""
+        now = time.monotonic()
+        if now - self._memory_checked < 1.0:
+            return
+        info = self.attempt(lambda: self.client.info("memory"))
+        limit, used = int(info["maxmemory"]), int(info["used_memory"])
+        if limit and used > self.config.memory_limit * limit:
+            raise BufferFullError(
+                f"{self.where} uses {used >> 20} of {limit >> 20} MiB, above buffer.memory_limit "
+                f"{self.config.memory_limit}; raise maxmemory or lower buffer.capacity"
+            )
+        self._memory_checked = now
+
+    def close(self) -> None:
+        self.client.close()

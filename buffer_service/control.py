@@ -1,0 +1,95 @@
+"""The run's notice board: desired state, small facts, heartbeats, flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from buffer_service.connection import Connection
+from buffer_service.errors import RecordError
+
+MAX_FACT = 1 << 20
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """Last sign of progress of a process."""
+
+    progress: int  # counts what it has done; alive means it grows
+    age_s: float  # by Redis' clock
+
+
+class ControlBoard:
+    """Small values that processes of a run tell one another. O(1) each."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def _hset(self, name: str, field: str, value: str | bytes | int) -> None:
+        key = self._connection.key(name)
+        self._connection.attempt(lambda: self._connection.client.hset(key, field, value))
+
+    def _hget(self, name: str, field: str) -> bytes | None:
+        key = self._connection.key(name)
+        return self._connection.attempt(lambda: self._connection.client.hget(key, field))
+
+    def set_desired(self, name: str, value: int) -> None:
+        """Desired state for the supervisor to reconcile, e.g. rollout workers."""
+        self._hset("desired", name, int(value))
+
+    def desired(self, name: str) -> int | None:
+        """The desired value; None when nobody set it."""
+        found = self._hget("desired", name)
+        return None if found is None else int(found)
+
+    def put_fact(self, name: str, value: Any) -> None:
+        """Stores anything JSON, up to 1 MiB. Part of a snapshot. Raises RecordError when it is not."""
+        try:
+            data = msgspec.json.encode(value)
+        except TypeError as error:
+            raise RecordError(f"fact {name}: {error}; give plain JSON values") from error
+        if len(data) > MAX_FACT:
+            raise RecordError(f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put it in a file and its path here")
+        self._hset("facts", name, data)
+
+    def get_fact(self, name: str) -> Any:
+        """The fact; None when nobody put it."""
+        found = self._hget("facts", name)
+        return None if found is None else msgspec.json.decode(found)
+
+    def beat(self, role: str, id: str, progress: int) -> None:
+        """Reports progress, stamped with Redis' clock."""
+        self._connection.run("beat", f"{role}/{id}", int(progress))
+
+    def beats(self) -> dict[str, Beat]:
+        """Latest beat by "role/id"."""
+
+        def ask(pipe: Any) -> None:
+            pipe.time()
+            pipe.hgetall(self._connection.key("beats"))
+
+        (seconds, micros), found = self._connection.together(ask)
+        now = seconds * 1000 + micros / 1000
+        beats = {}
+        for who, raw in found.items():
+            at, progress = msgspec.msgpack.decode(raw)
+            beats[who.decode()] = Beat(int(progress), max(0.0, (now - at) / 1000))
+        return beats
+
+    def drop_beat(self, role: str, id: str) -> None:
+        """Forgets a process that was stopped on purpose."""
+        key = self._connection.key("beats")
+        self._connection.attempt(lambda: self._connection.client.hdel(key, f"{role}/{id}"))
+
+    def set_flag(self, name: str, value: str = "1") -> None:
+        """Raises a flag, e.g. "stop" with its reason."""
+        self._hset("flags", name, value)
+
+    def flag(self, name: str) -> str | None:
+        """The flag's text; None when it is down."""
+        found = self._hget("flags", name)
+        return None if found is None else found.decode()
+
+    def clear_flag(self, name: str) -> None:
+        key = self._connection.key("flags")
+        self._connection.attempt(lambda: self._connection.client.hdel(key, name))

@@ -1,0 +1,49 @@
+"""Typed errors of the replay buffer service. Each says what was wrong with which input, and what to do."""
+
+from __future__ import annotations
+
+from prompts.errors import ReplayBufferError
+
+
+class BufferUnreachableError(ReplayBufferError):
+    """Redis did not answer within the deadline."""
+
+
+class BufferAccessError(ReplayBufferError):
+    """Redis answered but will not serve us: wrong password, missing permission, read-only replica."""
+
+
+class BufferSetupError(ReplayBufferError):
+    """The server or the namespace does not fit: too old, evicting, another run's configuration or format."""
+
+
+class BufferFullError(ReplayBufferError):
+    """Redis is about to run, or has run, out of memory; nothing was written."""
+
+
+class RecordError(ReplayBufferError):
+    """A record is malformed, corrupt, foreign or of a newer format."""
+
+
+class UnknownTicketError(ReplayBufferError):
+    """A group or lease does not belong to a ticket of this run."""
+
+
+class FencedError(ReplayBufferError):
+    """A learner that was declared dead tried to go on: a newer epoch has begun."""
+
+
+class LeaseHeldError(ReplayBufferError):
+    """Another consumer holds this share of the step."""
+
+
+class StepTrainedError(ReplayBufferError):
+    """The step was acknowledged before; its fresh groups and draws are over."""
+
+
+class VersionError(ReplayBufferError):
+    """A policy version would go backwards."""
+
+
+class LedgerError(ReplayBufferError):
+    """The books do not close: generated != trained fresh + replay only + dropped + in flight."""

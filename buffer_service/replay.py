@@ -1,0 +1,185 @@
+"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit that settles a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from buffer_service.codec import decode
+from buffer_service.config import Strategy
+from buffer_service.connection import Connection
+from buffer_service.draw import seed_state
+from buffer_service.errors import RecordError
+from buffer_service.tickets import CommitReceipt, FreshShare, Tier
+from buffer_service.trajectory import Group, Trajectory
+from buffer_service.validate import trajectory_id
+from prompts.errors import ReplayBufferError
+
+FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
+_unpack = msgspec.msgpack.Decoder().decode
+
+
+class ReplaySide:
+    """Nothing is replayed in the step that produced it: a group becomes replayable when its step is committed."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._run = connection.run
+
+    def _values(self, ids: Sequence[str]) -> list[Trajectory]:
+        """Decoded records; a bad one is listed, taken out of the stock and raised as RecordError."""
+        if not ids:
+            return []
+        keys = [self._connection.key(f"t:{tid}") for tid in ids]
+        found = self._connection.attempt(lambda: self._connection.client.mget(keys))
+        records: list[Trajectory] = []
+        for tid, data in zip(ids, found, strict=True):
+            try:
+                if data is None:
+                    raise RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
+                record = decode(data, f"trajectory {tid}")
+                if record.id != tid:
+                    raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
+            except RecordError as error:
+                self._run("corrupt", tid, str(error))
+                raise RecordError(f"{error}; it was put in quarantine, ask again") from error
+            records.append(record)
+        return records
+
+    def lease_fresh(
+        self,
+        consumer: str,
+        step: int,
+        share: tuple[int, int] = (0, 1),
+        lease_s: float | None = None,
+        epoch: int | None = None,
+    ) -> FreshShare:
+        """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is in. O(groups).
+
+        Asking again with the same consumer gives the same groups. Raises StepTrainedError, FencedError (``epoch`` is
+        over), LeaseHeldError (another consumer has this share), RecordError.
+        """
+        rank, world = share
+        if not 0 <= rank < world:
+            raise ReplayBufferError(f"share {share}: needs 0 <= rank < world")
+        lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
+        reply = self._run("fresh", consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
+        expected, arrived = int(reply[0]), int(reply[1])
+        ready = expected >= 0 and arrived >= expected
+        missing = 0 if ready else max(expected - arrived, 1)
+        sizes = [(reply[i].decode(), int(reply[i + 1])) for i in range(2, len(reply), 2)]
+        records = self._values([trajectory_id(gid, i) for gid, n in sizes for i in range(n)])
+        groups, at = [], 0
+        for gid, n in sizes:
+            members = tuple(records[at : at + n])
+            at += n
+            groups.append(
+                Group(
+                    id=gid,
+                    prompt_id=members[0].prompt_id,
+                    seq=int(gid),
+                    step=step,
+                    hinted=members[0].hinted,
+                    trajectories=members,
+                )
+            )
+        return FreshShare(groups=groups, ready=ready, missing=missing, expected=expected)
+
+    def draw(
+        self,
+        count: int,
+        *,
+        step: int,
+        seed: int,
+        strategy: Strategy | None = None,
+        reward_diverse: bool | None = None,
+        prompt_ids: Sequence[str] = (),
+        version: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> list[Trajectory]:
+        """``count`` replayed trajectories for ``step``, or those at rank, rank + world, ... of them. O(count log N).
+
+        Empty below ``warm_up`` stored. No trajectory twice unless the stock is smaller than ``count``. Equal contents,
+        seed and step give equal draws. Reuse is counted when the step is committed, once per step. ``same_prompt``
+        spreads the count over ``prompt_ids``. Raises StepTrainedError, RecordError.
+        """
+        config = self._connection.config
+        strategy = strategy or config.strategy
+        diverse = config.reward_diverse if reward_diverse is None else reward_diverse
+        if count < 0 or (strategy == "recent" and diverse) or (strategy == "same_prompt" and not prompt_ids):
+            raise ReplayBufferError(
+                f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, {len(prompt_ids)} prompts; "
+                "recent cannot be diverse, same_prompt needs prompt_ids"
+            )
+        if count == 0:
+            return []
+        x, y = seed_state(seed, step)
+        extra = prompt_ids if strategy == "same_prompt" else ()
+        ids = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *extra)
+        rank, world = share
+        return self._values([tid.decode() for tid in ids[rank::world]])
+
+    def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
+        """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts where it has none
+        (METHOD 1.1). O(prompts). Raises ReplayBufferError before the first group.
+        """
+        if not prompt_ids:
+            return []
+        flags = [False] * len(prompt_ids) if hinted is None else hinted
+        key = self._connection.key
+
+        def ask(pipe: Any) -> None:
+            pipe.hmget(key("prompts"), list(prompt_ids))
+            pipe.hget(key("meta"), "rbar_sum")
+            pipe.zcard(key("rank"))
+
+        states, total, seen = self._connection.together(ask)
+        if not seen:
+            raise ReplayBufferError("baselines: no prompt has been scored yet; add a group first")
+        mean = int(total) / FIXED / seen
+        values: list[float] = []
+        for raw, flag in zip(states, flags, strict=True):
+            rbar = _unpack(raw)[1 if flag else 0] if raw else False
+            values.append(mean if rbar is False else float(rbar))
+        return values
+
+    def commit_step(self, step: int, new_version: int, group_ids: Sequence[str], epoch: int) -> CommitReceipt:
+        """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it becomes replay only,
+        all of it replayable, the policy version grows. O(groups log N). A repeat changes nothing.
+
+        Raises FencedError, UnknownTicketError (a group that is not waiting), VersionError; then nothing changed.
+        """
+        done, version, trained, rest, evicted = self._run("commit", step, new_version, epoch, *group_ids)
+        return CommitReceipt(
+            committed=bool(done), version=version, trained=trained, replay_only=rest, evicted=evicted
+        )
+
+    def new_epoch(self) -> int:
+        """Begins a learner epoch and shuts out every older one."""
+        return int(self._run("epoch"))
+
+    def version(self) -> int:
+        """Newest policy version. O(1)."""
+        found = self._connection.attempt(lambda: self._connection.client.hget(self._connection.key("meta"), "version"))
+        if found is None:
+            raise ReplayBufferError(f"run {self._connection.run_id} is not set up; connect to it first")
+        return int(found)
+
+    def publish_version(self, version: int, epoch: int | None = None) -> None:
+        """Announces a policy version apart from a commit. Raises VersionError when it would go back."""
+        self._run("publish", version, -1 if epoch is None else epoch)
+
+    def report_behaviour_kl(self, value: float) -> None:
+        """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low (METHOD 1.4)."""
+        if not math.isfinite(value):
+            raise RecordError(f"behaviour KL is {value}; report finite values only")
+        key = self._connection.key("meta")
+        self._connection.attempt(lambda: self._connection.client.hset(key, "kl", repr(float(value))))
+
+    def tier_of(self, prompt_id: str) -> Tier | None:
+        """Tier of a prompt by the present thresholds; None when it was never scored. O(log P)."""
+        found = self._run("tier", prompt_id)
+        return found.decode() if found else None

@@ -1,0 +1,52 @@
+-- ARGV: step, new version, epoch, gid... Acknowledges a trained step once: its groups become replayable, the version grows,
+-- draws of the step are counted as reuse. Returns {committed, version, trained groups, replay-only groups, evicted}.
+local m = meta()
+local step, version, epoch = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+if epoch ~= m.epoch then fail('FENCED', 'epoch ' .. ARGV[3] .. ' is over, ' .. m.epoch .. ' has begun') end
+if step <= m.trained then return { 0, m.version, 0, 0, 0 } end
+if version < m.version then fail('VERSION', 'version ' .. ARGV[2] .. ' is older than ' .. m.version) end
+local trained, named = {}, 0
+for i = 4, #ARGV do
+  local place = tonumber(call('ZSCORE', K('fresh'), ARGV[i]))
+  if not place or place >= (step + 1) * STEP then
+    fail('UNKNOWN', 'group ' .. ARGV[i] .. ' is not waiting to be trained in step ' .. ARGV[1])
+  end
+  if not trained[ARGV[i]] then named = named + 1 end
+  trained[ARGV[i]] = true
+end
+
+call('HSET', K('meta'), 'trained', step, 'version', version)
+m.trained, m.version = step, version
+local q, rest = thresholds(m), 0
+for _, gid in ipairs(call('ZRANGEBYSCORE', K('fresh'), '-inf', '(' .. (step + 1) * STEP)) do
+  make_replayable(m, q, gid, cmsgpack.unpack(call('HGET', K('groups'), gid)))
+  del(m, 'groups', gid)
+  call('ZREM', K('fresh'), gid)
+  if not trained[gid] then rest = rest + 1 end
+end
+count('trained_fresh', named)
+count('replay_only', rest)
+count('steps', 1)
+
+for _, tid in ipairs(call('HKEYS', K('drawn'))) do
+  if call('HEXISTS', K('trajs'), tid) == 1 then
+    keep(m, 'reuse', tid)
+    local used = call('HINCRBY', K('reuse'), tid, 1)
+    if m.max_reuse > 0 and used >= m.max_reuse then
+      stock_remove(m, tid)
+      count('reused_up', 1)
+    end
+  end
+  count('replayed', 1)
+end
+call('DEL', K('drawn'), K('freshlease'))
+
+-- Tickets of passed steps that nobody holds will not be asked for any more.
+for _, tkey in ipairs(call('ZRANGEBYSCORE', K('pend:t'), '-inf', '(' .. (step + 1) * STEP)) do
+  drop_ticket(m, tkey, cmsgpack.unpack(call('HGET', K('tickets'), tkey)))
+end
+for _, s in ipairs(call('HKEYS', K('steps'))) do
+  if tonumber(s) <= step then call('HDEL', K('steps'), s) end
+end
+expire_old(m)
+return { 1, version, named, rest, q and evict(m, q) or 0 }

@@ -1,0 +1,19 @@
+-- ARGV: tid, what is wrong. Lists the record and takes it out: a replay alone, a fresh one with its whole group.
+local m, tid = meta(), ARGV[1]
+if call('HSETNX', K('corrupt'), tid, ARGV[2]) == 0 then return 0 end
+local gid = string.sub(tid, 1, 8)
+local raw = call('HGET', K('groups'), gid)
+if raw then
+  local group = cmsgpack.unpack(raw)
+  for i = 0, group[4] - 1 do
+    del(m, 'trajs', tid_of(gid, i))
+    forget_value(m, tid_of(gid, i))
+  end
+  del(m, 'groups', gid)
+  call('ZREM', K('fresh'), gid)
+  call('HINCRBY', K('steps'), group[2], -1)
+  count('dropped:corrupt_record', 1)
+elseif call('HEXISTS', K('trajs'), tid) == 1 then
+  stock_remove(m, tid)
+end
+return 1

@@ -1,0 +1,109 @@
+-- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, prompt ids... Returns the drawn tids.
+-- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
+local m = meta()
+local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
+if step <= m.trained then fail('TRAINED', 'step ' .. ARGV[2] .. ' is already trained: its draw is over') end
+m.version = math.max(m.version, tonumber(ARGV[7]))
+if call('ZCARD', K('stock:v')) < m.warm_up then return {} end
+expire_old(m)
+local below = generator(tonumber(ARGV[3]), tonumber(ARGV[4]))
+local q, taken, out = thresholds(m), {}, {}
+local seg, total = segments(q), call('ZCARD', K('stock:v'))
+if total == 0 then return out end
+if tonumber(call('HGET', K('meta'), 'drawn_step')) ~= step then
+  call('DEL', K('drawn'))
+  call('HSET', K('meta'), 'drawn_step', step)
+end
+
+-- Takes up to n untaken members of the ranges {key, first, members}, uniformly: a Fisher-Yates shuffle of positions
+-- that remembers only the swapped ones.
+local function pick(ranges, n)
+  local size, swapped, got, i = 0, {}, 0, 0
+  for _, r in ipairs(ranges) do size = size + r[3] end
+  while got < n and i < size do
+    local j = i + below(size - i)
+    local position = swapped[j] or j
+    swapped[j] = swapped[i] or i
+    i = i + 1
+    for _, r in ipairs(ranges) do
+      if position < r[3] then
+        local rank = r[2] + position
+        local tid = call('ZRANGE', r[1], rank, rank)[1]
+        local free = not taken[tid]
+        if free and m.max_reuse > 0 then -- with a reuse limit a trajectory serves one draw per step
+          local by = call('HGET', K('drawn'), tid)
+          free = not by or by == ARGV[8]
+        end
+        if free then
+          taken[tid], got = true, got + 1
+          out[#out + 1] = tid
+        end
+        break
+      end
+      position = position - r[3]
+    end
+  end
+  return got
+end
+
+local function of_tier(tier, kind) return { K('stock:' .. kind), seg[tier][kind][1], seg[tier][kind][2] } end
+local function all(kind) return { K('stock:' .. kind), 0, seg[1][kind][2] + seg[2][kind][2] + seg[3][kind][2] } end
+
+-- n members of failures and successes; diverse: half of each, the odd one from `first`, then whichever is left.
+local function mix(failures, successes, n, first)
+  if not diverse then return pick({ failures, successes }, n) end
+  local more, less = math.ceil(n / 2), math.floor(n / 2)
+  local got = pick({ successes }, first == 's' and more or less) + pick({ failures }, first == 's' and less or more)
+  return got + pick({ failures, successes }, n - got)
+end
+
+local function round(x) return math.floor(x + 0.5) end
+local function quotas(n) -- METHOD 1.3: 1 Easy, 1 Medium, 2 Hard of 4
+  local function of(k)
+    local easy, medium = round(k * m.block_easy), round(k * m.block_medium)
+    medium = math.min(medium, k - easy)
+    return easy, medium, k - easy - medium
+  end
+  local blocks, rest = math.floor(n / m.block), n % m.block
+  local e, d, h = of(m.block)
+  local re, rd, rh = of(rest)
+  return blocks * e + re, blocks * d + rd, blocks * h + rh
+end
+
+local function stratified(n)
+  local easy, medium, hard = quotas(n)
+  mix(of_tier(3, 'f'), of_tier(3, 's'), easy, 'f') -- the odd one is of the rarer kind
+  mix(of_tier(2, 'f'), of_tier(2, 's'), medium, 's')
+  mix(of_tier(1, 'f'), of_tier(1, 's'), hard, 's')
+end
+
+if strategy == 'recent' then
+  out = call('ZREVRANGE', K('stock:v'), 0, want - 1)
+elseif strategy == 'uniform' then
+  mix(all('f'), all('s'), want, 's')
+else
+  if strategy == 'same_prompt' then
+    local prompts = #ARGV - 8
+    for i = 1, prompts do
+      local key = K('pt:' .. ARGV[8 + i])
+      local failures = call('ZCOUNT', key, 0, 0)
+      local n = math.floor(want / prompts) + (i <= want % prompts and 1 or 0)
+      mix({ key, 0, failures }, { key, failures, call('ZCARD', key) - failures }, n, 's')
+    end
+  end
+  if #out < want then stratified(want - #out) end
+  if #out < want then pick({ all('f'), all('s') }, want - #out) end
+end
+
+if m.max_reuse == 0 then
+  local unique = #out
+  while #out < want and unique > 0 do out[#out + 1] = out[1 + below(unique)] end -- short stock: repeats
+end
+for i = #out, 2, -1 do
+  local j = 1 + below(i)
+  out[i], out[j] = out[j], out[i]
+end
+local marks = {}
+for _, tid in ipairs(out) do marks[#marks + 1], marks[#marks + 2] = tid, ARGV[8] end
+many('HSET', K('drawn'), marks)
+return out

@@ -1,0 +1,2 @@
+-- Returns how many expired leases went back to the queue.
+return reap(meta(), now_ms(), 100000)

@@ -1,0 +1,86 @@
+"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract: README.md beside this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from buffer_service import exchange, snapshot
+from buffer_service.config import BufferConfig
+from buffer_service.connection import Connection
+from buffer_service.control import ControlBoard
+from buffer_service.errors import BufferSetupError
+from buffer_service.replay import ReplaySide
+from buffer_service.stream import PromptStream
+from buffer_service.telemetry import Telemetry
+from buffer_service.validate import RUN_ID
+
+LAYOUT = 1  # of the keys; a client of another layout refuses the namespace
+
+
+class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
+    """One run's buffer. Thread-safe; not to be carried over a fork: connect again in the child."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._run = connection.run
+
+    @classmethod
+    def connect(
+        cls, config: BufferConfig, run_id: str, url: str | None = None, *, reconfigure: bool = False
+    ) -> ReplayBuffer:
+        """Connects to ``run_id`` at ``url`` (else ``config.url``) and sets the run up when it is new.
+
+        Raises BufferUnreachableError, BufferAccessError, or BufferSetupError: Redis older than 6.2, evicting, a namespace
+        of another layout, or a run with other settings (``reconfigure=True`` gives the run the settings of ``config``).
+        """
+        if not RUN_ID.fullmatch(run_id):
+            raise BufferSetupError(f"run id {run_id!r}: use up to 64 letters, digits, '.', '_', '-', a letter or digit first")
+        where = url or config.url
+        if where is None:
+            raise BufferSetupError("no buffer URL: set buffer.url, or start an EmbeddedRedis and pass its url")
+        connection = Connection(config, run_id, where)
+        try:
+            connection.check_server()
+            rules = config.server_rules()
+            text = ";".join(f"{name}={value}" for name, value in rules.items())
+            words = [str(word) for pair in rules.items() for word in pair]
+            connection.run("open", run_id, LAYOUT, int(reconfigure), text, *words)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection)
+
+    @property
+    def run_id(self) -> str:
+        return self._connection.run_id
+
+    @property
+    def config(self) -> BufferConfig:
+        return self._connection.config
+
+    def snapshot(self, path: Path) -> snapshot.SnapshotReport:
+        """Writes the state of this moment to ``path`` while others go on writing. O(contents)."""
+        return snapshot.save(self._connection, path)
+
+    def restore(self, path: Path, *, any_run: bool = False) -> snapshot.SnapshotReport:
+        """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises RecordError,
+        BufferSetupError (of another run, unless ``any_run``)."""
+        return snapshot.load(self._connection, path, any_run=any_run)
+
+    def export(self, path: Path) -> int:
+        """Writes the replayable trajectories as .jsonl or .parquet, by id; returns how many."""
+        return exchange.export(self._connection, path)
+
+    def clear(self) -> int:
+        """Removes the run from Redis, for good; returns how many keys went. This client must connect again."""
+        return snapshot.wipe(self._connection)
+
+    def close(self) -> None:
+        """Closes the connections. The data stays."""
+        self._connection.close()
+
+    def __enter__(self) -> ReplayBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

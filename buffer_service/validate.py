@@ -1,0 +1,84 @@
+"""What a group must satisfy before a byte of it is written."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+from buffer_service.errors import RecordError
+from buffer_service.trajectory import Group, Trajectory
+
+MAX_SEQ = 10**8
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def group_id(seq: int) -> str:
+    """Group id of the ticket at position ``seq`` of the prompt stream."""
+    return f"{seq:08d}"
+
+
+def trajectory_id(gid: str, index: int) -> str:
+    """Id of the ``index``-th trajectory of a group."""
+    return f"{gid}.{index}"
+
+
+def _fault(t: Trajectory) -> str | None:
+    tokens, logprobs = np.asarray(t.token_ids), np.asarray(t.logprobs)
+    if tokens.ndim != 1 or logprobs.ndim != 1 or len(tokens) != len(logprobs):
+        return f"token_ids {tokens.shape} and logprobs {logprobs.shape} must be (T,) of equal length"
+    if tokens.dtype.kind not in "iu" or logprobs.dtype.kind != "f":
+        return f"token_ids are {tokens.dtype}, logprobs {logprobs.dtype}; they must be integers and floats"
+    if len(tokens) == 0:
+        return "empty completion; mask it before it gets here, or count it as dropped"
+    if int(tokens.min()) < 0 or int(tokens.max()) >= 2**31:
+        return "a token id is negative or does not fit int32"
+    if not np.isfinite(logprobs).all():
+        return f"log-probability of token {int(np.argmin(np.isfinite(logprobs)))} is not finite"
+    if not t.versions or any(v < 0 or n < 0 for v, n in t.versions):
+        return f"policy versions {t.versions} must be a non-empty list of (version >= 0, tokens >= 0)"
+    if sum(n for _, n in t.versions) != len(tokens):
+        return f"versions account for {sum(n for _, n in t.versions)} tokens, the completion has {len(tokens)}"
+    if not math.isfinite(t.reward):
+        return f"reward is {t.reward}"
+    bad = [name for name, value in t.components.items() if value is not None and not math.isfinite(value)]
+    if bad:
+        return f"reward component {bad[0]} is {t.components[bad[0]]}; a failed component is None, not NaN"
+    if not (math.isfinite(t.temperature) and t.temperature > 0):
+        return f"temperature is {t.temperature}"
+    if t.prompt_tokens < 0 or not 0 <= t.prompt_digest < 2**32:
+        return f"prompt_tokens {t.prompt_tokens} or prompt_digest {t.prompt_digest} is out of range"
+    return None
+
+
+def check_group(group: Group) -> None:
+    """Raises RecordError naming the group or trajectory and the field at fault."""
+    if not 0 <= group.seq < MAX_SEQ or group.id != group_id(group.seq):
+        raise RecordError(f"group {group.id}: seq {group.seq} asks for id {group_id(max(group.seq, 0))}")
+    if not group.prompt_id or group.step < 0:
+        raise RecordError(f"group {group.id}: prompt id {group.prompt_id!r} or step {group.step} is out of range")
+    if not group.trajectories:
+        raise RecordError(f"group {group.id} has no trajectory; quarantine its prompt instead")
+    for i, t in enumerate(group.trajectories):
+        if t.index != i or t.id != trajectory_id(group.id, i):
+            raise RecordError(f"trajectory {t.id} of group {group.id}: position {i} asks for {group.id}.{i}")
+        same = (t.group_id, t.prompt_id, t.step, t.hinted) == (group.id, group.prompt_id, group.step, group.hinted)
+        if not same:
+            raise RecordError(f"trajectory {t.id}: group, prompt, step or hint flag differs from its group's")
+        if fault := _fault(t):
+            raise RecordError(f"trajectory {t.id} of prompt {t.prompt_id}: {fault}")
+
+
+def is_success(t: Trajectory, component: str, at: float) -> bool:
+    """Whether a trajectory counts as a success for eviction and diverse draws."""
+    value = t.components.get(component)
+    return (t.reward if value is None else value) >= at
+
+
+def zero_accuracy(group: Group, component: str) -> int:
+    """1 when every known accuracy is 0 (or less), 0 when one is not, -1 when none is known."""
+    known = [v for t in group.trajectories if (v := t.components.get(component)) is not None]
+    if not known:
+        return -1
+    return int(all(v <= 0 for v in known))

@@ -1,0 +1,112 @@
+"""What a run needs on disk before it starts: dataset, base model, cold-started policy. Made once, found by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from prompts.datasets import PromptIndex
+from prompts.errors import ConfigError, DataError
+
+Progress = Callable[[str, str], None]  # phase, detail
+
+#: Raise when the synthetic world, the tiny model or the cold start gives other bytes for an equal config.
+REVISION = 1
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Dataset files of a run; all exist."""
+
+    train: Path
+    heldout: Path | None
+    sft: Path | None
+
+    @property
+    def asked(self) -> tuple[Path, ...]:
+        """The files whose prompts are asked during RL."""
+        return (self.train,) if self.heldout is None else (self.train, self.heldout)
+
+
+def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
+    """The recipe's files, or the synthetic world from the cache. Raises DataError naming a missing file."""
+    data = config.data
+    if data.synthetic is None:
+        found = Datasets(_existing("train", data.train), data.heldout, data.sft)
+        for name in ("heldout", "sft"):
+            if getattr(found, name) is not None:
+                _existing(name, getattr(found, name))
+        return found
+    from prompts.synthetic.world import synthesize
+
+    folder = config.output.cache / f"world-{key(data.synthetic.model_dump(mode='json'))}"
+    if not folder.is_dir():
+        count = data.synthetic.n_train + data.synthetic.n_heldout + data.synthetic.n_sft
+        progress("synthesising the world", f"{count} clips as .mp4 and .wav")
+        synthesize(folder, data.synthetic)
+    return Datasets(folder / "train.jsonl", folder / "heldout.jsonl", folder / "sft.jsonl")
+
+
+def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
+    """The model folder, or the tiny Qwen2.5-Omni from the cache."""
+    if config.model.path != "tiny":
+        path = Path(config.model.path)
+        if not path.is_dir():
+            raise ConfigError(f"model.path {path} is not a folder: give a Hugging Face checkpoint folder, or 'tiny'")
+        return path.resolve()
+    from prompts.tiny_model import build_tiny_omni
+
+    folder = config.output.cache / f"tiny-omni-{key(config.seed)}"
+    if not folder.is_dir():
+        progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
+        build_tiny_omni(folder, seed=config.seed)
+    return folder.resolve()
+
+
+def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
+    """Where the cold-started policy of this recipe lies: equal data, model and settings find it again."""
+    assert config.cold_start is not None
+    settings = {
+        "sft": config.cold_start.model_dump(mode="json", exclude={"ranks"}),
+        "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
+        "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
+        "model": model_digest(base),
+    }
+    return config.output.cache / f"cold-start-{key(settings)}"
+
+
+def read_prompts(path: Path, config: RunConfig) -> PromptIndex:
+    """The dataset's prompts. Raises DataError naming the line at fault, or an empty file."""
+    index = PromptIndex.read([path], config.data.reader)
+    if not len(index):
+        raise DataError(f"dataset {path} holds no prompt: check the file and data.reader")
+    return index
+
+
+def model_digest(path: Path) -> str:
+    """sha256 over the names and sizes of a model folder's files and the content of the small ones."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            if file.stat().st_size < 64 << 20:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def key(settings: Any) -> str:
+    """Short content key of JSON-ready settings."""
+    text = json.dumps([REVISION, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+
+def _existing(name: str, path: Path | None) -> Path:
+    if path is None or not path.exists():
+        raise DataError(f"data.{name}: {path} does not exist; give a .jsonl, .json or .parquet file or a datasets folder")
+    return path

@@ -1,0 +1,120 @@
+"""The command line: `avatar train`, `avatar data ...`, `avatar presets`, `avatar runs`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prompts.errors import AvatarError
+
+# Quiet before anything heavy is imported; workers get theirs from cluster.services.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 success, 1 the user's input or the machine is at fault (one message), 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        return options.run(options, rest)
+    except AvatarError as error:
+        print(f"avatar: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("avatar: interrupted; everything that was started has been stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="avatar", description="Reinforcement learning for audio-visual language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="run a recipe", description="Overrides: --loop.steps 50 --learner.ranks 2")
+    train.add_argument("recipe", type=Path)
+    train.add_argument("--preset", help="lay a named method over the recipe (avatar presets lists them)")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; start nothing")
+    train.set_defaults(run=_train)
+
+    presets = commands.add_parser("presets", help="list the named methods")
+    presets.set_defaults(run=_presets)
+
+    data = commands.add_parser("data", help="datasets").add_subparsers(dest="data_command", required=True)
+    validate = data.add_parser("validate", help="check a dataset and its media")
+    validate.add_argument("dataset", type=Path)
+    validate.add_argument("--recipe", type=Path, help="take data settings, context length and model from this recipe")
+    validate.add_argument("--no-decode", action="store_true", help="do not open the media files")
+    validate.set_defaults(run=_validate)
+    synthesize = data.add_parser("synthesize", help="write the synthetic audio-visual world")
+    synthesize.add_argument("folder", type=Path)
+    synthesize.add_argument("--recipe", type=Path, help="take data.synthetic from this recipe")
+    synthesize.add_argument("--seed", type=int)
+    synthesize.set_defaults(run=_synthesize)
+
+    runs = commands.add_parser("runs", help="list runs")
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    runs.set_defaults(run=_runs)
+    return parser
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.recipe import load_recipe, parse_overrides, to_yaml
+
+    config = load_recipe(options.recipe, parse_overrides(rest), preset_name=options.preset)
+    if options.dry_run:
+        from cluster.resources import needs_of
+
+        print(to_yaml(config))
+        print("# resources this run asks for")
+        for name, amount in needs_of(config).rows():
+            print(f"#   {name:<34} {amount}")
+        return 0
+    from cluster.summary import print_summary
+    from cluster.training import train
+
+    print_summary(config, train(config))
+    return 0
+
+
+def _presets(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.presets import PRESETS
+
+    for name, (meaning, _) in PRESETS.items():
+        print(f"{name:<16} {meaning}")
+    return 0
+
+
+def _validate(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.data_commands import validate_dataset
+
+    return validate_dataset(options.dataset, recipe=options.recipe, decode=not options.no_decode)
+
+
+def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.data_commands import synthesize_world
+
+    return synthesize_world(options.folder, recipe=options.recipe, seed=options.seed)
+
+
+def _runs(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.telemetry import list_runs
+
+    for status in list_runs(options.folder):
+        now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
+        before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
+        state = "lost" if status.lost else status.state
+        print(f"{status.run_id:<36} {state:<12} step {status.step}/{status.total_steps}  held-out {before} -> {now}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The run's configuration: each package's own section, composed. Nothing here imports torch, Ray or vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actors.config import EngineConfig, SamplingConfig
+from buffer_service.config import BufferConfig
+from learner.config import LearnerConfig, SftConfig
+from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from prompts.synthetic.config import WorldConfig
+from rewards.config import RewardConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which policy is trained."""
+
+    path: str = Field("tiny", description="Hugging Face checkpoint folder, or 'tiny' to build the toy Qwen2.5-Omni.")
+    reference: Path | None = Field(
+        None, description="Checkpoint of the KL reference policy; null takes the weights the run starts from."
+    )
+
+
+class DataSection(Section):
+    """What is asked. With ``synthetic`` the files are made on the spot and the paths are left out."""
+
+    train: Path | None = Field(None, description="Training prompts (file or datasets folder).")
+    heldout: Path | None = Field(None, description="Held-out prompts for evaluation; null switches evaluation off.")
+    sft: Path | None = Field(None, description="Cold-start prompts with reasoning; needed when cold_start is set.")
+    synthetic: WorldConfig | None = Field(None, description="Settings of the synthetic audio-visual world.")
+    reader: DataConfig = Field(DataConfig(), description="How dataset rows become prompts.")
+    media: MediaConfig = Field(MediaConfig(), description="Decoding limits and caches of each worker.")
+    template: TemplateConfig = Field(TemplateConfig(), description="From prompt to tokens, the same on both sides.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.synthetic is None and self.train is None:
+            raise ValueError("data needs `train: FILE` or a `synthetic:` section")
+        if self.synthetic is not None and (self.train or self.heldout or self.sft):
+            raise ValueError("data has both `synthetic` and dataset files: keep one")
+        return self
+
+
+class LoopConfig(Section):
+    """The training loop and its flow control, in policy versions (DESIGN 2)."""
+
+    steps: int = Field(100, ge=1, description="Optimiser steps, each from `prompts_per_step` groups.")
+    prompts_per_step: int = Field(8, ge=1, description="Groups per step, over all learner ranks.")
+    fresh: int = Field(4, ge=1, description="Completions generated per prompt once replay is warm.")
+    replayed: int = Field(4, ge=0, description="Stored trajectories trained on per group; 0 switches replay off.")
+    max_staleness: int = Field(
+        1, ge=0, description="Policy versions by which generation may run ahead of learning; 0 alternates exactly."
+    )
+    step_timeout_s: float = Field(600, gt=0, description="The run stops when a step's groups take longer than this.")
+
+    @property
+    def group_size(self) -> int:
+        return self.fresh + self.replayed
+
+    def fresh_at(self, step: int, warm_up: int) -> int:
+        """Completions generated per prompt of ``step``: the whole group until replay is warm (METHOD 1.3)."""
+        if self.replayed == 0:
+            return self.fresh
+        return self.group_size if step * self.prompts_per_step * self.group_size < warm_up else self.fresh
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy, measured on the rollout actors while training goes on."""
+
+    every: int = Field(25, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
+    limit: int | None = Field(None, ge=1, description="Use only the first N held-out prompts; null uses all.")
+    max_tokens: int | None = Field(None, ge=1, description="Completion length; null takes the rollout's.")
+    timeout_s: float = Field(600, gt=0, description="Deadline of one evaluation.")
+
+
+class RolloutSection(Section):
+    """The rollout pool."""
+
+    workers: int = Field(1, ge=1, description="vLLM engines (Ray actors).")
+    engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")
+    max_sequences: int = Field(64, ge=1, description="Completions one actor keeps in flight.")
+    lease_s: float = Field(120, gt=0, description="Seconds until an unfinished prompt of a silent actor is given away.")
+
+
+class ResourceConfig(Section):
+    """What is asked of Ray."""
+
+    address: str | None = Field(
+        None, description="Ray cluster to join ('auto' or host:port); null runs on this machine."
+    )
+    rollout_cpus: float = Field(1, gt=0, description="CPUs per rollout actor.")
+    rollout_gpus: float | None = Field(None, ge=0, description="GPUs per rollout actor; null: 1 where GPUs exist.")
+    learner_cpus: float = Field(1, gt=0, description="CPUs per learner rank.")
+    learner_gpus: float | None = Field(None, ge=0, description="GPUs per learner rank; null: 1 where GPUs exist.")
+    reward_workers: int = Field(1, ge=1, description="Reward actors.")
+    object_store_bytes: int = Field(256 << 20, ge=80 << 20, description="Ray object store of a local run, in bytes.")
+    start_timeout_s: float = Field(300, gt=0, description="Deadline for actors to be placed and ready.")
+
+
+class OutputConfig(Section):
+    """What the run leaves behind."""
+
+    folder: Path = Field(Path("runs"), description="Parent of the run folders.")
+    cache: Path = Field(Path("build/cache"), description="Synthetic worlds, tiny models and cold starts, by content.")
+    samples_every: int = Field(10, ge=0, description="Steps between saved rollout samples; 0 saves none.")
+    samples: int = Field(4, ge=1, description="Groups per saved sample.")
+    export: bool = Field(True, description="Write the trained policy as a Hugging Face checkpoint at the end.")
+    report: bool = Field(True, description="Write plot.png and report.html at the end.")
+
+
+class ProbeConfig(Section):
+    """The parity probe: rollout and learner must agree about tokens and log-probabilities before training."""
+
+    prompts: int = Field(4, ge=0, description="Prompts probed at start; 0 switches the probe off.")
+    tolerance: float | None = Field(
+        None, gt=0, description="Largest allowed log-probability difference; null: 1e-4 in float32, 0.3 in bfloat16."
+    )
+
+
+class RunConfig(Section):
+    """One recipe."""
+
+    name: str = Field("avatar", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Prefix of the run id.")
+    seed: int = Field(0, ge=0, description="Seeds prompt order, sampling, replay draws and the synthetic world.")
+    preset: str | None = Field(None, description="Named overlay (see `avatar presets`), below the recipe's own keys.")
+    model: ModelSection = Field(ModelSection(), description="Which policy is trained.")
+    data: DataSection = Field(description="What is asked.")
+    loop: LoopConfig = Field(LoopConfig(), description="Steps, group sizes and flow control.")
+    cold_start: SftConfig | None = Field(None, description="Stage 0 supervised fine-tuning before RL, cached.")
+    rollout: RolloutSection = Field(RolloutSection(), description="The rollout pool.")
+    rewards: RewardConfig = Field(RewardConfig(), description="Reward components and weights.")
+    buffer: BufferConfig = Field(BufferConfig(), description="The replay buffer service.")
+    learner: LearnerConfig = Field(LearnerConfig(), description="Objective, optimiser and DeepSpeed.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Held-out evaluation.")
+    probe: ProbeConfig = Field(ProbeConfig(), description="Parity probe at start.")
+    resources: ResourceConfig = Field(ResourceConfig(), description="What is asked of Ray.")
+    output: OutputConfig = Field(OutputConfig(), description="What the run leaves behind.")
+    screen: Literal["auto", "live", "plain"] = Field("auto", description="Live view or one line per step.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.cold_start is not None and self.data.synthetic is None and self.data.sft is None:
+            raise ValueError("cold_start needs `data.sft: FILE` (prompts with reasoning)")
+        largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
+        if self.rollout.max_sequences < largest:
+            raise ValueError(f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}")
+        return self

@@ -1,0 +1,56 @@
+"""Held-out accuracy from the answers of an evaluation round, by question type and by the modality it needs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One finished round. Accuracies are means over prompts, in [0, 1]."""
+
+    round: int
+    version: int  # oldest policy version among the answers
+    accuracy: float
+    prompts: int
+    tokens: int
+    by_category: dict[str, float] = field(default_factory=dict)
+    by_need: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for the telemetry."""
+        return {
+            "eval/accuracy": self.accuracy,
+            **{f"eval/accuracy/{name}": value for name, value in self.by_category.items()},
+            **{f"eval/needs/{name}": value for name, value in self.by_need.items()},
+        }
+
+
+def summarise(round: int, payloads: Sequence[bytes], *, samples: int = 24) -> Evaluation:
+    """Average the payloads written by the rollout actors; prompts whose accuracy is masked are left out."""
+    answers = sorted((json.loads(payload) for payload in payloads), key=lambda answer: answer["prompt_id"])
+    by_category: dict[str, list[float]] = defaultdict(list)
+    by_need: dict[str, list[float]] = defaultdict(list)
+    accuracies = []
+    for answer in answers:
+        if answer["accuracy"] is None:
+            continue
+        accuracies.append(answer["accuracy"])
+        by_category[answer["category"] or "all"].append(answer["accuracy"])
+        by_need["+".join(sorted(answer["needs"])) or "none"].append(answer["accuracy"])
+    return Evaluation(
+        round=round,
+        version=min((answer["version"] for answer in answers), default=0),
+        accuracy=fmean(accuracies) if accuracies else 0.0,
+        prompts=len(accuracies),
+        tokens=sum(answer["tokens"] for answer in answers),
+        by_category={name: fmean(values) for name, values in sorted(by_category.items())},
+        by_need={name: fmean(values) for name, values in sorted(by_need.items())},
+        samples=answers[:: max(1, len(answers) // samples)][:samples],
+    )

@@ -1,0 +1,1 @@
+"""Steps of `make setup` that pip cannot do."""

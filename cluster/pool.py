@@ -1,0 +1,99 @@
+"""The run's Ray actors: placed, made ready under a deadline, and asked together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.rollout import RolloutActor, RolloutSpec
+from buffer_service.weights import WeightBoard
+from cluster.config import RunConfig
+from cluster.scoring import Scorer
+from cluster.services import Services
+from learner.rank import LearnerRank, LearnerSpec
+from prompts.errors import AvatarError, ResourceError
+
+
+class Pool:
+    """Creates actors and remembers them. All handles are Ray actor handles."""
+
+    def __init__(self, config: RunConfig, services: Services) -> None:
+        self.config, self.services = config, services
+        self.board: Any = None
+        self.scorers: list[Any] = []
+        self.rollouts: dict[str, Any] = {}
+        self.ranks: list[Any] = []
+
+    def _remote(self, cls: type, *, cpus: float, gpus: float = 0.0, **options: Any) -> Any:
+        import ray
+
+        environment = {"env_vars": self.services.worker_environment()}
+        return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, runtime_env=environment, **options)
+
+    def _gpus(self, named: float | None) -> float:
+        return named if named is not None else float(self.services.on_gpu)
+
+    def start_board(self) -> None:
+        self.board = self._remote(WeightBoard, cpus=0).remote()
+
+    def start_scorers(self, datasets: Sequence[Path]) -> None:
+        make = self._remote(Scorer, cpus=0, max_concurrency=64)
+        count = self.config.resources.reward_workers
+        self.scorers = [
+            make.remote(self.config.rewards, tuple(datasets), self.config.data.reader) for _ in range(count)
+        ]
+
+    def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[Any]:
+        """New rollout actors; returns the references of their readiness."""
+        resources = self.config.resources
+        make = self._remote(
+            RolloutActor, cpus=resources.rollout_cpus, gpus=self._gpus(resources.rollout_gpus), max_concurrency=4
+        )
+        for number, name in enumerate(names):
+            scorer = self.scorers[number % len(self.scorers)]
+            self.rollouts[name] = make.remote(name, spec, scorer, self.board)
+        return [self.rollouts[name].ready.remote() for name in names]
+
+    def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[Any]:
+        """The rank group; returns the references of its readiness. Rank 0 picks the meeting point."""
+        import ray
+
+        resources = self.config.resources
+        make = self._remote(
+            LearnerRank, cpus=resources.learner_cpus, gpus=self._gpus(resources.learner_gpus), max_concurrency=2
+        )
+        self.ranks = [make.remote(spec, rank, ranks, self.board) for rank in range(ranks)]
+        address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)
+        return [rank.setup.remote(address, port) for rank in self.ranks]
+
+    def stop_learner(self) -> None:
+        import ray
+
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    def wait_ready(self, references: Sequence[Any], what: str) -> list[Any]:
+        """Results of readiness calls. Raises ResourceError naming what is missing when the deadline passes."""
+        import ray
+
+        deadline = self.config.resources.start_timeout_s
+        try:
+            return ray.get(list(references), timeout=deadline)
+        except ray.exceptions.GetTimeoutError as error:
+            free = ray.available_resources()
+            raise ResourceError(
+                f"{what} not ready after {deadline:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+                "Give the run fewer actors, the cluster more nodes, or raise resources.start_timeout_s"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise ResourceError(f"{what} died while starting: {error}") from error
+
+
+def unwrap(error: Any) -> BaseException:
+    """The typed error inside a Ray task error, or the Ray error with its remote traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, AvatarError) else error

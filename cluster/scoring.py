@@ -1,0 +1,38 @@
+"""The reward pool as rollout actors see it: plain facts in, plain scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prompts.config import DataConfig
+from prompts.datasets import PromptIndex
+from rewards.actor import RewardActor
+from rewards.config import RewardConfig
+from rewards.record import Completion, ScoreRequest
+
+Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, tokens
+
+
+class Scorer:
+    """Joins the prompt records to the reward suite. Made an async Ray actor by the pool."""
+
+    def __init__(self, config: RewardConfig, datasets: Sequence[Path], data: DataConfig) -> None:
+        self.prompts = PromptIndex.read(datasets, data)
+        self.rewards = RewardActor(config)
+
+    async def check(self) -> None:
+        """Raises when a judge cannot be reached, before any training."""
+        await self.rewards.check()
+
+    async def score(self, prompt_id: str, facts: list[Facts]) -> list[tuple[float | None, dict[str, float | None]]]:
+        """Reward and components per completion; None where masked."""
+        completions = [
+            Completion(text=text, finished=finished, mean_logprob=mean_logprob, tokens=tokens)
+            for text, finished, mean_logprob, tokens in facts
+        ]
+        [group] = await self.rewards.score([ScoreRequest(prompt=self.prompts[prompt_id], completions=completions)])
+        return [(item.reward, item.components) for item in group.scored]
+
+    async def stats(self) -> dict[str, float]:
+        return await self.rewards.stats()

@@ -1,0 +1,138 @@
+"""The services under a run: Redis (embedded or by URL) and Ray (on this machine or a cluster), started and stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from buffer_service.config import BufferConfig
+from buffer_service.server import EmbeddedRedis
+from cluster.config import RunConfig
+from cluster.resources import Needs, needs_of
+from prompts.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+#: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the user.
+CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "DS_ACCELERATOR": "cpu",
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DEEPSPEED_LOG_LEVEL": "warning",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class Services:
+    """Context manager. Leaving it stops what it started, and only that; it is safe to leave twice."""
+
+    def __init__(self, config: RunConfig, data_dir: Path) -> None:
+        self.config = config
+        self.data_dir = data_dir
+        self.needs: Needs = needs_of(config)
+        self.redis: EmbeddedRedis | None = None
+        self.redis_url = ""
+        self.on_gpu = False
+        self._ray_started = False
+        self._session: Path | None = None
+
+    def __enter__(self) -> Services:
+        try:
+            self._start_redis(self.config.buffer)
+            self._start_ray()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def worker_environment(self) -> dict[str, str]:
+        """Environment of rollout, learner and reward processes."""
+        return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT)}
+
+    def _start_redis(self, buffer: BufferConfig) -> None:
+        if buffer.url is not None:
+            self.redis_url = buffer.url
+            return
+        self.redis = EmbeddedRedis(self.data_dir / "redis", appendfsync=buffer.appendfsync).start()
+        self.redis_url = self.redis.url
+
+    def _start_ray(self) -> None:
+        import ray
+
+        resources = self.config.resources
+        address = resources.address or os.environ.get("RAY_ADDRESS")
+        common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "avatar"}
+        if address:
+            ray.init(address=address, **common)
+        else:
+            # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
+            ray.init(
+                num_cpus=max(self.needs.cpus_rounded, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=resources.object_store_bytes,
+                **common,
+            )
+        self._ray_started = True
+        self._session = Path(ray._private.worker._global_node.get_session_dir_path())
+        have = ray.cluster_resources()
+        self.on_gpu = have.get("GPU", 0) > 0
+        needs = self.needs.on_gpu() if self.on_gpu else self.needs
+        short = [
+            f"{wanted:g} {name} asked, {have.get(name, 0):g} there"
+            for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus))
+            if wanted > have.get(name, 0)
+        ]
+        if short:
+            raise ResourceError(
+                f"the {'cluster' if address else 'machine'} cannot hold this run: {'; '.join(short)}. "
+                "Lower rollout.workers, learner.ranks or the per-actor resources, or add nodes"
+            )
+
+    def stop(self) -> None:
+        if self._ray_started:
+            import ray
+
+            ray.shutdown()
+            self._ray_started = False
+        if self.redis is not None:
+            self.redis.stop()
+            self.redis = None
+
+    def save_logs(self, folder: Path) -> None:
+        """Copy the workers' logs beside the run's own files; what cannot be copied is named, not hidden."""
+        source = self._session / "logs" if self._session is not None else None
+        if source is None or not source.is_dir():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [*source.glob("worker-*.err"), *source.glob("worker-*.out")]:
+            if file.stat().st_size == 0:
+                continue
+            try:
+                shutil.copy2(file, folder / file.name)
+            except OSError as error:
+                log.warning("worker log %s not copied: %s", file, error)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,352 @@
+"""One run from recipe to report. The loop itself is `Run.train`; everything it calls is named after what it does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from buffer_service.store import ReplayBuffer
+from cluster.assets import Datasets, prepare_base_model, prepare_datasets, read_prompts
+from cluster.coldstart import cold_start
+from cluster.config import RunConfig
+from cluster.evaluation import Evaluation, summarise
+from cluster.parity import DEFAULT_TOLERANCE, check_parity
+from cluster.pool import Pool, unwrap
+from cluster.screen import Screen
+from cluster.services import Services
+from cluster.specs import learner_spec, rollout_spec
+from cluster.stream import PromptStream, evaluation_tickets
+from cluster.telemetry import RunFolder, new_run_id
+from prompts.errors import ReplayBufferError, ResourceError
+
+log = logging.getLogger(__name__)
+
+MOVING = 8  # steps in accuracy/moving
+PROBE_TOKENS = 32
+MAX_ROLLOUT_RESTARTS = 8
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run can say of itself."""
+
+    run: Path
+    before: Evaluation | None
+    after: Evaluation | None
+    completions: int
+    seconds: float
+
+
+class Run:
+    """Owns one run's services, actors and folder. Use ``execute``."""
+
+    def __init__(self, config: RunConfig, screen: Screen) -> None:
+        self.config, self.screen = config, screen
+        self.run_id = new_run_id(config.name)
+        self.folder: RunFolder
+        self.services: Services
+        self.pool: Pool
+        self.buffer: ReplayBuffer
+        self.stream: PromptStream
+        self.heldout: list[str] = []
+        self.evaluations: list[Evaluation] = []
+        self.accuracies: deque[float] = deque(maxlen=MOVING)
+        self.restarts = 0
+        self._working: dict[Any, str] = {}  # run() reference -> rollout actor
+        self._last: dict[str, float] = {}
+        self._round = 0
+        self._pending_round: tuple[int, int] | None = None  # evaluation under way: round, step
+
+    def execute(self) -> RunResult:
+        """Set up, train, evaluate, export, report; whatever happens, everything started is stopped."""
+        started = time.monotonic()
+        config = self.config
+        self.folder = RunFolder(config.output.folder / self.run_id, total_steps=config.loop.steps)
+        self.folder.config(config.model_dump(mode="json"))
+        try:
+            with Services(config, self.folder.path) as self.services:
+                try:
+                    self._set_up()
+                    self._train_and_evaluate()
+                    self._finish()
+                finally:
+                    self._stop_rollouts()
+                    self.services.save_logs(self.folder.path / "logs")
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self.folder.event("interrupted" if interrupted else "failed", str(error) or type(error).__name__)
+            self.folder.status(state="interrupted" if interrupted else "failed", error=str(error))
+            raise
+        finally:
+            self._report()
+            self.folder.close()
+        first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
+        completions = int(self._last.get("completions/generated", 0))
+        return RunResult(self.folder.path, first, last, completions, time.monotonic() - started)
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        config, screen = self.config, self.screen
+        datasets = prepare_datasets(config, screen.phase)
+        base = prepare_base_model(config, screen.phase)
+        train = read_prompts(datasets.train, config)
+        if datasets.heldout is not None:
+            self.heldout = read_prompts(datasets.heldout, config).ids[: config.evaluation.limit]
+        self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
+        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
+        self.pool = Pool(config, self.services)
+        self.pool.start_board()
+        model = cold_start(config, self.pool, base, datasets, screen) if config.cold_start is not None else base
+        self._start_actors(model, datasets)
+        self._probe(train.ids)
+
+    def _start_actors(self, model: Path, datasets: Datasets) -> None:
+        config, pool = self.config, self.pool
+        self.screen.phase("starting actors", f"{config.rollout.workers} vLLM, {config.learner.ranks} DeepSpeed")
+        pool.start_scorers(datasets.asked)
+        url = self.services.redis_url
+        self._rollout_spec = rollout_spec(config, self.run_id, model, datasets, url)
+        names = [f"rollout-{number}" for number in range(config.rollout.workers)]
+        waiting = pool.start_rollouts(self._rollout_spec, names)
+        spec = learner_spec(config, self.run_id, model, datasets, url)
+        waiting += pool.start_learner(spec, ranks=config.learner.ranks)
+        waiting += [scorer.check.remote() for scorer in pool.scorers]
+        ready = pool.wait_ready(waiting, "rollout, learner and reward actors")
+        self._dtype = ready[len(names)]["dtype"]
+        self.folder.event("actors started", f"{', '.join(names)} and {config.learner.ranks} learner rank(s)")
+
+    def _probe(self, prompt_ids: list[str]) -> None:
+        import ray
+
+        probe = self.config.probe
+        if probe.prompts == 0:
+            return
+        self.screen.phase("parity probe", f"{probe.prompts} prompts on both sides")
+        chosen = prompt_ids[: probe.prompts]
+        tokens = min(PROBE_TOKENS, self.config.rollout.sampling.max_tokens)
+        try:
+            asked = ray.get(self.pool.rollouts["rollout-0"].probe.remote(chosen, tokens))
+            items = [item | {"temperature": self.config.rollout.sampling.temperature} for item in asked]
+            [seen, *_] = ray.get([rank.probe.remote(items) for rank in self.pool.ranks])
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        parity = check_parity(asked, seen, tolerance=probe.tolerance or DEFAULT_TOLERANCE[self._dtype])
+        message = f"{parity.tokens} tokens agree within {parity.max_difference:.1e}"
+        self.folder.event("parity probe", message)
+        self.screen.event(f"parity probe: {message}")
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def _train_and_evaluate(self) -> None:
+        config = self.config
+        self._work(list(self.pool.rollouts))
+        self._evaluate(step=0, phase="evaluation before training")
+        self.screen.phase("training")
+        self.folder.status(state="training")
+        pushed = 0
+        for step in range(config.loop.steps):
+            while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
+                self.buffer.push_tickets(self.stream.tickets(pushed))
+                pushed += 1
+            started = time.perf_counter()
+            wanted = config.output.samples_every and step % config.output.samples_every == 0
+            report = self._learn(step, samples=config.output.samples if wanted else 0)
+            self._log_step(step + 1, report, time.perf_counter() - started)
+            if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
+                self._begin_evaluation(step + 1)
+            self._collect_evaluation()
+        self._evaluate(step=config.loop.steps, phase="evaluation after training")
+
+    def _learn(self, step: int, *, samples: int) -> dict[str, Any]:
+        """One training step on all ranks; meanwhile dead rollout actors are replaced."""
+        import ray
+
+        waiting = [rank.train_step.remote(step, samples=samples) for rank in self.pool.ranks]
+        first = waiting[0]
+        try:
+            while waiting:
+                done, _ = ray.wait([*waiting, *self._working], num_returns=1)
+                for reference in done:
+                    if reference in self._working:
+                        self._replace(reference)
+                    else:
+                        waiting.remove(reference)
+                        ray.get(reference)
+            return ray.get(first)
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise ResourceError(f"a learner rank died in step {step}: {error}") from error
+
+    def _log_step(self, step: int, report: Mapping[str, Any], seconds: float) -> None:
+        metrics = dict(report["metrics"])
+        if "accuracy/train" in metrics:
+            self.accuracies.append(metrics["accuracy/train"])
+            metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
+        metrics |= self._buffer_metrics() | self._rollout_metrics(seconds) | {"time/step": seconds, "step": float(step)}
+        self._last = metrics
+        self.folder.metrics(step, metrics)
+        self.folder.status(step=step, reward=metrics.get("reward/mean"))
+        self.screen.update(metrics)
+        if report["samples"]:
+            self.folder.samples(step, report["samples"])
+
+    def _buffer_metrics(self) -> dict[str, float]:
+        stats = self.buffer.stats()
+        ledger = stats.ledger
+        return {
+            **{f"tiers/{name}": float(count) for name, count in stats.tiers.items()},
+            "buffer/stored": float(stats.stock),
+            "hints/active": float(stats.hints_on),
+            "quarantined/prompts": float(stats.quarantined_prompts),
+            "completions/generated": float(ledger.completions),
+            "tokens/generated": float(ledger.tokens),
+            "ledger/generated": float(ledger.generated),
+            "ledger/trained_fresh": float(ledger.trained_fresh),
+            "ledger/replay_only": float(ledger.replay_only),
+            "ledger/dropped": float(sum(ledger.dropped.values())),
+            "ledger/in_flight": float(ledger.in_flight),
+        }
+
+    def _rollout_metrics(self, seconds: float) -> dict[str, float]:
+        """Rates since the last step, from the actors' own running totals."""
+        facts = [self.buffer.get_fact(f"rollout/{name}") for name in self.pool.rollouts]
+        known = [fact for fact in facts if fact]
+        totals = {name: float(sum(fact[name] for fact in known)) for name in ("tokens", "busy_s", "wait_s")}
+        before = getattr(self, "_rollout_totals", dict.fromkeys(totals, 0.0))
+        self._rollout_totals = totals
+        gained = {name: max(0.0, totals[name] - before[name]) for name in totals}
+        busy = gained["busy_s"] + gained["wait_s"]
+        if busy <= 0:
+            return {}
+        return {
+            "rollout/tokens_per_s": gained["tokens"] / busy * max(1, len(known)),
+            "time/rollout_wait": gained["wait_s"] / busy * seconds,
+        }
+
+    # -- rollout actors --------------------------------------------------------------------------------------------
+
+    def _work(self, names: list[str]) -> None:
+        self._working |= {self.pool.rollouts[name].run.remote(): name for name in names}
+
+    def _replace(self, reference: Any) -> None:
+        """A rollout actor's ``run`` ended on its own: say why and start another; its leases expire by themselves."""
+        import ray
+
+        name = self._working.pop(reference)
+        try:
+            ray.get(reference)
+            reason = "stopped"
+        except ray.exceptions.RayError as error:
+            reason = str(unwrap(error))
+        self.restarts += 1
+        self.folder.event("rollout actor died", f"{name}: {reason}")
+        self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
+        if self.restarts > MAX_ROLLOUT_RESTARTS:
+            raise ResourceError(f"rollout actors died {self.restarts} times, last {name}: {reason}")
+        self.pool.rollouts.pop(name)
+        successor = f"rollout-{self.config.rollout.workers + self.restarts - 1}"
+        self.pool.start_rollouts(self._rollout_spec, [successor])
+        self._work([successor])
+
+    def _stop_rollouts(self) -> None:
+        """Ask the actors to stop and give them a moment, so that they leave no lease behind."""
+        import ray
+
+        if not hasattr(self, "pool") or not ray.is_initialized():
+            return
+        for actor in self.pool.rollouts.values():
+            actor.stop.remote()
+        ray.wait(list(self._working), num_returns=len(self._working), timeout=5) if self._working else None
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def _begin_evaluation(self, step: int) -> None:
+        """Ask the held-out prompts of the rollout actors; training goes on. One round at a time."""
+        if not self.heldout or self._pending_round is not None:
+            return
+        self._round += 1
+        self._pending_round = (self._round, step)
+        tickets = evaluation_tickets(self.heldout, round=self._round, min_version=self.buffer.version())
+        self.buffer.push_tickets(tickets)
+
+    def _collect_evaluation(self) -> bool:
+        """Take in the round under way when all its answers are there."""
+        if self._pending_round is None:
+            return True
+        round, step = self._pending_round
+        results = self.buffer.eval_results(round)
+        if not results.complete:
+            self.screen.progress(len(self.heldout) - results.missing, len(self.heldout))
+            return False
+        evaluation = summarise(round, list(results.payloads.values()))
+        self.buffer.clear_eval(round)
+        self._pending_round = None
+        self.evaluations.append(evaluation)
+        self.folder.metrics(step, evaluation.metrics())
+        self.folder.samples(step, evaluation.samples, kind="eval")
+        before = self.evaluations[0].accuracy
+        self.folder.status(accuracy_before=before, accuracy_now=evaluation.accuracy)
+        self.screen.update(evaluation.metrics())
+        return True
+
+    def _evaluate(self, step: int, phase: str) -> None:
+        """A whole round, waited for."""
+        if not self.heldout:
+            return
+        self.screen.phase(phase, f"{len(self.heldout)} held-out prompts, greedy")
+        deadline = time.monotonic() + self.config.evaluation.timeout_s
+        while not self._collect_evaluation():  # one that began during training
+            self._watch(deadline, step)
+        self._begin_evaluation(step)
+        while not self._collect_evaluation():
+            self._watch(deadline, step)
+
+    def _watch(self, deadline: float, step: int) -> None:
+        import ray
+
+        done, _ = ray.wait(list(self._working), num_returns=1, timeout=0.1)
+        for reference in done:
+            self._replace(reference)
+        if time.monotonic() > deadline:
+            raise ReplayBufferError(
+                f"the evaluation at step {step} did not finish within {self.config.evaluation.timeout_s:g} s: see whether "
+                "the rollout actors live, lower evaluation.limit or raise evaluation.timeout_s"
+            )
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        import ray
+
+        if self.config.output.export:
+            self.screen.phase("exporting", "Hugging Face checkpoint")
+            path = self.folder.path / "checkpoint"
+            ray.get([rank.export.remote(path.resolve()) for rank in self.pool.ranks])
+            self.folder.event("exported", str(path))
+        books = self.buffer.check_ledger()
+        self.folder.event("ledger closed", f"{books.generated} groups generated, {books.completions} completions")
+        self.folder.status(state="finished")
+
+    def _report(self) -> None:
+        if not self.config.output.report:
+            return
+        from cluster.report import write_report
+
+        try:
+            write_report(self.folder.path)
+        except Exception as error:  # a report must never hide how the run ended
+            log.warning("no report for %s: %s", self.folder.path, error, exc_info=True)
+
+
+def train(config: RunConfig) -> RunResult:
+    """Run a recipe; raises AvatarError children for everything a user can cure."""
+    is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
+    with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
+        return Run(config, screen).execute()

@@ -1,0 +1,162 @@
+"""The DeepSpeed engine behind four methods: accumulate, step, score, state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learner.policy import MicroBatch, Policy, PolicyOutput, freeze
+from prompts.errors import ConfigError
+
+if TYPE_CHECKING:
+    from learner.config import OptimizerConfig
+
+
+LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
+
+
+def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    import deepspeed
+
+    if not on_gpu:
+        # Its shared-memory collectives cost a minute of compiling and leak /dev/shm segments; gloo does the same work.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+
+
+def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration for one optimiser step per training step (STACK "DeepSpeed")."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # micro-batches per step vary: our step() is the boundary
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class TrainEngine:
+    """A policy under DeepSpeed. Losses handed to ``accumulate`` are this rank's share of a sum over all ranks."""
+
+    def __init__(self, policy: Policy, config: OptimizerConfig, *, world_size: int, dtype: str) -> None:
+        import deepspeed
+
+        self.config = config
+        self.world_size = world_size
+        if freeze(policy, config.freeze) == 0:
+            raise ConfigError(
+                f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is left to train"
+            )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=self._optimizer(policy),
+            config=deepspeed_config(config, world_size, dtype),
+        )
+        self.device = self.engine.device
+        self.updates = 0
+
+    def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
+        """AdamW; no decay on vectors (norms, biases), as is usual."""
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        arguments: dict[str, Any] = {"lr": self.config.lr, "betas": self.config.betas, "eps": self.config.eps}
+        if self.config.offload_optimizer:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return torch.optim.AdamW(groups, **arguments)
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.module
+
+    def forward(self, batch: MicroBatch) -> PolicyOutput:
+        """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the ratio."""
+        return self.engine(batch.to(self.device))
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction, spare: MicroBatch) -> None:
+        """Add the gradients of ``loss(i, micro_batch, output)`` over this rank's micro-batches.
+
+        Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
+        many: the missing ones are run on ``spare`` with weight zero.
+        """
+        for number, micro_batch in enumerate(micro_batches):
+            self._backward(loss(number, micro_batch, self.forward(micro_batch)))
+        for _ in range(self._most(len(micro_batches)) - len(micro_batches)):
+            self._backward(self.forward(spare).logprobs.sum() * 0.0)
+
+    def _most(self, count: int) -> int:
+        if self.world_size == 1 or self.config.zero_stage < 2:
+            return max(count, 1)
+        most = torch.tensor(max(count, 1), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the factor makes it the sum that the step's totals are made for.
+        self.engine.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        """Clip, update and clear; returns the global gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        self.updates += 1
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> PolicyOutput:
+        return self.engine(batch.to(self.device))
+
+    @contextlib.contextmanager
+    def _whole_parameters(self) -> Iterator[None]:
+        if self.config.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
+            yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Full weights on the CPU, by our parameter names. Collective under ZeRO-3: call it on every rank."""
+        with self._whole_parameters():
+            return {
+                name.removeprefix("model.") if name.startswith("model.") else name: parameter.detach().to(
+                    "cpu", copy=True
+                )
+                for name, parameter in self.policy.named_parameters()
+            }
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"updates": self.updates})
+
+    def load(self, folder: Path, tag: str) -> None:
+        path, client = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ConfigError(
+                f"checkpoint {folder}/{tag} cannot be loaded: it is missing or was written by another setup"
+            )
+        self.updates = int(client["updates"])

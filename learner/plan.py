@@ -1,0 +1,108 @@
+"""One training step as data: its completions, their advantages, and how they are split into micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buffer_service.trajectory import Group, Trajectory
+from learner.advantages import Advantages, rewards_tensor, step_advantages
+from learner.batch import Size, pack, share_out
+from learner.config import LearnerConfig
+from learner.objective import StepTotals
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What rank 0 leased and drew for a step, as every rank receives it."""
+
+    step: int
+    version: int  # policy version that is trained
+    groups: tuple[Group, ...]
+    replays: tuple[Trajectory, ...]
+    baselines: tuple[float, ...]  # Rbar per replay
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """N completions: all fresh ones in order of their groups, then the replays."""
+
+    trajectories: list[Trajectory]  # N
+    is_replay: Tensor  # (N,) bool
+    advantages: Advantages
+    totals: StepTotals
+    ages: Tensor  # (replays,) policy versions since a replay was generated
+    shares: list[list[list[int]]]  # per rank, its micro-batches as indices into the N
+
+    def sequences(self, kind: bool) -> int:
+        return int((self.is_replay == kind).sum())
+
+
+def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: int) -> StepPlan:
+    """Advantages over the whole step (METHOD 1.1) and a split that every rank computes alike."""
+    fresh = [trajectory for group in work.groups for trajectory in group.trajectories]
+    trajectories = [*fresh, *work.replays]
+    hosts = _hosts(work.groups, work.replays)
+    is_replay = torch.tensor([False] * len(fresh) + [True] * len(work.replays))
+    groups = torch.tensor([i for i, group in enumerate(work.groups) for _ in group.trajectories] + hosts)
+    prompts = [group.prompt_id for group in work.groups]
+    same_prompt = [False] * len(fresh) + [
+        replay.prompt_id == prompts[host] for replay, host in zip(work.replays, hosts, strict=True)
+    ]
+    objective = config.objective
+    advantages = step_advantages(
+        rewards_tensor([trajectory.reward for trajectory in trajectories]),
+        groups,
+        is_replay,
+        torch.tensor([0.0] * len(fresh) + list(work.baselines), dtype=torch.float64),
+        torch.tensor(same_prompt),
+        scale_rewards=objective.scale_rewards,
+        replay_advantage=objective.replay_advantage,
+    )
+    sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
+    batches = pack(sizes, config.micro_batch_tokens, share_prefix=config.share_prefix)
+    return StepPlan(
+        trajectories=trajectories,
+        is_replay=is_replay,
+        advantages=advantages,
+        totals=StepTotals.count(
+            torch.tensor([len(t.token_ids) for t in trajectories]),
+            is_replay,
+            objective,
+            truncated=truncated(trajectories),
+            max_completion_tokens=max_tokens,
+        ),
+        ages=torch.tensor([work.version - replay.version for replay in work.replays]),
+        shares=share_out(batches, sizes, ranks),
+    )
+
+
+def truncated(trajectories: Sequence[Trajectory]) -> Tensor:
+    """(N,) bool, completions that hit the length limit."""
+    return torch.tensor([trajectory.finish_reason == "length" for trajectory in trajectories])
+
+
+def _hosts(groups: Sequence[Group], replays: Sequence[Trajectory]) -> list[int]:
+    """The mixed group each replay is trained in: one of its own prompt with room left, else the emptiest.
+
+    Only ``joint`` advantages and the dead-group metrics look at this; VCRS does not depend on it.
+    """
+    room = -(-len(replays) // max(1, len(groups)))
+    load = [0] * len(groups)
+    by_prompt: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        by_prompt.setdefault(group.prompt_id, []).append(index)
+    hosts: list[int] = [-1] * len(replays)
+    for number, replay in enumerate(replays):
+        host = next((i for i in by_prompt.get(replay.prompt_id, ()) if load[i] < room), None)
+        if host is not None:
+            hosts[number] = host
+            load[host] += 1
+    for number, host in enumerate(hosts):
+        if host < 0:
+            hosts[number] = min(range(len(groups)), key=lambda i: (load[i], i))
+            load[hosts[number]] += 1
+    return hosts

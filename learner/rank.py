@@ -1,0 +1,413 @@
+"""A learner rank: rank 0 leases and draws a step, all ranks train their share of it, rank 0 publishes and commits.
+
+Only rank 0 talks to the buffer: one lease, one fence and one draw per step, so the deviation of the replayed batch and
+the denominators of the loss are those of the whole step without any further exchange (METHOD 1.1).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from buffer_service.config import BufferConfig
+from buffer_service.store import ReplayBuffer
+from buffer_service.trajectory import Trajectory
+from learner.batch import Row, collate, padded
+from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+from learner.engine import TrainEngine, init_distributed
+from learner.export import export_checkpoint
+from learner.health import HealthAccumulator
+from learner.model import load_model
+from learner.objective import policy_loss
+from learner.plan import StepPlan, StepWork, plan_step, truncated
+from learner.policy import MicroBatch, Policy, PolicyOutput
+from learner.publisher import Publisher
+from learner.reference import ReferencePolicy
+from learner.schedule import lr_at
+from learner.sft import ColdStart
+from learner.shaping import tas_weights
+from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from prompts.datasets import PromptIndex
+from prompts.errors import ModelError, ReplayBufferError
+from prompts.media import MediaLoader
+from prompts.template import EncodedPrompt, PromptEncoder
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.005  # between looks for a complete step
+#: A rank waits this long for another one; generation between steps may take minutes.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """All a learner rank needs to know; plain data, sent once."""
+
+    run_id: str
+    seed: int
+    model: Path
+    reference: Path
+    datasets: tuple[Path, ...]
+    data: DataConfig
+    media: MediaConfig
+    template: TemplateConfig
+    learner: LearnerConfig
+    sft: SftConfig | None  # set: this group runs the cold start and never meets the buffer
+    buffer: BufferConfig
+    redis_url: str
+    steps: int
+    replayed: int  # per group
+    max_tokens: int  # longest completion that is sampled
+    step_timeout_s: float
+
+
+class LearnerRank:
+    """Plain class; the cluster makes it a Ray actor. Methods without "rank 0" in their text run on every rank."""
+
+    def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any) -> None:
+        self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, board
+        self.prompts = PromptIndex.read(spec.datasets, spec.data)
+        self.encoder = PromptEncoder(spec.model, MediaLoader(spec.media, base=Path(".")), spec.template)
+        self.engine: TrainEngine
+        self.reference: ReferencePolicy | None = None
+        self.buffer: ReplayBuffer | None = None
+        self.publisher: Publisher | None = None
+        self.cold_start: ColdStart | None = None
+        self.epoch = 0
+        self.skipped = 0
+        self.clock = Clock()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Rank 0: address and port where the group meets."""
+        import socket
+
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, address: str, port: int) -> dict[str, Any]:
+        """Join the group and load the policy."""
+        import os
+
+        os.environ.update(
+            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.ranks), LOCAL_SIZE="1",
+            MASTER_ADDR=address, MASTER_PORT=str(port),
+        )  # fmt: skip
+        spec, on_gpu = self.spec, torch.cuda.is_available()
+        if not on_gpu:
+            torch.set_num_threads(spec.learner.threads)
+        init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
+        optimizer = self._optimizer()
+        dtype = optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+        model = load_model(spec.model, dtype=dtype)
+        if spec.learner.gradient_checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.eval()
+        policy = Policy(model, share_prefix=spec.learner.share_prefix)
+        self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
+        names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
+        if self.rank == 0:
+            self.publisher = Publisher(spec.model, names, self.board, dtype=dtype)
+        if spec.sft is not None:
+            prompts = list(self.prompts)
+            self.cold_start = ColdStart(self.engine, self.encoder, prompts, spec.sft, rank=self.rank)
+        else:
+            self._setup_rl(dtype)
+        return {"rank": self.rank, "dtype": dtype, "parameters": sum(p.numel() for p in policy.parameters())}
+
+    def _optimizer(self) -> OptimizerConfig:
+        return self.spec.sft.optimizer if self.spec.sft is not None else self.spec.learner.optimizer
+
+    def _setup_rl(self, dtype: str) -> None:
+        spec = self.spec
+        if spec.learner.objective.beta > 0:
+            self.reference = ReferencePolicy(
+                spec.reference, dtype=dtype, share_prefix=spec.learner.share_prefix, device=self.engine.device,
+                cached=spec.learner.reference_cache,
+            )  # fmt: skip
+        if self.rank == 0:
+            self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
+            self.epoch = self.buffer.new_epoch()
+
+    # -- Stage 0 ---------------------------------------------------------------------------------------------------
+
+    def sft(self, first: int, count: int) -> dict[str, Any]:
+        """``count`` cold-start updates from ``first``: mean loss per token and tokens seen."""
+        assert self.cold_start is not None
+        return self.cold_start.run(first, count)
+
+    # -- RL --------------------------------------------------------------------------------------------------------
+
+    def probe(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The learner's view of the engine's probe completions, for the parity probe."""
+        answers = []
+        for item in items:
+            prompt = self.encoder.encode(self.prompts[item["prompt_id"]], hinted=False)
+            row = Row((item["prompt_id"], False), prompt, item["token_ids"], item["temperature"])
+            output = self.engine.score(collate([row], share_prefix=self.engine.policy.share_prefix))
+            answers.append(
+                {
+                    "prompt_token_ids": prompt.input_ids.numpy(),
+                    "placeholders": {name: list(value.shape) for name, value in prompt.features.items()},
+                    "logprobs": output.logprobs[0].cpu().numpy(),
+                }
+            )
+        return answers
+
+    def train_step(self, step: int, *, samples: int = 0) -> dict[str, Any]:
+        """Train ``step``, publish the next version and commit; rank 0 returns metrics and sampled groups.
+
+        Raises ReplayBufferError when the step's groups do not arrive in time.
+        """
+        self.clock = Clock()
+        with self.clock("learner_wait"):
+            work = self._receive(self._collect(step) if self.rank == 0 else None)
+        plan = plan_step(work, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+        health = self._train(plan)
+        rate = self._lr(step)
+        with self.clock("optimizer"):
+            norm = self.engine.step(rate)
+        with self.clock("publish"):
+            weights = self.engine.state_dict()
+            if self.rank == 0:
+                self._commit(work, weights)
+        gathered = self._gather(health)
+        if self.rank != 0:
+            return {}
+        metrics = self._metrics(plan, work, gathered) | {"lr": rate, "grad_norm": norm}
+        return {"metrics": metrics, "samples": self._samples(work, samples)}
+
+    def export(self, path: Path) -> str:
+        """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
+        weights = self.engine.state_dict()
+        if self.publisher is not None:
+            export_checkpoint(self.publisher.rename(weights), self.spec.model, path)
+        return str(path)
+
+    # -- the parts of a step ---------------------------------------------------------------------------------------
+
+    def _collect(self, step: int) -> StepWork:
+        """Rank 0: the step's groups, as soon as all are in, and its replays."""
+        buffer, spec = self.buffer, self.spec
+        assert buffer is not None
+        deadline = time.monotonic() + spec.step_timeout_s
+        while True:
+            share = buffer.lease_fresh("learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch)
+            if share.ready:
+                break
+            if time.monotonic() > deadline:
+                raise ReplayBufferError(
+                    f"step {step}: {share.missing} of {share.expected} groups did not arrive within "
+                    f"{spec.step_timeout_s:g} s: see whether rollout and reward actors live, or raise loop.step_timeout_s"
+                )
+            time.sleep(POLL_S)
+        version = buffer.version()
+        replays = buffer.draw(
+            len(share.groups) * spec.replayed, step=step, seed=spec.seed, version=version,
+            prompt_ids=[group.prompt_id for group in share.groups],
+        ) if share.groups else []  # fmt: skip
+        baselines = buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
+        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines))
+
+    def _receive(self, work: StepWork | None) -> StepWork:
+        if self.ranks == 1:
+            assert work is not None
+            return work
+        box = [work]
+        dist.broadcast_object_list(box, src=0)
+        received = box[0]
+        assert received is not None
+        return received
+
+    def _train(self, plan: StepPlan) -> HealthAccumulator:
+        """Forward and backward over this rank's micro-batches."""
+        health = HealthAccumulator()
+        if self.rank == 0:
+            health.add_step(plan.advantages, plan.is_replay, plan.ages)
+        if not plan.trajectories:
+            return health
+        share = plan.shares[self.rank]
+        with self.clock("encode"):
+            rows = {i: self._row(plan.trajectories[i]) for indices in share for i in indices}
+            micro_batches = [self._collate([rows[i] for i in indices]) for indices in share]
+            spare = micro_batches[0] if micro_batches else self._collate([self._row(plan.trajectories[0])])
+
+        def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
+            indices = share[number]
+            return self._loss(plan, indices, [rows[i] for i in indices], micro_batch, output, health)
+
+        with self.clock("forward_backward"):
+            self.engine.accumulate(micro_batches, loss, spare)
+        return health
+
+    def _loss(
+        self, plan: StepPlan, indices: list[int], rows: list[Row], batch: MicroBatch, output: PolicyOutput,
+        health: HealthAccumulator,
+    ) -> Tensor:  # fmt: skip
+        config, device = self.spec.learner.objective, output.logprobs.device
+        chosen = [plan.trajectories[i] for i in indices]
+        mask = batch.mask.to(device)
+        reference = self.reference.logprobs([t.id for t in chosen], rows) if self.reference is not None else None
+        result = policy_loss(
+            output.logprobs,
+            padded([t.logprobs for t in chosen]).to(device),
+            mask,
+            plan.advantages.values[indices].to(device, torch.float32),
+            tas_weights(mask, config.tas_shape, config.tas_lambda, config.tas_normalize),
+            plan.is_replay[indices].to(device),
+            reference,
+            config,
+            totals=plan.totals,
+            truncated=truncated(chosen).to(device),
+            old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
+        )
+        if not torch.isfinite(result.loss):
+            return self._skip(chosen, result.rows, output)
+        health.add(result, output.entropy)
+        return result.loss
+
+    def _skip(self, chosen: list[Trajectory], rows: Tensor, output: PolicyOutput) -> Tensor:
+        """Leave a micro-batch with a NaN loss out; stop the run when that happens too often."""
+        culprits = [t.id for t, row in zip(chosen, rows.tolist(), strict=True) if not np.isfinite(row)]
+        self.skipped += 1
+        log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
+        if self.skipped > self.spec.learner.max_skipped:
+            raise ModelError(
+                f"{self.skipped} micro-batches had a loss that is not finite, last because of trajectories {culprits}: "
+                "lower learner.optimizer.lr, or look at the rewards of these trajectories"
+            )
+        return torch.nan_to_num(output.logprobs.sum(), nan=0.0) * 0.0
+
+    def _row(self, trajectory: Trajectory) -> Row:
+        encoded = self._encode(trajectory)
+        return Row(
+            (trajectory.prompt_id, trajectory.hinted), encoded, trajectory.token_ids, trajectory.temperature
+        )
+
+    def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
+        encoded = self.encoder.encode(self.prompts[trajectory.prompt_id], hinted=trajectory.hinted)
+        if encoded.digest != trajectory.prompt_digest:
+            raise ModelError(
+                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other tokens now than when it was "
+                f"generated ({len(encoded.input_ids)} against {trajectory.prompt_tokens}): the dataset, template or "
+                "pixel bounds changed; start from an empty buffer"
+            )
+        return encoded
+
+    def _collate(self, rows: list[Row]) -> MicroBatch:
+        return collate(rows, share_prefix=self.spec.learner.share_prefix)
+
+    def _lr(self, step: int) -> float:
+        config, steps = self.spec.learner, self.spec.steps
+        return lr_at(
+            step, lr=config.optimizer.lr, warmup=round(config.warmup * steps), total=steps, schedule=config.schedule
+        )
+
+    def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
+        """Weights first, then the version that announces them: whoever sees the number can have the tensors."""
+        assert self.publisher is not None and self.buffer is not None
+        self.publisher.publish(work.version + 1, weights)
+        self.buffer.commit_step(work.step, work.version + 1, [group.id for group in work.groups], self.epoch)
+
+    def _gather(self, health: HealthAccumulator) -> HealthAccumulator:
+        if self.ranks == 1:
+            return health
+        box: list[Any] = [None] * self.ranks
+        dist.all_gather_object(box, health)
+        for other in box[1:]:
+            box[0].merge(other)
+        return box[0]
+
+    def _metrics(self, plan: StepPlan, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
+        fresh = [t for group in work.groups for t in group.trajectories]
+        metrics = health.metrics()
+        metrics["loss/total"] = metrics["loss/policy"] + metrics["loss/kl"]
+        if self.buffer is not None and "kl/behaviour" in metrics:
+            self.buffer.report_behaviour_kl(metrics["kl/behaviour"])
+        if fresh:
+            metrics |= _reward_metrics(fresh)
+            lag = [work.version - trajectory.version for trajectory in fresh]
+            metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
+            metrics["groups/fresh"] = float(len(work.groups))
+        metrics["version"] = float(work.version + 1)
+        metrics["replay/share"] = len(work.replays) / max(1, len(plan.trajectories))
+        tokens = float(sum(len(t.token_ids) for t in plan.trajectories))
+        seconds = self.clock.spent
+        metrics["tokens/trained"] = tokens
+        busy = sum(value for name, value in seconds.items() if name != "learner_wait")
+        metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
+        metrics["learner/skipped"] = float(self.skipped)
+        return metrics | {f"time/{name}": value for name, value in seconds.items()}
+
+    def _samples(self, work: StepWork, count: int) -> list[dict[str, Any]]:
+        """A few fresh groups as readable rows for the run folder."""
+        return [self._sample(trajectory) for group in work.groups[:count] for trajectory in group.trajectories]
+
+    def _sample(self, trajectory: Trajectory) -> dict[str, Any]:
+        prompt = self.prompts[trajectory.prompt_id]
+        return {
+            "prompt_id": prompt.id,
+            "category": prompt.category,
+            "needs": list(prompt.needs),
+            "question": prompt.question,
+            "answer": prompt.answer,
+            "text": self.encoder.tokenizer.decode(trajectory.token_ids.tolist()),
+            "reward": trajectory.reward,
+            "accuracy": trajectory.components.get("accuracy"),
+            "components": trajectory.components,
+            "hinted": trajectory.hinted,
+            "version": trajectory.version,
+            "finish_reason": trajectory.finish_reason,
+            "tokens": len(trajectory.token_ids),
+        }
+
+
+def _reward_metrics(fresh: list[Trajectory]) -> dict[str, float]:
+    rewards = np.array([trajectory.reward for trajectory in fresh])
+    lengths = np.array([len(trajectory.token_ids) for trajectory in fresh])
+    parts: dict[str, list[float]] = defaultdict(list)
+    for trajectory in fresh:
+        for name, value in trajectory.components.items():
+            if value is not None:
+                parts[name].append(value)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
+        "completion/length_mean": float(lengths.mean()),
+        "completions/truncated_share": float(truncated(fresh).float().mean()),
+        "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
+    }
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[phase] += time.perf_counter() - start
+

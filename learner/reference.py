@@ -1,0 +1,43 @@
+"""The frozen reference policy of the KL term; log-probabilities of replayed trajectories are computed only once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.batch import Row, collate, padded
+from learner.model import load_model
+from learner.policy import Policy
+
+
+class ReferencePolicy:
+    """k3 KL needs log pi_ref of every trained token (METHOD 1.1); a cache keyed by trajectory id serves replays."""
+
+    def __init__(self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int) -> None:
+        self.policy = Policy(load_model(path, dtype=dtype), share_prefix=share_prefix).eval().to(device)
+        self.policy.requires_grad_(False)
+        self.device = device
+        self.cached = cached
+        self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+
+    @torch.no_grad()
+    def logprobs(self, ids: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """(B, T) reference log-probabilities of a micro-batch's tokens, 0 where padded."""
+        missing = [i for i, key in enumerate(ids) if key not in self._cache]
+        if missing:
+            batch = collate([rows[i] for i in missing], share_prefix=self.policy.share_prefix)
+            scores = self.policy(batch.to(self.device)).logprobs.cpu().numpy()
+            for row, i in zip(scores, missing, strict=True):
+                self._cache[ids[i]] = row[: len(rows[i].token_ids)].copy()
+        for key in ids:
+            self._cache.move_to_end(key)
+        result = padded([self._cache[key] for key in ids])
+        while len(self._cache) > max(self.cached, len(ids)):
+            self._cache.popitem(last=False)
+        return result.to(self.device)

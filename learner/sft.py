@@ -1,0 +1,100 @@
+"""Stage 0: supervised cold start on prompts that carry their reasoning, through the RL learner's own engine (METHOD 1.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learner.batch import Row, Size, collate, pack
+from learner.policy import MicroBatch, PolicyOutput
+from learner.schedule import lr_at
+from prompts.errors import DataError
+from prompts.record import Prompt
+
+if TYPE_CHECKING:
+    from learner.config import SftConfig
+    from learner.engine import TrainEngine
+    from prompts.template import PromptEncoder
+
+
+def target_text(prompt: Prompt) -> str:
+    """The completion a prompt teaches: its reasoning and its answer in the output format (METHOD 1.5)."""
+    if not prompt.reasoning:
+        raise DataError(f"cold-start prompt {prompt.id!r} has no reasoning: fill its `reasoning` or leave it out")
+    return f"<think>{prompt.reasoning}</think><answer>{prompt.answer}</answer>"
+
+
+class ColdStart:
+    """Cross-entropy on completion tokens, mean over the global batch's tokens; the loss does not depend on the split."""
+
+    def __init__(
+        self, engine: TrainEngine, encoder: PromptEncoder, prompts: Sequence[Prompt], config: SftConfig, *, rank: int
+    ) -> None:
+        if len(prompts) < config.batch_size:
+            raise DataError(f"cold start has {len(prompts)} prompts, fewer than one batch of {config.batch_size}")
+        self.engine, self.encoder, self.prompts, self.config, self.rank = engine, encoder, list(prompts), config, rank
+        tokenizer = encoder.tokenizer
+        self.end = tokenizer.eos_token_id
+        self.targets = [
+            np.array([*tokenizer(target_text(prompt), add_special_tokens=False)["input_ids"], self.end], dtype=np.int32)
+            for prompt in self.prompts
+        ]
+        self._rows: dict[int, Row] = {}
+
+    def run(self, first: int, count: int) -> dict[str, Any]:
+        """Updates ``first`` to ``first + count - 1``; returns the mean loss per token and the tokens seen."""
+        loss = tokens = 0.0
+        for update in range(first, first + count):
+            step_loss, step_tokens = self._update(update)
+            loss += step_loss
+            tokens += step_tokens
+        return {"update": first + count, "loss": loss / count, "tokens": int(tokens)}
+
+    def _batch(self, update: int) -> list[int]:
+        """Indices of one global batch: epochs shuffled from the seed, the same on every rank."""
+        size = self.config.batch_size
+        per_epoch = len(self.prompts) // size
+        epoch, position = divmod(update, per_epoch)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
+        return order[position * size : (position + 1) * size].tolist()
+
+    def _update(self, update: int) -> tuple[float, int]:
+        batch = self._batch(update)
+        total = sum(len(self.targets[i]) for i in batch)
+        share = batch[self.rank :: self.engine.world_size]
+        rows = [self._row(i) for i in share]
+        sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
+        share_prefix = self.engine.policy.share_prefix
+        micro_batches = [
+            collate([rows[i] for i in indices], share_prefix=share_prefix)
+            for indices in pack(sizes, self.config.micro_batch_tokens, share_prefix=share_prefix)
+        ]
+        loss_sum = torch.zeros((), dtype=torch.float64)
+
+        def cross_entropy(_: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
+            loss = -output.logprobs.sum() / total  # padded positions are 0
+            loss_sum.add_(loss.detach().double().cpu())
+            return loss
+
+        self.engine.accumulate(micro_batches, cross_entropy, spare=micro_batches[0])
+        config = self.config
+        rate = lr_at(
+            update, lr=config.optimizer.lr, warmup=config.warmup, total=config.steps, schedule=config.schedule,
+            floor=config.lr_floor,
+        )  # fmt: skip
+        self.engine.step(rate)
+        if self.engine.world_size > 1:
+            dist.all_reduce(loss_sum)
+        return float(loss_sum), total
+
+    def _row(self, index: int) -> Row:
+        if index not in self._rows:
+            prompt = self.prompts[index]
+            hinted = prompt.extra.get("hinted") == "true"  # rows that teach to follow a hint
+            self._rows[index] = Row((prompt.id, hinted), self.encoder.encode(prompt, hinted), self.targets[index])
+        return self._rows[index]

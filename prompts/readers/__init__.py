@@ -1,0 +1,1 @@
+"""Dataset rows of the field's common layouts turned into prompts."""

@@ -1,0 +1,103 @@
+"""One question out of chat messages: content lists with typed parts, or text with <video><audio><image> tags."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from prompts.config import DataConfig
+from prompts.input_error import InputError
+from prompts.readers.media_items import KINDS, media_item
+from prompts.record import MediaItem, Modality
+
+_TAG = re.compile(r"<(video|audio|image)>")
+
+
+@dataclass
+class Chat:
+    """What a conversation of one user turn holds."""
+
+    question: str
+    system: str | None
+    target: str | None  # the assistant's turn: SFT target and, where nothing else names it, the answer
+    items: list[MediaItem]  # in the order of their placeholders
+
+
+def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str) -> Chat:
+    """The user turn's text and media; media without a path of their own come from the row's lists in turn."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise InputError(where, "messages are not a list of {role, content}", "correct the messages")
+    waiting = {kind: _listed(row, kind) for kind in KINDS}
+    turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+    items: list[MediaItem] = []
+    for message in messages:
+        role = message["role"]
+        if role not in turns:
+            raise InputError(where, f"message of the role {role!r}", "only system, user and assistant are read")
+        text, found = _content(message.get("content"), waiting, config, where)
+        turns[role].append(text)
+        items += found
+    if len(turns["user"]) != 1:
+        raise InputError(
+            where, f"{len(turns['user'])} user turns", "a prompt asks one question: split or join the conversation"
+        )
+    if not items:  # ms-swift also takes lists without tags, and puts the media first
+        items = [media_item(waiting[kind].pop(0), kind, config, where) for kind in KINDS for _ in list(waiting[kind])]
+    for kind, rest in waiting.items():
+        if rest:
+            raise InputError(
+                where, f"{len(rest)} more {kind}s than <{kind}> places in the messages", "add the tag, or drop the file"
+            )
+    system = "\n".join(turns["system"]).strip() or None
+    return Chat(turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items)
+
+
+def listed_media(row: dict[str, Any], config: DataConfig, where: str) -> list[MediaItem]:
+    """Media of rows that name them beside the question, not inside messages."""
+    return [media_item(entry, kind, config, where) for kind in KINDS for entry in _listed(row, kind)]
+
+
+def _listed(row: dict[str, Any], kind: Modality) -> list[Any]:
+    """Entries of ``videos``/``video``/``video_path`` or of Video-R1's ``path`` with ``data_type``."""
+    entries: list[Any] = []
+    for key in (f"{kind}s", kind, f"{kind}_path"):
+        value = row.get(key)
+        if value:
+            entries += value if isinstance(value, list) else [value]
+    if row.get("path") and row.get("data_type") == kind:
+        entries.append(row["path"])
+    return entries
+
+
+def _content(
+    content: Any, waiting: dict[Modality, list[Any]], config: DataConfig, where: str
+) -> tuple[str, list[MediaItem]]:
+    """Text of a message without its media places, and the media in the order of the places."""
+    items: list[MediaItem] = []
+    if isinstance(content, str):
+        for tag in _TAG.finditer(content):
+            kind: Modality = tag[1]  # type: ignore[assignment]
+            items.append(media_item(_next(waiting, kind, where), kind, config, where))
+        return _TAG.sub("", content).strip(), items
+    if not isinstance(content, list):
+        raise InputError(where, f"message content is a {type(content).__name__}", "give text or a list of parts")
+    texts: list[str] = []
+    for part in content:
+        kind_or_text = part.get("type") if isinstance(part, dict) else None
+        if kind_or_text == "text":
+            texts.append(str(part.get("text") or ""))
+        elif kind_or_text in KINDS:
+            own = {key: value for key, value in part.items() if key not in ("type", "text") and value is not None}
+            items.append(media_item(own or _next(waiting, kind_or_text, where), kind_or_text, config, where))
+        else:
+            raise InputError(where, f"content part of the type {kind_or_text!r}", f"known are text, {', '.join(KINDS)}")
+    return "\n".join(text.strip() for text in texts if text.strip()), items
+
+
+def _next(waiting: dict[Modality, list[Any]], kind: Modality, where: str) -> Any:
+    if not waiting[kind]:
+        raise InputError(
+            where, f"a {kind} place in the messages without a file", f"add it to the row's {kind}s, or drop the tag"
+        )
+    return waiting[kind].pop(0)

@@ -1,0 +1,106 @@
+"""Media entries as datasets write them, turned into media items with a decode plan."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from prompts.config import DataConfig
+from prompts.input_error import InputError
+from prompts.record import MediaItem, Modality
+
+KINDS: tuple[Modality, ...] = get_args(Modality)
+
+#: Keys of a media entry (Qwen's, ours) and the MediaItem field each one sets.
+_KEYS = {
+    "fps": "fps",
+    "nframes": "frames",
+    "frames": "frames",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+    "sample_rate": "sample_rate",
+    "sampling_rate": "sample_rate",
+    "digest": "digest",
+    "clip": "clip",
+}
+_PATH_KEYS = ("path", "uri", "url", "file")
+_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
+
+
+def media_item(entry: Any, kind: Modality, config: DataConfig, where: str) -> MediaItem:
+    """One medium from a path or a dict (``{"video": path, "fps": 2, "video_start": 1.0}``, ``{"bytes": ...}``)."""
+    fields: dict[str, Any] = {"kind": kind}
+    if isinstance(entry, str):
+        fields["uri"] = entry
+    elif isinstance(entry, dict):
+        values = {key: value for key, value in entry.items() if value is not None and key not in ("type", "text")}
+        fields["uri"] = _uri(values, kind, config, where)
+        start, end = values.pop("video_start", None), values.pop("video_end", None)
+        if end is not None:
+            fields["clip"] = (start or 0.0, end)
+        elif start is not None:
+            raise InputError(where, f"{kind} names video_start without video_end", "give both, in seconds")
+        for key, value in values.items():
+            if key not in _KEYS:
+                raise InputError(
+                    where, f"{kind} entry has the unknown key {key!r}", f"remove it; known are {sorted(_KEYS)}"
+                )
+            fields[_KEYS[key]] = value
+    else:
+        raise InputError(
+            where, f"{kind} is given as a {type(entry).__name__}", "give a path; frame lists are not read, make a video"
+        )
+    try:
+        return MediaItem.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(where, f"{kind} entry: {_first(error)}", "correct the media entry") from error
+
+
+def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
+    """``item`` with the decode settings it leaves open taken from ``config``."""
+    given = item.model_fields_set
+    update: dict[str, Any] = {}
+    if item.kind == "audio":
+        update = {"sample_rate": config.sample_rate}
+    else:
+        update = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        if item.kind == "video" and not given & {"frames", "fps"}:
+            update |= {"frames": config.frames, "fps": config.fps}
+    return item.model_copy(update={key: value for key, value in update.items() if key not in given})
+
+
+def _uri(values: dict[str, Any], kind: Modality, config: DataConfig, where: str) -> str:
+    """Takes the path (or the embedded bytes) out of ``values``."""
+    found = [values.pop(key) for key in (kind, f"{kind}_url", f"{kind}_path", *_PATH_KEYS) if key in values]
+    paths = [value.get("url") if isinstance(value, dict) else value for value in found]
+    embedded = values.pop("bytes", None)
+    if embedded is not None:
+        return _extract(embedded, kind, config, where)
+    if not paths or not isinstance(paths[0], str) or not paths[0]:
+        raise InputError(where, f"{kind} entry without a path", "give its path; frame lists are not read, make a video")
+    return paths[0]
+
+
+def _extract(content: bytes, kind: Modality, config: DataConfig, where: str) -> str:
+    """Writes media embedded in a row to a file named by its content; returns the path."""
+    if config.extract_to is None:
+        raise InputError(where, f"{kind} is embedded in the row", "set data.extract_to to a folder to write it to")
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), ".bin")
+    folder: Path = config.extract_to.absolute()
+    path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    return str(path)
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    place = ".".join(str(part) for part in detail["loc"])
+    return f"{place}: {detail['msg']}" if place else detail["msg"]

@@ -1,0 +1,165 @@
+"""Rows of a dataset file or folder as dicts, one at a time, each knowing where it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prompts.input_error import InputError
+
+_BATCH_ROWS = 256
+_LAYOUTS = ".jsonl, .json (an array), .parquet, a folder of these, or a folder saved by `datasets`"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``content`` is what is wrong with it where it could not be read."""
+
+    where: str  # "file:line", or "file:row" where rows are not lines
+    number: int  # 1-based line or row
+    content: dict[str, Any] | InputError
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The row's values. Raises the InputError of a malformed row."""
+        if isinstance(self.content, InputError):
+            raise self.content
+        return self.content
+
+
+def iter_rows(path: Path, split: str) -> Iterator[Row]:
+    """Rows of ``path`` in file order, streamed.
+
+    Raises InputError when the path is missing, empty or of an unknown layout; a malformed line only makes that row's
+    ``data`` raise.
+    """
+    if not path.exists():
+        raise InputError(path, "no such dataset", "correct data.path, or write one with `avatar data synthesize`")
+    empty = True
+    for row in _folder(path, split) if path.is_dir() else _file(path):
+        empty = False
+        yield row
+    if empty:
+        raise InputError(path, "the dataset has no rows", "choose another file or split")
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if path.suffix in {".jsonl", ".ndjson"}:
+        return _jsonl(path)
+    if path.suffix == ".json":
+        return _json_array(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    raise InputError(path, f"unknown dataset type {path.suffix!r}", f"give {_LAYOUTS}")
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield Row(where, number, _parsed(line, where))
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any] | InputError:
+    remedy = "each line must be one JSON object: mend or remove the line"
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return InputError(where, f"not UTF-8 at byte {error.start + 1} of the line", "save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return InputError(where, f"malformed JSON at column {error.colno}: {error.msg}", remedy)
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
+        return InputError(where, f"JSON that cannot be read ({error})", remedy)
+    return (
+        value if isinstance(value, dict) else InputError(where, f"holds {type(value).__name__}, not an object", remedy)
+    )
+
+
+def _json_array(path: Path) -> Iterator[Row]:
+    """Objects of a JSON array, decoded one after the other: only the text is held as a whole."""
+    remedy = "the file must be one JSON array of objects: mend it, or convert it to JSON Lines"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8") from error
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    at = skip(0)
+    if at == len(text):
+        return
+    if text[at] != "[":
+        raise InputError(f"{path}:1", f"starts with {text[at]!r}, not '['", remedy)
+    at = skip(at + 1)
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}"
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
+            column = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+            raise InputError(place, f"malformed JSON{column}", remedy) from error
+        wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
+        yield Row(where, line, value if isinstance(value, dict) else wrong)
+        at = skip(at)
+        if at < len(text) and text[at] == ",":
+            at = skip(at + 1)
+        elif at < len(text) and text[at] != "]":
+            break
+    if at >= len(text) or text[at] != "]":
+        raise InputError(f"{path}:{line}", "the JSON array ends or breaks after this row", remedy)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}:{number}", number, value)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(path, f"not a readable parquet file ({error})", "copy it again") from error
+
+
+def _folder(path: Path, split: str) -> Iterator[Row]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        yield from _saved_dataset(path, split)
+        return
+    for suffix in (".parquet", ".jsonl", ".json"):
+        files = sorted(file for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json")
+        if files:
+            named = [file for file in files if file.name.startswith(split)]
+            for file in named or files:
+                yield from _file(file)
+            return
+    raise InputError(path, "holds no dataset files", f"give {_LAYOUTS}")
+
+
+def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise InputError(path, f"has no split {split!r}", f"set data.split to one of {sorted(loaded)}")
+        loaded = loaded[split]
+    number = 0
+    # as Arrow tables: media columns stay paths or bytes instead of being decoded
+    for table in loaded.with_format("arrow").iter(_BATCH_ROWS):
+        for value in table.to_pylist():
+            number += 1
+            yield Row(f"{path}:{number}", number, value)

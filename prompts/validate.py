@@ -1,0 +1,183 @@
+"""Checks a whole dataset before a run does: every row, every file, every prompt's length. Goes on after a fault."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prompts.config import DataConfig, MediaConfig
+from prompts.datasets import RowReader, iter_rows, media_base
+from prompts.errors import DataError
+from prompts.input_error import InputError
+from prompts.media import MediaLoader, local_path
+from prompts.readers.build import split_option
+from prompts.record import ProblemType, Prompt
+
+if TYPE_CHECKING:
+    from prompts.template import PromptEncoder
+
+_SHOWN = 50
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a dataset."""
+
+    where: str  # "file:line"
+    id: str  # of the prompt; empty where the row could not be read
+    what: str
+    remedy: str
+
+
+@dataclass
+class ValidationReport:
+    """What a dataset holds and what is wrong with it."""
+
+    path: Path
+    layout: str = "auto"
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    types: Counter[str] = field(default_factory=Counter)  # prompts by problem type
+    modalities: Counter[str] = field(default_factory=Counter)  # prompts by "video+audio", ..., "text"
+    files: int = 0  # media items looked at
+    longest: int = 0  # tokens of the longest prompt; 0 without a processor
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def validate(
+    path: Path,
+    config: DataConfig,
+    *,
+    decode: bool,
+    processor_path: Path | None = None,
+    max_tokens: int = 14_336,
+    media: MediaConfig | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ValidationReport:
+    """Reads every row; with ``decode`` every medium, too; with a model folder also every prompt's length in tokens.
+
+    ``progress`` is called with the number of rows done after each. Faults are collected, not raised; only a
+    ``processor_path`` that cannot be loaded raises (ModelError).
+    """
+    report = ValidationReport(path)
+    loader = MediaLoader(media or MediaConfig(), media_base(path, config))
+    encoder = _encoder(processor_path, loader, max_tokens) if processor_path is not None else None
+    reader = RowReader(config)
+    try:
+        for row in iter_rows(path, config):
+            report.rows += 1
+            try:
+                prompt = reader.read(row)
+            except InputError as error:
+                report.problems.append(Problem(error.where, "", error.what, error.remedy))
+            else:
+                _count(report, prompt)
+                report.problems += (
+                    Problem(row.where, prompt.id, what, remedy)
+                    for what, remedy in _faults(prompt, loader, encoder, decode, report)
+                )
+            if progress is not None:
+                progress(report.rows)
+    except InputError as error:  # the dataset itself: missing, empty, or broken so that no next row can be found
+        report.problems.append(Problem(error.where, "", error.what, error.remedy))
+    report.layout = reader.layout
+    return report
+
+
+def render(report: ValidationReport, console: Console) -> None:
+    """Counts, and a table of the problems."""
+    console.print(f"[bold]{escape(str(report.path))}[/]  {report.rows} rows, layout {report.layout}", highlight=False)
+    counts = [f"{name} {number}" for counter in (report.types, report.modalities) for name, number in counter.items()]
+    console.print(f"  {', '.join(counts) or 'no prompts'}; {report.files} media checked", highlight=False)
+    if report.longest:
+        console.print(f"  longest prompt {report.longest} tokens", highlight=False)
+    if report.ok:
+        console.print("[green]no problems[/]")
+        return
+    table = Table(title=f"{len(report.problems)} problems", title_style="bold red", show_lines=False)
+    for header in ("where", "id", "what is wrong", "what to do"):
+        table.add_column(header, overflow="fold")
+    for problem in report.problems[:_SHOWN]:
+        table.add_row(*(escape(text) for text in problem))
+    console.print(table)
+    if len(report.problems) > _SHOWN:
+        console.print(f"... and {len(report.problems) - _SHOWN} more")
+
+
+def hint_leaks(prompt: Prompt) -> bool:
+    """Whether the hint gives the answer away (METHOD 1.4): says it, or singles out the right option."""
+    if not prompt.hint:
+        return False
+    if prompt.problem_type is not ProblemType.MULTIPLE_CHOICE:
+        return _says(prompt.hint, prompt.answer)
+    if _names_letter(prompt.hint, prompt.answer):
+        return True
+    options = [split_option(option) for option in prompt.options]
+    # a hint that names other options too only restates the choice
+    return {letter for letter, text in options if _says(prompt.hint, text)} == {prompt.answer}
+
+
+def _names_letter(text: str, letter: str) -> bool:
+    """Whether ``text`` says "(B)", "option B" or "the answer is B"; a mere "A" may be an article."""
+    letter = re.escape(letter)
+    spoken = rf"\b(?i:options?|answer|choice|choose|pick)(?i:\s+is)?:?\s+\(?{letter}\b"
+    return re.search(rf"\({letter}\)|{spoken}", text) is not None
+
+
+def _says(text: str, phrase: str) -> bool:
+    """Whether ``text`` holds ``phrase`` as whole words, whatever the case."""
+    return bool(phrase) and re.search(rf"(?<!\w){re.escape(phrase.lower())}(?!\w)", text.lower()) is not None
+
+
+def _count(report: ValidationReport, prompt: Prompt) -> None:
+    report.types[prompt.problem_type.value] += 1
+    kinds = [kind for kind in ("video", "audio", "image") if prompt.media.of(kind)]  # type: ignore[arg-type]
+    report.modalities["+".join(kinds) or "text"] += 1
+
+
+def _faults(
+    prompt: Prompt, loader: MediaLoader, encoder: PromptEncoder | None, decode: bool, report: ValidationReport
+) -> Iterator[tuple[str, str]]:
+    """(what, remedy) of everything wrong with a prompt that could be read."""
+    if hint_leaks(prompt):
+        yield f"the hint gives the answer away: {prompt.hint!r}", "write a strategy instead, or drop the hint"
+    for kind in prompt.needs:
+        if not prompt.media.of(kind):
+            yield f"needs {kind} but has none", "add the medium, or correct `needs`"
+    playable = True
+    for item in prompt.media.items:
+        report.files += 1
+        try:
+            if decode:
+                loader.load(item)
+            else:
+                path = local_path(item.uri, loader.base)
+                if not path.is_file() or path.stat().st_size == 0:
+                    loader.load(item)  # says what is wrong with it
+        except InputError as error:
+            playable = False
+            yield f"{error.where}: {error.what}", error.remedy
+    if encoder is None or not playable:
+        return
+    try:
+        encoded = encoder.encode(prompt, hinted=prompt.hint is not None)  # the hint is part of the longest form
+    except DataError as error:
+        yield str(error), "see the message"
+    else:
+        report.longest = max(report.longest, len(encoded.input_ids))
+
+
+def _encoder(processor_path: Path, loader: MediaLoader, max_tokens: int) -> PromptEncoder:
+    from prompts.template import PromptEncoder, TemplateConfig  # brings torch and transformers
+
+    return PromptEncoder(processor_path, loader, TemplateConfig(max_prompt_tokens=max_tokens, cache_bytes=0))

@@ -1,0 +1,51 @@
+"""The letter of a multiple-choice answer (METHOD 1.5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rewards.text import normalise
+
+_OPTION = re.compile(r"\s*\(?([A-Za-z])[.):]\s*(.*)", re.DOTALL)
+_LEAD = re.compile(
+    r"[\s*_$\"'`(\[]{0,16}(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?[\s:]{0,16})?"
+    r"(?:\\boxed\{|\\text\{)?[\s*_\"'(\[]{0,16}([A-Za-z])(?![A-Za-z])([\s*_\"'`)\]}$.:]*)",
+    re.IGNORECASE,
+)
+_FURTHER = re.compile(r"(?<![A-Za-z])([A-Z])(?=\s*(?:[.,;:)\]/&]|$|or\b|and\b))")
+
+
+def option_texts(options: Sequence[str]) -> dict[str, str]:
+    """Letter -> normalised text; options without a letter are numbered A, B, ... by position."""
+    table: dict[str, str] = {}
+    for position, option in enumerate(options):
+        match = _OPTION.match(option)
+        letter, text = (match.group(1).upper(), match.group(2)) if match else (chr(ord("A") + position), option)
+        table[letter] = normalise(text)
+    return table
+
+
+def choice_letter(answer: str, options: Sequence[str]) -> str | None:
+    """The one option an answer names, as an upper-case letter; None when it names none or hedges.
+
+    Accepts "B", "(b)", "B. red", "Option B", "The answer is B", "\\boxed{B}", and the text of exactly one option.
+    Refuses "A or B", "A. B. C.", a letter with another option's text, and letters beyond the options.
+    """
+    table = option_texts(options)
+    text = normalise(answer)
+    by_text = [letter for letter, option in table.items() if option == text]
+    if len(by_text) == 1 and not (len(text) == 1 and text.isalpha()):
+        return by_text[0]
+    match = _LEAD.match(answer)
+    if match is None:
+        return None
+    letter, rest = match.group(1).upper(), answer[match.end() :]
+    if table and letter not in table:
+        return None
+    described = normalise(rest)
+    if not described or table.get(letter) == described:
+        return letter
+    separated = any(mark in match.group(2) for mark in ".):")
+    hedged = described in table.values() or any(other != letter for other in _FURTHER.findall(rest))
+    return letter if separated and not hedged else None  # without a mark, "A red ball" is an article

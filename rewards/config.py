@@ -1,0 +1,129 @@
+"""The recipe's `rewards` section."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from prompts.errors import ConfigError
+from rewards.format import FormatScale
+from rewards.numeric import NumericMode
+
+#: Built-in components and what they pay.
+BUILTIN: dict[str, str] = {
+    "format": "<think>...</think><answer>...</answer>, whole string (METHOD 1.5)",
+    "accuracy": "the answer against the truth, by problem type (METHOD 1.5)",
+    "self_consistency": "agreement with the majority of the fresh group (METHOD 1.5)",
+    "judge": "mean of four criteria scored by a frozen model or by exact rules (METHOD 1.5)",
+    "grounding_format": "time-caption segments, thinking, answer; 1/0 (METHOD 2.1)",
+    "fusion": "0.3 if the answer is at least as good as both unimodal ones (METHOD 2.2)",
+}
+
+#: Weights of the three RL stages (METHOD 1.5).
+STAGE_WEIGHTS: dict[int, dict[str, float]] = {
+    1: {"format": 0.5, "accuracy": 0.5},
+    2: {"format": 0.2, "accuracy": 0.4, "self_consistency": 0.4},
+    3: {"format": 0.1, "accuracy": 0.3, "self_consistency": 0.2, "judge": 0.4},
+}
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class JudgeConfig(BaseModel):
+    """Who judges, and how long to wait for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["openai", "rule"] = Field(
+        default="openai",
+        description="'openai': a model behind an OpenAI-compatible endpoint; 'rule': exact, synthetic world",
+    )
+    base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required for kind 'openai'.")
+    model: str = Field(
+        default="", description="Model name the endpoint serves, e.g. InternVL3-2B; required for kind 'openai'."
+    )
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable with the API key; unset: no key is sent."
+    )
+    temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature; 0 makes cached and fresh replies agree."
+    )
+    max_tokens: int = Field(default=256, ge=16, description="Longest reply in tokens; four scores need about 60.")
+    reply_format: Literal["json_object", "none"] = Field(
+        default="none", description="'json_object' asks the endpoint to constrain the reply to JSON, where it can."
+    )
+    max_chars: int = Field(
+        default=8_000, ge=100, description="Reasoning is quoted to the judge up to this many characters."
+    )
+    concurrency: int = Field(default=64, ge=1, description="Requests in flight per reward actor.")
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds for one request, its whole reply included."
+    )
+    deadline_s: float = Field(
+        default=120.0, gt=0, description="Seconds for one completion, retries and waits included."
+    )
+    attempts: int = Field(default=4, ge=1, description="Requests per completion at most.")
+    backoff_s: float = Field(
+        default=0.5, gt=0, description="Wait before the second request; doubles each time, with jitter."
+    )
+    breaker_failures: int = Field(
+        default=8, ge=1, description="Failed requests in a row that open the circuit breaker."
+    )
+    breaker_cooldown_s: float = Field(
+        default=30.0, gt=0, description="Seconds without requests before one trial request."
+    )
+    cache_size: int = Field(
+        default=50_000, ge=0, description="Verdicts kept in memory by content, oldest use dropped; 0: none."
+    )
+
+
+class RewardConfig(BaseModel):
+    """Reward components, their weights and their options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: dict[str, float] = Field(
+        default_factory=lambda: dict(STAGE_WEIGHTS[1]),
+        description="Component name or import path 'pkg.mod:fn' -> weight; weight 0 scores and logs without paying.",
+    )
+    format: FormatScale = Field(
+        default="signed", description="Format pays +1/-1 ('signed', paper) or 1/0 ('binary', code)."
+    )
+    numeric: NumericMode = Field(
+        default="rmae", description="Numerical answers: 'rmae', 'exact' to two decimals, or 'relative' within 1e-3."
+    )
+    max_answer_chars: int = Field(
+        default=4_096,
+        ge=16,
+        description="Longer answers (and over 4 times the truth) score 0 unread; bounds scoring time.",
+    )
+    grounding: Literal["strict", "lenient"] = Field(
+        default="strict",
+        description="Segments in order, disjoint, whole string ('strict'), or merely present ('lenient').",
+    )
+    fusion_strict: bool = Field(
+        default=False, description="Fusion pays only above both unimodal answers, not at a tie."
+    )
+    custom_timeout_s: float = Field(
+        default=60.0, gt=0, description="Seconds a user-defined reward may take for one group."
+    )
+    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="The judge, if 'judge' has a weight.")
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        known = ", ".join(BUILTIN)
+        for name, weight in weights.items():
+            if name not in BUILTIN and not _IMPORT_PATH.fullmatch(name):
+                raise ConfigError(
+                    f"rewards.weights: unknown reward {name!r}; known are {known}, "
+                    "or an import path like 'my_pkg.rewards:fn'"
+                )
+            if not math.isfinite(weight) or weight < 0:
+                raise ConfigError(f"rewards.weights.{name} is {weight}: needs a finite number >= 0")
+        if not sum(weights.values()) > 0:
+            raise ConfigError(f"rewards.weights sum to 0 ({weights}): give at least one of {known} a weight above 0")
+        return weights

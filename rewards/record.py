@@ -1,0 +1,83 @@
+"""What goes into a reward suite and what comes out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from prompts.errors import DataError
+from prompts.record import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generated completion as text, without the end-of-turn token.
+
+    ``finished`` is False for a completion cut at the token limit. ``mean_logprob`` is the mean behaviour
+    log-probability (natural log) over its ``tokens``. Raises DataError where these are impossible.
+    """
+
+    text: str
+    finished: bool
+    mean_logprob: float
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.mean_logprob) or self.tokens < 0:
+            raise DataError(
+                f"completion with mean_logprob {self.mean_logprob} over {self.tokens} tokens: needs a finite "
+                "log-probability and tokens >= 0; check what the rollout engine returned"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """The fresh completions of one prompt, scored together.
+
+    The unimodal rollouts are for the ``fusion`` reward only (METHOD 2.2): the i-th is paired with the i-th completion.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
+    video_only: list[Completion] | None = None
+    audio_only: list[Completion] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.completions:
+            raise DataError(f"prompt {self.prompt.id}: a score request needs at least one completion")
+        for name, rollouts in (("video_only", self.video_only), ("audio_only", self.audio_only)):
+            if rollouts is not None and len(rollouts) != len(self.completions):
+                raise DataError(
+                    f"prompt {self.prompt.id}: {len(rollouts)} {name} rollouts for {len(self.completions)} "
+                    "completions; they are paired one to one (METHOD 2.2)"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one component says of one completion; None means not scored (masked), which is not a zero."""
+
+    value: float | None
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One scored completion.
+
+    ``reward`` is None when every weighted component is masked. ``components`` holds all components by name,
+    weight 0 included; ``details`` what they are made of (the judge's criteria), for logs only.
+    """
+
+    reward: float | None
+    components: dict[str, float | None]
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """Scores of one request, in the order of its completions; ``seconds`` is the wall time it took."""
+
+    prompt_id: str
+    scored: list[Scored]
+    seconds: float

@@ -1,0 +1,158 @@
+"""The weighted set of reward components of one run (METHOD 1.5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from rewards.accuracy import accuracy_score
+from rewards.config import BUILTIN, RewardConfig
+from rewards.custom import CustomReward
+from rewards.format import format_score
+from rewards.fusion import attention_score
+from rewards.grounding import parse_grounded
+from rewards.judge import Attach, JudgeComponent, build_judge
+from rewards.record import Completion, Mark, Scored, ScoreRequest
+from rewards.self_consistency import self_consistency_scores
+
+
+class Component(Protocol):
+    """One reward: a mark per completion, in order."""
+
+    name: str
+
+    async def score(self, request: ScoreRequest) -> list[Mark]: ...
+
+
+class RuleReward:
+    """A built-in reward that is a plain function of the group."""
+
+    def __init__(self, name: str, function: Callable[[ScoreRequest], Sequence[float | None]]) -> None:
+        self.name = name
+        self._function = function
+
+    async def score(self, request: ScoreRequest) -> list[Mark]:
+        return [Mark(value) for value in self._function(request)]
+
+
+class RewardSuite:
+    """Scores groups with every component of the config.
+
+    Raises ConfigError at construction for a user-defined reward that cannot be imported or a judge without endpoint.
+    A suite belongs to one event loop; ``score`` brings its own and must not be mixed with ``ascore``.
+    """
+
+    def __init__(self, config: RewardConfig, attach: Attach | None = None) -> None:
+        """``attach`` gives the judge a prompt's frames and sound as OpenAI content parts (README, "Judge")."""
+        self.config = config
+        self._attach = attach
+        self.judge: JudgeComponent | None = None
+        self._components: list[Component] = [self._component(name) for name in config.weights]
+        self._scored: Counter[str] = Counter()
+        self._masked: Counter[str] = Counter()
+        self._runner = asyncio.Runner()
+
+    def score(self, request: ScoreRequest) -> list[Scored]:
+        """``ascore`` for code without an event loop."""
+        return self._runner.run(self.ascore(request))
+
+    async def ascore(self, request: ScoreRequest) -> list[Scored]:
+        """Every component of every completion, the components concurrently; in the order of the completions."""
+        columns = await asyncio.gather(*(component.score(request) for component in self._components))
+        scored = []
+        for row in zip(*columns, strict=True):
+            marks = {component.name: mark for component, mark in zip(self._components, row, strict=True)}
+            components = {name: mark.value for name, mark in marks.items()}
+            details = {f"{name}/{key}": value for name, mark in marks.items() for key, value in mark.details.items()}
+            for name, value in components.items():
+                (self._masked if value is None else self._scored)[name] += 1
+            reward = combine(components, self.config.weights)
+            scored.append(Scored(reward=reward, components=components, details=details))
+        return scored
+
+    def stats(self) -> dict[str, float]:
+        """Running totals: ``<component>/scored`` and ``/masked``, failures by kind, and the judge's counters."""
+        totals: dict[str, float] = {}
+        for component in self._components:
+            totals[f"{component.name}/scored"] = self._scored[component.name]
+            totals[f"{component.name}/masked"] = self._masked[component.name]
+            if isinstance(component, CustomReward):
+                totals |= {f"{component.name}/{kind}": count for kind, count in component.failures.items()}
+        if self.judge is not None:
+            totals |= {f"judge/{key}": value for key, value in self.judge.stats().items()}
+        return totals
+
+    async def check(self) -> None:
+        """Fail fast: raises ResourceError or ConfigError if the judge's endpoint cannot serve this run."""
+        if self.judge is not None:
+            await self.judge.check()
+
+    async def aclose(self) -> None:
+        """Close the judge's connections."""
+        if self.judge is not None:
+            await self.judge.close()
+
+    def close(self) -> None:
+        """``aclose`` for a suite used through ``score``."""
+        self._runner.run(self.aclose())
+        self._runner.close()
+
+    def _component(self, name: str) -> Component:
+        if name not in BUILTIN:
+            return CustomReward(name, self.config.custom_timeout_s)
+        if name == "judge":
+            self.judge = JudgeComponent(build_judge(self.config.judge), self._attach)
+            return self.judge
+        rules: dict[str, Callable[[ScoreRequest], Sequence[float | None]]] = {
+            "format": self._format,
+            "accuracy": lambda request: self._accuracy(request, request.completions),
+            "self_consistency": self._self_consistency,
+            "grounding_format": self._grounding_format,
+            "fusion": self._fusion,
+        }
+        return RuleReward(name, rules[name])
+
+    def _format(self, request: ScoreRequest) -> list[float]:
+        scale = self.config.format
+        return [format_score(one.text, finished=one.finished, scale=scale) for one in request.completions]
+
+    def _accuracy(self, request: ScoreRequest, completions: Sequence[Completion]) -> list[float]:
+        config = self.config
+        return [
+            accuracy_score(request.prompt, one.text, numeric=config.numeric, max_answer_chars=config.max_answer_chars)
+            for one in completions
+        ]
+
+    def _self_consistency(self, request: ScoreRequest) -> list[float]:
+        limit = self.config.max_answer_chars
+        return self_consistency_scores(request.prompt, request.completions, max_answer_chars=limit)
+
+    def _grounding_format(self, request: ScoreRequest) -> list[float]:
+        strict = self.config.grounding == "strict"
+        parsed = [parse_grounded(one.text) for one in request.completions]
+        return [
+            float(one.finished and (output.strict if strict else output.lenient))
+            for one, output in zip(request.completions, parsed, strict=True)
+        ]
+
+    def _fusion(self, request: ScoreRequest) -> list[float | None]:
+        if request.video_only is None or request.audio_only is None:
+            return [None] * len(request.completions)  # nothing to compare with: unscored, not 0
+        rollouts = (request.completions, request.video_only, request.audio_only)
+        answers = [self._accuracy(request, completions) for completions in rollouts]
+        strict = self.config.fusion_strict
+        return [attention_score(*scores, strict=strict) for scores in zip(*answers, strict=True)]
+
+
+def combine(components: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """Weighted sum over the components that were scored, scaled up to the full weight; None if none was.
+
+    With nothing masked it is the plain weighted sum. Raises KeyError for a component without a weight.
+    """
+    paid = {name: value for name, value in components.items() if value is not None and weights[name] > 0}
+    weight = sum(weights[name] for name in paid)
+    if weight == 0:
+        return None
+    return sum(weights[name] * value for name, value in paid.items()) * (sum(weights.values()) / weight)

@@ -1,0 +1,220 @@
+"""The Lua scripts against the plain Python model, over random histories (>= 10,000 operations)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from buffer_service.config import BufferConfig, HintGateConfig
+from buffer_service.server import EmbeddedRedis
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import InsertReceipt, Ticket, TicketLease
+from buffer_service.trajectory import Group
+from prompts.errors import ReplayBufferError
+from tests.buffer_records import make_group
+from tests.reference_buffer import ReferenceBuffer
+
+OPERATIONS = 0
+HAPPENED: Counter[str] = Counter()  # what the random histories reached
+SERVER: EmbeddedRedis | None = None
+CONFIGS = [
+    BufferConfig(capacity=24, warm_up=6, hints=HintGateConfig(hard_patience=2, zero_patience=3)),
+    BufferConfig(capacity=12, warm_up=0, window=7, max_reuse=2, reward_diverse=True),
+    BufferConfig(capacity=40, warm_up=4, max_age_versions=2, strategy="same_prompt", hints=HintGateConfig(enabled=False)),
+    BufferConfig(capacity=1000, warm_up=10, quantile_low=0.2, quantile_high=0.5, max_reuse=1, strategy="uniform"),
+]
+REWARDS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -1.0, 0.1, 0.7]), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    global SERVER
+    folder: Path = tmp_path_factory.mktemp("model")
+    with EmbeddedRedis(folder, persistent=False) as SERVER:
+        yield
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except ReplayBufferError as error:
+        return type(error)
+
+
+class BufferMachine(RuleBasedStateMachine):
+    """Every rule does the same to both and compares the answers."""
+
+    @initialize(which=st.integers(0, len(CONFIGS) - 1))
+    def begin(self, which: int) -> None:
+        assert SERVER is not None
+        self.config = CONFIGS[which]
+        redis.Redis.from_url(SERVER.url).flushdb()
+        self.real = ReplayBuffer.connect(self.config, "model", SERVER.url)
+        self.model = ReferenceBuffer(self.config)
+        self.epoch = self.both(lambda b: b.new_epoch())
+        self.seq = 0
+        self.next_step = 0
+        self.leases: list[TicketLease] = []
+        self.groups: list[tuple[Group, TicketLease]] = []
+
+    def both(self, call: Callable[[Any], Any]) -> Any:
+        global OPERATIONS
+        OPERATIONS += 1
+        real, model = outcome(lambda: call(self.real)), outcome(lambda: call(self.model))
+        assert real == model, f"Redis says {real}, the model {model}"
+        return real
+
+    @rule(n=st.integers(1, 4), prompts=st.lists(st.integers(0, 9), min_size=4, max_size=4), ahead=st.integers(0, 1))
+    def push(self, n: int, prompts: list[int], ahead: int) -> None:
+        step = self.next_step + ahead
+        tickets = [
+            Ticket(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=4, min_version=p % 3 if p > 7 else 0)
+            for i, p in enumerate(prompts[:n])
+        ]
+        self.seq += n
+        self.next_step = step if ahead else self.next_step
+        self.both(lambda b: b.push_tickets(tickets))
+
+    @rule(round=st.integers(0, 2), seq=st.integers(0, 3), version=st.integers(0, 3))
+    def push_eval(self, round: int, seq: int, version: int) -> None:
+        ticket = Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version)
+        self.both(lambda b: b.push_tickets([ticket]))
+
+    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2))
+    def lease(self, who: str, count: int, bound: int) -> None:
+        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), rewards=REWARDS, bound=st.sampled_from([None, 0, 1]), accuracy=st.booleans(), keep=st.booleans())
+    def add(self, data: st.DataObject, rewards: list[float], bound: int | None, accuracy: bool, keep: bool) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        if lease.ticket.kind == "eval":
+            self.both(lambda b: b.add_eval(lease, b"x"))
+            return
+        group = make_group(lease, rewards, version=max(0, self.model.current - 1), accuracy=accuracy)
+        self.groups.append((group, lease))
+        receipt = self.both(lambda b: b.add_group(group, lease, tokens_generated=len(rewards) * 6, bound=bound))
+        HAPPENED[receipt.status if isinstance(receipt, InsertReceipt) else "refused"] += 1
+        if not keep:
+            self.leases.remove(lease)
+
+    @precondition(lambda self: self.groups)
+    @rule(data=st.data())
+    def add_again(self, data: st.DataObject) -> None:
+        group, lease = data.draw(st.sampled_from(self.groups))
+        receipt = self.both(lambda b: b.add_group(group, lease, tokens_generated=1))
+        assert receipt.status == "duplicate"
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), how=st.sampled_from(["expire", "release", "renew", "quarantine", "reap"]))
+    def end_lease(self, data: st.DataObject, how: str) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        key = lease.ticket.key
+        if how == "expire" and key in self.model.held:
+            self.model.held[key].expires = -1
+            self.real._connection.client.zadd(self.real._connection.key("leased"), {key: 1}, xx=True)
+        elif how == "release":
+            self.both(lambda b: b.release([lease]))
+        elif how == "renew":
+            self.both(lambda b: b.renew(lease.consumer, [lease], 1000.0))
+        elif how == "reap":
+            self.both(lambda b: b.reap())
+        elif lease.ticket.prompt_id in ("p0", "p1"):  # most prompts stay usable
+            self.both(lambda b: b.quarantine(lease, "broken", "video"))
+
+    @rule(take=st.integers(0, 3), jump=st.integers(0, 1), grow=st.integers(-1, 1), stale_epoch=st.booleans())
+    def commit(self, take: int, jump: int, grow: int, stale_epoch: bool) -> None:
+        step = self.model.trained + 1 + jump
+        gids = sorted(gid for gid, g in self.model.fresh.items() if g.step <= step)
+        gids = gids[: max(0, len(gids) - take)] if take < 3 else ["00009999"]
+        epoch = self.epoch - 1 if stale_epoch and take else self.epoch
+        self.both(lambda b: b.commit_step(step, self.model_version + grow, gids, epoch))
+        self.next_step = max(self.next_step, self.model.trained + 1)
+
+    @property
+    def model_version(self) -> int:
+        # Read before either side commits: `both` asks Redis first.
+        return self.model.trained + 1 + 1
+
+    @rule(ahead=st.integers(0, 1), rank=st.integers(0, 1), who=st.sampled_from(["L0", "L1"]))
+    def fresh(self, ahead: int, rank: int, who: str) -> None:
+        def ids(b: Any) -> Any:
+            share = b.lease_fresh(who, self.model.trained + 1 + ahead, (rank, 2), 1000.0, self.epoch)
+            return share.ready, share.missing, share.expected, [t.id for g in share.groups for t in g.trajectories]
+
+        self.both(ids)
+
+    @rule(
+        count=st.integers(1, 12),
+        seed=st.integers(0, 3),
+        strategy=st.sampled_from([None, "stratified", "same_prompt", "uniform", "recent"]),
+        diverse=st.sampled_from([False, True]),
+    )
+    def draw(self, count: int, seed: int, strategy: Any, diverse: bool) -> None:
+        diverse = diverse and strategy != "recent"
+
+        def ids(b: Any) -> Any:
+            step = self.model.trained + 1
+            got = b.draw(
+                count, step=step, seed=seed, strategy=strategy, reward_diverse=diverse, prompt_ids=("p1", "p2", "nobody")
+            )
+            return [t.id for t in got]
+
+        drawn = self.both(ids)
+        HAPPENED["drawn"] += len(drawn)
+        assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
+
+    @rule(value=st.sampled_from([0.001, 0.5]))
+    def kl(self, value: float) -> None:
+        self.both(lambda b: b.report_behaviour_kl(value))
+
+    @rule()
+    def epoch_again(self) -> None:
+        self.epoch = self.both(lambda b: b.new_epoch())
+
+    @invariant()
+    def same_state(self) -> None:
+        if not hasattr(self, "real"):
+            return
+        stats = self.real.stats()
+        assert stats.tiers == self.model.tier_counts()
+        assert (stats.threshold_low, stats.threshold_high) == (self.model.thresholds() or (None, None))
+        assert (stats.version, stats.trained_step) == (self.model.current, self.model.trained)
+        assert stats.ledger == self.model.ledger() and stats.ledger.gap == 0
+        assert stats.leased == len(self.model.held)
+        assert stats.pending_train + stats.pending_eval == len(self.model.tickets) - len(self.model.held)
+        for pid in self.model.prompts:
+            assert self.real.tier_of(pid) == self.model.tier_of(pid)
+        if self.model.prompts:
+            ids, flags = ["p0", "p1", "nobody"], [False, True, False]
+            assert self.real.baselines(ids, flags) == self.model.baselines(ids, flags)
+
+    def teardown(self) -> None:
+        if hasattr(self, "real"):
+            HAPPENED.update(self.real.stats().counters)
+            self.real.close()
+
+
+def test_scripts_equal_the_model_over_10000_operations() -> None:
+    profile = settings(
+        max_examples=120,
+        stateful_step_count=100,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+        database=None,
+    )
+    run_state_machine_as_test(BufferMachine, settings=profile)  # type: ignore[no-untyped-call]
+    assert OPERATIONS >= 10_000
+    for what in ("fresh", "late", "drawn", "trained_fresh", "replay_only", "evicted", "aged_out", "reused_up", "replayed",
+                 "hints_fired", "hints_released", "leases_expired", "dropped:broken", "dropped:quarantined_prompt"):  # fmt: skip
+        assert HAPPENED[what] >= 20, f"{what} happened only {HAPPENED[what]} times: the test proves little about it"

@@ -1,0 +1,281 @@
+"""The rollout engine on a tiny Omni: sampling, weight adoption, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.config import EngineConfig, SamplingConfig
+from actors.engine import FinishedRequest, RolloutEngine
+from prompts.errors import DataError, ModelError, ResourceError
+from prompts.record import Prompt
+from prompts.template import PromptEncoder, TemplateConfig
+from prompts.tiny_model import build_tiny_omni
+from tests.integration.tiny_models import (
+    ArrayLoader,
+    audio,
+    image,
+    load_reference,
+    logprobs_of,
+    make_prompt,
+    respawn,
+    video,
+)
+
+CONFIG = EngineConfig(device="cpu", max_model_len=512, max_num_seqs=16)
+TOLERANCE = 1e-4
+
+
+class Stage:
+    """Two policies of one model, and an engine that starts on the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folders = [folder / "first", folder / "second"]
+        base = build_tiny_omni(folder / "base")
+        self.weights = [respawn(base, out, seed) for seed, out in enumerate(self.folders)]
+        self.loader = ArrayLoader()
+        self.encoder = PromptEncoder(self.folders[0], self.loader, TemplateConfig())
+        self.references = [load_reference(out) for out in self.folders]
+        self.prompts = [
+            make_prompt(self.loader, "text", []),
+            make_prompt(self.loader, "long text", [], question="how many red squares are there " * 30),
+            make_prompt(self.loader, "image", [image(1)]),
+            make_prompt(self.loader, "separate", [video(2, 4, 2.0), audio(3, 1.5)]),
+            make_prompt(self.loader, "interleaved", [video(4, 8, 2.0), audio(5, 3.9)], audio_in_video=True),
+        ]
+        self.engine = RolloutEngine(self.folders[0], CONFIG)
+
+    def submit(self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0) -> None:
+        for number, prompt in enumerate(self.prompts):
+            engine.submit(prompt.id, self.encoder.engine_input(prompt, False), sampling, seed=seed + number)
+
+    def run(self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0) -> dict[str, FinishedRequest]:
+        self.submit(engine, sampling, seed)
+        return drain(engine)
+
+    def adopt(self, which: int) -> None:
+        self.engine.adopt(self.engine.version + 1, self.weights[which].items())
+
+
+def drain(engine: RolloutEngine) -> dict[str, FinishedRequest]:
+    finished: dict[str, FinishedRequest] = {}
+    while engine.in_flight:
+        finished |= {done.request_id: done for done in engine.step()}
+    return finished
+
+
+def tokens(finished: dict[str, FinishedRequest]) -> dict[str, list[list[int]]]:
+    return {name: [part.token_ids.tolist() for part in done.completions] for name, done in finished.items()}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("engine"))
+    yield stage
+    stage.engine.close()
+
+
+@pytest.fixture(autouse=True)
+def _start_on_the_first_policy(request: pytest.FixtureRequest) -> None:
+    if "stage" in request.fixturenames:
+        stage: Stage = request.getfixturevalue("stage")
+        stage.engine.abort()
+        stage.adopt(0)
+
+
+GREEDY = SamplingConfig(temperature=0, max_tokens=24)
+
+
+def test_adopted_weights_decode_like_a_fresh_engine_on_the_exported_checkpoint(stage: Stage) -> None:
+    before = tokens(stage.run(stage.engine, GREEDY))
+    stage.adopt(1)
+    after = stage.run(stage.engine, GREEDY)
+    fresh = RolloutEngine(stage.folders[1], CONFIG)
+    expected = stage.run(fresh, GREEDY)
+    fresh.close()
+    assert tokens(after) == tokens(expected)
+    assert tokens(after) != before
+    for name, done in after.items():
+        np.testing.assert_array_equal(done.completions[0].logprobs, expected[name].completions[0].logprobs)
+    stage.adopt(0)
+    assert tokens(stage.run(stage.engine, GREEDY)) == before  # prompts that recur, their media from the cache
+
+
+def test_requests_in_flight_go_on_with_exactly_the_new_policy(stage: Stage) -> None:
+    stage.submit(stage.engine, SamplingConfig(n=2, max_tokens=40, ignore_eos=True))
+    for _ in range(15):
+        assert stage.engine.step() == []
+    old = stage.engine.version
+    stage.adopt(1)
+    finished = drain(stage.engine)
+    assert finished.keys() == {prompt.id for prompt in stage.prompts}
+    for prompt in stage.prompts:
+        encoded = stage.encoder.encode(prompt, False)
+        for part in finished[prompt.id].completions:
+            assert [version for version, _ in part.versions] == [old, old + 1]
+            split = part.versions[0][1]
+            assert 0 < split <= 15 and sum(count for _, count in part.versions) == len(part.token_ids) == 40
+            first, second = (logprobs_of(reference, encoded, part.token_ids) for reference in stage.references)
+            np.testing.assert_allclose(part.logprobs[:split], first[:split], atol=TOLERANCE)
+            np.testing.assert_allclose(part.logprobs[split:], second[split:], atol=TOLERANCE)
+            assert np.abs(first - second).max() > 0.1  # else the comparison would prove nothing
+
+
+def test_a_request_that_ended_in_part_before_adoption_tells_both_versions(stage: Stage) -> None:
+    prompt = stage.prompts[0]
+    sampling = SamplingConfig(n=8, max_tokens=60)  # random weights end turns at random places
+    stage.engine.submit("mixed", stage.encoder.engine_input(prompt, False), sampling, seed=1)
+    for _ in range(30):
+        stage.engine.step()
+    assert stage.engine.in_flight == 1
+    old = stage.engine.version
+    stage.adopt(1)
+    [done] = drain(stage.engine).values()
+    for part in done.completions:
+        assert sum(count for _, count in part.versions) == len(part.token_ids)
+        assert [version for version, _ in part.versions] == ([old] if len(part.token_ids) <= 30 else [old, old + 1])
+
+
+def test_drain_mode_refuses_while_requests_are_in_flight(stage: Stage) -> None:
+    engine = RolloutEngine(stage.folders[0], CONFIG.model_copy(update={"adopt_mode": "drain"}), version=4)
+    stage.submit(engine, GREEDY)
+    assert not engine.can_adopt
+    with pytest.raises(ModelError, match="5 requests in flight"):
+        engine.adopt(5, stage.weights[1].items())
+    assert engine.version == 4
+    drain(engine)
+    engine.adopt(5, stage.weights[1].items())
+    stage.adopt(1)
+    assert tokens(stage.run(engine, GREEDY)) == tokens(stage.run(stage.engine, GREEDY))
+    engine.close()
+    with pytest.raises(ModelError, match="out of use"):
+        engine.step()
+
+
+def broken(weights: dict[str, Tensor], how: str) -> list[tuple[str, Tensor]]:
+    name = "thinker.model.layers.0.mlp.up_proj.weight"
+    changed = dict(weights)
+    if how == "missing":
+        del changed[name]
+    elif how == "unknown":
+        changed["thinker.model.layers.99.mlp.up_proj.weight"] = changed[name]
+    elif how == "twice":
+        return [*changed.items(), (name, changed[name])]
+    elif how == "shape":
+        changed[name] = changed[name][:-1]
+    elif how == "type":
+        changed[name] = changed[name].long()
+    else:
+        changed[name] = changed[name].clone()
+        changed[name][3, 5] = torch.nan if how == "NaN" else torch.inf
+    return list(changed.items())
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "twice", "shape", "type", "NaN", "infinity"])
+def test_a_bad_update_is_refused_and_the_engine_unchanged(stage: Stage, how: str) -> None:
+    before = tokens(stage.run(stage.engine, GREEDY))
+    version = stage.engine.version
+    with pytest.raises(ModelError, match="refused"):
+        stage.engine.adopt(version + 1, broken(stage.weights[1], how))
+    assert stage.engine.version == version
+    assert tokens(stage.run(stage.engine, GREEDY)) == before
+
+
+def test_versions_only_grow(stage: Stage) -> None:
+    with pytest.raises(ModelError, match="versions only grow"):
+        stage.engine.adopt(stage.engine.version, stage.weights[1].items())
+
+
+def test_seeds_reproduce_whatever_else_is_in_flight(stage: Stage) -> None:
+    sampling = SamplingConfig(n=4, max_tokens=24)
+    together = tokens(stage.run(stage.engine, sampling, seed=7))
+    assert tokens(stage.run(stage.engine, sampling, seed=7)) == together
+    alone = {}
+    for number, prompt in enumerate(stage.prompts):
+        stage.engine.submit(prompt.id, stage.encoder.engine_input(prompt, False), sampling, seed=7 + number)
+        alone |= tokens(drain(stage.engine))
+    assert alone == together
+    assert tokens(stage.run(stage.engine, sampling, seed=8)) != together
+    for parts in together.values():
+        assert len({tuple(part) for part in parts}) == 4
+    # Completion 1 of one seed is not completion 0 of the next.
+    shifted = tokens(stage.run(stage.engine, sampling, seed=8))
+    assert together["text"][1] != shifted["text"][0]
+
+
+def test_only_tokens_fit_for_a_completion_are_sampled(stage: Stage) -> None:
+    tokenizer = stage.encoder.tokenizer
+    special = set(tokenizer.all_special_ids)
+    sampling = SamplingConfig(n=8, temperature=3.0, max_tokens=60)  # nearly uniform over 512 rows
+    for done in stage.run(stage.engine, sampling).values():
+        for part in done.completions:
+            body = part.token_ids[:-1] if part.finish_reason == "stop" else part.token_ids
+            assert special.isdisjoint(body.tolist()) and max(body) < len(tokenizer)
+            assert (part.finish_reason == "length") == (int(part.token_ids[-1]) not in special)
+            assert part.text == tokenizer.decode(body)
+            assert len(part.logprobs) == len(part.token_ids)
+
+
+def test_abort_drops_what_it_names_and_leaves_the_rest(stage: Stage) -> None:
+    stage.submit(stage.engine, SamplingConfig(n=2, max_tokens=30))
+    stage.engine.step()
+    assert stage.engine.abort(["image", "unknown"]) == ["image"]
+    assert drain(stage.engine).keys() == {prompt.id for prompt in stage.prompts} - {"image"}
+    stage.submit(stage.engine, GREEDY)
+    stage.engine.step()
+    assert len(stage.engine.abort()) == len(stage.prompts)
+    assert stage.engine.in_flight == 0
+    assert stage.run(stage.engine, GREEDY).keys() == {prompt.id for prompt in stage.prompts}
+
+
+def test_recurring_prompts_are_preprocessed_once(stage: Stage) -> None:
+    prompt = make_prompt(stage.loader, "pooled", [video(30, 4, 2.0), audio(31, 1.0)])
+    stage.engine._prompts._entries.clear()
+    renderer = stage.engine._engine.renderer
+    calls, stock = [], renderer.render_cmpl
+    renderer.render_cmpl = lambda prompts: calls.append(1) or stock(prompts)
+    try:
+        outputs = []
+        for _ in range(3):
+            stage.engine.submit("pooled", stage.encoder.engine_input(prompt, False), GREEDY)
+            outputs.append(tokens(drain(stage.engine)))
+        # The same files, other content: a stale entry would answer for the wrong clip.
+        other = make_prompt(stage.loader, "pooled", [video(32, 4, 2.0), audio(33, 1.0)])
+        stage.engine.submit("pooled", stage.encoder.engine_input(other, False), GREEDY)
+        drain(stage.engine)
+    finally:
+        renderer.render_cmpl = stock
+    assert len(calls) == 2
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_bad_requests_are_refused_and_others_go_on(stage: Stage) -> None:
+    good: Prompt = stage.prompts[0]
+    stage.engine.submit(good.id, stage.encoder.engine_input(good, False), GREEDY)
+    with pytest.raises(DataError, match="already in flight"):
+        stage.engine.submit(good.id, stage.encoder.engine_input(good, False), GREEDY)
+    with pytest.raises(DataError, match="max_model_len"):
+        stage.engine.submit("long", {"prompt_token_ids": [1] * 500}, SamplingConfig(max_tokens=24))
+    with pytest.raises(DataError, match="empty"):
+        stage.engine.submit("empty", {"prompt_token_ids": []}, GREEDY)
+    several = make_prompt(stage.loader, "several", [image(seed) for seed in range(40, 49)])
+    with pytest.raises(DataError, match="several"):
+        stage.engine.submit("several", stage.encoder.engine_input(several, False), GREEDY)
+    assert stage.engine.in_flight == 1
+    assert drain(stage.engine).keys() == {good.id}
+
+
+def test_impossible_settings_are_refused(tmp_path: Path, stage: Stage) -> None:
+    with pytest.raises(ValueError, match="equal completions"):
+        SamplingConfig(temperature=0, n=4)
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        RolloutEngine(tmp_path, CONFIG)
+    with pytest.raises(ResourceError, match="sees no GPU"):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        RolloutEngine(stage.folders[0], CONFIG.model_copy(update={"device": "cuda"}))

@@ -1,0 +1,561 @@
+"""The replay buffer in plain Python: what the Lua scripts must do, written for reading. One process, no Redis.
+
+Same calls, same draws for the same seed as ``buffer_service.store.ReplayBuffer``. Time stands still unless ``advance``
+moves it. Everything is recomputed from flat dictionaries; nothing is fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from buffer_service.config import BufferConfig, Strategy
+from buffer_service.draw import generator
+from buffer_service.errors import FencedError, LeaseHeldError, StepTrainedError, UnknownTicketError, VersionError
+from buffer_service.tickets import CommitReceipt, FreshShare, InsertReceipt, Ledger, Ticket, TicketLease, Tier
+from buffer_service.trajectory import Group, Trajectory
+from buffer_service.validate import check_group, is_success, zero_accuracy
+
+REPAIR, SCAN, FIXED = 512, 128, 1 << 28
+
+
+@dataclass
+class PromptState:
+    """Statistics and hint gate of one prompt."""
+
+    plain: list[tuple[int, list[float]]] = field(default_factory=list)  # (seq, rewards), by seq
+    hinted: list[tuple[int, list[float]]] = field(default_factory=list)
+    hard_streak: int = 0
+    zero_streak: int = 0
+    on: bool = False
+    on_since: int = 0
+
+
+@dataclass
+class Held:
+    consumer: str
+    attempt: int
+    expires: float
+
+
+def mean_of_last(visits: list[tuple[int, list[float]]], window: int, since: int = 0) -> float | None:
+    rewards = [r for seq, visit in visits if seq >= since for r in visit][-window:]
+    total = 0.0
+    for r in rewards:
+        total += r
+    return math.floor(total / len(rewards) * FIXED + 0.5) / FIXED if rewards else None
+
+
+def bin_of(rbar: float) -> int:
+    return max(-64, min(64, math.floor(rbar * 16)))
+
+
+def age(tid: str) -> tuple[int, str]:
+    return int(tid[:8]), tid[9:]
+
+
+class ReferenceBuffer:
+    """In-memory stand-in for ReplayBuffer (leases, insert, tiers, draws, commit, hints, ledger)."""
+
+    def __init__(self, config: BufferConfig) -> None:
+        self.config = config
+        self.now = 0.0
+        self.current, self.trained, self.epoch = 0, -1, 0
+        self.kl: float | None = None
+        self.tickets: dict[str, Ticket] = {}
+        self.attempts: dict[str, int] = {}
+        self.held: dict[str, Held] = {}
+        self.seen: set[int] = set()
+        self.steps: dict[int, int] = {}
+        self.rounds: dict[int, int] = {}
+        self.evals: dict[int, dict[int, bytes]] = {}
+        self.bad_prompts: dict[str, str] = {}
+        self.prompts: dict[str, PromptState] = {}
+        self.fresh: dict[str, Group] = {}
+        self.stock: dict[str, Trajectory] = {}
+        self.reuse: dict[str, int] = {}
+        self.drawn: dict[str, int] = {}
+        self.drawn_step = -1
+        self.shares: dict[tuple[int, int], tuple[str, int, float]] = {}
+        self.counters: dict[str, int] = {}
+
+    # -- clock and counters
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def _count(self, name: str, n: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + n
+
+    # -- prompt stream
+
+    def push_tickets(self, tickets: Sequence[Ticket]) -> int:
+        new = 0
+        for t in tickets:
+            known = t.key in self.tickets
+            if t.kind == "train":
+                known = known or t.step <= self.trained or t.seq in self.seen
+            else:
+                known = known or t.seq in self.evals.get(t.round, {})
+            if not known:
+                self.tickets[t.key] = t
+                self.attempts[t.key] = 0
+                table, at = (self.rounds, t.round) if t.kind == "eval" else (self.steps, t.step)
+                table[at] = table.get(at, 0) + 1
+                new += 1
+        return new
+
+    def _settle(self, key: str) -> None:
+        del self.tickets[key], self.attempts[key]
+        self.held.pop(key, None)
+
+    def _hint(self, t: Ticket) -> bool:
+        gate, state = self.config.hints, self.prompts.get(t.prompt_id)
+        if t.kind == "eval" or not gate.enabled or state is None:
+            return False
+        stuck = self.kl is not None and self.kl < gate.kl_below and state.hard_streak >= gate.hard_patience
+        if not state.on and (stuck or state.zero_streak >= gate.zero_patience):
+            state.on, state.on_since = True, t.seq
+            self._count("hints_fired")
+        return state.on
+
+    def lease_tickets(
+        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1
+    ) -> list[TicketLease]:
+        self.reap()
+        waiting = [t for key, t in self.tickets.items() if key not in self.held and t.min_version <= self.current]
+        first = sorted((t for t in waiting if t.kind == "eval"), key=lambda t: (t.min_version, t.key))
+        train = [t for t in waiting if t.kind == "train" and t.step <= self.current + max_staleness]
+        # A quarantined prompt's ticket takes a place among the evaluation tickets looked at, not among the train ones.
+        queue = [(t, i < count) for i, t in enumerate(first)] + [
+            (t, True) for t in sorted(train, key=lambda t: (t.step, t.seq))
+        ]
+        leases: list[TicketLease] = []
+        for t, admitted in queue:
+            if len(leases) == count or not admitted:
+                continue
+            if t.prompt_id in self.bad_prompts:
+                self._drop(t, "quarantined_prompt")
+                continue
+            self.attempts[t.key] += 1
+            expires = self.now + (lease_s or self.config.lease_s)
+            self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
+            leases.append(
+                TicketLease(ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t))
+            )
+        return leases
+
+    def _holds(self, lease: TicketLease) -> bool:
+        held = self.held.get(lease.ticket.key)
+        return held is not None and held.attempt == lease.attempt
+
+    def renew(self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None) -> list[TicketLease]:
+        mine = [lease for lease in leases if lease.consumer == consumer and self._holds(lease)]
+        for lease in mine:
+            self.held[lease.ticket.key].expires = self.now + (lease_s or self.config.lease_s)
+        return mine
+
+    def _give_back(self, key: str) -> None:
+        del self.held[key]
+        t = self.tickets[key]
+        if t.kind == "train" and t.step <= self.trained:
+            self._settle(key)
+
+    def release(self, leases: Sequence[TicketLease]) -> int:
+        mine = [lease for lease in leases if self._holds(lease)]
+        for lease in mine:
+            self._give_back(lease.ticket.key)
+        return len(mine)
+
+    def reap(self) -> int:
+        gone = [key for key, held in self.held.items() if held.expires <= self.now]
+        for key in gone:
+            self._give_back(key)
+        return len(gone)
+
+    def _drop(self, t: Ticket, reason: str) -> None:
+        self._settle(t.key)
+        if t.kind == "eval":
+            self.rounds[t.round] -= 1
+            return
+        if t.step > self.trained:
+            self.steps[t.step] -= 1
+        self.seen.add(t.seq)
+        self._count("generated")
+        self._count(f"dropped:{reason}")
+
+    def quarantine(self, lease: TicketLease, reason: str, detail: str = "") -> bool:
+        t = self.tickets.get(lease.ticket.key)
+        if t is None:
+            return False
+        self.bad_prompts.setdefault(t.prompt_id, f"{reason}: {detail}")
+        self._drop(t, reason)
+        return True
+
+    def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
+        t = self.tickets.get(lease.ticket.key)
+        if t is None:
+            return False
+        self.evals.setdefault(t.round, {})[t.seq] = payload
+        self._settle(t.key)
+        return True
+
+    # -- statistics and tiers
+
+    def _rbar(self, pid: str) -> float | None:
+        state = self.prompts[pid]
+        plain = mean_of_last(state.plain, self.config.window)
+        return plain if plain is not None else mean_of_last(state.hinted, self.config.window)
+
+    def _ranked(self) -> list[tuple[float, str]]:
+        return sorted((r, pid) for pid in self.prompts if (r := self._rbar(pid)) is not None)
+
+    def thresholds(self) -> tuple[float, float] | None:
+        ranked = self._ranked()
+        if not ranked:
+            return None
+        low, high = self.config.quantile_low, self.config.quantile_high
+        return ranked[math.floor(low * (len(ranked) - 1))][0], ranked[math.floor(high * (len(ranked) - 1))][0]
+
+    @staticmethod
+    def _tier(q: tuple[float, float], rbar: float) -> Tier:
+        if rbar <= q[0]:
+            return "hard"
+        return "medium" if rbar <= q[1] else "easy"
+
+    def tier_of(self, prompt_id: str) -> Tier | None:
+        q = self.thresholds()
+        if q is None or prompt_id not in self.prompts:
+            return None
+        rbar = self._rbar(prompt_id)
+        return None if rbar is None else self._tier(q, rbar)
+
+    def _success(self, t: Trajectory) -> bool:
+        return is_success(t, self.config.hints.accuracy_component, self.config.success_at)
+
+    def _members(self, tier: Tier, success: bool) -> list[str]:
+        """Stored trajectories of a tier and kind, ordered as the sorted set is: by Rbar, then id."""
+        q = self.thresholds()
+        if q is None:
+            return []
+        scores = {pid: r for r, pid in self._ranked()}
+        found = [(scores[t.prompt_id], tid) for tid, t in self.stock.items() if self._success(t) == success]
+        return [tid for rbar, tid in sorted(found) if self._tier(q, rbar) == tier]
+
+    def tier_counts(self) -> dict[Tier, int]:
+        tiers: tuple[Tier, ...] = ("hard", "medium", "easy")
+        return {tier: sum(len(self._members(tier, s)) for s in (False, True)) for tier in tiers}
+
+    def _remove(self, tid: str) -> None:
+        del self.stock[tid]
+        self.reuse.pop(tid, None)
+
+    def _oldest(self, tier: Tier, success: bool, need: int) -> list[str]:
+        q = self.thresholds()
+        inside = self._members(tier, success)
+        if q is None or not inside:
+            return []
+        scores = {pid: r for r, pid in self._ranked()}
+        low = None if tier == "hard" else q[0] if tier == "medium" else q[1]
+        high = q[0] if tier == "hard" else q[1] if tier == "medium" else None
+        member = set(inside)
+        bins: dict[int, list[str]] = {}
+        for tid in sorted(self.stock):
+            if self._success(self.stock[tid]) == success:
+                bins.setdefault(bin_of(scores[self.stock[tid].prompt_id]), []).append(tid)
+        cut = {bin_of(edge) for edge in (low, high) if edge is not None} | {-64, 64}
+        spread = [bin_of(scores[self.stock[tid].prompt_id]) for tid in inside]
+        found: list[str] = []
+        for b in range(min(spread), max(spread) + 1):
+            limit = max(need, SCAN) if b in cut else need
+            found += [tid for tid in bins.get(b, [])[:limit] if tid in member]
+        return sorted(found, key=age)[:need]
+
+    def _evict(self) -> int:
+        easy, medium, hard = self.config.capacities()
+        gone = 0
+        caps: list[tuple[Tier, int]] = [("hard", hard), ("medium", medium), ("easy", easy)]
+        sizes = {(tier, s): len(self._members(tier, s)) for tier, _ in caps for s in (False, True)}
+        for tier, cap in caps:
+            need = min(sizes[tier, False] + sizes[tier, True] - cap, REPAIR)
+            for success in (False, True):
+                if need > 0:
+                    victims = self._oldest(tier, success, min(need, sizes[tier, success]))
+                    for tid in victims:
+                        self._remove(tid)
+                    need -= len(victims)
+                    gone += len(victims)
+        self._count("evicted", gone)
+        return gone
+
+    def _expire_old(self, version: int) -> None:
+        if self.config.max_age_versions:
+            old = [(t.version, tid) for tid, t in self.stock.items()]
+            for v, tid in sorted(old)[:REPAIR]:
+                if v < version - self.config.max_age_versions:
+                    self._remove(tid)
+
+    # -- insert
+
+    def add_group(
+        self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None
+    ) -> InsertReceipt:
+        check_group(group)
+        if group.seq in self.seen:
+            self._count("duplicates")
+            return InsertReceipt("duplicate", 0)
+        t = self.tickets.get(lease.ticket.key)
+        if t is None or (t.prompt_id, t.step) != (group.prompt_id, group.step):
+            raise UnknownTicketError(f"group {group.id} does not match a ticket")
+        late = group.step <= self.trained or (bound is not None and group.step + bound < self.current)
+        self.seen.add(group.seq)
+        self._settle(t.key)
+        state = self.prompts.setdefault(group.prompt_id, PromptState())
+        visits = state.hinted if group.hinted else state.plain
+        visits.append((group.seq, [x.reward for x in group.trajectories]))
+        visits.sort(key=lambda v: v[0])
+        while sum(len(v) for _, v in visits[1:]) >= self.config.window:
+            visits.pop(0)
+        self._count("generated")
+        self._count("completions", len(group.trajectories))
+        self._count("tokens", tokens_generated)
+        if late:
+            self._make_replayable(group)
+            self._count("replay_only")
+            if group.step > self.trained:
+                self.steps[group.step] -= 1
+        else:
+            self.fresh[group.id] = group
+        return InsertReceipt("late" if late else "fresh", self._evict())
+
+    def _make_replayable(self, group: Group) -> None:
+        for t in group.trajectories:
+            self.stock[t.id] = t
+        q = self.thresholds()
+        state = self.prompts[group.prompt_id]
+        assert q is not None
+        hard = self.tier_of(group.prompt_id) == "hard"
+        if state.on:
+            helped = mean_of_last(state.hinted, self.config.window, state.on_since)
+            if not hard or (group.hinted and helped is not None and helped > q[0]):
+                state.hard_streak, state.zero_streak, state.on = 0, 0, False
+                self._count("hints_released")
+        elif not group.hinted:
+            state.hard_streak = state.hard_streak + 1 if hard else 0
+            zero = zero_accuracy(group, self.config.hints.accuracy_component)
+            if zero >= 0:
+                state.zero_streak = state.zero_streak + 1 if zero else 0
+
+    # -- learner
+
+    def new_epoch(self) -> int:
+        self.shares.clear()
+        self.drawn.clear()
+        self.epoch += 1
+        return self.epoch
+
+    def lease_fresh(
+        self,
+        consumer: str,
+        step: int,
+        share: tuple[int, int] = (0, 1),
+        lease_s: float | None = None,
+        epoch: int | None = None,
+    ) -> FreshShare:
+        if epoch is not None and epoch != self.epoch:
+            raise FencedError(f"epoch {epoch} is over")
+        if step <= self.trained:
+            raise StepTrainedError(f"step {step} is trained")
+        groups = [g for gid, g in sorted(self.fresh.items()) if g.step == step]
+        expected = self.steps.get(step, -1)
+        if expected < 0 or len(groups) < expected:
+            missing = max(expected - len(groups), 1)
+            return FreshShare(groups=[], ready=False, missing=missing, expected=expected)
+        holder = self.shares.get(share)
+        if holder and holder[0] != consumer and holder[1] == step and holder[2] > self.now:
+            raise LeaseHeldError(f"share {share} is held by {holder[0]}")
+        self.shares[share] = (consumer, step, self.now + (lease_s or self.config.lease_s))
+        return FreshShare(groups=groups[share[0] :: share[1]], ready=True, missing=0, expected=expected)
+
+    def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
+        ranked = self._ranked()
+        mean = sum(int(r * FIXED) for r, _ in ranked) / FIXED / len(ranked)
+        values = []
+        for pid, flag in zip(prompt_ids, hinted or [False] * len(prompt_ids), strict=True):
+            state = self.prompts.get(pid, PromptState())
+            rbar = mean_of_last(state.hinted if flag else state.plain, self.config.window)
+            values.append(mean if rbar is None else rbar)
+        return values
+
+    def commit_step(self, step: int, new_version: int, group_ids: Sequence[str], epoch: int) -> CommitReceipt:
+        if epoch != self.epoch:
+            raise FencedError(f"epoch {epoch} is over")
+        if step <= self.trained:
+            return CommitReceipt(committed=False, version=self.current, trained=0, replay_only=0, evicted=0)
+        if new_version < self.current:
+            raise VersionError(f"version {new_version} is older than {self.current}")
+        named = set(group_ids)
+        if any(gid not in self.fresh or self.fresh[gid].step > step for gid in named):
+            raise UnknownTicketError("a group is not waiting to be trained")
+        self.trained, self.current = step, new_version
+        due = sorted((g for g in self.fresh.values() if g.step <= step), key=lambda g: (g.step, g.seq))
+        for group in due:
+            self._make_replayable(group)
+            del self.fresh[group.id]
+        self._count("trained_fresh", len(named))
+        self._count("replay_only", len(due) - len(named))
+        for tid in self.drawn:
+            if tid in self.stock:
+                self.reuse[tid] = self.reuse.get(tid, 0) + 1
+                if self.config.max_reuse and self.reuse[tid] >= self.config.max_reuse:
+                    self._remove(tid)
+        self.drawn.clear()
+        self.shares.clear()
+        for key, t in list(self.tickets.items()):
+            if t.kind == "train" and t.step <= step and key not in self.held:
+                self._settle(key)
+        self.steps = {s: n for s, n in self.steps.items() if s > step}
+        self._expire_old(self.current)
+        evicted = self._evict() if self.prompts else 0
+        return CommitReceipt(
+            committed=True, version=new_version, trained=len(named), replay_only=len(due) - len(named), evicted=evicted
+        )
+
+    def publish_version(self, version: int, epoch: int | None = None) -> None:
+        if epoch is not None and epoch != self.epoch:
+            raise FencedError(f"epoch {epoch} is over")
+        if version < self.current:
+            raise VersionError(f"version {version} is older than {self.current}")
+        self.current = version
+
+    def version(self) -> int:
+        return self.current
+
+    def report_behaviour_kl(self, value: float) -> None:
+        self.kl = value
+
+    def ledger(self) -> Ledger:
+        c = self.counters
+        return Ledger(
+            generated=c.get("generated", 0),
+            trained_fresh=c.get("trained_fresh", 0),
+            replay_only=c.get("replay_only", 0),
+            dropped={k.partition(":")[2]: v for k, v in c.items() if k.startswith("dropped:")},
+            in_flight=len(self.fresh),
+            duplicates=c.get("duplicates", 0),
+            completions=c.get("completions", 0),
+            tokens=c.get("tokens", 0),
+            evicted=c.get("evicted", 0),
+        )
+
+    # -- draw
+
+    def draw(
+        self,
+        count: int,
+        *,
+        step: int,
+        seed: int,
+        strategy: Strategy | None = None,
+        reward_diverse: bool | None = None,
+        prompt_ids: Sequence[str] = (),
+        version: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> list[Trajectory]:
+        if step <= self.trained:
+            raise StepTrainedError(f"step {step} is trained")
+        if not count or len(self.stock) < self.config.warm_up:
+            return []
+        self._expire_old(max(self.current, version))
+        if not self.stock:
+            return []
+        diverse = self.config.reward_diverse if reward_diverse is None else reward_diverse
+        ids = _Draw(self, count, step, seed, diverse).run(strategy or self.config.strategy, prompt_ids)
+        return [self.stock[tid] for tid in ids[share[0] :: share[1]]]
+
+
+class _Draw:
+    """One draw; mirrors scripts/draw.lua."""
+
+    def __init__(self, buffer: ReferenceBuffer, count: int, step: int, seed: int, diverse: bool) -> None:
+        self.b, self.count, self.step, self.seed, self.diverse = buffer, count, step, seed, diverse
+        self.below: Callable[[int], int] = generator(seed, step)
+        self.out: list[str] = []
+        self.taken: set[str] = set()
+        if buffer.drawn_step != step:
+            buffer.drawn.clear()
+            buffer.drawn_step = step
+
+    def pick(self, pool: list[str], n: int) -> int:
+        order, got = list(pool), 0
+        for i in range(len(pool)):
+            if got >= n:
+                break
+            j = i + self.below(len(pool) - i)
+            order[i], order[j] = order[j], order[i]
+            tid = order[i]
+            other = self.b.config.max_reuse > 0 and self.b.drawn.get(tid, self.seed) != self.seed
+            if tid not in self.taken and not other:
+                self.taken.add(tid)
+                self.out.append(tid)
+                got += 1
+        return got
+
+    def mix(self, failures: list[str], successes: list[str], n: int, first: str) -> None:
+        if not self.diverse:
+            self.pick(failures + successes, n)
+            return
+        more, less = (n + 1) // 2, n // 2
+        got = self.pick(successes, more if first == "s" else less)
+        got += self.pick(failures, less if first == "s" else more)
+        self.pick(failures + successes, n - got)
+
+    def quotas(self, n: int) -> tuple[int, int, int]:
+        shares, block = self.b.config.tier_shares, self.b.config.quota_block
+
+        def of(k: int) -> tuple[int, int, int]:
+            easy = math.floor(k * shares.easy + 0.5)
+            medium = min(math.floor(k * shares.medium + 0.5), k - easy)
+            return easy, medium, k - easy - medium
+
+        whole, rest = of(block), of(n % block)
+        return tuple(n // block * a + b for a, b in zip(whole, rest, strict=True))  # type: ignore[return-value]
+
+    def stratified(self, n: int) -> None:
+        quotas = self.quotas(n)
+        tiers: tuple[tuple[Tier, str], ...] = (("easy", "f"), ("medium", "s"), ("hard", "s"))
+        for (tier, first), quota in zip(tiers, quotas, strict=True):
+            self.mix(self.b._members(tier, False), self.b._members(tier, True), quota, first)
+
+    def everything(self, success: bool) -> list[str]:
+        tiers: tuple[Tier, ...] = ("hard", "medium", "easy")
+        return [tid for tier in tiers for tid in self.b._members(tier, success)]
+
+    def run(self, strategy: Strategy, prompt_ids: Sequence[str]) -> list[str]:
+        if strategy == "recent":
+            newest = sorted(((t.version, tid) for tid, t in self.b.stock.items()), reverse=True)
+            self.out = [tid for _, tid in newest[: self.count]]
+        elif strategy == "uniform":
+            self.mix(self.everything(False), self.everything(True), self.count, "s")
+        else:
+            if strategy == "same_prompt":
+                for i, pid in enumerate(prompt_ids):
+                    mine = sorted(tid for tid, t in self.b.stock.items() if t.prompt_id == pid)
+                    n = self.count // len(prompt_ids) + (1 if i < self.count % len(prompt_ids) else 0)
+                    good = [tid for tid in mine if self.b._success(self.b.stock[tid])]
+                    self.mix([tid for tid in mine if tid not in good], good, n, "s")
+            if len(self.out) < self.count:
+                self.stratified(self.count - len(self.out))
+            if len(self.out) < self.count:
+                self.pick(self.everything(False) + self.everything(True), self.count - len(self.out))
+        unique = len(self.out)
+        if self.b.config.max_reuse == 0 and unique:
+            while len(self.out) < self.count:
+                self.out.append(self.out[self.below(unique)])
+        for i in range(len(self.out) - 1, 0, -1):
+            j = self.below(i + 1)
+            self.out[i], self.out[j] = self.out[j], self.out[i]
+        for tid in self.out:
+            self.b.drawn[tid] = self.seed
+        return self.out

@@ -1,0 +1,149 @@
+"""Health metrics against numpy over the flat tokens, and merging."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from learner.advantages import Advantages, rewards_tensor, step_advantages
+from learner.config import ObjectiveConfig
+from learner.health import ADVANTAGE_EDGES, HealthAccumulator
+from learner.objective import LossOutput, StepTotals, policy_loss
+from learner.shaping import tas_weights
+from prompts.errors import DataError
+
+LENGTHS = torch.tensor([6, 1, 9, 4, 3])
+REPLAY = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
+CONFIG = ObjectiveConfig(mismatch="token_truncate")
+
+
+def make() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of ``policy_loss`` and the entropy."""
+    torch.manual_seed(0)
+    shape = (5, 9)
+    mask = (torch.arange(9) < LENGTHS[:, None]).double()
+    old = -2 * torch.rand(shape, dtype=torch.float64)
+    step = {
+        "logprobs": old + 0.3 * torch.randn(shape, dtype=torch.float64),
+        "behaviour_logprobs": old + 0.2 * torch.randn(shape, dtype=torch.float64),
+        "mask": mask,
+        "advantages": torch.randn(5, dtype=torch.float64),
+        "tas": tas_weights(mask, dtype=torch.float64),
+        "is_replay": REPLAY,
+        "reference_logprobs": old,
+        "old_logprobs": old,
+    }
+    return step, torch.rand(shape, dtype=torch.float64)
+
+
+def loss_of(step: dict[str, torch.Tensor], rows: list[int]) -> LossOutput:
+    part = {name: tensor[rows] for name, tensor in step.items()}
+    totals = StepTotals.count(LENGTHS, REPLAY, CONFIG)
+    return policy_loss(**part, config=CONFIG, totals=totals)  # type: ignore[arg-type]
+
+
+def collect(splits: list[list[int]]) -> HealthAccumulator:
+    """One accumulator per part, merged after a trip through pickle, as between ranks."""
+    step, entropy = make()
+    whole = HealthAccumulator()
+    for rows in splits:
+        part = HealthAccumulator()
+        part.add(loss_of(step, rows), entropy[rows])
+        whole.merge(pickle.loads(pickle.dumps(part)))
+    return whole
+
+
+def test_metrics_equal_numpy_over_the_tokens() -> None:
+    step, entropy = make()
+    output = loss_of(step, [0, 1, 2, 3, 4])
+    found = collect([[0, 1, 2, 3, 4]]).metrics()
+    arrays = {name: tensor.numpy() for name, tensor in step.items()}
+    for kind, rows in (("fresh", ~REPLAY), ("replay", REPLAY)):
+        keep = step["mask"].bool() & rows[:, None]
+        current, behaviour = arrays["logprobs"][keep], arrays["behaviour_logprobs"][keep]
+        ratio = np.exp(current - arrays["old_logprobs"][keep])
+        weight = ratio * np.minimum(np.exp(arrays["old_logprobs"][keep] - behaviour), 2.0)
+        sign = np.broadcast_to(arrays["advantages"][:, None], keep.shape)[keep]
+        clipped = ((ratio > 1.2) & (sign > 0)) | ((ratio < 0.8) & (sign < 0))
+        gap = behaviour - current
+        assert found[f"ratio/{kind}/mean"] == pytest.approx(ratio.mean(), abs=1e-12)
+        assert found[f"ratio/{kind}/max"] == pytest.approx(ratio.max(), abs=1e-12)
+        assert found[f"clip_fraction/{kind}"] == pytest.approx(clipped.mean(), abs=1e-12)
+        assert 0 < clipped.mean() < 1
+        assert found[f"ess/{kind}"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()), abs=1e-12)
+        assert found[f"kl/behaviour/{kind}"] == pytest.approx((np.exp(gap) - gap - 1).mean(), abs=1e-12)
+        assert found[f"entropy/{kind}"] == pytest.approx(entropy.numpy()[keep].mean(), abs=1e-12)
+    keep = step["mask"].bool()
+    gap = (arrays["reference_logprobs"] - arrays["logprobs"])[keep]
+    assert found["kl/reference"] == pytest.approx((np.exp(gap) - gap - 1).mean(), abs=1e-12)
+    assert found["entropy"] == pytest.approx(entropy.numpy()[keep].mean(), abs=1e-12)
+    assert found["loss/policy"] == pytest.approx(output.policy.item())
+    assert found["loss/kl"] == pytest.approx(output.kl.item())
+
+
+def test_merging_parts_changes_nothing() -> None:
+    whole, parts = collect([[0, 1, 2, 3, 4]]), collect([[3, 0], [1], [4, 2]])
+    assert parts.metrics() == pytest.approx(whole.metrics(), abs=1e-12)
+    assert set(parts.metrics()) == set(whole.metrics())
+    for kind in ("fresh", "replay"):
+        np.testing.assert_allclose(parts.loss_profile(kind), whole.loss_profile(kind), atol=1e-12)
+
+
+def test_loss_profile_shows_the_parabola() -> None:
+    """Ratio 1, advantage +-1, 41 tokens: the absolute loss of a bin is the mean TAS weight over its positions."""
+    mask = torch.ones(2, 41, dtype=torch.float64)
+    logprobs = torch.zeros(2, 41, dtype=torch.float64)
+    config = ObjectiveConfig(beta=0)
+    replay = torch.zeros(2, dtype=torch.bool)
+    totals = StepTotals.count(mask.sum(1), replay, config)
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    health = HealthAccumulator()
+    weights = tas_weights(mask, dtype=torch.float64)
+    health.add(policy_loss(logprobs, logprobs, mask, advantages, weights, replay, None, config, totals=totals))
+    profile = health.loss_profile("fresh")
+    position = np.arange(41) / 40
+    weight = 1 + 0.3 * (2 * position - 1) ** 2
+    for index in range(20):
+        inside = np.minimum(np.floor(position * 20 + 1e-9), 19) == index
+        assert profile[index] == pytest.approx(weight[inside].mean(), abs=1e-12)
+    assert np.isnan(health.loss_profile("replay")).all()
+    assert not {name for name in health.metrics() if "replay" in name or name.startswith(("entropy", "kl/ref"))}
+
+
+def test_groups_advantages_and_ages() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    replay = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    rewards = rewards_tensor([1, 0, 1, 0, 0, 1, 0.5, None])
+    baselines = torch.full((8,), 0.5, dtype=torch.float64)
+    advantages = step_advantages(rewards, groups, replay, baselines)
+    health = HealthAccumulator()
+    health.add_step(advantages, replay, ages=torch.tensor([2, 5]))
+    found = health.metrics()
+    # Group 1 is all failures, group 2 has a single scored member; the replay of group 1 revives it.
+    assert found["groups/dead_before"] == pytest.approx(2 / 3)
+    assert found["groups/dead_after"] == pytest.approx(1 / 3)
+    assert found["age/replay/mean"] == 3.5
+    assert found["age/replay/max"] == 5
+    fresh = health.advantage_histogram("fresh")
+    assert fresh.sum() == 5  # the masked reward is not counted
+    assert fresh[len(fresh) // 2] == 3  # two failures of group 1 and the lone member are exactly 0
+    assert health.advantage_histogram("replay").sum() == 2
+
+
+def test_advantages_outside_the_edges_are_counted_in_the_last_bins() -> None:
+    values = torch.tensor([-100.0, 100.0, 0.0])
+    dead = torch.zeros(1, dtype=torch.bool)
+    health = HealthAccumulator()
+    health.add_step(Advantages(values, torch.ones(3, dtype=torch.bool), dead, dead), dead.expand(3))
+    counts = health.advantage_histogram("fresh")
+    assert (counts[0], counts[-1], counts[len(counts) // 2]) == (1, 1, 1)
+    assert len(counts) == len(ADVANTAGE_EDGES) - 1
+
+
+def test_entropy_of_another_shape_is_a_typed_error() -> None:
+    step, entropy = make()
+    with pytest.raises(DataError, match=r"entropy has shape \(5, 8\)"):
+        HealthAccumulator().add(loss_of(step, [0, 1, 2, 3, 4]), entropy[:, :8])
