@@ -13,7 +13,7 @@ class SamplingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int = Field(1, ge=1, description="Completions per prompt.")
-    temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 picks the most likely token.")
+    temperature: float = Field(1.0, ge=0, le=2, description="Softmax temperature; 0 picks the most likely token.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus mass; below 1 tokens are drawn from a truncated distribution."
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from actors.launch import (
 )
 from actors.prompt_cache import PromptCache
 from actors.weights import WeightContract
-from prompts.errors import DataError, ModelError
+from prompts.errors import DataError, ModelError, ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,13 @@ class FinishedRequest:
 
 
 class RolloutEngine:
-    """vLLM behind five methods. One per process, used by one thread.
+    """vLLM behind five methods. One at a time per process, used by one thread.
 
-    Raises ModelError when the folder cannot be served, ResourceError when the device is missing.
+    Raises ModelError when the folder cannot be served, ResourceError when the device is missing or the process has an
+    open engine (vLLM's process groups are global: closing one engine would break the other).
     """
+
+    _occupied: ClassVar[bool] = False
 
     def __init__(self, model_path: Path, config: EngineConfig, *, version: int = 0) -> None:
         self.config = config
@@ -71,6 +74,8 @@ class RolloutEngine:
         kind = model_kind(path)
         self.device = pick_device(config)
         self._contract = WeightContract(path)
+        if RolloutEngine._occupied:
+            raise ResourceError("this process already runs a rollout engine: close it first, or start another process")
         prepare_environment(config, self.device)
         from vllm import EngineArgs, LLMEngine
 
@@ -83,6 +88,7 @@ class RolloutEngine:
             self._engine = LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
+        RolloutEngine._occupied = True
         quieten()
         self._tokenizer = self._engine.get_tokenizer()
         self._stop_ids = stop_token_ids(path, self._tokenizer)
@@ -109,6 +115,8 @@ class RolloutEngine:
         of batched arithmetic. Raises DataError for a prompt that the model cannot take or that leaves no room for
         max_tokens, and for a request id that is in flight.
         """
+        from vllm.exceptions import VLLMClientError
+
         self._check_alive()
         if request_id in self._pending:
             raise DataError(f"request id {request_id!r} is already in flight: use one id per group")
@@ -122,7 +130,7 @@ class RolloutEngine:
         self._warn_truncation(sampling)
         try:
             self._engine.add_request(request_id, rendered, self._parameters(sampling, seed))
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
         self._pending[request_id] = sampling
 
@@ -196,15 +204,18 @@ class RolloutEngine:
         self._pending.clear()
         self._engine.engine_core.shutdown()
         self._engine.renderer.shutdown()
+        RolloutEngine._occupied = False
 
     def _render(self, request_id: str, engine_input: dict[str, Any]) -> Any:
         """Prompt with its media preprocessed, from the cache where the same prompt was here before."""
+        from vllm.exceptions import VLLMClientError
+
         key = self._prompts.key(engine_input)
         rendered = self._prompts.get(key)
         if rendered is None:
             try:
                 rendered = self._engine.renderer.render_cmpl([engine_input])[0]
-            except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
                 raise DataError(
                     f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
                 ) from error

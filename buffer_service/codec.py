@@ -66,28 +66,28 @@ def encode(t: Trajectory) -> bytes:
     return _HEAD.pack(MAGIC, FORMAT, 0, len(fields), len(tokens), zlib.crc32(body)) + body
 
 
-def decode(data: bytes, name: str = "record") -> Trajectory:
+def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
     """The trajectory in ``data``; its arrays are read-only views of ``data``.
 
     Raises RecordError naming ``name`` when the record is foreign, newer than this code, truncated or corrupt.
     """
     if len(data) < _HEAD.size or data[:4] != MAGIC:
-        raise RecordError(f"{name}: not a trajectory record ({len(data)} bytes); was it written by another program?")
-    _, version, _, length, tokens, crc = _HEAD.unpack_from(data)
-    if version != FORMAT:
-        raise RecordError(f"{name}: record format {version}, this code reads {FORMAT}; use the release that wrote it")
+        raise RecordError(f"trajectory {name}: not a trajectory record ({len(data)} bytes); was it written by another program?")
+    _, version, zero, length, tokens, crc = _HEAD.unpack_from(data)
+    if version != FORMAT or zero:
+        raise RecordError(f"trajectory {name}: record format {version}, this code reads {FORMAT}; use the release that wrote it")
     at = _HEAD.size + length + (-length % 4)
     if len(data) != at + 8 * tokens:
-        raise RecordError(f"{name}: {len(data)} bytes where its head says {at + 8 * tokens}; it is truncated or corrupt")
+        raise RecordError(f"trajectory {name}: {len(data)} bytes where its head says {at + 8 * tokens}; it is truncated or corrupt")
     body = memoryview(data)[_HEAD.size :]
     if zlib.crc32(body) != crc:
-        raise RecordError(f"{name}: checksum does not match, the record is corrupt; remove it or restore a snapshot")
+        raise RecordError(f"trajectory {name}: checksum does not match, the record is corrupt; remove it or restore a snapshot")
     try:
         f = _decoder.decode(body[:length])
     except msgspec.DecodeError as error:  # ValidationError included
-        raise RecordError(f"{name}: fields unreadable ({error}); the record is corrupt") from error
+        raise RecordError(f"trajectory {name}: fields unreadable ({error}); the record is corrupt") from error
     if not f.versions:
-        raise RecordError(f"{name}: no policy version; the record is corrupt")
+        raise RecordError(f"trajectory {name}: no policy version; the record is corrupt")
     return Trajectory(
         id=f.id,
         group_id=f.group_id,

@@ -25,7 +25,7 @@ def rows(connection: Connection) -> Iterator[dict[str, Any]]:
         for tid, data in zip(part, values, strict=True):
             if data is None:
                 continue
-            t = decode(data, f"trajectory {tid.decode()}")
+            t = decode(data, tid.decode())
             row = msgspec.structs.asdict(t)
             row["token_ids"], row["logprobs"] = t.token_ids.tolist(), t.logprobs.tolist()
             row["versions"] = [list(pair) for pair in t.versions]

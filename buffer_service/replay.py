@@ -22,6 +22,12 @@ FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is ke
 _unpack = msgspec.msgpack.Decoder().decode
 
 
+def _checked(share: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= share[0] < share[1]:
+        raise ReplayBufferError(f"share {share}: needs 0 <= rank < world")
+    return share
+
+
 class ReplaySide:
     """Nothing is replayed in the step that produced it: a group becomes replayable when its step is committed."""
 
@@ -29,25 +35,32 @@ class ReplaySide:
         self._connection = connection
         self._run = connection.run
 
-    def _values(self, ids: Sequence[str]) -> list[Trajectory]:
-        """Decoded records; a bad one is listed, taken out of the stock and raised as RecordError."""
-        if not ids:
-            return []
-        keys = [self._connection.key(f"t:{tid}") for tid in ids]
-        found = self._connection.attempt(lambda: self._connection.client.mget(keys))
+    def _decode(self, ids: Sequence[str], lengths: Sequence[int], data: bytes) -> list[Trajectory]:
+        """Records that follow one another in ``data``, whose arrays stay views of it. A bad one is listed, taken out of
+        the buffer and raised as RecordError."""
+        view = memoryview(data)
         records: list[Trajectory] = []
-        for tid, data in zip(ids, found, strict=True):
+        at = 0
+        for tid, length in zip(ids, lengths, strict=True):
             try:
-                if data is None:
+                if length < 0:
                     raise RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
-                record = decode(data, f"trajectory {tid}")
+                record = decode(view[at : at + length], tid)
                 if record.id != tid:
                     raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
             except RecordError as error:
                 self._run("corrupt", tid, str(error))
                 raise RecordError(f"{error}; it was put in quarantine, ask again") from error
+            at += length
             records.append(record)
         return records
+
+    def _values(self, ids: Sequence[str]) -> list[Trajectory]:
+        if not ids:
+            return []
+        keys = [self._connection.key(f"t:{tid}") for tid in ids]
+        found = self._connection.attempt(lambda: self._connection.client.mget(keys))
+        return self._decode(ids, [-1 if x is None else len(x) for x in found], b"".join(x or b"" for x in found))
 
     def lease_fresh(
         self,
@@ -62,9 +75,7 @@ class ReplaySide:
         Asking again with the same consumer gives the same groups. Raises StepTrainedError, FencedError (``epoch`` is
         over), LeaseHeldError (another consumer has this share), RecordError.
         """
-        rank, world = share
-        if not 0 <= rank < world:
-            raise ReplayBufferError(f"share {share}: needs 0 <= rank < world")
+        rank, world = _checked(share)
         lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
         reply = self._run("fresh", consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
         expected, arrived = int(reply[0]), int(reply[1])
@@ -114,13 +125,15 @@ class ReplaySide:
                 f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, {len(prompt_ids)} prompts; "
                 "recent cannot be diverse, same_prompt needs prompt_ids"
             )
+        _checked(share)
         if count == 0:
             return []
         x, y = seed_state(seed, step)
         extra = prompt_ids if strategy == "same_prompt" else ()
-        ids = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *extra)
-        rank, world = share
-        return self._values([tid.decode() for tid in ids[rank::world]])
+        reply = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *share, *extra)
+        if not reply:
+            return []
+        return self._decode(_unpack(reply[0]), _unpack(reply[1]), reply[2])
 
     def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
         """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts where it has none

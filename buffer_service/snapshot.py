@@ -94,6 +94,7 @@ def save(connection: Connection, path: Path) -> SnapshotReport:
             writer = _Writer(file)
             writer.frame(_STATE, state)
             sizes: dict[str, int] = {}
+            ids: list[bytes] = []
             for name in HASHES:
                 fields = _scan(connection, name)
                 fields.update(_scan(connection, f"snap:{name}"))
@@ -102,7 +103,9 @@ def save(connection: Connection, path: Path) -> SnapshotReport:
                 for i in range(0, len(rows), _PAGE):
                     writer.frame(_HASH, (name, rows[i : i + _PAGE]))
                 if name == "trajs":
-                    ids = [field for field, _ in rows]
+                    ids += [field for field, _ in rows]
+                elif name == "groups":
+                    ids += [b"%s.%d" % (gid, i) for gid, raw in rows for i in range(msgspec.msgpack.decode(raw)[3])]
             for i in range(0, len(ids), _VALUE_PAGE):
                 part = ids[i : i + _VALUE_PAGE]
                 keys = [connection.key("t:").encode() + tid for tid in part]

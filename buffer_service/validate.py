@@ -32,10 +32,6 @@ def _fault(t: Trajectory) -> str | None:
         return f"token_ids are {tokens.dtype}, logprobs {logprobs.dtype}; they must be integers and floats"
     if len(tokens) == 0:
         return "empty completion; mask it before it gets here, or count it as dropped"
-    if int(tokens.min()) < 0 or int(tokens.max()) >= 2**31:
-        return "a token id is negative or does not fit int32"
-    if not np.isfinite(logprobs).all():
-        return f"log-probability of token {int(np.argmin(np.isfinite(logprobs)))} is not finite"
     if not t.versions or any(v < 0 or n < 0 for v, n in t.versions):
         return f"policy versions {t.versions} must be a non-empty list of (version >= 0, tokens >= 0)"
     if sum(n for _, n in t.versions) != len(tokens):
@@ -50,6 +46,20 @@ def _fault(t: Trajectory) -> str | None:
     if t.prompt_tokens < 0 or not 0 <= t.prompt_digest < 2**32:
         return f"prompt_tokens {t.prompt_tokens} or prompt_digest {t.prompt_digest} is out of range"
     return None
+
+
+def _check_numbers(group: Group) -> None:
+    """Token ids and log-probabilities of the whole group at once, which is cheaper than one by one."""
+    tokens = np.concatenate([t.token_ids for t in group.trajectories])
+    finite = np.isfinite(np.concatenate([t.logprobs for t in group.trajectories]))
+    if finite.all() and tokens.min() >= 0 and tokens.max() < 2**31:
+        return
+    for t in group.trajectories:
+        one = np.isfinite(t.logprobs)
+        if not one.all():
+            raise RecordError(f"trajectory {t.id}: log-probability of token {int(np.argmin(one))} is not finite")
+        if t.token_ids.min() < 0 or t.token_ids.max() >= 2**31:
+            raise RecordError(f"trajectory {t.id}: a token id is negative or does not fit int32")
 
 
 def check_group(group: Group) -> None:
@@ -68,6 +78,7 @@ def check_group(group: Group) -> None:
             raise RecordError(f"trajectory {t.id}: group, prompt, step or hint flag differs from its group's")
         if fault := _fault(t):
             raise RecordError(f"trajectory {t.id} of prompt {t.prompt_id}: {fault}")
+    _check_numbers(group)
 
 
 def is_success(t: Trajectory, component: str, at: float) -> bool:

@@ -6,6 +6,7 @@ store (one transfer per node); the board holds the references and the manifests.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ def pack_weights(weights: Mapping[str, Tensor]) -> tuple[Manifest, dict[str, NDA
     arrays: dict[str, NDArray[Any]] = {}
     for name, tensor in weights.items():
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        manifest[name] = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), zlib.crc32(raw))
+        manifest[name] = TensorSpec(
+            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), zlib.crc32(memoryview(raw))
+        )
         arrays[name] = raw
     return manifest, arrays
 
@@ -52,10 +55,11 @@ def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> di
     weights = {}
     for name, spec in manifest.items():
         raw = np.asarray(arrays[name])
-        if zlib.crc32(raw) != spec.crc32:
+        if zlib.crc32(memoryview(raw)) != spec.crc32:
             raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
-        # The store's pages are read-only; torch only warns about that, and nobody writes to them.
-        tensor = torch.frombuffer(bytearray(raw) if not raw.flags.writeable else raw, dtype=torch.uint8)
+        with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(raw)
         weights[name] = tensor.view(getattr(torch, spec.dtype)).reshape(spec.shape)
     return weights
 

@@ -105,8 +105,30 @@ def key(settings: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-
 def _existing(name: str, path: Path | None) -> Path:
     if path is None or not path.exists():
-        raise DataError(f"data.{name}: {path} does not exist; give a .jsonl, .json or .parquet file or a datasets folder")
+        raise DataError(
+            f"data.{name}: {path} does not exist; give a .jsonl, .json or .parquet file or a datasets folder"
+        )
     return path
+
+
+def check_media(prompts: PromptIndex) -> None:
+    """Every media file is there and not empty. Raises DataError naming the first faults; decoding is left to workers."""
+    seen: set[str] = set()
+    faults = []
+    for prompt in prompts:
+        for item in prompt.media.items:
+            if item.uri in seen:
+                continue
+            seen.add(item.uri)
+            file = Path(item.uri)
+            if not file.is_file():
+                faults.append(f"prompt {prompt.id!r}: {item.kind} {file} is missing")
+            elif file.stat().st_size == 0:
+                faults.append(f"prompt {prompt.id!r}: {item.kind} {file} is empty")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise DataError(
+            f"{'; '.join(faults[:3])}{more}: restore the files or run `avatar data validate` on the dataset"
+        )

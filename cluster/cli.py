@@ -36,13 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="avatar", description="Reinforcement learning for audio-visual language models.")
+    parser = argparse.ArgumentParser(
+        prog="avatar", description="Reinforcement learning for audio-visual language models."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="run a recipe", description="Overrides: --loop.steps 50 --learner.ranks 2")
+    train = commands.add_parser(
+        "train", help="run a recipe", description="Overrides: --loop.steps 50 --learner.ranks 2"
+    )
     train.add_argument("recipe", type=Path)
     train.add_argument("--preset", help="lay a named method over the recipe (avatar presets lists them)")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; start nothing")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and the resources; start nothing"
+    )
     train.set_defaults(run=_train)
 
     presets = commands.add_parser("presets", help="list the named methods")

@@ -37,6 +37,10 @@ class Appender:
         if len(self._pending) > MAX_PENDING:
             self._pending.popleft()
             self.lost += 1
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Try again what is pending."""
         while self._pending:
             size = os.fstat(self._file.fileno()).st_size
             try:

@@ -75,11 +75,14 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("entropy", "nats", "Entropy of the policy's next-token distribution, mean over trained tokens."),
         ("grad_norm", "", "Gradient norm before clipping."),
         ("lr", "", "Learning rate of the step."),
+        ("learner/skipped", "steps", "Steps skipped so far because loss or gradient was not finite."),
         # groups, replay, tiers
+        ("groups/fresh", "groups", "Groups of the step with fresh completions."),
         ("groups/dead_before", "share", "Groups whose fresh rewards are all alike: no signal of their own."),
         ("groups/dead_after", "share", "Groups that stay without signal after the replayed half is mixed in."),
         ("replay/share", "share", "Replayed trajectories among all that were trained."),
-        ("replay/age_mean", "versions", "Age of the replayed trajectories, mean."),
+        ("age/replay/mean", "versions", "Age of the replayed trajectories, mean."),
+        ("age/replay/max", "versions", "Age of the oldest replayed trajectory."),
         ("tiers/easy", "trajectories", "Trajectories stored in the Easy tier."),
         ("tiers/medium", "trajectories", "Trajectories stored in the Medium tier."),
         ("tiers/hard", "trajectories", "Trajectories stored in the Hard tier."),
@@ -95,23 +98,32 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("completions/truncated_share", "share", "Fresh completions cut off by the token limit."),
         ("completion/length_mean", "tokens", "Length of the fresh completions, mean."),
         ("tokens/generated", "tokens", "Completion tokens generated so far."),
-        ("tokens/trained", "tokens", "Completion tokens trained on so far, fresh and replayed."),
+        ("tokens/trained", "tokens", "Completion tokens trained on in the step, fresh and replayed."),
         (
             "rollout/tokens_per_s",
             "tokens/s",
             "Completion tokens generated per second of wall time, all actors together.",
         ),
-        ("learner/tokens_per_s", "tokens/s", "Completion tokens trained per second of wall time, all ranks together."),
+        (
+            "learner/tokens_per_s",
+            "tokens/s",
+            "Completion tokens trained per second of the learner's own work, waiting left out.",
+        ),
         ("time/step", "s", "Wall time of the step, waiting included."),
         ("time/learner_wait", "s", "Time the learner waited for fresh groups in this step."),
         ("time/rollout_wait", "s", "Time the rollout actors waited for admission in this step, mean over actors."),
         ("time/encode", "s", "Time spent on templates and media before the forward pass."),
         ("time/forward_backward", "s", "Time of forward, backward and optimiser step."),
         ("time/publish", "s", "Time to write and announce the new weights."),
-        # judges and hints
+        # judges, hints, bad prompts
         ("judge/masked_share", "share", "Completions whose judge failed; their component is masked, not zero."),
         ("hints/active", "prompts", "Prompts whose hint is on (METHOD 1.4)."),
-        ("hints/visits", "groups", "Groups of the step that were generated with a hint in context."),
+        ("hints/visits", "completions", "Fresh completions of the step that were generated with a hint in context."),
+        (
+            "quarantined/prompts",
+            "prompts",
+            "Prompts that failed at run time and are not asked again; the events say why.",
+        ),
     )
 )
 

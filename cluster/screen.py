@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from itertools import pairwise
 from types import TracebackType
 
@@ -80,6 +81,9 @@ class Screen:
 
     def start(self) -> None:
         self._started = self.clock()
+        stream = self.console.file
+        if isinstance(stream, TextIOWrapper) and not self.console.encoding.startswith("utf"):
+            stream.reconfigure(errors="replace")  # a question in Chinese must not end a run under LANG=C
         if self.is_terminal and self._live is None:
             self._live = Live(_View(self), console=self.console, refresh_per_second=4)
             self._live.start()
@@ -126,8 +130,8 @@ class Screen:
             phase.done, phase.total = done, total if total is not None else phase.total
             phase.detail = phase.detail if detail is None else detail
             finished = phase.total is not None and done >= phase.total
-            if not finished and now - self._last_plain < PLAIN_PROGRESS_S:
-                return
+            if phase.name == TRAINING or (not finished and now - self._last_plain < PLAIN_PROGRESS_S):
+                return  # training prints its own line per step, also while an evaluation goes on beside it
             self._last_plain = now
         of = f" {done:g}/{phase.total:g}" if phase.total is not None else f" {done:g}"
         self._plain(f"{phase.name}{of}" + (f"  {phase.detail}" if phase.detail else ""))
@@ -192,7 +196,7 @@ class Screen:
 
 
 def step_line(screen: Screen) -> str:
-    """One step in about 110 columns; a missing value is a dash."""
+    """One step in at most 110 columns; a missing value is a dash."""
     metrics = screen.metrics
     learner, rollout = screen.waiting()
     width = len(str(screen.total_steps))
@@ -200,10 +204,10 @@ def step_line(screen: Screen) -> str:
         f"step {int(metrics['step']):>{width}}/{screen.total_steps}",
         f"reward {number(metrics.get('reward/mean'), '5.2f', 5)}",
         f"acc {number(metrics.get('accuracy/moving', metrics.get('accuracy/train')), '.2f', 4)}",
-        f"held-out {number(metrics.get('eval/accuracy'), '.2f', 4)}",
+        f"eval {number(metrics.get('eval/accuracy'), '.2f', 4)}",
         f"lag {number(metrics.get('staleness/mean'), '.1f', 3)}",
-        f"replay {share(metrics.get('replay/share')):>4}",
-        f"{number(metrics.get('rollout/tokens_per_s'), '.0f', 5)} tok/s",
+        f"replay {share(metrics.get('replay/share')):>3}",
+        f"{number(metrics.get('rollout/tokens_per_s'), '.0f', 5)} t/s",
         f"wait L{share(learner):>4} R{share(rollout):>4}",
         f"eta {duration(screen.eta_s)}",
     )
@@ -301,7 +305,8 @@ class _View:
         moving = Text(number(metrics.get("accuracy/moving", metrics.get("accuracy/train")), ".3f"))
         if not ascii_only and len(self.screen.curve) > 1:
             moving.append("  " + sparkline(list(self.screen.curve), max(4, min(24, width - 8))), style="cyan")
-        reward = Text(f"{number(metrics.get('reward/mean'), '.3f')} ± {number(metrics.get('reward/std'), '.3f')}")
+        sign = "+/-" if ascii_only else "±"
+        reward = Text(f"{number(metrics.get('reward/mean'), '.3f')} {sign} {number(metrics.get('reward/std'), '.3f')}")
         kl = f"{number(metrics.get('kl/reference'), '.2g')} / {number(metrics.get('kl/behaviour'), '.2g')}"
         dead = f"{share(metrics.get('groups/dead_before'))}, after replay {share(metrics.get('groups/dead_after'))}"
         completions = f"{number(metrics.get('completions/generated'), ',.0f')} generated"

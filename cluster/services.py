@@ -91,7 +91,8 @@ class Services:
                 **common,
             )
         self._ray_started = True
-        self._session = Path(ray._private.worker._global_node.get_session_dir_path())
+        node: Any = ray._private.worker._global_node
+        self._session = Path(node.get_session_dir_path())
         have = ray.cluster_resources()
         self.on_gpu = have.get("GPU", 0) > 0
         needs = self.needs.on_gpu() if self.on_gpu else self.needs

@@ -96,6 +96,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.degraded = False
+        self._failures = 0
         self._on_warning = on_warning or (lambda _: None)
         self._sinks = list(sinks)
         self._lock = threading.RLock()
@@ -156,9 +157,10 @@ class RunFolder:
         }
         row = {"step": step, "timestamp": round(time.time(), 3), **clean}
         with self._lock:
-            written = self._metrics.append(json_line(row))
-            written &= self._tensorboard.append(scalar_event(step, clean))
-            self._recovered(written)
+            failures = self._failures
+            self._metrics.append(json_line(row))
+            self._tensorboard.append(scalar_event(step, clean))
+            self._events.flush()
             status: dict[str, Any] = {"step": max(step, self._status.step)}
             if clean.get("reward/mean") is not None:
                 status["reward"] = clean["reward/mean"]
@@ -167,6 +169,9 @@ class RunFolder:
                 if self._status.accuracy_before is None:
                     status["accuracy_before"] = accuracy
             self.status(**status)
+            if self.degraded and failures == self._failures:
+                self.degraded = False
+                self._warn(f"run folder {self.path} can be written again; waiting records were saved")
         for sink in self._sinks:
             sink.write(step, clean)
         return clean
@@ -181,7 +186,7 @@ class RunFolder:
             **fields,
         }
         with self._lock:
-            self._recovered(self._events.append(json_line(row)))
+            self._events.append(json_line(row))
 
     def samples(
         self, step: int, rows: Sequence[Mapping[str, Any]], kind: Literal["rollout", "eval"] = "rollout"
@@ -211,6 +216,8 @@ class RunFolder:
         """Close all files; records that never fitted on the disk are named in a warning."""
         with self._lock:
             files = (self._metrics, self._events, self._tensorboard)
+            for file in files:
+                file.flush()
             short = {file.path.name: file.pending + file.lost for file in files if file.pending + file.lost}
             if short:
                 self._warn(f"run folder {self.path}: records lost because the disk stayed full: {short}")
@@ -228,14 +235,10 @@ class RunFolder:
             self._trouble(error)
 
     def _trouble(self, error: OSError) -> None:
+        self._failures += 1
         if not self.degraded:
             self.degraded = True
             self._warn(_disk_message(self.path, error) + "; training goes on, records wait in memory")
-
-    def _recovered(self, written: bool) -> None:
-        if written and self.degraded:
-            self.degraded = False
-            self._warn(f"run folder {self.path} can be written again; waiting records were saved")
 
     def _warn(self, message: str) -> None:
         log.warning(message)
@@ -346,7 +349,10 @@ def samples_markdown(step: int, rows: Sequence[Mapping[str, Any]], kind: str) ->
 def _finite(name: str, value: SupportsFloat | None) -> float | None:
     if value is None:
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric '{name}' is {value!r}; metrics are numbers or None") from error
     return number if math.isfinite(number) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer_service.store import ReplayBuffer
-from cluster.assets import Datasets, prepare_base_model, prepare_datasets, read_prompts
+from cluster.assets import Datasets, check_media, prepare_base_model, prepare_datasets, read_prompts
 from cluster.coldstart import cold_start
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluation, summarise
@@ -59,6 +60,7 @@ class Run:
         self.restarts = 0
         self._working: dict[Any, str] = {}  # run() reference -> rollout actor
         self._last: dict[str, float] = {}
+        self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
         self._round = 0
         self._pending_round: tuple[int, int] | None = None  # evaluation under way: round, step
 
@@ -66,7 +68,8 @@ class Run:
         """Set up, train, evaluate, export, report; whatever happens, everything started is stopped."""
         started = time.monotonic()
         config = self.config
-        self.folder = RunFolder(config.output.folder / self.run_id, total_steps=config.loop.steps)
+        path = config.output.folder / self.run_id
+        self.folder = RunFolder(path, total_steps=config.loop.steps, on_warning=self.screen.event)
         self.folder.config(config.model_dump(mode="json"))
         try:
             with Services(config, self.folder.path) as self.services:
@@ -96,8 +99,11 @@ class Run:
         datasets = prepare_datasets(config, screen.phase)
         base = prepare_base_model(config, screen.phase)
         train = read_prompts(datasets.train, config)
+        check_media(train)
         if datasets.heldout is not None:
-            self.heldout = read_prompts(datasets.heldout, config).ids[: config.evaluation.limit]
+            heldout = read_prompts(datasets.heldout, config)
+            check_media(heldout)
+            self.heldout = heldout.ids[: config.evaluation.limit]
         self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
         self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
         self.pool = Pool(config, self.services)
@@ -186,8 +192,9 @@ class Run:
 
     def _log_step(self, step: int, report: Mapping[str, Any], seconds: float) -> None:
         metrics = dict(report["metrics"])
-        if "accuracy/train" in metrics:
+        if math.isfinite(metrics.get("accuracy/train", math.nan)):
             self.accuracies.append(metrics["accuracy/train"])
+        if self.accuracies:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
         metrics |= self._buffer_metrics() | self._rollout_metrics(seconds) | {"time/step": seconds, "step": float(step)}
         self._last = metrics
@@ -218,8 +225,8 @@ class Run:
         """Rates since the last step, from the actors' own running totals."""
         facts = [self.buffer.get_fact(f"rollout/{name}") for name in self.pool.rollouts]
         known = [fact for fact in facts if fact]
-        totals = {name: float(sum(fact[name] for fact in known)) for name in ("tokens", "busy_s", "wait_s")}
-        before = getattr(self, "_rollout_totals", dict.fromkeys(totals, 0.0))
+        before = self._rollout_totals
+        totals = {name: float(sum(fact[name] for fact in known)) for name in before}
         self._rollout_totals = totals
         gained = {name: max(0.0, totals[name] - before[name]) for name in totals}
         busy = gained["busy_s"] + gained["wait_s"]

@@ -296,9 +296,7 @@ class LearnerRank:
 
     def _row(self, trajectory: Trajectory) -> Row:
         encoded = self._encode(trajectory)
-        return Row(
-            (trajectory.prompt_id, trajectory.hinted), encoded, trajectory.token_ids, trajectory.temperature
-        )
+        return Row((trajectory.prompt_id, trajectory.hinted), encoded, trajectory.token_ids, trajectory.temperature)
 
     def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
         encoded = self.encoder.encode(self.prompts[trajectory.prompt_id], hinted=trajectory.hinted)
@@ -410,4 +408,3 @@ class Clock:
             yield
         finally:
             self.spent[phase] += time.perf_counter() - start
-

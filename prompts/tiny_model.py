@@ -72,12 +72,14 @@ def build_tiny_omni(out: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config).float()
+        _initialise(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         work.chmod(0o755)  # mkdtemp makes it private
         weights = {f"thinker.{name}": value.contiguous() for name, value in model.state_dict().items()}
         save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
+        (work / "model.safetensors").chmod(0o644)
         config.save_pretrained(work)
         ends = [tokenizer.convert_tokens_to_ids(token) for token in (EOS, PAD)]
         GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(work)
@@ -87,6 +89,22 @@ def build_tiny_omni(out: Path, *, seed: int = 0) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return out
+
+
+def _initialise(model: Any) -> None:
+    """Weights of variance 1 / fan-in, so that signals keep their size.
+
+    The published 0.02 suits widths in the thousands; here it makes media invisible for hundreds of steps.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed_tokens" in name:
+                weight.normal_(0, 0.5)
+            elif weight.dim() >= 2:
+                gain = 2.0 if "audio_tower.conv" in name else 1.0  # to be heard beside the position embedding
+                weight.normal_(0, gain / weight[0].numel() ** 0.5)
 
 
 def allowed_token_ids(tokenizer: Any) -> list[int]:

@@ -25,7 +25,7 @@ Reply with exactly one JSON object with these four keys and nothing else, for ex
 {"audio_grounding_score": 0.4, "visual_id_score": 0.9, "location_acc_score": 0.0, "caption_corr_score": 0.5}"""
 
 REMINDER = "Your last reply could not be read. Reply with the JSON object of four numbers from 0 to 1 only."
-_LONGEST_REPLY = 20_000
+_LONGEST_REPLY = 8_000
 
 
 def shorten(text: str, limit: int) -> str:
@@ -60,9 +60,12 @@ def parse_reply(reply: str) -> tuple[Verdict, int]:
     may be a quotation of the completion. Raises ValueError for no or several objects, no criterion at all, or a score
     that is not a number in [0, 1].
     """
-    if len(reply) > _LONGEST_REPLY:
-        raise ValueError(f"reply of {len(reply)} characters is too long for four scores")
-    found = [value for value in _objects(reply.rpartition("</think>")[2]) if any(key in value for key in CRITERIA)]
+    text = reply.lstrip()
+    if text.startswith("<think>"):  # only at the start: a tag quoted later must not hide the scores before it
+        text = text.partition("</think>")[2]
+    if len(text) > _LONGEST_REPLY:
+        raise ValueError(f"reply of {len(text)} characters is too long for four scores")
+    found = [value for value in _objects(text) if any(key in value for key in CRITERIA)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} JSON objects with scores in the reply, expected one")
     (scores,) = found

@@ -12,7 +12,14 @@ from rewards.judge import ContentPart, Verdict
 from rewards.text import words
 
 _NUMBERS = {name: str(value) for value, name in enumerate(("zero", "one", "two", "three", "four", "five", "six"))}
-_SAME = {"centre": "center", "middle": "center", "disk": "disc", "circle": "disc", "colour": "color"} | _NUMBERS
+_SAME = {
+    "centre": "center",
+    "middle": "center",
+    "disk": "disc",
+    "circle": "disc",
+    "silence": "none",
+    "silent": "none",
+} | _NUMBERS
 _PLURAL = re.compile(r"(?<=[a-z]{3})s$")
 
 #: What the synthetic world can say of sounds, of things, and of places.
@@ -25,7 +32,7 @@ AUDIBLE = frozenset(
         "beep",
         "tone",
         "sound",
-        "silent",
+        "none",
         "0",
         "1",
         "2",
@@ -79,7 +86,7 @@ class RuleJudge:
         """The four scores in [0, 1] of a reasoning and an answer."""
         truth = _answer_text(prompt, prompt.answer)
         needed = terms(f"{prompt.reasoning or ''} {truth}")
-        scene = terms(f"{prompt.caption or ''} {prompt.audio_caption or ''}") | needed
+        scene = _with_counting(terms(f"{prompt.caption or ''} {prompt.audio_caption or ''}") | needed)
         claimed = terms(f"{think} {_answer_text(prompt, answer)}")
         return {
             "audio_grounding_score": agreement(claimed, needed, scene, AUDIBLE),
@@ -106,6 +113,12 @@ def agreement(claimed: Counter[str], needed: Counter[str], scene: Counter[str], 
     precision = len(claims & scene.keys()) / len(claims)
     recall = len(claims & wanted) / len(wanted) if wanted else 1.0
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _with_counting(scene: Counter[str]) -> Counter[str]:
+    """The scene's facts, and every number up to its beeps or its largest number: counting up to it is right."""
+    top = max([scene["beep"], *(int(word) for word in scene if word.isdecimal() and len(word) < 3)])
+    return scene | Counter(str(number) for number in range(top + 1))
 
 
 def _answer_text(prompt: Prompt, answer: str) -> str:

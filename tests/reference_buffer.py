@@ -75,7 +75,7 @@ class ReferenceBuffer:
         self.fresh: dict[str, Group] = {}
         self.stock: dict[str, Trajectory] = {}
         self.reuse: dict[str, int] = {}
-        self.drawn: dict[str, int] = {}
+        self.drawn: dict[int, list[str]] = {}  # by seed
         self.drawn_step = -1
         self.shares: dict[tuple[int, int], tuple[str, int, float]] = {}
         self.counters: dict[str, int] = {}
@@ -306,11 +306,14 @@ class ReferenceBuffer:
             self._count("duplicates")
             return InsertReceipt("duplicate", 0)
         t = self.tickets.get(lease.ticket.key)
-        if t is None or (t.prompt_id, t.step) != (group.prompt_id, group.step):
+        if t is None and group.step > self.trained:
+            raise UnknownTicketError(f"group {group.id} has no ticket")
+        if t is not None and (t.prompt_id, t.step) != (group.prompt_id, group.step):
             raise UnknownTicketError(f"group {group.id} does not match a ticket")
         late = group.step <= self.trained or (bound is not None and group.step + bound < self.current)
         self.seen.add(group.seq)
-        self._settle(t.key)
+        if t is not None:
+            self._settle(t.key)
         state = self.prompts.setdefault(group.prompt_id, PromptState())
         visits = state.hinted if group.hinted else state.plain
         visits.append((group.seq, [x.reward for x in group.trajectories]))
@@ -320,14 +323,14 @@ class ReferenceBuffer:
         self._count("generated")
         self._count("completions", len(group.trajectories))
         self._count("tokens", tokens_generated)
-        if late:
-            self._make_replayable(group)
-            self._count("replay_only")
-            if group.step > self.trained:
-                self.steps[group.step] -= 1
-        else:
+        if not late:
             self.fresh[group.id] = group
-        return InsertReceipt("late" if late else "fresh", self._evict())
+            return InsertReceipt("fresh", 0)
+        self._make_replayable(group)
+        self._count("replay_only")
+        if group.step > self.trained:
+            self.steps[group.step] -= 1
+        return InsertReceipt("late", self._evict())
 
     def _make_replayable(self, group: Group) -> None:
         for t in group.trajectories:
@@ -405,7 +408,7 @@ class ReferenceBuffer:
             del self.fresh[group.id]
         self._count("trained_fresh", len(named))
         self._count("replay_only", len(due) - len(named))
-        for tid in self.drawn:
+        for tid in {tid for ids in self.drawn.values() for tid in ids}:
             if tid in self.stock:
                 self.reuse[tid] = self.reuse.get(tid, 0) + 1
                 if self.config.max_reuse and self.reuse[tid] >= self.config.max_reuse:
@@ -489,14 +492,15 @@ class _Draw:
 
     def pick(self, pool: list[str], n: int) -> int:
         order, got = list(pool), 0
+        limited = self.b.config.max_reuse > 0
+        elsewhere = {t for seed, ids in self.b.drawn.items() if limited and seed != self.seed for t in ids}
         for i in range(len(pool)):
             if got >= n:
                 break
             j = i + self.below(len(pool) - i)
             order[i], order[j] = order[j], order[i]
             tid = order[i]
-            other = self.b.config.max_reuse > 0 and self.b.drawn.get(tid, self.seed) != self.seed
-            if tid not in self.taken and not other:
+            if tid not in self.taken and tid not in elsewhere:
                 self.taken.add(tid)
                 self.out.append(tid)
                 got += 1
@@ -556,6 +560,6 @@ class _Draw:
         for i in range(len(self.out) - 1, 0, -1):
             j = self.below(i + 1)
             self.out[i], self.out[j] = self.out[j], self.out[i]
-        for tid in self.out:
-            self.b.drawn[tid] = self.seed
+        if self.out:
+            self.b.drawn[self.seed] = self.out
         return self.out

@@ -19,13 +19,14 @@ def register() -> bool:
 
     if not vllm.__version__.startswith(CHECKED):
         log.warning(
-            "vLLM %s: the audio-in-video correction was checked on %s* only and is off; keep use_audio_in_video off, "
-            "or trust the parity probe",
+            "vLLM %s: the corrections were checked on %s* only and are off; keep use_audio_in_video off and set "
+            "adopt_mode to drain",
             vllm.__version__,
             CHECKED[0],
         )
         return False
-    from actors.vllm_plugin.omni import install
+    from actors.vllm_plugin import media, omni
 
-    install()
+    omni.install()
+    media.install()
     return True

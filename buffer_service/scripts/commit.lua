@@ -28,7 +28,11 @@ count('trained_fresh', named)
 count('replay_only', rest)
 count('steps', 1)
 
-for _, tid in ipairs(call('HKEYS', K('drawn'))) do
+local drawn, marks = {}, call('HVALS', K('drawn'))
+for _, packed in ipairs(marks) do
+  for _, tid in ipairs(cmsgpack.unpack(packed)) do drawn[tid] = true end
+end
+for tid in pairs(drawn) do
   if call('HEXISTS', K('trajs'), tid) == 1 then
     keep(m, 'reuse', tid)
     local used = call('HINCRBY', K('reuse'), tid, 1)

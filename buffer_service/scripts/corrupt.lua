@@ -5,10 +5,7 @@ local gid = string.sub(tid, 1, 8)
 local raw = call('HGET', K('groups'), gid)
 if raw then
   local group = cmsgpack.unpack(raw)
-  for i = 0, group[4] - 1 do
-    del(m, 'trajs', tid_of(gid, i))
-    forget_value(m, tid_of(gid, i))
-  end
+  for i = 0, group[4] - 1 do forget_value(m, tid_of(gid, i)) end
   del(m, 'groups', gid)
   call('ZREM', K('fresh'), gid)
   call('HINCRBY', K('steps'), group[2], -1)

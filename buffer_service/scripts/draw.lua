@@ -1,4 +1,5 @@
--- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, prompt ids... Returns the drawn tids.
+-- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, prompt ids... Returns
+-- {tids, lengths of their records (-1: gone), the records}, the lists packed and the records as one string: half the cost of many.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
 local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
@@ -13,6 +14,16 @@ if total == 0 then return out end
 if tonumber(call('HGET', K('meta'), 'drawn_step')) ~= step then
   call('DEL', K('drawn'))
   call('HSET', K('meta'), 'drawn_step', step)
+end
+
+local elsewhere = {} -- what other draws of this step hold
+if m.max_reuse > 0 then
+  local marks = call('HGETALL', K('drawn'))
+  for i = 1, #marks, 2 do
+    if marks[i] ~= ARGV[8] then
+      for _, tid in ipairs(cmsgpack.unpack(marks[i + 1])) do elsewhere[tid] = true end
+    end
+  end
 end
 
 -- Takes up to n untaken members of the ranges {key, first, members}, uniformly: a Fisher-Yates shuffle of positions
@@ -31,8 +42,7 @@ local function pick(ranges, n)
         local tid = call('ZRANGE', r[1], rank, rank)[1]
         local free = not taken[tid]
         if free and m.max_reuse > 0 then -- with a reuse limit a trajectory serves one draw per step
-          local by = call('HGET', K('drawn'), tid)
-          free = not by or by == ARGV[8]
+          free = not elsewhere[tid]
         end
         if free then
           taken[tid], got = true, got + 1
@@ -83,9 +93,9 @@ elseif strategy == 'uniform' then
   mix(all('f'), all('s'), want, 's')
 else
   if strategy == 'same_prompt' then
-    local prompts = #ARGV - 8
+    local prompts = #ARGV - 10
     for i = 1, prompts do
-      local key = K('pt:' .. ARGV[8 + i])
+      local key = K('pt:' .. ARGV[10 + i])
       local failures = call('ZCOUNT', key, 0, 0)
       local n = math.floor(want / prompts) + (i <= want % prompts and 1 or 0)
       mix({ key, 0, failures }, { key, failures, call('ZCARD', key) - failures }, n, 's')
@@ -103,7 +113,18 @@ for i = #out, 2, -1 do
   local j = 1 + below(i)
   out[i], out[j] = out[j], out[i]
 end
-local marks = {}
-for _, tid in ipairs(out) do marks[#marks + 1], marks[#marks + 2] = tid, ARGV[8] end
-many('HSET', K('drawn'), marks)
-return out
+if #out == 0 then return {} end
+call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out))
+
+local mine, names, lengths = {}, {}, {}
+for i = 1 + tonumber(ARGV[9]), #out, tonumber(ARGV[10]) do
+  mine[#mine + 1], names[#names + 1] = out[i], K('t:' .. out[i])
+end
+local values = {}
+for first = 1, #names, 1000 do
+  for _, value in ipairs(call('MGET', unpack(names, first, math.min(first + 999, #names)))) do
+    lengths[#lengths + 1] = value and #value or -1
+    values[#values + 1] = value or ''
+  end
+end
+return { cmsgpack.pack(mine), cmsgpack.pack(lengths), table.concat(values) }

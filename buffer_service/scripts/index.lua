@@ -9,7 +9,7 @@ for i, name in ipairs(names) do
     if r[7] == 1 then call('SADD', K('hints'), name) end
   elseif ARGV[1] == 'tickets' then
     pend(name, r)
-  elseif call('HEXISTS', K('groups'), string.sub(name, 1, 8)) == 0 then
+  else
     stock_add(name, r, tonumber(call('ZSCORE', K('rank'), r[1])))
   end
 end

@@ -122,6 +122,7 @@ end
 local function bin_of(rbar) return math.max(-64, math.min(64, math.floor(rbar * 16))) end
 local function age_key(kind, bin) return K('age:' .. kind .. ':' .. string.format('%d', bin)) end
 
+-- A stocked trajectory's record: {pid, success 0|1, version}.
 local function stock_add(tid, record, rbar)
   local kind = record[2] == 1 and 's' or 'f'
   call('ZADD', K('stock:' .. kind), rbar, tid)
@@ -227,8 +228,8 @@ local function expire_old(m)
   return #old
 end
 
--- Folds one visit into a prompt's statistics and moves its stock; returns the new state (unsaved hint fields kept).
-local function visit(m, pid, seq, rewards, hinted)
+-- Folds one visit into a prompt's statistics and moves its stock with it.
+local function fold_visit(m, pid, seq, rewards, hinted)
   local state = load_prompt(pid)
   local before = score_of(state)
   local which = hinted and 4 or 3
@@ -262,14 +263,15 @@ local function gate_visit(m, q, pid, hinted, zero)
   put(m, 'prompts', pid, cmsgpack.pack(state))
 end
 
--- One group leaves `fresh` (or arrives late) and becomes replayable.
+-- One group {pid, step, hinted, n, zero, successes, versions} leaves `fresh`, or arrives late, and becomes replayable.
 local function make_replayable(m, q, gid, group)
-  local pid, rbar = group[1], tonumber(call('ZSCORE', K('rank'), group[1]))
-  local names = {}
-  for i = 0, group[4] - 1 do names[#names + 1] = tid_of(gid, i) end
-  local records = call('HMGET', K('trajs'), unpack(names))
-  for i, tid in ipairs(names) do stock_add(tid, cmsgpack.unpack(records[i]), rbar) end
-  gate_visit(m, q, pid, group[3], group[5])
+  local rbar = tonumber(call('ZSCORE', K('rank'), group[1]))
+  for i = 1, group[4] do
+    local tid, record = tid_of(gid, i - 1), { group[1], group[6][i], group[7][i] }
+    put(m, 'trajs', tid, cmsgpack.pack(record))
+    stock_add(tid, record, rbar)
+  end
+  gate_visit(m, q, group[1], group[3], group[5])
 end
 
 -- Tickets: {pid, step, epoch, kind, round, n, min_version, seq, attempt, consumer}; leased while in `leased`.
@@ -280,8 +282,7 @@ end
 local function unpend(tkey, t) call('ZREM', K(t[4] == 'eval' and 'pend:e' or 'pend:t'), tkey) end
 
 local function drop_ticket(m, tkey, t)
-  unpend(tkey, t)
-  call('ZREM', K('leased'), tkey)
+  if call('ZREM', K('leased'), tkey) == 0 then unpend(tkey, t) end
   del(m, 'tickets', tkey)
 end
 

@@ -158,7 +158,9 @@ def _side(rng: Generator, turn: int) -> Draft:
     asked, colour = _pick(rng, list(COLOURS), 2)
     sprites = (_still(_form(rng), asked, place), _still(_form(rng), colour, other))
     options, letter = _choices(rng, PLACES, place, turn)
-    readout = " ".join(f"{c} {p}" for p, c in sorted([(place, asked), (other, colour)], key=lambda x: PLACES.index(x[0])))
+    readout = " ".join(
+        f"{c} {p}" for p, c in sorted([(place, asked), (other, colour)], key=lambda x: PLACES.index(x[0]))
+    )
     return Draft(
         Scene(sprites, _any_sounds(rng)),
         f"Where is the {asked} shape?",
@@ -166,8 +168,8 @@ def _side(rng: Generator, turn: int) -> Draft:
         ProblemType.MULTIPLE_CHOICE,
         SEE,
         "Name every shape with its place, then find the one that is asked for.",
-        readout,
-        f"{place} {letter}",
+        " ".join(f"{colour} {place}" for place, colour in shown),
+        f"{asked} {place} {letter}",
         options,
     )
 
@@ -250,8 +252,8 @@ def _colour_at_beep(rng: Generator, turn: int) -> Draft:
         ProblemType.FREE_FORM,
         BOTH,
         "For every part of the clip note what you see together with what you hear.",
-        " ".join(f"{c} {s}" for c, s in zip(colours, sounds, strict=True)),
-        colour,
+        " ".join(f"{s} {c}" for c, s in zip(colours, sounds, strict=True)),
+        f"{pitches[asked]} {colour}",
     )
 
 
@@ -267,10 +269,13 @@ def _overlap(rng: Generator, k: int) -> tuple[list[int], list[int]]:
 
 
 def _count_readout(seen: list[str], condition: list[int], beeps: list[int]) -> str:
+    """What is seen in each slot; where it fulfils the condition also what is heard, and the count so far."""
     count, words = 0, []
     for slot in range(SLOTS):
-        count += slot in condition and slot in beeps
-        words.append(f"{seen[slot]} {'beep' if slot in beeps else NONE} {count}")
+        words.append(seen[slot])
+        if slot in condition:
+            count += slot in beeps
+            words.append(f"beep {count}" if slot in beeps else NONE)
     return " ".join(words)
 
 

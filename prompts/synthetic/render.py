@@ -29,9 +29,12 @@ SAMPLE_RATE = 16_000  # Hz
 SIZE = 18  # pixels, edge of a square and diameter of a disc
 CORE = 8  # pixels, edge of the white core of a lit shape
 WALL = 4  # pixels
-# The vision encoder knows patch positions only relative to each other: walls tell its left from its right.
+# The vision encoder knows patches only relative to each other, and time not at all: the walls tell left from right, a
+# strip of sky that brightens from slot to slot tells early from late.
 LEFT_WALL = (200, 120, 220)
 RIGHT_WALL = (220, 220, 220)
+SKY = 3  # pixels
+SKY_STEP = 65  # brightness per slot
 BEEP_SECONDS = 0.18
 
 _ROWS, _COLUMNS = np.mgrid[:HEIGHT, :WIDTH] + 0.5
@@ -42,6 +45,7 @@ def render_frames(scene: Scene, rng: Generator, difficulty: float) -> NDArray[np
     frames = np.full((FRAMES, HEIGHT, WIDTH, 3), rng.uniform(15, 45), np.float32)
     frames[:, :, :WALL] = LEFT_WALL
     frames[:, :, -WALL:] = RIGHT_WALL
+    frames[:, :SKY] = (30 + SKY_STEP * (np.arange(FRAMES) // FRAMES_PER_SLOT))[:, None, None, None]
     for sprite in scene.sprites:
         shift = rng.uniform(-60, 60, 3) * difficulty
         y = HEIGHT / 2 + rng.uniform(-2, 2)

@@ -14,7 +14,7 @@ from actors.engine import FinishedRequest, RolloutEngine
 from prompts.record import Prompt
 from prompts.template import PromptEncoder, TemplateConfig, prompt_digest
 from prompts.tiny_model import build_tiny_omni
-from tests.integration.tiny_models import (
+from tests.tiny_models import (
     ArrayLoader,
     audio,
     build_vision_language,

@@ -45,8 +45,9 @@ class Page(html.parser.HTMLParser):
 
 
 def answer(prompt: str, accuracy: float) -> dict[str, Any]:
-    return {"prompt_id": prompt, "question": f"Question {prompt} {EVIL}", "answer": EVIL, "text": f"{EVIL} {accuracy}",
-            "category": EVIL, "needs": ["audio"], "accuracy": accuracy, "components": {EVIL: 1.0, "judge": None}}  # fmt: skip
+    return {"prompt_id": prompt, "question": f"Question {prompt} {EVIL}", "answer": EVIL,
+            "text": f"{EVIL} {accuracy}", "category": EVIL, "needs": ["audio"], "accuracy": accuracy,
+            "components": {EVIL: 1.0, "judge": None}}  # fmt: skip
 
 
 def make_run(path: Path, state: str = "finished") -> Path:
@@ -56,7 +57,7 @@ def make_run(path: Path, state: str = "finished") -> Path:
     run.samples(0, [answer("a", 1.0), answer("b", 0.0)], kind="eval")
     for step in (1, 2, 3):
         run.metrics(step, {
-            "reward/mean": 0.1 * step, "reward/format": 1.0, "accuracy/train": 0.2 * step, "time/step": 2.0,
+            "reward/mean": 0.1 * step, "accuracy/train": 0.2 * step, "time/step": 2.0,
             "time/learner_wait": 0.5, "tiers/easy": step, "tiers/medium": 2 * step, "tiers/hard": 3 * step,
             "completions/generated": 32 * step, f"mine/{EVIL}": 1.0, "ledger/generated": 8 * step,
             "ledger/trained_fresh": 8 * step - 3, "ledger/replay_only": 1, "ledger/dropped": 1, "ledger/in_flight": 1,
@@ -144,8 +145,8 @@ def test_changes_are_first_to_last_largest_gain_first() -> None:
 
 
 def test_ledger_gap_is_told() -> None:
-    row: dict[str, float | None] = {"step": 7, "ledger/generated": 10, "ledger/trained_fresh": 4, "ledger/replay_only": 1,
-                                    "ledger/dropped": 1, "ledger/in_flight": 2}  # fmt: skip
+    row: dict[str, float | None] = {"step": 7, "ledger/generated": 10, "ledger/trained_fresh": 4,
+                                    "ledger/replay_only": 1, "ledger/dropped": 1, "ledger/in_flight": 2}  # fmt: skip
     found = ledger([row, {"step": 8}])
     assert found is not None and (found["gap"], found["step"]) == (2, 7)
     partial = ledger([{"step": 1, "ledger/generated": 3}])

@@ -26,7 +26,7 @@ VERDICT = dict(zip(CRITERIA, (0.5, 1.0, 0.0, 0.5), strict=True))
 
 
 def config(server: Server, **changes: object) -> JudgeConfig:
-    fast = {"backoff_s": 0.01, "request_timeout_s": 2.0, "deadline_s": 5.0, "attempts": 3}
+    fast = {"backoff_s": 0.002, "request_timeout_s": 20.0, "deadline_s": 60.0, "attempts": 3}
     return JudgeConfig.model_validate({"base_url": server.url, "model": "judge", **fast, **changes})
 
 
@@ -70,7 +70,7 @@ def first(bad: Reply) -> Callable[[int], Reply]:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_one_failure_is_retried_and_counted(bad: Reply, counter: str) -> None:
-    verdicts, stats, requests = ask(first(bad), request_timeout_s=0.4)
+    verdicts, stats, requests = ask(first(bad), request_timeout_s=0.8 if bad.hang_s else 20.0)
     assert verdicts == [VERDICT]
     assert stats[counter] == 1 and stats["retries"] == 1 and requests == 2
     assert stats.get("unscored", 0) == 0
@@ -85,7 +85,7 @@ def test_lasting_failure_is_unscored_not_zero(bad: Reply) -> None:
 def test_hang_ends_at_the_deadline() -> None:
     started = time.monotonic()
     verdicts, stats, _ = ask(lambda n: Reply(hang_s=30.0), deadline_s=0.3, request_timeout_s=0.2)
-    assert verdicts == [None] and time.monotonic() - started < 2.0
+    assert verdicts == [None] and time.monotonic() - started < 10.0
     assert stats["timeout"] >= 1
 
 
@@ -226,7 +226,13 @@ ONES = json.dumps(dict.fromkeys(CRITERIA, 1.0))
 
 @pytest.mark.parametrize(
     "reply",
-    [GOOD, f"```json\n{GOOD}\n```", f"Here: {GOOD} Done.", f"<think>maybe {ONES}</think>{GOOD}", GOOD.replace("1.0", '"1.0"')],
+    [
+        GOOD,
+        f"```json\n{GOOD}\n```",
+        f"Here: {GOOD} Done.",
+        f"<think>maybe {ONES}</think>{GOOD}",
+        GOOD.replace("1.0", '"1.0"'),
+    ],
 )
 def test_readable_replies(reply: str) -> None:
     assert parse_reply(reply) == (VERDICT, 0)
@@ -251,9 +257,11 @@ def test_missing_key_is_zero_and_counted() -> None:
         GOOD.replace("1.0", "null"),
         GOOD.replace("1.0", '"high"'),
         GOOD[:-5],
-        "{" * 19_000,
+        f"{GOOD} It ends with </think>{ONES}",
+        f"<think>it says </think>{ONES}</think>{GOOD}",
+        "{" * 7_900,
         "x" * 30_000,
-        '{"a":' * 3_900,
+        '{"a":' * 1_500,
     ],
 )
 def test_unreadable_replies(reply: str) -> None:
@@ -284,6 +292,15 @@ def test_rule_judge_by_hand() -> None:
     assert judged("high beep first, yellow square right")[1] == pytest.approx(0.5)  # precision 1/2, recall 1/2
     assert judged("high beep first, red square left", "A")[2] == 0.0
     assert judged("", "B")[:3] == (0.0, 0.0, 1.0)
+
+
+def test_rule_judge_lets_a_completion_count() -> None:
+    caption = "Heard in turn: high beep, silence, low beep."
+    ask = Prompt(id="c", question="How many beeps?", answer="2", problem_type="numerical", audio_caption=caption)
+    score = RuleJudge().score(ask, "beep 1 beep 2", "2")["audio_grounding_score"]
+    assert score == 1.0
+    assert RuleJudge().score(ask, "beep 1 beep 2 beep 3", "3")["audio_grounding_score"] < 1.0
+    assert RuleJudge().score(ask, "Ten thousand", "9" * 5000)["audio_grounding_score"] == 0.0
 
 
 def test_rule_judge_is_not_talked_round() -> None:

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-GOOD = (
-    '{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0, "caption_corr_score": 0.5}'
-)
+GOOD = '{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0, "caption_corr_score": 0.5}'
 
 
 @dataclass
 class Reply:
-    """What to answer: status, message content, headers; ``hang_s`` first; ``cut`` sends half; ``raw`` replaces the body."""
+    """What to answer; ``hang_s`` waits first, ``cut`` sends half, ``raw`` replaces the whole body."""
 
     content: str = GOOD
     status: int = 200
@@ -41,6 +39,7 @@ def judge_server(script: Callable[[int], Reply], models: tuple[str, ...] = ("jud
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes: 40 ms of delayed acknowledgement otherwise
 
         def log_message(self, *args: object) -> None:
             pass

@@ -19,7 +19,7 @@ from rewards.grounding import Segment, parse_grounded
 from rewards.numeric import numeric_score, parse_number
 from rewards.record import Completion
 from rewards.self_consistency import self_consistency_scores
-from rewards.text import normalise, ocr_score, rouge_score
+from rewards.text import ocr_score, rouge_score
 
 OPTIONS = ("A. red", "B. green", "C. a red ball")
 
@@ -207,7 +207,7 @@ def test_ocr_equals_jiwer() -> None:
     assert ocr_score("", "stop") == 0.0
 
 
-WORDS = st.lists(st.sampled_from("the a red blue car dog runs left fast and".split()), max_size=12)  # noqa: SIM905
+WORDS = st.lists(st.sampled_from(["the", "a", "red", "blue", "car", "dog", "runs", "left"]), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
@@ -240,7 +240,9 @@ def test_rouge_of_one_word_and_other_scripts() -> None:
     ],
 )
 def test_localisation_by_slot(answer: str, score: float) -> None:
-    assert answer_score(prompt(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer) == pytest.approx(score)
+    assert answer_score(prompt(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer) == pytest.approx(
+        score
+    )
 
 
 def test_localisation_without_slots() -> None:
@@ -274,7 +276,7 @@ def test_majority_after_normalisation() -> None:
 
 
 def test_tie_goes_to_the_higher_logprob_per_token() -> None:
-    # 3: (-1.0*10 - 0.2*30) / 40 = -0.4;  4: (-0.45*10 - 0.45*10) / 20 = -0.45 although its plain mean (-0.45) beats -0.6
+    # 3: (-1.0*10 - 0.2*30) / 40 = -0.4;  4: (-0.45*10 - 0.45*10) / 20 = -0.45, above 3's plain mean of -0.6
     group = (
         completion(say("3"), -1.0, 10),
         completion(say("4"), -0.45),
@@ -338,7 +340,7 @@ def test_fusion_bonus(both: float, video: float, audio: float, lax: float, stric
     assert attention_score(both, video, audio, strict=True) == strict
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.sampled_from(list(ProblemType)),
     st.text(min_size=1, max_size=40).filter(str.strip),
@@ -350,7 +352,6 @@ def test_scores_stay_in_range(kind: ProblemType, truth: str, answer: str, mode: 
     assert 0.0 <= answer_score(ask, answer, mode) <= 1.0  # type: ignore[arg-type]
     assert hash(canonical_answer(ask, answer)) is not None
     parse_grounded(f"<time>{answer}</time><caption>{truth}</caption>{answer}")
-    assert normalise(normalise(answer)) is not None
 
 
 @pytest.mark.parametrize(
@@ -376,9 +377,9 @@ def test_hostile_text_of_100_kb_costs_no_time(text: str) -> None:
     started = time.perf_counter()
     for kind in ProblemType:
         ask = prompt(kind, "3", OPTIONS)
-        for whole in (text, say(text)):
-            accuracy_score(ask, whole, numeric="rmae", max_answer_chars=200_000)
-            self_consistency_scores(ask, [completion(whole)], max_answer_chars=200_000)
+        for whole in (text, say(text), say(text[:4_000])):
+            accuracy_score(ask, whole, numeric="rmae", max_answer_chars=4_096)
+            self_consistency_scores(ask, [completion(whole)], max_answer_chars=4_096)
             well_formed(whole)
             parse_grounded(whole)
-    assert time.perf_counter() - started < 5.0
+    assert time.perf_counter() - started < 3.0

@@ -68,7 +68,7 @@ def test_plain_output_is_one_short_line_per_step() -> None:
     steps = [line for line in lines if "step " in line]
     assert len(steps) == 12 and len({line.index("reward") for line in steps}) == 1
     assert max(len(line) for line in lines) <= 120
-    assert "step  12/120" in steps[-1] and "held-out 0.52" in steps[-1] and "wait L 25% R  5%" in steps[-1]
+    assert "step  12/120" in steps[-1] and "eval 0.52" in steps[-1] and "wait L 25% R  5%" in steps[-1]
     assert steps[-1].endswith("eta 3:36")  # 108 steps left, 2 s each
     assert "held-out accuracy 0.610 (+0.090 since the start)" in lines[-2]
     assert lines[-1].endswith("! version 12 published")
@@ -110,7 +110,8 @@ def test_an_ascii_console_is_served() -> None:
     screen, file, clock = make(live=True, encoding="ascii")
     with screen:
         train(screen, clock)
-    assert "50% replayed" in shown(file)
+        screen.event("prompt 视频 failed")
+    assert "50% replayed" in shown(file) and "prompt ?? failed" in shown(file)
 
 
 def test_phases_progress_and_their_throttle() -> None:
@@ -123,7 +124,7 @@ def test_phases_progress_and_their_throttle() -> None:
         screen.progress(step, 100, f"loss {1 / step:.2f}")
     screen.phase("cold start", "exporting")  # same phase, new detail: no new line
     screen.stop()
-    lines = [line.split("  ", 1)[1].strip() for line in shown(file).splitlines()]
+    lines = [line[9:] for line in shown(file).splitlines()]
     assert lines[0] == "cold start: tiny model"
     assert [line.split()[2] for line in lines[1:]] == [
         "15/100",
@@ -134,6 +135,9 @@ def test_phases_progress_and_their_throttle() -> None:
         "90/100",
         "100/100",
     ]
+    screen.phase("training")
+    screen.progress(64, 64)  # an evaluation beside the training
+    assert shown(file).splitlines()[-1].endswith("training")
     live, _, clock = make(live=True)
     live.phase("cold start")
     live.progress(50, 200, "loss 0.4")

@@ -70,6 +70,8 @@ def test_metrics_round_trip_in_jsonl_and_tensorboard(folder: RunFolder) -> None:
     assert rows[0]["reward/mean"] == 0.5
     assert rows[0]["grad_norm"] is rows[0]["lr"] is rows[0]["loss/kl"] is None
     assert scalars(folder.path) == {(1, "reward/mean"): 0.5, (2, "reward/mean"): 0.75}
+    with pytest.raises(TypeError, match="metric 'odd'"):
+        folder.metrics(3, {"odd": [1.0]})  # type: ignore[dict-item]
     text = (folder.path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
 
@@ -123,6 +125,25 @@ def test_full_disk_warns_once_then_saves_what_waited(tmp_path: Path) -> None:
     assert len(warnings) == 2 and "can be written again" in warnings[1]
     run.close()
     assert len(warnings) == 2
+
+
+def test_a_disk_that_takes_some_files_only_does_not_warn_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    run = RunFolder(tmp_path / "a", on_warning=warnings.append)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(telemetry, "replace_text", full)
+        for step in (1, 2, 3):
+            run.metrics(step, {"lr": 1.0})
+    assert len(warnings) == 1
+    run.metrics(4, {"lr": 1.0})
+    assert len(warnings) == 2 and read_status(run.path).step == 4
+    run.close()
 
 
 def test_what_never_fitted_is_named_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

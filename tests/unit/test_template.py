@@ -1,0 +1,253 @@
+"""Words, tensors, positions and refusals of the prompt template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prompts.errors import DataError, ModelError
+from prompts.media import DecodedAudio
+from prompts.record import MediaItem, MediaPlan, Prompt
+from prompts.rope import PositionRule
+from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid, prompt_digest
+from prompts.tiny_model import build_tiny_omni
+from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_omni(tmp_path_factory.mktemp("template") / "model")
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[tuple[PromptEncoder, ArrayLoader]]:
+    loader = ArrayLoader()
+    yield PromptEncoder(folder, loader, TemplateConfig()), loader
+
+
+def encoder(folder: Path, loader: ArrayLoader, **config: Any) -> PromptEncoder:
+    return PromptEncoder(folder, loader, TemplateConfig(**config))
+
+
+def test_text_holds_every_part_in_order(folder: Path) -> None:
+    loader = ArrayLoader()
+    fields = {
+        "question": "What is it?",
+        "options": ("A. cat", "B. dog"),
+        "hint": "listen first",
+        "audio_caption": "a bark",
+        "system": "be brief",
+    }
+    prompt = make_prompt(loader, "p", [image(1), video(2, 4, 2.0), audio(3, 1.0)], **fields)
+    parts = encoder(folder, loader, instruction="Think.", audio_caption_prefix="Sound: ")
+    assert parts.text(prompt, True) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n"
+        "<|vision_bos|><|IMAGE|><|vision_eos|><|vision_bos|><|VIDEO|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>"
+        "What is it?\nA. cat\nB. dog\nSound: a bark\nThink.\nHint: listen first<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "listen" not in parts.text(prompt, False)
+    plain = encoder(folder, loader, system="default").text(prompt.model_copy(update={"system": None}), False)
+    assert plain.startswith("<|im_start|>system\ndefault<|im_end|>") and "bark" not in plain and "Think" not in plain
+
+
+def test_interleaved_sound_has_no_placeholder_of_its_own(shared: tuple[PromptEncoder, ArrayLoader]) -> None:
+    parts, loader = shared
+    prompt = make_prompt(loader, "av", [video(1, 8, 2.0), audio(2, 3.0)], audio_in_video=True)
+    text = parts.text(prompt, False)
+    assert text.count("<|VIDEO|>") == 1 and "<|AUDIO|>" not in text
+    encoded = parts.encode(prompt, False)
+    sound = parts.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    # 3 s = 300 mel frames -> 150 after the strided convolution -> 75 after pooling.
+    assert int((encoded.input_ids == sound).sum()) == 75
+    engine = parts.engine_input(prompt, False)
+    assert engine["mm_processor_kwargs"]["use_audio_in_video"] is True
+
+
+def test_a_hint_that_is_not_there_is_refused(shared: tuple[PromptEncoder, ArrayLoader]) -> None:
+    parts, loader = shared
+    with pytest.raises(DataError, match="has none"):
+        parts.encode(make_prompt(loader, "p", []), True)
+
+
+def test_encoded_video_has_the_size_its_bounds_ask_for(folder: Path) -> None:
+    loader = ArrayLoader()
+    prompt = make_prompt(loader, "p", [video(1, 4, 2.0, height=56, width=84)])
+    encoded = encoder(folder, loader).encode(prompt, False)
+    assert encoded.features["video_grid_thw"].tolist() == [[2, 4, 6]]  # 4 frames / 2, 56 / 14, 84 / 14
+    assert encoded.features["pixel_values_videos"].shape == (2 * 4 * 6, 3 * 2 * 14 * 14)
+    assert encoded.position_ids.shape == (3, len(encoded.input_ids))
+    assert encoded.next_position == int(encoded.position_ids.max()) + 1
+    item = prompt.media.items[0].model_copy(update={"min_pixels": None, "max_pixels": None})
+    free = prompt.model_copy(update={"media": MediaPlan(items=(item,))})
+    grid = (
+        encoder(folder, loader, min_pixels=100_000, max_pixels=200_000).encode(free, False).features["video_grid_thw"]
+    )
+    assert 100_000 <= int(grid[0, 1] * grid[0, 2]) * 14 * 14 <= 200_000
+
+
+def test_encodes_are_cached_within_bounds(folder: Path) -> None:
+    loader = ArrayLoader()
+    prompts = [make_prompt(loader, f"p{i}", [video(i, 4, 2.0)]) for i in range(3)]
+    size = encoder(folder, loader).encode(prompts[0], False).nbytes
+    parts = encoder(folder, loader, cache_bytes=2 * size)
+    loader.loads = 0
+    first = parts.encode(prompts[0], False)
+    assert parts.encode(prompts[0], False) is first and loader.loads == 1
+    parts.encode(prompts[1], False)
+    parts.encode(prompts[0], False)  # makes prompt 1 the oldest
+    parts.encode(prompts[2], False)
+    assert loader.loads == 3 and parts._cached_bytes == 2 * size
+    assert parts.encode(prompts[0], False) is first
+    parts.encode(prompts[1], False)
+    assert loader.loads == 4
+    nothing = encoder(folder, loader, cache_bytes=0)
+    assert nothing.encode(prompts[0], False) is not nothing.encode(prompts[0], False)
+
+
+def test_engine_ids_follow_content_and_settings(shared: tuple[PromptEncoder, ArrayLoader]) -> None:
+    parts, loader = shared
+
+    def ids(seed: int, fps: float = 2.0, **fields: Any) -> Any:
+        prompt = make_prompt(loader, "same uri", [video(seed, 4, fps)], **fields)
+        return parts.engine_input(prompt, False)["multi_modal_uuids"]
+
+    assert ids(1) == ids(1, question="another question")
+    assert len({str(ids(1)), str(ids(2)), str(ids(1, 4.0))}) == 3
+
+
+def test_digest_is_crc32_of_little_endian_int32() -> None:
+    expected = zlib.crc32(struct.pack("<3i", 5, 70_000, 1))
+    assert prompt_digest([5, 70_000, 1]) == prompt_digest(torch.tensor([5, 70_000, 1])) == expected
+    assert prompt_digest(np.array([5, 70_000, 1], dtype=np.int32)) == expected
+
+
+def test_what_the_model_cannot_take_is_refused(folder: Path) -> None:
+    loader = ArrayLoader()
+    long = make_prompt(loader, "long", [], question="red " * 300)
+    with pytest.raises(DataError, match=r"tokens, max_prompt_tokens is 100"):
+        encoder(folder, loader, max_prompt_tokens=100).encode(long, False)
+    with pytest.raises(DataError, match=r"tokens, max_prompt_tokens is 100"):
+        encoder(folder, loader, max_prompt_tokens=100).engine_input(long, False)
+    parts = encoder(folder, loader)
+    slow = DecodedAudio(audio(1, 1.0).samples, 8_000)
+    with pytest.raises(DataError, match="8000 Hz, the model hears 16000 Hz"):
+        parts.encode(make_prompt(loader, "rate", [slow]), False)
+    with pytest.raises(DataError, match=r"9\.0 s of audio, the model hears at most"):
+        parts.encode(make_prompt(loader, "loud", [audio(1, 9.0)]), False)
+    with pytest.raises(DataError, match="different rates"):
+        parts.encode(make_prompt(loader, "rates", [video(1, 4, 2.0), video(2, 4, 4.0)]), False)
+    mixed = make_prompt(loader, "bounds", [image(1), image(2)])
+    items = (mixed.media.items[0], mixed.media.items[1].model_copy(update={"max_pixels": 9_999}))
+    with pytest.raises(DataError, match="different pixel bounds"):
+        parts.encode(mixed.model_copy(update={"media": MediaPlan(items=items)}), False)
+    inverted = mixed.media.items[0].model_copy(update={"max_pixels": 100})
+    with pytest.raises(DataError, match="above max_pixels"):
+        parts.encode(mixed.model_copy(update={"media": MediaPlan(items=(inverted,))}), False)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("config.json", r"no config\.json"),
+        ("tokenizer.json", r"no tokenizer\.json or vocab\.json"),
+        ("processor_config.json", r"no preprocessor_config\.json or processor_config\.json"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_an_incomplete_model_folder_names_what_is_missing(
+    folder: Path, tmp_path: Path, gone: str, message: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns(gone, "*.safetensors"))
+    with pytest.raises(ModelError, match=message):
+        encoder(tmp_path / "model", ArrayLoader())
+
+
+def test_a_text_model_takes_text_only(folder: Path, tmp_path: Path) -> None:
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in names:
+        shutil.copy(folder / name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512}))
+    loader = ArrayLoader()
+    parts = encoder(tmp_path, loader)
+    encoded = parts.encode(make_prompt(loader, "p", []), False)
+    assert encoded.position_ids.tolist() == [list(range(len(encoded.input_ids)))]
+    assert encoded.next_position == len(encoded.input_ids) and encoded.features == {}
+    with pytest.raises(DataError, match="reads text only"):
+        parts.encode(make_prompt(loader, "q", [image(1)]), False)
+
+
+def vision_config(kind: str) -> SimpleNamespace:
+    vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
+    return SimpleNamespace(model_type=kind, image_token_id=1, video_token_id=2, vision_config=vision)
+
+
+def test_qwen25_vl_positions_by_hand() -> None:
+    # text, a video of 3 steps of 1 x 2 merged patches at 2 s per step (4 positions), text
+    ids = torch.tensor([9, 2, 2, 2, 2, 2, 2, 9, 9])
+    features = {"video_grid_thw": torch.tensor([[3, 2, 4]])}
+    found = PositionRule(vision_config("qwen2_5_vl"))(ids, features, seconds_per_grid=torch.tensor([2.0]))
+    assert found.ids.tolist() == [
+        [0, 1, 1, 5, 5, 9, 9, 10, 11],
+        [0, 1, 1, 1, 1, 1, 1, 10, 11],
+        [0, 1, 2, 1, 2, 1, 2, 10, 11],
+    ]
+    assert found.next == 12
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_vision_positions_equal_transformers_where_a_video_is_wider_than_long(kind: str) -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+
+    model: Any = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}[kind]
+    config = vision_config(kind)
+    image_grid, video_grid = torch.tensor([[1, 4, 6]]), torch.tensor([[2, 8, 8]])
+    runs = [[2] * 32] if kind == "qwen2_5_vl" else [[2] * 16, [8, 7] + [2] * 16]
+    ids = torch.tensor([9, 9] + [1] * 6 + [9] + [token for run in runs for token in run] + [9, 9, 9])
+    stand_in = SimpleNamespace(config=config)
+    stand_in.get_vision_position_ids = model.get_vision_position_ids.__get__(stand_in)
+    kinds = torch.where(ids <= 2, ids, 0)[None]
+    extra = {"second_per_grid_ts": torch.tensor([1.0])} if kind == "qwen2_5_vl" else {}
+    expected, delta = model.get_rope_index(
+        stand_in, ids[None], kinds, image_grid_thw=image_grid, video_grid_thw=video_grid.clone(), **extra
+    )
+    features = {"image_grid_thw": image_grid, "video_grid_thw": video_grid}
+    found = PositionRule(config)(ids, features, seconds_per_grid=torch.tensor([1.0]))
+    torch.testing.assert_close(found.ids, expected[:, 0])
+    assert found.next == len(ids) + int(delta)
+
+
+@pytest.mark.parametrize("fps", [0.5, 1.0, 1.7, 2.0, 3.0, 10 / 3, 4.0, 50 / 11, 5.0, 6.25, 12.5, 25.0, 30.0])
+def test_time_positions_do_not_depend_on_float_width(fps: float) -> None:
+    step = _seconds_per_grid(fps)
+    assert 2 / fps <= step <= 2 / fps + 2 / 4096
+    k = np.arange(64)
+    wide = np.floor(k * step * 25)
+    narrow = np.floor(k.astype(np.float32) * np.float32(step) * np.float32(25))
+    numpy_order = np.floor(k * float(np.float32(2 / (2 / step)) * np.float32(25)))
+    np.testing.assert_array_equal(wide, narrow)
+    np.testing.assert_array_equal(wide, numpy_order)
+    exact = np.array([int(i * 50 * 1000 / round(fps * 1000)) for i in range(16)]) if fps * 1000 % 1 == 0 else None
+    if exact is not None:
+        np.testing.assert_array_equal(wide[:16], exact)
+
+
+def test_interleaving_needs_a_sound_for_every_video() -> None:
+    with pytest.raises(ValueError, match="one audio item per video"):
+        Prompt(
+            id="p",
+            question="q",
+            answer="a",
+            problem_type="free_form",
+            media=MediaPlan(items=(MediaItem(kind="video", uri="v"),), audio_in_video=True),
+        )
