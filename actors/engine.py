@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -90,7 +91,8 @@ class RolloutEngine:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
         RolloutEngine._occupied = True
         quieten()
-        self._tokenizer = self._engine.get_tokenizer()
+        # A copy of its own: preparing a prompt in another thread borrows vLLM's, and decoding would fail meanwhile.
+        self._tokenizer = deepcopy(self._engine.get_tokenizer())
         self._stop_ids = stop_token_ids(path, self._tokenizer)
         vocabulary = self._engine.model_config.get_vocab_size()
         forbidden = forbidden_token_ids(self._tokenizer, self._stop_ids, vocabulary)
@@ -109,7 +111,7 @@ class RolloutEngine:
     def submit(
         self, request_id: str, engine_input: dict[str, Any], sampling: SamplingConfig, seed: int | None = None
     ) -> None:
-        """Queue a prompt (``PromptEncoder.engine_input``) for ``sampling.n`` completions.
+        """Queue a prompt (``PromptEncoder.engine_input``, or what ``prepare`` made of it) for ``sampling.n`` completions.
 
         Equal seeds give equal completions on equal weights and device, whatever else is in flight, up to the rounding
         of batched arithmetic. Raises DataError for a prompt that the model cannot take or that leaves no room for
@@ -120,7 +122,7 @@ class RolloutEngine:
         self._check_alive()
         if request_id in self._pending:
             raise DataError(f"request id {request_id!r} is already in flight: use one id per group")
-        rendered = self._render(request_id, engine_input)
+        rendered = engine_input if "type" in engine_input else self.prepare(engine_input, request_id)
         length = len(rendered["prompt_token_ids"])
         if length + sampling.max_tokens > self.config.max_model_len:
             raise DataError(
@@ -133,6 +135,25 @@ class RolloutEngine:
         except (ValueError, VLLMClientError) as error:
             raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
         self._pending[request_id] = sampling
+
+    def prepare(self, engine_input: dict[str, Any], request_id: str = "") -> Any:
+        """The prompt with its media preprocessed, from the cache where the same prompt was here before.
+
+        ``submit`` does this itself; one other thread may do it ahead while this one steps. Raises DataError.
+        """
+        from vllm.exceptions import VLLMClientError
+
+        key = self._prompts.key(engine_input)
+        rendered = self._prompts.get(key)
+        if rendered is None:
+            try:
+                rendered = self._engine.renderer.render_cmpl([engine_input])[0]
+            except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
+                raise DataError(
+                    f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
+                ) from error
+            self._prompts.put(key, rendered)
+        return dict(rendered)
 
     def step(self) -> list[FinishedRequest]:
         """One decoding step of everything in flight; the requests whose last completion ended in it."""
@@ -205,22 +226,6 @@ class RolloutEngine:
         self._engine.engine_core.shutdown()
         self._engine.renderer.shutdown()
         RolloutEngine._occupied = False
-
-    def _render(self, request_id: str, engine_input: dict[str, Any]) -> Any:
-        """Prompt with its media preprocessed, from the cache where the same prompt was here before."""
-        from vllm.exceptions import VLLMClientError
-
-        key = self._prompts.key(engine_input)
-        rendered = self._prompts.get(key)
-        if rendered is None:
-            try:
-                rendered = self._engine.renderer.render_cmpl([engine_input])[0]
-            except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
-                raise DataError(
-                    f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
-                ) from error
-            self._prompts.put(key, rendered)
-        return dict(rendered)
 
     def _parameters(self, sampling: SamplingConfig, seed: int | None) -> Any:
         from vllm import SamplingParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 
 
 class PromptCache:
-    """Least-recently-used by bytes. Holds processor output only, which no weight update can make stale."""
+    """Least-recently-used by bytes, thread-safe. Holds processor output only, which no weight update makes stale."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
+        self._lock = threading.Lock()
         self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def key(self, engine_input: dict[str, Any]) -> str | None:
@@ -26,21 +28,25 @@ class PromptCache:
         return json.dumps([engine_input.get(part) for part in parts], sort_keys=True)
 
     def get(self, key: str | None) -> Any | None:
-        if key is None or key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
+        with self._lock:
+            if key is None or key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
     def put(self, key: str | None, rendered: Any) -> None:
-        if key is None or key in self._entries:
+        if key is None:
             return
         size = sum(tensor.nbytes for tensor in _tensors(rendered.get("mm_kwargs"))) + len(key)
         if size > self.capacity:
             return
-        self._entries[key] = (rendered, size)
-        self.used += size
-        while self.used > self.capacity:
-            self.used -= self._entries.popitem(last=False)[1][1]
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = (rendered, size)
+            self.used += size
+            while self.used > self.capacity:
+                self.used -= self._entries.popitem(last=False)[1][1]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

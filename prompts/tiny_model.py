@@ -162,7 +162,7 @@ def _tokenizer() -> Any:
     learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=[(left, right) for left, right in learnt["merges"]],
         eos_token=EOS,
         pad_token=PAD,
         unk_token=PAD,

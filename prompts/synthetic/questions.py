@@ -158,9 +158,7 @@ def _side(rng: Generator, turn: int) -> Draft:
     asked, colour = _pick(rng, list(COLOURS), 2)
     sprites = (_still(_form(rng), asked, place), _still(_form(rng), colour, other))
     options, letter = _choices(rng, PLACES, place, turn)
-    readout = " ".join(
-        f"{c} {p}" for p, c in sorted([(place, asked), (other, colour)], key=lambda x: PLACES.index(x[0]))
-    )
+    shown = sorted([(place, asked), (other, colour)], key=lambda pair: PLACES.index(pair[0]))
     return Draft(
         Scene(sprites, _any_sounds(rng)),
         f"Where is the {asked} shape?",

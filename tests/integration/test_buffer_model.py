@@ -205,7 +205,7 @@ class BufferMachine(RuleBasedStateMachine):
 
 def test_scripts_equal_the_model_over_10000_operations() -> None:
     profile = settings(
-        max_examples=120,
+        max_examples=240,
         stateful_step_count=100,
         deadline=None,
         derandomize=True,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,11 +34,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(folder: Path) -> Iterator[tuple[PromptEncoder, ArrayLoader]]:
     loader = ArrayLoader()
-    yield PromptEncoder(folder, loader, TemplateConfig()), loader
+    yield encoder(folder, loader), loader
+
+
+_LOADED: dict[Path, PromptEncoder] = {}
 
 
 def encoder(folder: Path, loader: ArrayLoader, **config: Any) -> PromptEncoder:
-    return PromptEncoder(folder, loader, TemplateConfig(**config))
+    """A fresh encoder; the processor, slow to load and never changed, is read once per folder."""
+    if folder not in _LOADED:
+        _LOADED[folder] = PromptEncoder(folder, loader, TemplateConfig())
+    fresh = copy.copy(_LOADED[folder])
+    fresh.loader, fresh.config, fresh._cache, fresh._cached_bytes = loader, TemplateConfig(**config), OrderedDict(), 0
+    return fresh
 
 
 def test_text_holds_every_part_in_order(folder: Path) -> None:
