@@ -111,7 +111,7 @@ class RolloutEngine:
     def submit(
         self, request_id: str, engine_input: dict[str, Any], sampling: SamplingConfig, seed: int | None = None
     ) -> None:
-        """Queue a prompt (``PromptEncoder.engine_input``, or what ``prepare`` made of it) for ``sampling.n`` completions.
+        """Queue ``PromptEncoder.engine_input``, or what ``prepare`` made of it, for ``sampling.n`` completions.
 
         Equal seeds give equal completions on equal weights and device, whatever else is in flight, up to the rounding
         of batched arithmetic. Raises DataError for a prompt that the model cannot take or that leaves no room for
@@ -122,7 +122,7 @@ class RolloutEngine:
         self._check_alive()
         if request_id in self._pending:
             raise DataError(f"request id {request_id!r} is already in flight: use one id per group")
-        rendered = engine_input if "type" in engine_input else self.prepare(engine_input, request_id)
+        rendered: Any = engine_input if "type" in engine_input else self.prepare(engine_input, request_id)
         length = len(rendered["prompt_token_ids"])
         if length + sampling.max_tokens > self.config.max_model_len:
             raise DataError(

@@ -18,7 +18,7 @@ Scores = list[tuple[float | None, dict[str, float | None]]]
 
 
 def completion_facts(finished: FinishedRequest) -> list[tuple[str, bool, float, int]]:
-    """Per completion (text, finished, mean log-probability, tokens): plain data, since scorers share no code with us."""
+    """Per completion (text, finished, mean log-probability, tokens): plain data, as scorers share no code with us."""
     return [
         (item.text, item.finish_reason == "stop", float(item.logprobs.mean()), len(item.token_ids))
         for item in finished.completions

@@ -10,27 +10,35 @@ import json
 import logging
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.config import EngineConfig, SamplingConfig
 from buffer_service.config import BufferConfig
-from prompts.errors import AvatarError
+from prompts.errors import AvatarError, DataError
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actors.engine import FinishedRequest
+    from actors.group import Scores
     from buffer_service.tickets import TicketLease
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.01  # between looks for work while there is none
+IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
+BUSY_POLL_S = 0.05
 BEAT_S = 1.0
+BACKLOG = 4  # engine loads that may wait for their scores
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,16 @@ class Work:
 
     lease: TicketLease
     prompt: Prompt
-    engine_input: dict[str, Any]
+    prepared: Any  # RolloutEngine.prepare
+
+
+@dataclass
+class Outcome:
+    """A finished group on its way through the scorer."""
+
+    finished: FinishedRequest
+    work: Work
+    scores: Future[Scores] | None = None  # None until they are asked for
 
 
 class RolloutActor:
@@ -83,10 +100,13 @@ class RolloutActor:
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
         self.engine = RolloutEngine(spec.model, spec.engine)
-        self._ready: Queue[Work] = Queue()
+        self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
+        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()  # None: no more will come
         self._newest = 0
+        self._incoming: tuple[int, dict[str, Tensor]] | None = None  # fetched, not yet adopted
+        self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
@@ -116,17 +136,19 @@ class RolloutActor:
         return [answers[prompt_id] for prompt_id in prompt_ids]
 
     def run(self) -> dict[str, Any]:
-        """Work until ``stop``. Returns the totals; raises what broke a helper thread."""
-        with ThreadPoolExecutor(4, thread_name_prefix="rollout") as pool:
-            helpers = [pool.submit(self._guard, loop) for loop in (self._feed, self._keep_alive)]
-            try:
-                self._generate(pool)
-            finally:
-                self._stop.set()
-                for helper in helpers:
-                    helper.result()
+        """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what broke a thread."""
+        loops = (self._feed, self._pull, self._deliver, self._keep_alive)
+        with ThreadPoolExecutor(len(loops), thread_name_prefix="rollout") as pool:
+            helpers = [pool.submit(self._guard, loop) for loop in loops]
+            self._guard(self._generate)
+            self._stop.set()
+            self._look.set()
+            self._outcomes.put(None)
+            wait(helpers)
+        self._stop.clear()
         if self._failure is not None:
             raise self._failure
+        self._release()
         return self.stats()
 
     def stop(self) -> None:
@@ -146,43 +168,48 @@ class RolloutActor:
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
-    def _generate(self, pool: ThreadPoolExecutor) -> None:
-        deliveries: list[Future[None]] = []
+    def _generate(self) -> None:
         mark = time.perf_counter()
-        while not self._stop.is_set() and self._failure is None:
-            behind = self._newest > self.engine.version
-            if behind and self.engine.can_adopt:
-                self._adopt()
-            if not behind or self.engine.adopts_in_flight:
+        while self._running():
+            if self._incoming is not None and self.engine.can_adopt:
+                self._adopt(*self._incoming)
+            if self._newest <= self.engine.version or self.engine.adopts_in_flight:
                 self._submit_ready()
             if self.engine.in_flight:
                 for finished in self.engine.step():
-                    work = self._working.pop(finished.request_id)
-                    deliveries.append(pool.submit(self._guard, self._deliver, finished, work))
-            deliveries = [delivery for delivery in deliveries if not delivery.done()]
+                    self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
+                    self._look.set()
             now = time.perf_counter()
             if self.engine.in_flight:
                 self.busy_s += now - mark
             else:
                 self.wait_s += now - mark
-                if not self._ready.queue:
-                    time.sleep(POLL_S / 4)
+                if not self._ready:
+                    time.sleep(IDLE_POLL_S / 2)
             mark = now
+
+    def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
+        start = time.perf_counter()
+        self._incoming = None
+        if version > self.engine.version:
+            self.engine.adopt(version, weights.items())
+        self.adopt_s += time.perf_counter() - start
 
     def _submit_ready(self) -> None:
         """Move prepared prompts into the engine; those whose step needs a newer policy wait for it."""
-        while self._ready.queue:
-            lease = self._ready.queue[0].lease
+        while self._ready:
+            lease = self._ready[0].lease
             if max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness) > self.engine.version:
                 return
-            work = self._ready.get_nowait()
+            work = self._ready[0]
             sampling, seed = self._sampling(work.lease)
+            self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
+            self._ready.popleft()
             try:
-                self.engine.submit(work.lease.ticket.key, work.engine_input, sampling, seed=seed)
+                self.engine.submit(lease.ticket.key, work.prepared, sampling, seed=seed)
             except AvatarError as error:
-                self._give_up(work.lease, error)
-                continue
-            self._working[work.lease.ticket.key] = work
+                del self._working[lease.ticket.key]
+                self._give_up(lease, error)
 
     def _sampling(self, lease: TicketLease) -> tuple[SamplingConfig, int]:
         ticket = lease.ticket
@@ -195,49 +222,72 @@ class RolloutActor:
         seed = int(np.random.SeedSequence((self.spec.seed, ticket.seq)).generate_state(1)[0]) >> 1
         return self.spec.sampling.model_copy(update={"n": ticket.n}), seed
 
-    def _adopt(self) -> None:
+    # -- helper threads --------------------------------------------------------------------------------------------
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        """Run a loop; its failure ends the actor instead of being lost in a thread."""
+        try:
+            loop()
+        except BaseException as error:
+            self._failure = self._failure or error
+            self._look.set()
+
+    def _running(self) -> bool:
+        return not self._stop.is_set() and self._failure is None
+
+    def _poll_s(self) -> float:
+        """Looking for news costs the engine's thread time, which matters only while it works."""
+        return BUSY_POLL_S if self.engine.in_flight else IDLE_POLL_S
+
+    def _room(self) -> int:
+        """Sequences that may be leased: half a load ahead of the engine, in all at most ``BACKLOG`` loads unscored."""
+        load = self.spec.max_sequences
+        ahead = sum(work.lease.ticket.n for work in (*self._ready, *list(self._working.values())))
+        held = sum(lease.ticket.n for lease in list(self._held.values()))
+        return min(load + load // 2 - ahead, BACKLOG * load - held)
+
+    def _feed(self) -> None:
+        """Lease prompts and preprocess their media ahead of the engine."""
+        widest = self.spec.max_sequences  # how many completions a ticket asks for is known once it is leased
+        while self._running():
+            count = self._room() // widest
+            leases = self.buffer.lease_tickets(
+                self.name, count, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness
+            ) if count > 0 else []  # fmt: skip
+            for lease in leases:
+                self._held[lease.ticket.key] = lease
+            for lease in leases:
+                try:
+                    self._ready.append(self._prepare(lease))
+                except AvatarError as error:
+                    self._give_up(lease, error)
+            if leases:
+                widest = max(lease.ticket.n for lease in leases)
+            else:
+                self._look.wait(self._poll_s())
+                self._look.clear()
+
+    def _prepare(self, lease: TicketLease) -> Work:
+        prompt = self.prompts[lease.ticket.prompt_id]
+        engine_input = self.encoder.engine_input(prompt, hinted=lease.hinted)
+        return Work(lease, prompt, self.engine.prepare(engine_input, lease.ticket.key))
+
+    def _pull(self) -> None:
+        """Fetch and verify new weights while the engine works, so that it has only to load them."""
         import ray
 
         from buffer_service.weights import unpack_weights
 
-        start = time.perf_counter()
-        published = ray.get(self.board.latest.remote(self.engine.version))
-        if published is None:
-            return
-        version, manifest, [reference] = published
-        self.engine.adopt(version, unpack_weights(manifest, ray.get(reference)).items())
-        self.adopt_s += time.perf_counter() - start
-
-    # -- helper threads --------------------------------------------------------------------------------------------
-
-    def _guard(self, function: Any, *arguments: Any) -> None:
-        """Run a helper; its failure ends the actor instead of being lost in a thread."""
-        try:
-            function(*arguments)
-        except BaseException as error:
-            self._failure = self._failure or error
-            raise
-
-    def _feed(self) -> None:
-        """Lease prompts and decode their media while the engine works; half an engine's load is kept ready."""
-        while not self._stop.is_set() and self._failure is None:
-            self._newest = max(self._newest, self.buffer.version())
-            room = self.spec.max_sequences - sum(lease.ticket.n for lease in list(self._held.values()))
-            leases = self.buffer.lease_tickets(
-                self.name, max(0, room), lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness
-            )
-            for lease in leases:
-                self._held[lease.ticket.key] = lease
-                self._newest = max(self._newest, lease.ticket.min_version)
-                try:
-                    prompt = self.prompts[lease.ticket.prompt_id]
-                    engine_input = self.encoder.engine_input(prompt, hinted=lease.hinted)
-                except AvatarError as error:
-                    self._give_up(lease, error)
-                    continue
-                self._ready.put(Work(lease, prompt, engine_input))
-            if not leases:
-                time.sleep(POLL_S)
+        fetched = self.engine.version
+        while self._running():
+            self._newest = self.buffer.version()
+            if self._newest > fetched:
+                published = ray.get(self.board.latest.remote(fetched))
+                if published is not None:
+                    fetched, manifest, [reference] = published
+                    self._incoming = (fetched, unpack_weights(manifest, ray.get(reference)))
+                self._look.set()  # a newer version admits more tickets
+            self._stop.wait(self._poll_s())
 
     def _keep_alive(self) -> None:
         """Renew leases and report progress."""
@@ -254,26 +304,62 @@ class RolloutActor:
         self.buffer.quarantine(lease, reason=str(error))
         self._held.pop(lease.ticket.key, None)
 
-    def _deliver(self, finished: FinishedRequest, work: Work) -> None:
+    def _deliver(self) -> None:
+        """Have finished groups scored, many at a time, and insert each as its scores arrive."""
+        from actors.group import completion_facts
+
+        scoring, stopping = 0, False
+        while scoring or not stopping:
+            outcome = self._outcomes.get()
+            if outcome is None:
+                if self._failure is not None:
+                    return
+                stopping = True
+            elif outcome.scores is None:
+                reference = self.scorer.score.remote(outcome.work.prompt.id, completion_facts(outcome.finished))
+                outcome.scores = reference.future()
+                outcome.scores.add_done_callback(partial(self._scored, outcome))
+                scoring += 1
+            else:
+                scoring -= 1
+                self._insert(outcome)
+
+    def _scored(self, outcome: Outcome, _: Future[Scores]) -> None:
+        self._outcomes.put(outcome)
+
+    def _insert(self, outcome: Outcome) -> None:
         import ray
 
-        from actors.group import completion_facts, evaluation_payload, make_group
+        from actors.group import evaluation_payload, make_group
 
-        ticket = work.lease.ticket
+        finished, lease = outcome.finished, outcome.work.lease
+        assert outcome.scores is not None
         try:
-            scored = ray.get(self.scorer.score.remote(work.prompt.id, completion_facts(finished)))
+            scores = outcome.scores.result()
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, AvatarError):
                 raise
-            self._give_up(work.lease, error.cause)
+            self._give_up(lease, error.cause)
             return
         generated = sum(len(completion.token_ids) for completion in finished.completions)
-        if ticket.kind == "eval":
-            payload = evaluation_payload(work.prompt, finished, scored)
-            self.buffer.add_eval(work.lease, json.dumps(payload).encode())
+        if lease.ticket.kind == "eval":
+            payload = evaluation_payload(outcome.work.prompt, finished, scores)
+            self.buffer.add_eval(lease, json.dumps(payload).encode())
         else:
-            group = make_group(finished, work.lease, scored, temperature=self.spec.sampling.temperature)
-            self.buffer.add_group(group, work.lease, tokens_generated=generated)
-        self._held.pop(work.lease.ticket.key, None)
+            try:
+                group = make_group(finished, lease, scores, temperature=self.spec.sampling.temperature)
+            except DataError as error:
+                self._give_up(lease, error)
+                return
+            self.buffer.add_group(group, lease, tokens_generated=generated)
+        self._held.pop(lease.ticket.key, None)
         self.tokens += generated
         self.groups += 1
+
+    def _release(self) -> None:
+        """Leave no lease behind, so that another actor can go on at once."""
+        self.engine.abort()
+        self._working.clear()
+        self._ready.clear()
+        self.buffer.release(list(self._held.values()))
+        self._held.clear()

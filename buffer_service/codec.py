@@ -1,7 +1,7 @@
 """Binary form of a trajectory: fixed head, msgpack fields, then the raw little-endian arrays. No pickle.
 
-    0  magic "AVTR"   4  format u16   6  zero u16   8  length of the fields u32   12  T u32   16  crc32 of the rest u32
-    20 fields (msgpack array, zero-padded to 4 bytes), token ids int32[T], log-probabilities float32[T]
+0  magic "AVTR"   4  format u16   6  zero u16   8  length of the fields u32   12  T u32   16  crc32 of the rest u32
+20 fields (msgpack array, zero-padded to 4 bytes), token ids int32[T], log-probabilities float32[T]
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
     Raises RecordError naming ``name`` when the record is foreign, newer than this code, truncated or corrupt.
     """
     if len(data) < _HEAD.size or data[:4] != MAGIC:
-        raise RecordError(f"trajectory {name}: not a trajectory record ({len(data)} bytes); was it written by another program?")
+        raise RecordError(f"trajectory {name}: not such a record ({len(data)} bytes); did another program write it?")
     _, version, zero, length, tokens, crc = _HEAD.unpack_from(data)
     if version != FORMAT or zero:
-        raise RecordError(f"trajectory {name}: record format {version}, this code reads {FORMAT}; use the release that wrote it")
+        raise RecordError(f"trajectory {name}: record format {version}, this code reads {FORMAT}; use its release")
     at = _HEAD.size + length + (-length % 4)
     if len(data) != at + 8 * tokens:
-        raise RecordError(f"trajectory {name}: {len(data)} bytes where its head says {at + 8 * tokens}; it is truncated or corrupt")
+        raise RecordError(f"trajectory {name}: {len(data)} bytes, its head says {at + 8 * tokens}; it is damaged")
     body = memoryview(data)[_HEAD.size :]
     if zlib.crc32(body) != crc:
-        raise RecordError(f"trajectory {name}: checksum does not match, the record is corrupt; remove it or restore a snapshot")
+        raise RecordError(f"trajectory {name}: checksum does not match; remove it or restore a snapshot")
     try:
         f = _decoder.decode(body[:length])
     except msgspec.DecodeError as error:  # ValidationError included

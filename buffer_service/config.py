@@ -54,7 +54,7 @@ class BufferConfig(Section):
     tls_ca: Path | None = Field(None, description="CA bundle for a rediss:// URL; none takes the system's")
     reconnect_s: float = Field(30.0, gt=0, description="how long a call keeps retrying while Redis is away")
     timeout_s: float = Field(10.0, gt=0, description="how long one command may take on the wire")
-    memory_limit: float = Field(0.9, gt=0, le=1, description="share of Redis' maxmemory above which inserts are refused")
+    memory_limit: float = Field(0.9, gt=0, le=1, description="share of maxmemory above which inserts are refused")
     appendfsync: AppendFsync = Field("everysec", description="embedded server: how much a kill -9 of Redis may lose")
     capacity: int = Field(10_000, ge=4, description="trajectories kept for replay")
     tier_shares: TierShares = Field(TierShares(), description="how the capacity is split over the tiers")

@@ -76,7 +76,7 @@ def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferErr
         return BufferAccessError(f"{where} refuses this login ({text}); check username, password and ACL")
     if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in text:
         return BufferAccessError(f"{where} is a read-only replica; give the URL of the primary")
-    if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text:
+    if "OOM" in text or "'maxmemory'" in text:
         return BufferFullError(f"{where} is out of memory, nothing was written; raise maxmemory or lower capacity")
     if "MISCONF" in text or "NOREPLICAS" in text:
         return BufferSetupError(f"{where} refuses writes ({text}); free its disk or repair its persistence")
@@ -151,7 +151,9 @@ class Connection:
             raise BufferAccessError(f"{self.where} is a replica of {info.get('master_host')}; give the primary's URL")
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
-            raise BufferSetupError(f"{self.where} has maxmemory-policy {policy}, it must be noeviction, else it loses data")
+            raise BufferSetupError(
+                f"{self.where} has maxmemory-policy {policy}, it must be noeviction, else it loses data"
+            )
 
     def check_memory(self) -> None:
         """Raises BufferFullError above ``memory_limit`` of maxmemory; looks at most once a second."""

@@ -49,7 +49,7 @@ class ControlBoard:
         except TypeError as error:
             raise RecordError(f"fact {name}: {error}; give plain JSON values") from error
         if len(data) > MAX_FACT:
-            raise RecordError(f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put it in a file and its path here")
+            raise RecordError(f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put its path here instead")
         self._hset("facts", name, data)
 
     def get_fact(self, name: str) -> Any:

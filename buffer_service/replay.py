@@ -35,23 +35,19 @@ class ReplaySide:
         self._connection = connection
         self._run = connection.run
 
-    def _decode(self, ids: Sequence[str], lengths: Sequence[int], data: bytes) -> list[Trajectory]:
-        """Records that follow one another in ``data``, whose arrays stay views of it. A bad one is listed, taken out of
-        the buffer and raised as RecordError."""
-        view = memoryview(data)
+    def _decode(self, ids: Sequence[str], values: Sequence[bytes | None]) -> list[Trajectory]:
+        """Decoded records; a bad one is listed, taken out of the buffer and raised as RecordError."""
         records: list[Trajectory] = []
-        at = 0
-        for tid, length in zip(ids, lengths, strict=True):
+        for tid, data in zip(ids, values, strict=True):
             try:
-                if length < 0:
+                if data is None:
                     raise RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
-                record = decode(view[at : at + length], tid)
+                record = decode(data, tid)
                 if record.id != tid:
                     raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
             except RecordError as error:
                 self._run("corrupt", tid, str(error))
                 raise RecordError(f"{error}; it was put in quarantine, ask again") from error
-            at += length
             records.append(record)
         return records
 
@@ -59,8 +55,7 @@ class ReplaySide:
         if not ids:
             return []
         keys = [self._connection.key(f"t:{tid}") for tid in ids]
-        found = self._connection.attempt(lambda: self._connection.client.mget(keys))
-        return self._decode(ids, [-1 if x is None else len(x) for x in found], b"".join(x or b"" for x in found))
+        return self._decode(ids, self._connection.attempt(lambda: self._connection.client.mget(keys)))
 
     def lease_fresh(
         self,
@@ -133,7 +128,7 @@ class ReplaySide:
         reply = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *share, *extra)
         if not reply:
             return []
-        return self._decode(_unpack(reply[0]), _unpack(reply[1]), reply[2])
+        return self._decode(reply[0].decode().split(), reply[1:])
 
     def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
         """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts where it has none
@@ -166,9 +161,7 @@ class ReplaySide:
         Raises FencedError, UnknownTicketError (a group that is not waiting), VersionError; then nothing changed.
         """
         done, version, trained, rest, evicted = self._run("commit", step, new_version, epoch, *group_ids)
-        return CommitReceipt(
-            committed=bool(done), version=version, trained=trained, replay_only=rest, evicted=evicted
-        )
+        return CommitReceipt(committed=bool(done), version=version, trained=trained, replay_only=rest, evicted=evicted)
 
     def new_epoch(self) -> int:
         """Begins a learner epoch and shuts out every older one."""

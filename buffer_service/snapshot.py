@@ -1,7 +1,7 @@
 """A consistent copy of a run in one file, taken while writers go on; and records for other tools (JSONL, parquet).
 
-The file is a sequence of frames: kind u8, length u32, crc32 u32, msgpack. From ``begin`` to ``end`` the scripts keep the
-old value of whatever they overwrite, so small pages read one after the other still show the moment of ``begin``.
+The file is a sequence of frames: kind u8, length u32, crc32 u32, msgpack. From ``begin`` to ``end`` the scripts keep
+the old value of whatever they overwrite, so small pages read one after the other still show the moment of ``begin``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ HASHES = ("prompts", "trajs", "reuse", "groups", "tickets")
 _FRAME = struct.Struct("<BII")
 _STATE, _HASH, _VALUES, _END = range(4)
 _PAGE, _VALUE_PAGE = 1000, 64
-_TABLES = ("meta", "ledger", "steps", "rounds", "rounds:done", "quarantine", "corrupt", "facts", "fresh", "seen", "evals")
+_TABLES = (
+    "meta",
+    "ledger",
+    "steps",
+    "rounds",
+    "rounds:done",
+    "quarantine",
+    "corrupt",
+    "facts",
+    "fresh",
+    "seen",
+    "evals",
+)
 _RULELESS = ("run_id", "format", "version", "trained", "rbar_sum", "kl")  # what of meta travels with the contents
 
 
@@ -98,7 +110,7 @@ def save(connection: Connection, path: Path) -> SnapshotReport:
             for name in HASHES:
                 fields = _scan(connection, name)
                 fields.update(_scan(connection, f"snap:{name}"))
-                rows = sorted((field, value) for field, value in fields.items() if value)
+                rows = [(field, value) for field, value in fields.items() if value]
                 sizes[name] = len(rows)
                 for i in range(0, len(rows), _PAGE):
                     writer.frame(_HASH, (name, rows[i : i + _PAGE]))

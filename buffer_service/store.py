@@ -1,15 +1,16 @@
-"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract: README.md beside this."""
+"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract: README.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from buffer_service import exchange, snapshot
+from buffer_service import exchange
 from buffer_service.config import BufferConfig
 from buffer_service.connection import Connection
 from buffer_service.control import ControlBoard
 from buffer_service.errors import BufferSetupError
 from buffer_service.replay import ReplaySide
+from buffer_service.snapshot import SnapshotReport, load, save, wipe
 from buffer_service.stream import PromptStream
 from buffer_service.telemetry import Telemetry
 from buffer_service.validate import RUN_ID
@@ -30,11 +31,12 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     ) -> ReplayBuffer:
         """Connects to ``run_id`` at ``url`` (else ``config.url``) and sets the run up when it is new.
 
-        Raises BufferUnreachableError, BufferAccessError, or BufferSetupError: Redis older than 6.2, evicting, a namespace
-        of another layout, or a run with other settings (``reconfigure=True`` gives the run the settings of ``config``).
+        Raises BufferUnreachableError, BufferAccessError, or BufferSetupError: Redis older than 6.2, evicting, a
+        namespace of another layout, or a run with other settings (``reconfigure=True`` gives it those of
+        ``config``).
         """
         if not RUN_ID.fullmatch(run_id):
-            raise BufferSetupError(f"run id {run_id!r}: use up to 64 letters, digits, '.', '_', '-', a letter or digit first")
+            raise BufferSetupError(f"run id {run_id!r}: use up to 64 of A-Z a-z 0-9 . _ -, a letter or digit first")
         where = url or config.url
         if where is None:
             raise BufferSetupError("no buffer URL: set buffer.url, or start an EmbeddedRedis and pass its url")
@@ -58,14 +60,14 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     def config(self) -> BufferConfig:
         return self._connection.config
 
-    def snapshot(self, path: Path) -> snapshot.SnapshotReport:
+    def snapshot(self, path: Path) -> SnapshotReport:
         """Writes the state of this moment to ``path`` while others go on writing. O(contents)."""
-        return snapshot.save(self._connection, path)
+        return save(self._connection, path)
 
-    def restore(self, path: Path, *, any_run: bool = False) -> snapshot.SnapshotReport:
+    def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:
         """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises RecordError,
         BufferSetupError (of another run, unless ``any_run``)."""
-        return snapshot.load(self._connection, path, any_run=any_run)
+        return load(self._connection, path, any_run=any_run)
 
     def export(self, path: Path) -> int:
         """Writes the replayable trajectories as .jsonl or .parquet, by id; returns how many."""
@@ -73,7 +75,7 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
 
     def clear(self) -> int:
         """Removes the run from Redis, for good; returns how many keys went. This client must connect again."""
-        return snapshot.wipe(self._connection)
+        return wipe(self._connection)
 
     def close(self) -> None:
         """Closes the connections. The data stays."""

@@ -24,7 +24,9 @@ def _check_ticket(t: Ticket) -> None:
     if not 0 <= t.seq < MAX_SEQ or not 0 <= t.step < 10**7 or not 0 <= t.round < 10**6:
         raise RecordError(f"ticket {t.seq}: seq must be below 1e8, step below 1e7, round below 1e6, none negative")
     if t.n < 1 or t.min_version < 0 or not t.prompt_id or t.kind not in ("train", "eval"):
-        raise RecordError(f"ticket {t.seq}: n {t.n}, min_version {t.min_version}, prompt {t.prompt_id!r}, kind {t.kind}")
+        raise RecordError(
+            f"ticket {t.seq}: n {t.n}, min_version {t.min_version}, prompt {t.prompt_id!r}, kind {t.kind}"
+        )
 
 
 class PromptStream:
@@ -99,8 +101,9 @@ class PromptStream:
         """Stores a scored group, updates its prompt and acknowledges the ticket, all or nothing. O(G + s log N), s the
         prompt's stored trajectories.
 
-        Late, so for replay only, when its step is trained or ``step + bound < version``. Idempotent by group id. Raises
-        RecordError (malformed), UnknownTicketError (not what its ticket asks for), BufferFullError; then nothing changed.
+        Late, so for replay only, when its step is trained or ``step + bound < version``. Idempotent by group id.
+        Raises RecordError (malformed), UnknownTicketError (not what its ticket asks for), BufferFullError; then nothing
+        changed.
         """
         check_group(group)
         if tokens_generated < 0 or (bound is not None and bound < 0):

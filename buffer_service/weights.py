@@ -59,7 +59,7 @@ def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> di
             raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
         with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
             warnings.simplefilter("ignore", UserWarning)
-            tensor = torch.from_numpy(raw)
+            tensor = torch.from_numpy(raw) if raw.size else torch.empty(0, dtype=torch.uint8)  # no stride to view by
         weights[name] = tensor.view(getattr(torch, spec.dtype)).reshape(spec.shape)
     return weights
 

@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "train":
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
+        if options.command == "buffer":
+            from cluster.buffer_commands import run
+
+            return run(options)
         return options.run(options, rest)
     except AvatarError as error:
         print(f"avatar: {error}", file=sys.stderr)
@@ -65,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--recipe", type=Path, help="take data.synthetic from this recipe")
     synthesize.add_argument("--seed", type=int)
     synthesize.set_defaults(run=_synthesize)
+
+    from cluster import buffer_commands
+
+    buffer_commands.add_parser(commands)
 
     runs = commands.add_parser("runs", help="list runs")
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))

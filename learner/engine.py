@@ -71,6 +71,9 @@ class TrainEngine:
         )
         self.device = self.engine.device
         self.updates = 0
+        self._norm = torch.zeros(())
+        # Without ZeRO, DeepSpeed clips float32 gradients but keeps no record of their norm.
+        self.engine.clip_fp32_gradients = self._clip
 
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
@@ -101,9 +104,10 @@ class TrainEngine:
         Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
         many: the missing ones are run on ``spare`` with weight zero.
         """
+        most = self._most(len(micro_batches))  # asked before the first backward: ranks must meet in one order
         for number, micro_batch in enumerate(micro_batches):
             self._backward(loss(number, micro_batch, self.forward(micro_batch)))
-        for _ in range(self._most(len(micro_batches)) - len(micro_batches)):
+        for _ in range(most - len(micro_batches)):
             self._backward(self.forward(spare).logprobs.sum() * 0.0)
 
     def _most(self, count: int) -> int:
@@ -117,14 +121,17 @@ class TrainEngine:
         # DeepSpeed averages over ranks; the factor makes it the sum that the step's totals are made for.
         self.engine.backward(loss * self.world_size)
 
+    def _clip(self) -> None:
+        self._norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+
     def step(self, lr: float) -> float:
-        """Clip, update and clear; returns the global gradient norm before clipping."""
+        """Clip, update and clear; returns the global gradient norm before clipping, 0 without gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         self.updates += 1
         norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self._norm if norm is None else norm)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> PolicyOutput:

@@ -81,7 +81,7 @@ def _verify(weights: Mapping[str, Tensor], folder: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 seen.add(name)
-                if not torch.equal(tensors.get_tensor(name), weights[name]):
+                if not _same_bits(tensors.get_tensor(name), weights[name]):
                     raise ModelError(
                         f"tensor {name!r} in {file} reads back different from what was written: check the disk"
                     )
@@ -90,3 +90,10 @@ def _verify(weights: Mapping[str, Tensor], folder: Path) -> None:
         raise ModelError(
             f"{len(missing)} tensors are missing from {folder}, first {sorted(missing)[0]!r}: check the disk"
         )
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Stricter than torch.equal, which lets another dtype pass; and a NaN equals itself."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))

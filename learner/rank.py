@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +23,7 @@ from buffer_service.config import BufferConfig
 from buffer_service.store import ReplayBuffer
 from buffer_service.trajectory import Trajectory
 from learner.batch import Row, collate, padded
+from learner.clock import Clock
 from learner.config import LearnerConfig, OptimizerConfig, SftConfig
 from learner.engine import TrainEngine, init_distributed
 from learner.export import export_checkpoint
@@ -393,18 +392,3 @@ def _reward_metrics(fresh: list[Trajectory]) -> dict[str, float]:
         "completions/truncated_share": float(truncated(fresh).float().mean()),
         "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
     }
-
-
-class Clock:
-    """Seconds by phase of one step."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[phase] += time.perf_counter() - start

@@ -160,9 +160,10 @@ def _tokenizer() -> Any:
     )
     bpe.train_from_iterator(_corpus(), trainer)
     learnt = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[(left, right) for left, right in learnt["merges"]],
+        merges=merges,
         eos_token=EOS,
         pad_token=PAD,
         unk_token=PAD,

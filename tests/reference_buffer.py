@@ -141,9 +141,7 @@ class ReferenceBuffer:
             self.attempts[t.key] += 1
             expires = self.now + (lease_s or self.config.lease_s)
             self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
-            leases.append(
-                TicketLease(ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t))
-            )
+            leases.append(TicketLease(ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t)))
         return leases
 
     def _holds(self, lease: TicketLease) -> bool:

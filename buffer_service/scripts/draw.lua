@@ -1,5 +1,5 @@
 -- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, prompt ids... Returns
--- {tids, lengths of their records (-1: gone), the records}, the lists packed and the records as one string: half the cost of many.
+-- {tids, record, record, ...}.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
 local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
@@ -116,15 +116,10 @@ end
 if #out == 0 then return {} end
 call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out))
 
-local mine, names, lengths = {}, {}, {}
+local names, reply = {}, { 0 }
 for i = 1 + tonumber(ARGV[9]), #out, tonumber(ARGV[10]) do
-  mine[#mine + 1], names[#names + 1] = out[i], K('t:' .. out[i])
+  reply[#reply + 1] = call('GET', K('t:' .. out[i])) -- one by one: Lua takes a long MGET reply apart slowly
+  names[#names + 1] = out[i]
 end
-local values = {}
-for first = 1, #names, 1000 do
-  for _, value in ipairs(call('MGET', unpack(names, first, math.min(first + 999, #names)))) do
-    lengths[#lengths + 1] = value and #value or -1
-    values[#values + 1] = value or ''
-  end
-end
-return { cmsgpack.pack(mine), cmsgpack.pack(lengths), table.concat(values) }
+reply[1] = table.concat(names, ' ')
+return reply

@@ -13,14 +13,13 @@ local function call(...) return redis.call(...) end
 local function fail(kind, text) error('AVATAR_' .. kind .. ' ' .. text, 0) end
 local function tid_of(gid, i) return gid .. '.' .. string.format('%d', i) end
 
-local FIELDS = { 'version', 'trained', 'epoch', 'snap', 'cap_easy', 'cap_medium', 'cap_hard', 'q_low', 'q_high',
-  'window', 'warm_up', 'max_reuse', 'max_age', 'block_easy', 'block_medium', 'block', 'hints', 'hard_patience',
-  'kl_below', 'zero_patience', 'kl' }
-
+-- The run's state and, in `packed`, the settings of the run, packed.
 local function meta()
-  local raw, m = call('HMGET', K('meta'), unpack(FIELDS)), {}
-  for i, name in ipairs(FIELDS) do m[name] = tonumber(raw[i]) end
-  if not m.version then fail('NORUN', 'no run under ' .. P) end
+  local raw = call('HMGET', K('meta'), 'version', 'trained', 'epoch', 'snap', 'kl', 'packed')
+  if not raw[1] then fail('NORUN', 'no run under ' .. P) end
+  local m = cmsgpack.unpack(raw[6])
+  m.version, m.trained, m.epoch = tonumber(raw[1]), tonumber(raw[2]), tonumber(raw[3])
+  m.snap, m.kl = tonumber(raw[4]), tonumber(raw[5])
   return m
 end
 

@@ -16,9 +16,13 @@ if run then
     end
   end
 else
-  if call('EXISTS', K('restoring')) == 1 then fail('NORUN', 'run ' .. ARGV[1] .. ' is being restored') end
+  if call('EXISTS', K('restoring')) == 1 and ARGV[3] == '0' then
+    fail('SETUP', 'a restore of run ' .. ARGV[1] .. ' is under way or was cut short: restore it again')
+  end
   call('HSET', K('meta'), 'run_id', ARGV[1], 'format', ARGV[2], 'version', 0, 'trained', -1, 'epoch', 0, 'snap', 0,
     'rbar_sum', 0)
 end
-call('HSET', K('meta'), 'rules', ARGV[4], unpack(rules))
+local packed = {}
+for i = 1, #rules, 2 do packed[rules[i]] = tonumber(rules[i + 1]) end
+call('HSET', K('meta'), 'rules', ARGV[4], 'packed', cmsgpack.pack(packed), unpack(rules))
 return run and 0 or 1

@@ -165,7 +165,7 @@ def _side(rng: Generator, turn: int) -> Draft:
         letter,
         ProblemType.MULTIPLE_CHOICE,
         SEE,
-        "Name every shape with its place, then find the one that is asked for.",
+        "Name every shape with its place, then find the shape that is asked for.",
         " ".join(f"{colour} {place}" for place, colour in shown),
         f"{asked} {place} {letter}",
         options,

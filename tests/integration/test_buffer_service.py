@@ -273,7 +273,9 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
         epoch = buffer.new_epoch()
 
         def visit(step: int, rewards: list[float]) -> bool:
-            buffer.push_tickets([Ticket(seq=2 * step + i, prompt_id=p, step=step, n=2) for i, p in enumerate(("x", "y"))])
+            buffer.push_tickets(
+                [Ticket(seq=2 * step + i, prompt_id=p, step=step, n=2) for i, p in enumerate(("x", "y"))]
+            )
             leases = {lease.ticket.prompt_id: lease for lease in buffer.lease_tickets("a", 2)}
             buffer.add_group(make_group(leases["x"], rewards), leases["x"], tokens_generated=1)
             buffer.add_group(make_group(leases["y"], [0.9, 0.9]), leases["y"], tokens_generated=1)
@@ -604,6 +606,28 @@ def test_a_damaged_snapshot_is_refused_and_the_run_kept(buffer: ReplayBuffer, tm
         pytest.raises(BufferSetupError, match="is of run run, not second"),
     ):
         second.restore(path)
+
+
+def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    buffer.snapshot(tmp_path / "cut.avsnap")
+    before = contents(buffer)
+    original = buffer._connection.run
+
+    def dies(name: str, *args: object) -> object:
+        if name == "index":
+            raise KeyboardInterrupt
+        return original(name, *args)
+
+    buffer._connection.run = dies  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        buffer.restore(tmp_path / "cut.avsnap")
+    with pytest.raises(BufferSetupError, match="restore it again"):
+        ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
+    with ReplayBuffer.connect(CONFIG, "run", buffer._connection.url, reconfigure=True) as again:
+        again.restore(tmp_path / "cut.avsnap")
+        assert contents(again) == before
 
 
 def test_export_holds_every_trajectory(buffer: ReplayBuffer, tmp_path: Path) -> None:

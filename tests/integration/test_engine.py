@@ -47,7 +47,6 @@ class Stage:
             make_prompt(self.loader, "text", []),
             make_prompt(self.loader, "long text", [], question="how many red squares are there " * 30),
             make_prompt(self.loader, "image", [image(1)]),
-            # Media in prefix blocks that a sibling filled: vLLM strips them, adoption in flight must encode them again.
             make_prompt(self.loader, "covered", [image(6)], question="how many red squares are there " * 20),
             make_prompt(self.loader, "separate", [video(2, 4, 2.0), audio(3, 1.5)]),
             make_prompt(self.loader, "interleaved", [video(4, 8, 2.0), audio(5, 3.9)], audio_in_video=True),
@@ -127,6 +126,25 @@ def test_requests_in_flight_go_on_with_exactly_the_new_policy(stage: Stage) -> N
             np.testing.assert_allclose(part.logprobs[:split], first[:split], atol=TOLERANCE)
             np.testing.assert_allclose(part.logprobs[split:], second[split:], atol=TOLERANCE)
             assert np.abs(first - second).max() > 0.1  # else the comparison would prove nothing
+
+
+def test_media_covered_by_the_prefix_cache_are_encoded_again(stage: Stage) -> None:
+    """vLLM strips media whose prefix blocks an earlier request filled; the adoption empties those blocks."""
+    prompt = next(prompt for prompt in stage.prompts if prompt.id == "covered")
+    sampling = SamplingConfig(n=2, max_tokens=40, ignore_eos=True)
+    for number, name in enumerate(("first", "second")):
+        stage.engine.submit(name, stage.encoder.engine_input(prompt, False), sampling, seed=number)
+        for _ in range(8):
+            stage.engine.step()
+    stage.engine.abort(["first"])  # else it is encoded again first, and the second finds its output
+    old = stage.engine.version
+    stage.adopt(1)
+    encoded = stage.encoder.encode(prompt, False)
+    [done] = drain(stage.engine).values()
+    for part in done.completions:
+        assert part.versions == ((old, 8), (old + 1, 32))
+        expected = logprobs_of(stage.references[1], encoded, part.token_ids)
+        np.testing.assert_allclose(part.logprobs[8:], expected[8:], atol=TOLERANCE)
 
 
 def test_a_request_that_ended_in_part_before_adoption_tells_both_versions(stage: Stage) -> None:

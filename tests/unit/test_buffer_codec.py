@@ -84,7 +84,7 @@ def test_noise_is_a_typed_error(noise: bytes) -> None:
         decode(noise)
     body = noise + bytes(-len(noise) % 4)  # a valid frame around nonsense fields
     head = struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(noise), 0, zlib.crc32(body))
-    with pytest.raises(RecordError, match="fields unreadable|no policy version"):
+    with pytest.raises(RecordError, match=r"fields unreadable|no policy version"):
         decode(head + body)
 
 

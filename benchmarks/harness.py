@@ -1,0 +1,35 @@
+"""Figures of one benchmark: a line each on the screen, a flat JSON object in build/bench/NAME.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Figures:
+    """Collects ``name: number`` of one benchmark; ``write`` leaves them in ``folder``."""
+
+    def __init__(self, name: str, folder: Path = Path("build/bench")) -> None:
+        self.path = folder / f"{name}.json"
+        self.values: dict[str, float] = {}
+        self.add({"load_before": os.getloadavg()[0], "cores": os.cpu_count() or 0})
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take in and print some figures. Raises ValueError for a name that is there already."""
+        for name, value in values.items():
+            if name in self.values:
+                raise ValueError(f"figure {name!r} was reported twice: give it a name of its own")
+            self.values[name] = round(float(value), 4)
+            print(f"{name:32s} {self.values[name]:>14,.4f}", flush=True)
+
+    def write(self) -> Path:
+        """Write all figures, whole or not at all, and return the file."""
+        self.add({"load_after": os.getloadavg()[0]})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values, indent=2) + "\n")
+        temporary.replace(self.path)
+        print(self.path)
+        return self.path

@@ -1,0 +1,367 @@
+"""What orchestration costs -> build/bench/orchestration.json; run with ``make bench NAME=orchestration``, 8 minutes.
+
+``rollout_efficiency``: tokens/s of the rollout path (lease, media, scoring, insert into Redis) over tokens/s of its own
+engine on the same prompts, seeds and lengths, by turns in one process. ``overlap_efficiency``: max(G, T) over the step
+time at staleness 1, G being the time to generate a step's groups alone and T the time of a trainer that only sleeps.
+docs/benchmarks.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from actors.group import completion_facts
+from actors.rollout import RolloutActor
+from benchmarks.harness import Figures
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket
+from buffer_service.weights import pack_weights
+from cluster.assets import prepare_base_model, prepare_datasets
+from cluster.config import RunConfig
+from cluster.pool import Pool
+from cluster.services import Services
+from cluster.specs import rollout_spec
+
+RUN_ID = "bench"
+SEQUENCES = 64  # in flight
+POOL = 32  # prompts; they recur
+POLL_S = 0.01
+DEADLINE_S = 300.0
+
+Figure = Iterator[tuple[str, float]]
+
+
+class Spent(NamedTuple):
+    """Seconds of one round: on the wall, of the actor's process on any core, of the engine's thread alone."""
+
+    wall: float
+    cpu: float
+    engine: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        return cls(time.perf_counter(), time.process_time(), time.thread_time())
+
+    def since(self, start: Spent) -> Spent:
+        return Spent(self.wall - start.wall, self.cpu - start.cpu, self.engine - start.engine)
+
+
+class MeasuredActor(RolloutActor):
+    """The rollout actor with a stopwatch, and its engine without anything around it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.clock: dict[str, list[float]] = defaultdict(list)  # seconds per call
+        self._left = 0
+        self._inner = {name: getattr(self.buffer, name) for name in ("lease_tickets", "add_group")}
+        self.buffer.lease_tickets = self._lease  # type: ignore[method-assign]
+        self.buffer.add_group = self._add  # type: ignore[method-assign]
+
+    def _lease(self, *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        leases = self._inner["lease_tickets"](*arguments, **options)
+        if leases:
+            self.clock["lease"].append((time.perf_counter() - start) / len(leases))
+        return leases
+
+    def _add(self, *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        receipt = self._inner["add_group"](*arguments, **options)
+        self.clock["insert"].append(time.perf_counter() - start)
+        self._left -= 1
+        if self._left == 0:
+            self.stop()
+        return receipt
+
+    def set_length(self, tokens: int) -> None:
+        """Every completion has this many tokens from now on."""
+        sampling = self.spec.sampling.model_copy(update={"max_tokens": tokens, "ignore_eos": True})
+        self.spec = replace(self.spec, sampling=sampling)
+
+    def path(self, groups: int) -> Spent:
+        """Time to take ``groups`` tickets from the stream to the buffer; they are in the stream already."""
+        self._left = groups
+        start = Spent.now()
+        self.run()
+        return Spent.now().since(start)
+
+    def bare(self, tickets: list[Ticket]) -> Spent:
+        """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed before."""
+        work = []
+        for ticket in tickets:
+            entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
+            work.append((ticket, self.engine.prepare(entry)))
+        start = Spent.now()
+        for ticket, entry in work:
+            sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
+            self.engine.submit(f"bare-{ticket.seq}", entry, sampling, seed=ticket.seq)
+        finished = []
+        while self.engine.in_flight:
+            finished += self.engine.step()
+        spent = Spent.now().since(start)
+        assert len(finished) == len(tickets)
+        return spent
+
+    def cold(self, tickets: list[Ticket]) -> Spent:
+        """Time as ``bare``, media decoded and preprocessed by the same thread whenever the engine has a free slot."""
+        waiting = list(reversed(tickets))
+        start = Spent.now()
+        while waiting or self.engine.in_flight:
+            while waiting and (self.engine.in_flight + 1) * waiting[-1].n <= SEQUENCES:
+                ticket = waiting.pop()
+                entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
+                sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
+                self.engine.submit(f"cold-{ticket.seq}", entry, sampling, seed=ticket.seq)
+            self.engine.step()
+        return Spent.now().since(start)
+
+    def score_s(self, ticket: Ticket, calls: int) -> float:
+        """Median seconds of one scoring round trip, engine idle."""
+        entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
+        sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
+        self.engine.submit("score", entry, sampling, seed=0)
+        finished = []
+        while self.engine.in_flight:
+            finished += self.engine.step()
+        facts = completion_facts(finished[0])
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            ray.get(self.scorer.score.remote(ticket.prompt_id, facts))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per group of the timed calls so far; the clock starts anew."""
+        found = {name: statistics.median(times) for name, times in self.clock.items()}
+        self.clock.clear()
+        return found
+
+
+class Stage:
+    """Services, one rollout actor and a learner-side client of the buffer, all on the real code path."""
+
+    def __init__(self, folder: Path, prompts: int) -> None:
+        settings: dict[str, Any] = {
+            "data": {
+                "synthetic": {"n_train": prompts, "n_heldout": 8, "n_sft": 0},
+                "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
+            },
+            "rollout": {
+                "max_sequences": SEQUENCES,
+                "engine": {"max_model_len": 320, "max_num_seqs": SEQUENCES, "kv_cache_memory_bytes": 64 << 20},
+                "sampling": {"max_tokens": 64, "ignore_eos": True},
+            },
+            "loop": {"max_staleness": 1},
+            "output": {"cache": folder / "cache"},
+        }
+        self.config = RunConfig.model_validate(settings)
+        self.services = Services(self.config, folder)
+        self.numbers = count()
+
+    def __enter__(self) -> Stage:
+        self.services.__enter__()
+        config = self.config
+        datasets = prepare_datasets(config, lambda *_: None)
+        model = prepare_base_model(config, lambda *_: None)
+        self.buffer = ReplayBuffer.connect(config.buffer, RUN_ID, url=self.services.redis_url)
+        self.epoch = self.buffer.new_epoch()
+        self.pool = Pool(config, self.services)
+        self.pool.start_board()
+        self.pool.start_scorers(datasets.asked)
+        spec = rollout_spec(config, RUN_ID, model, datasets, self.services.redis_url)
+        # Step numbers of the efficiency rounds run ahead of the versions: nobody trains.
+        make = self.pool._remote(MeasuredActor, cpus=1, max_concurrency=4)
+        self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.board)
+        self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
+        self.weights = _published_weights(model)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.buffer.close()
+        self.services.__exit__(*error)
+
+    def tickets(self, groups: int, n: int, step: int = 0, first: int = 0, pool: int = POOL) -> list[Ticket]:
+        """Tickets over ``pool`` recurring prompts from prompt ``first`` on."""
+        chosen = [next(self.numbers) for _ in range(groups)]
+        return [
+            Ticket(seq=seq, prompt_id=f"train-{first + place % pool:05d}", step=step, n=n)
+            for place, seq in enumerate(chosen)
+        ]
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(self.actor, method).remote(*arguments))
+
+    def path(self, tickets: list[Ticket]) -> Spent:
+        self.buffer.push_tickets(tickets)
+        return self.call("path", len(tickets))
+
+
+def _published_weights(model: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return pack_weights(load_file(model / "model.safetensors"))
+
+
+def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
+    """Path over bare engine, warm, for each length and group size."""
+    ratios: list[list[float]] = []
+    for tokens, n in ((64, 4), (64, 8), (24, 4), (24, 8)):
+        stage.call("set_length", tokens)
+        groups = waves * SEQUENCES // n * (64 // tokens)
+        stage.call("bare", stage.tickets(POOL, n))  # warms the media
+        stage.call("medians")
+        spent: dict[str, list[Spent]] = {"bare": [], "path": []}
+        for turn in range(rounds):
+            for what in ("bare", "path") if turn % 2 == 0 else ("path", "bare"):
+                tickets = stage.tickets(groups, n)
+                spent[what].append(stage.path(tickets) if what == "path" else stage.call("bare", tickets))
+        name = f"{tokens}x{n}"
+        pairs = list(zip(spent["bare"], spent["path"], strict=True))
+        ratios.append([bare.wall / path.wall for bare, path in pairs])
+        yield f"rollout_efficiency_{name}", statistics.median(ratios[-1])
+        yield f"rollout_efficiency_{name}_low", min(ratios[-1])
+        yield f"rollout_efficiency_{name}_high", max(ratios[-1])
+        yield f"rollout_cpu_ratio_{name}", statistics.median(bare.cpu / path.cpu for bare, path in pairs)
+        for what, rows in spent.items():
+            yield f"{what}_tokens_per_s_{name}", groups * n * tokens / statistics.median(row.wall for row in rows)
+        for what, seconds in stage.call("medians").items():
+            yield f"{what}_ms_{name}", 1e3 * seconds
+        yield f"score_ms_{name}", 1e3 * stage.call("score_s", stage.tickets(1, n)[0], 50)
+    yield "rollout_efficiency", statistics.median(ratios[0])
+
+
+def cold_pass(stage: Stage, rounds: int) -> Figure:
+    """The same for prompts seen for the first time: their media are decoded and preprocessed."""
+    stage.call("set_length", 64)
+    pairs = []
+    for turn in range(rounds):
+        first = POOL * (1 + 2 * turn)
+        bare = stage.call("cold", stage.tickets(POOL, 4, first=first))
+        path = stage.path(stage.tickets(POOL, 4, first=first + POOL))
+        pairs.append(bare.wall / path.wall)
+    yield "rollout_efficiency_cold", statistics.median(pairs)
+
+
+class SimulatedTrainer:
+    """Leases a step's groups, sleeps, publishes the same weights as the next version and commits."""
+
+    def __init__(self, stage: Stage, groups: int, n: int) -> None:
+        self.stage, self.groups, self.n = stage, groups, n
+        self.step = self.pushed = 0
+        self.work = stage.actor.run.remote()
+
+    def push(self, step: int) -> None:
+        while self.pushed <= step:
+            self.stage.buffer.push_tickets(self.stage.tickets(self.groups, self.n, step=self.pushed))
+            self.pushed += 1
+
+    def train(self, seconds: float) -> None:
+        """One step that takes ``seconds`` from the moment its groups are in."""
+        buffer, deadline = self.stage.buffer, time.monotonic() + DEADLINE_S
+        while not (share := buffer.lease_fresh("trainer", self.step, epoch=self.stage.epoch)).ready:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"step {self.step}: {share.missing} groups missing after {DEADLINE_S:g} s")
+            done, _ = ray.wait([self.work], timeout=POLL_S)
+            if done:
+                ray.get(done)
+        start = time.monotonic()
+        manifest, arrays = self.stage.weights
+        reference = ray.put(arrays)
+        time.sleep(max(0.0, seconds - (time.monotonic() - start)))
+        ray.get(self.stage.pool.board.publish.remote(self.step + 1, manifest, reference))
+        buffer.commit_step(self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch)
+        self.step += 1
+
+    def alone(self) -> float:
+        """Seconds to generate one step's groups with nothing else under way, G."""
+        self.push(self.step - 1)
+        deadline = time.monotonic() + DEADLINE_S
+        while (stats := ray.get(self.stage.actor.stats.remote()))["version"] < self.step:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"version {self.step} not adopted within {DEADLINE_S:g} s: {stats}")
+            time.sleep(POLL_S)
+        start = time.perf_counter()
+        self.push(self.step)
+        self.train(0.0)
+        return time.perf_counter() - start
+
+    def overlapped(self, seconds: float, steps: int) -> float:
+        """Seconds per step at staleness 1, as cluster/training.py runs it; the first step fills the pipeline."""
+        start = 0.0
+        for number in range(steps + 1):
+            self.push(self.step + 1)
+            self.train(seconds)
+            if number == 0:
+                start = time.perf_counter()
+        return (time.perf_counter() - start) / steps
+
+    def drain(self) -> None:
+        """Train what has been pushed."""
+        while self.step < self.pushed:
+            self.train(0.0)
+
+    def stop(self) -> Mapping[str, Any]:
+        ray.get(self.stage.actor.stop.remote())
+        return ray.get(self.work)
+
+
+def overlap(stage: Stage, steps: int, groups: int, n: int) -> Figure:
+    """max(G, T) over the step time, for a trainer as slow, twice as slow and twice as fast as generation."""
+    stage.call("set_length", 64)
+    trainer = SimulatedTrainer(stage, groups, n)
+    trainer.alone()
+    worst = []
+    before = ray.get(stage.actor.stats.remote())
+    for name, factor in (("equal", 1.0), ("slow_trainer", 2.0), ("fast_trainer", 0.5)):
+        alone = [trainer.alone() for _ in range(2)]
+        train_s = factor * statistics.mean(alone)
+        step_s = trainer.overlapped(train_s, steps)
+        trainer.drain()
+        alone += [trainer.alone() for _ in range(2)]
+        generate_s = statistics.mean(alone)
+        worst.append(max(generate_s, train_s) / step_s)
+        yield f"generate_s_{name}", generate_s
+        yield f"generate_spread_{name}", max(alone) / min(alone)
+        yield f"train_s_{name}", train_s
+        yield f"step_s_{name}", step_s
+        yield f"overlap_efficiency_{name}", worst[-1]
+    versions = trainer.step
+    after = trainer.stop()
+    yield "adopt_s", (after["adopt_s"] - before["adopt_s"]) / (versions - before["version"])
+    yield "overlap_efficiency", min(worst)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of bare engine and path per setting")
+    parser.add_argument("--steps", type=int, default=6, help="steps per trainer speed")
+    parser.add_argument("--groups", type=int, default=16, help="groups of 4 per step of the overlap part")
+    parser.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
+    options = parser.parse_args()
+    figures = Figures("orchestration")
+    parts: list[Callable[[Stage], Figure]] = []
+    if options.only != "overlap":
+        parts += [lambda stage: efficiency(stage, options.rounds, waves=4), lambda stage: cold_pass(stage, 3)]
+    if options.only != "efficiency":
+        parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4))
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder, Stage(Path(folder), POOL * 7) as stage:
+        for part in parts:
+            for name, value in part(stage):
+                figures.add({name: value})
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()

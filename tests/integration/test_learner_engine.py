@@ -1,0 +1,315 @@
+"""DeepSpeed ranks against plain torch AdamW: every ZeRO stage, one and two ranks, ranks that hold unequally much.
+
+Ranks are processes of this module (``python -m tests.integration.test_learner_engine FOLDER RANK RANKS PORT``), since
+DeepSpeed's process group is for life; they write what they got and the tests compare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT, free_port
+from learner.batch import Row, collate
+from learner.config import OptimizerConfig
+from learner.engine import TrainEngine, init_distributed
+from learner.export import export_checkpoint
+from learner.model import checkpoint_names, load_model, published_names
+from learner.policy import MicroBatch, Policy, PolicyOutput
+from learner.publisher import Publisher
+from prompts.config import TemplateConfig
+from prompts.template import EncodedPrompt, PromptEncoder
+from prompts.tiny_model import build_tiny_omni
+from tests.tiny_models import ArrayLoader, audio, build_vision_language, load_reference, make_prompt, video
+
+ROOT = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+RATES = (1e-2, 3e-3, 2e-2)  # another one every step
+SIZES = (0.01, 1.0, 0.03)  # of the loss, so that some gradients are clipped and others not
+#: Updates are about the rate in size; float32 gradients summed in another order move them by this much of it.
+TOLERANCE = 2e-4
+#: Global micro-batches as row indices, by rank and number of ranks; in the last step rank 1 has none at all.
+SPLITS: dict[int, list[list[list[list[int]]]]] = {
+    1: [[[[0, 1], [2], [3, 4, 5]]], [[[0, 1, 2, 3, 4, 5]]], [[[0], [1], [2], [3], [4, 5]]]],
+    2: [[[[0, 1], [2]], [[3, 4, 5]]], [[[0]], [[1, 2], [3], [4, 5]]], [[[0, 1, 2], [3, 4, 5]], []]],
+}
+
+
+def settings(stage: int, **changes: Any) -> OptimizerConfig:
+    # eps keeps AdamW from magnifying the rounding of gradients that are zero in exact arithmetic (key biases).
+    values = {"lr": 1.0, "eps": 1e-5, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": stage}
+    return OptimizerConfig(**(values | {"dtype": "float32"} | changes))  # type: ignore[arg-type]
+
+
+def text_rows() -> list[Row]:
+    """Six completions of three prompts without media."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(6):
+        length = 5 + number // 2
+        ids = torch.arange(10, 10 + length)
+        prompt = EncodedPrompt(ids, torch.arange(length)[None], length)
+        rows.append(Row((f"p{number // 2}", False), prompt, rng.integers(10, 250, 3 + number).astype(np.int32)))
+    return rows
+
+
+def step_loss(rows: Sequence[Row], indices: Sequence[int], output: PolicyOutput, step: int) -> Tensor:
+    """This micro-batch's share of a sum over the step; signs and sizes differ by row and step."""
+    weights = [(1.0, -0.7, 0.4, -1.3, 0.6, 0.2)[(i + step) % 6] * SIZES[step] for i in indices]
+    return (torch.tensor(weights)[:, None] * output.logprobs).sum()
+
+
+def train(engine: TrainEngine, rows: list[Row], rank: int, ranks: int) -> list[float]:
+    """Three steps; returns the gradient norms."""
+    norms = []
+    for step, rate in enumerate(RATES):
+        share = SPLITS[ranks][step][rank]
+        batches = [collate([rows[i] for i in indices], share_prefix=True) for indices in share]
+        spare = batches[0] if batches else collate(rows[:1], share_prefix=True)
+
+        def loss(number: int, _: MicroBatch, output: PolicyOutput, step: int = step, share: Any = share) -> Tensor:
+            return step_loss(rows, share[number], output, step)
+
+        engine.accumulate(batches, loss, spare)
+        norms.append(engine.step(rate))
+    return norms
+
+
+def make_engine(model: Path, config: OptimizerConfig, ranks: int, dtype: str = "float32") -> TrainEngine:
+    return TrainEngine(Policy(load_model(model, dtype=dtype)).eval(), config, world_size=ranks, dtype=dtype)
+
+
+# -- what a rank does --------------------------------------------------------------------------------------------------
+
+
+def parity(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Norms and weights after three steps of every stage, then a step without any gradient."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        engine = make_engine(folder / "text", settings(stage), ranks)
+        norms = train(engine, text_rows(), rank, ranks)
+        weights = engine.state_dict()
+        batch = collate(text_rows()[:2], share_prefix=True)
+        scores = engine.score(batch).logprobs
+        engine.accumulate([batch], lambda *arguments: arguments[2].logprobs.sum() * 0.0, batch)
+        zero = engine.step(0.0)
+        found[f"{stage}"] = {"norms": norms, "weights": weights, "scores": scores, "zero": zero, "updates": engine.updates}
+    return found
+
+
+def checkpoints(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Weights after saved steps + further steps, and after loading into a fresh engine + the same further steps."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        saved = folder / f"state-{ranks}"
+        engine = make_engine(folder / "text", settings(stage), ranks)
+        train(engine, text_rows(), rank, ranks)
+        engine.save(saved, f"zero{stage}")
+        train(engine, text_rows(), rank, ranks)
+        resumed = make_engine(folder / "text", settings(stage), ranks)
+        resumed.load(saved, f"zero{stage}")
+        updates = resumed.updates
+        train(resumed, text_rows(), rank, ranks)
+        found[f"{stage}"] = {"through": engine.state_dict(), "resumed": resumed.state_dict(), "updates": updates}
+    return found
+
+
+def omni_rows(model: Path) -> list[Row]:
+    loader = ArrayLoader()
+    encoder = PromptEncoder(model, loader, TemplateConfig())
+    prompts = [make_prompt(loader, f"av{i}", [video(i, 4, 2.0), audio(i, 1.0)]) for i in range(3)]
+    rng = np.random.default_rng(1)
+    return [
+        Row((prompts[i // 2].id, False), encoder.encode(prompts[i // 2], False), rng.integers(30, 400, 6).astype(np.int32))
+        for i in range(6)
+    ]
+
+
+def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """An audio-visual policy, float32 with frozen encoders and bfloat16; its export under published names."""
+    found: dict[str, Any] = {}
+    rows = omni_rows(folder / "omni")
+    engine = make_engine(folder / "omni", settings(3, freeze=("visual", "audio_tower")), ranks)
+    norms = train(engine, rows, rank, ranks)
+    weights = engine.state_dict()
+    if rank == 0:
+        publisher = Publisher(folder / "omni", list(weights), None, dtype="float32")
+        export_checkpoint(publisher.rename(weights), folder / "omni", folder / f"export-{ranks}")
+    found["float32"] = {"norms": norms, "weights": weights}
+    for stage in STAGES:
+        engine = make_engine(folder / "omni", settings(stage, dtype="bfloat16"), ranks, "bfloat16")
+        norms = train(engine, rows, rank, ranks)
+        found[f"bfloat16-{stage}"] = {"norms": norms, "weights": engine.state_dict()}
+    return found
+
+
+def main(folder: Path, rank: int, ranks: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks), LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    init_distributed(on_gpu=False, timeout=timedelta(seconds=120))
+    for scenario in (parity, checkpoints, omni):
+        found = scenario(folder, rank, ranks)
+        torch.save(found, folder / f"{scenario.__name__}-{ranks}-{rank}.pt")
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one rank alone and of two together."""
+    folder = tmp_path_factory.mktemp("engine")
+    build_vision_language(folder / "text", "qwen3")
+    build_tiny_omni(folder / "omni")
+    for ranks in (1, 2):
+        port = free_port()
+        environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
+        command = [sys.executable, "-m", "tests.integration.test_learner_engine", str(folder)]
+        logs = [folder / f"rank-{ranks}-{rank}.log" for rank in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(ranks), str(port)], cwd=ROOT, env=environment,
+                stdout=log.open("wb"), stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]  # fmt: skip
+        try:
+            codes = [process.wait(timeout=200) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    return folder
+
+
+def results(folder: Path, scenario: str, ranks: int, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"{scenario}-{ranks}-{rank}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Norms and weights of plain torch on whole steps, and the weights it started from."""
+    model = load_reference(folder / "text")
+    policy = Policy(model, share_prefix=False)
+    start = {name.removeprefix("model."): p.detach().clone() for name, p in policy.named_parameters()}
+    config, rows = settings(0), text_rows()
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=config.betas, eps=config.eps,
+    )  # fmt: skip
+    norms = []
+    for step, rate in enumerate(RATES):
+        step_loss(rows, range(6), policy(collate(rows, share_prefix=False)), step).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, {name.removeprefix("model."): p.detach() for name, p in policy.named_parameters()}, start
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Largest absolute difference of any weight."""
+    assert left.keys() == right.keys()
+    return max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_like_plain_adamw(folder: Path, plain: Any, stage: int, ranks: int) -> None:
+    norms, weights, start = plain
+    assert min(norms) < 0.5 < max(norms)  # clipped in some steps, not in others
+    found = results(folder, "parity", ranks)[str(stage)]
+    assert found["norms"] == pytest.approx(norms, rel=1e-4)
+    assert difference(weights, start) > 0.5 * max(RATES)
+    assert difference(found["weights"], weights) < TOLERANCE * max(RATES)
+    assert found["updates"] == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_agree_exactly(folder: Path, stage: int) -> None:
+    first, second = (results(folder, "parity", 2, rank)[str(stage)] for rank in (0, 1))
+    assert difference(first["weights"], second["weights"]) == 0
+    assert torch.equal(first["scores"], second["scores"])
+    assert first["norms"] == second["norms"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_norm_of_no_gradient_is_zero(folder: Path, stage: int, ranks: int) -> None:
+    assert results(folder, "parity", ranks)[str(stage)]["zero"] == 0.0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(folder: Path, stage: int, ranks: int) -> None:
+    found = results(folder, "checkpoints", ranks)[str(stage)]
+    assert difference(found["through"], found["resumed"]) == 0
+    assert found["updates"] == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_names_map_to_the_published_checkpoint(folder: Path, ranks: int) -> None:
+    weights = results(folder, "omni", ranks)["float32"]["weights"]
+    published = checkpoint_names(folder / "omni")
+    assert published_names(weights, published) == {name: f"thinker.{name}" for name in weights}
+    assert {f"thinker.{name}" for name in weights} == published
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_frozen_encoders_keep_their_weights(folder: Path, ranks: int) -> None:
+    weights = results(folder, "omni", ranks)["float32"]["weights"]
+    start = load_reference(folder / "omni").state_dict()
+    moved = {name for name, value in weights.items() if not torch.equal(value, start[name])}
+    assert moved and not any("visual" in name or "audio_tower" in name for name in moved)
+    assert "lm_head.weight" in moved
+    alone = results(folder, "omni", 1)["float32"]
+    assert difference(weights, alone["weights"]) < TOLERANCE * max(RATES)
+
+
+@torch.no_grad()
+def test_transformers_loads_the_export_and_computes_the_same(folder: Path) -> None:
+    exported = load_reference(folder / "export-1")
+    weights = results(folder, "omni", 1)["float32"]["weights"]
+    trained = load_reference(folder / "omni")
+    row = omni_rows(folder / "omni")[0]
+    inputs = {"input_ids": row.prompt.input_ids[None], **row.prompt.features}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    before = trained(**inputs).logits
+    trained.load_state_dict(weights, strict=True)
+    trained.rope_deltas = None
+    expected = trained(**inputs).logits
+    assert torch.equal(exported(**inputs).logits, expected)
+    assert (expected - before).abs().max() > 0.1
+    assert json.loads((folder / "export-1" / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_trains(folder: Path, stage: int, ranks: int) -> None:
+    found = results(folder, "omni", ranks)[f"bfloat16-{stage}"]
+    start = load_reference(folder / "omni").state_dict()
+    assert all(np.isfinite(found["norms"])) and min(found["norms"]) > 0
+    assert {value.dtype for value in found["weights"].values()} == {torch.bfloat16}
+    moved = difference(found["weights"], {name: start[name] for name in found["weights"]})
+    assert 0.2 * max(RATES) < moved < 10 * max(RATES)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))

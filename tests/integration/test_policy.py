@@ -1,0 +1,293 @@
+"""Log-probabilities, entropies and gradients of the policy against plain transformers forwards, one per completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import learner.policy
+from buffer_service.trajectory import Group, Trajectory
+from learner.batch import Row, collate, padded
+from learner.config import LearnerConfig, ObjectiveConfig
+from learner.model import load_model
+from learner.objective import policy_loss
+from learner.plan import StepPlan, StepWork, plan_step
+from learner.policy import MicroBatch, Policy, freeze
+from learner.reference import ReferencePolicy
+from learner.shaping import tas_weights
+from prompts.config import TemplateConfig
+from prompts.errors import ModelError
+from prompts.template import EncodedPrompt, PromptEncoder
+from prompts.tiny_model import allowed_token_ids, build_tiny_omni
+from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, video
+
+TEMPERATURES = (1.0, 0.7, 1.3)
+LENGTHS = (9, 1, 14)  # completion tokens of a prompt's three rows
+
+
+class Case(NamedTuple):
+    """A prompt and what transformers' own position rule needs of it."""
+
+    name: str
+    prompt: EncodedPrompt
+    forward: dict[str, Any]
+
+
+class Stage(NamedTuple):
+    folder: Path
+    cases: list[Case]
+    rows: list[Row]  # three of each prompt, mixed up
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    folder = build_tiny_omni(tmp_path_factory.mktemp("policy") / "model")
+    loader = ArrayLoader()
+    encoder = PromptEncoder(folder, loader, TemplateConfig())
+    timed = {"video_second_per_grid": torch.tensor([1.0])}  # two frames at 2 per second
+    prompts = [
+        (make_prompt(loader, "text", []), {}),
+        (make_prompt(loader, "long text", [], question="how many red squares are there " * 9), {}),
+        (make_prompt(loader, "image", [image(1)]), {}),
+        (make_prompt(loader, "two images", [image(2), image(3)]), {}),
+        (make_prompt(loader, "separate", [video(4, 4, 2.0), audio(5, 1.5)]), timed),
+        (make_prompt(loader, "longer sound", [video(6, 2, 2.0), audio(7, 3.1)]), timed),
+        (
+            make_prompt(loader, "interleaved", [video(8, 8, 2.0), audio(9, 3.9)], audio_in_video=True),
+            timed | {"use_audio_in_video": True},
+        ),
+    ]
+    cases = [Case(prompt.id, encoder.encode(prompt, hinted=False), extra) for prompt, extra in prompts]
+    allowed = np.array(allowed_token_ids(encoder.tokenizer), dtype=np.int32)
+    rng = np.random.default_rng(0)
+    rows = [
+        Row((case.name, False), case.prompt, rng.choice(allowed, length), temperature)
+        for length, temperature in zip(LENGTHS, TEMPERATURES, strict=True)
+        for case in cases
+    ]
+    return Stage(folder, cases, rows)
+
+
+def plain_logits(model: Any, case: Case, row: Row) -> Tensor:
+    """(T, V) of one forward over [prompt | completion], positions left to transformers."""
+    ids = torch.cat([case.prompt.input_ids, torch.from_numpy(row.token_ids).long()])[None]
+    # Transformers counts positions per call; whoever called before must not matter.
+    model.rope_deltas = None
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **case.prompt.features, **case.forward)
+    return output.logits[0, len(case.prompt.input_ids) - 1 : -1].float()
+
+
+def plain_scores(model: Any, stage: Stage, rows: list[Row]) -> list[tuple[Tensor, Tensor]]:
+    """(log-probabilities, entropies) of each row, by torch.distributions."""
+    cases = {case.name: case for case in stage.cases}
+    scores = []
+    for row in rows:
+        logits = plain_logits(model, cases[row.key[0]], row) / row.temperature
+        distribution = torch.distributions.Categorical(logits=logits)
+        scores.append((distribution.log_prob(torch.from_numpy(row.token_ids).long()), distribution.entropy()))
+    return scores
+
+
+def weights_of(mask: Tensor) -> Tensor:
+    """A fixed weight per token, of either sign, so that no gradient cancels."""
+    return torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) * mask
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    return {n.removeprefix("model."): p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_equal(left: dict[str, Tensor], right: dict[str, Tensor], *, relative: float) -> None:
+    """Relative to the norm of all gradients: some (key biases) are zero but for rounding."""
+    assert left.keys() == right.keys()
+    scale = torch.stack([g.norm() for g in right.values()]).norm()
+    difference = torch.stack([(left[name] - right[name]).norm() for name in right]).norm()
+    assert scale > 1e-3 and difference <= relative * scale
+
+
+def policy_of(stage: Stage, *, share_prefix: bool) -> Policy:
+    return Policy(load_model(stage.folder), share_prefix=share_prefix).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(stage: Stage) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Scores of every row and the gradients of their weighted sum, from full forwards."""
+    model = load_reference(stage.folder)
+    scores = plain_scores(model, stage, stage.rows)
+    weights = weights_of(collate(stage.rows, share_prefix=False).mask)
+    sum((w[: len(lp)] * lp).sum() for w, (lp, _) in zip(weights, scores, strict=True)).backward()  # type: ignore[union-attr]
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [(lp.detach(), entropy.detach()) for lp, entropy in scores], found
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("chunk", [2048, 7])
+def test_scores_and_gradients_equal_plain_forwards(
+    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int
+) -> None:
+    monkeypatch.setattr(learner.policy, "LOGIT_CHUNK", chunk)
+    scores, expected = plain
+    policy = policy_of(stage, share_prefix=share_prefix)
+    batch = collate(stage.rows, share_prefix=share_prefix)
+    assert len(batch.prompt_ids) == (len(stage.cases) if share_prefix else len(stage.rows))
+    output = policy(batch)
+    for row, (logprobs, entropy) in enumerate(scores):
+        length = len(logprobs)
+        torch.testing.assert_close(output.logprobs[row, :length], logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.entropy[row, :length], entropy, atol=1e-5, rtol=0)
+        assert (output.logprobs[row, length:] == 0).all() and (output.entropy[row, length:] == 0).all()
+    assert not output.entropy.requires_grad
+    (weights_of(batch.mask) * output.logprobs).sum().backward()
+    found = gradients(policy)
+    assert_gradients_equal(found, expected, relative=1e-4)
+    assert {"visual.patch_embed.proj.weight", "audio_tower.conv1.weight", "lm_head.weight"} <= found.keys()
+
+
+def test_a_batch_of_single_token_completions(stage: Stage, plain: Any) -> None:
+    chosen = [i for i, row in enumerate(stage.rows) if len(row.token_ids) == 1]
+    batch = collate([stage.rows[i] for i in chosen], share_prefix=True)
+    output = policy_of(stage, share_prefix=True)(batch)
+    expected = torch.stack([plain[0][i][0] for i in chosen])
+    torch.testing.assert_close(output.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_changes_nothing(stage: Stage) -> None:
+    found = []
+    for recompute in (False, True):
+        model = load_model(stage.folder)
+        if recompute:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        policy = Policy(model, share_prefix=False)
+        batch = collate(stage.rows[:14], share_prefix=False)
+        (weights_of(batch.mask) * policy(batch).logprobs).sum().backward()
+        found.append(gradients(policy))
+    assert_gradients_equal(found[1], found[0], relative=1e-6)
+
+
+def test_copies_of_a_prompt_are_needed_without_a_shared_prefix(stage: Stage) -> None:
+    with pytest.raises(ValueError, match="one prompt per completion"):
+        policy_of(stage, share_prefix=False)(collate(stage.rows, share_prefix=True))
+
+
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(stage: Stage, plain: Any) -> None:
+    policy = policy_of(stage, share_prefix=True)
+    total = sum(p.numel() for p in policy.parameters())
+    frozen = sum(p.numel() for n, p in policy.named_parameters() if "visual" in n or "audio_tower" in n)
+    assert freeze(policy, ("visual", "audio_tower")) == total - frozen > 0
+    batch = collate(stage.rows, share_prefix=True)
+    (weights_of(batch.mask) * policy(batch).logprobs).sum().backward()
+    found = gradients(policy)
+    assert not any("visual" in name or "audio_tower" in name for name in found)
+    assert_gradients_equal(found, {name: plain[1][name] for name in found}, relative=1e-4)
+    assert freeze(policy, ()) == total  # thawed
+    assert freeze(policy, ("model", "lm_head")) == 0
+
+
+def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Stage, plain: Any) -> None:
+    reference = ReferencePolicy(
+        stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12
+    )
+    computed: list[int] = []
+    reference.policy.register_forward_pre_hook(lambda _, batch: computed.append(len(batch[0].rows)))
+    ids = [str(i) for i in range(len(stage.rows))]
+
+    def check(chosen: list[int]) -> None:
+        values = reference.logprobs([ids[i] for i in chosen], [stage.rows[i] for i in chosen])
+        expected = padded([plain[0][i][0].numpy() for i in chosen])
+        torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
+        assert not values.requires_grad
+
+    check(list(range(8)))
+    check([6, 2, 9])  # two are known
+    assert computed == [8, 1]
+    check(list(range(10, 21)))  # more than fits beside them: the oldest leave
+    check([2, 0])
+    assert computed == [8, 1, 11, 1]
+
+
+# -- a whole step ------------------------------------------------------------------------------------------------------
+
+
+def make_work(stage: Stage) -> tuple[StepWork, dict[tuple[str, bool], EncodedPrompt]]:
+    """Seven groups of two fresh completions and seven replays, behaviour log-probabilities near the policy's."""
+    rng = np.random.default_rng(3)
+    groups, replays = [], []
+    for seq, case in enumerate(stage.cases):
+        name = f"{seq:08d}"
+        members = []
+        for index, row in enumerate(row for row in stage.rows if row.key[0] == case.name):
+            tokens = len(row.token_ids)
+            members.append(
+                Trajectory(
+                    id=f"{name}.{index}", group_id=name, prompt_id=case.name, index=index, hinted=False,
+                    prompt_tokens=len(case.prompt.input_ids), prompt_digest=case.prompt.digest,
+                    token_ids=row.token_ids, logprobs=rng.normal(-6, 0.2, tokens).astype(np.float32),
+                    versions=((0, tokens),), finish_reason="stop", temperature=row.temperature,
+                    reward=float(rng.random()), components={}, step=0,
+                )  # fmt: skip
+            )
+        groups.append(Group(id=name, prompt_id=case.name, seq=seq, step=0, hinted=False, trajectories=tuple(members[:2])))
+        replays.append(members[2])
+    work = StepWork(0, 0, tuple(groups), tuple(replays), tuple(rng.random(len(replays)).tolist()))
+    return work, {(case.name, False): case.prompt for case in stage.cases}
+
+
+def contribution(
+    policy: Policy, plan: StepPlan, prompts: dict[tuple[str, bool], EncodedPrompt], indices: list[int],
+    config: ObjectiveConfig,
+) -> Tensor:  # fmt: skip
+    chosen = [plan.trajectories[i] for i in indices]
+    keys = [(t.prompt_id, t.hinted) for t in chosen]
+    rows = [Row(key, prompts[key], t.token_ids, t.temperature) for key, t in zip(keys, chosen, strict=True)]
+    batch: MicroBatch = collate(rows, share_prefix=policy.share_prefix)
+    logprobs = policy(batch).logprobs
+    return policy_loss(
+        logprobs,
+        padded([t.logprobs for t in chosen]),
+        batch.mask,
+        plan.advantages.values[indices].float(),
+        tas_weights(batch.mask),
+        plan.is_replay[indices],
+        logprobs.detach() - 0.1,
+        config,
+        totals=plan.totals,
+    ).loss
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(stage: Stage, loss_type: Any) -> None:
+    work, prompts = make_work(stage)
+    objective = ObjectiveConfig(loss_type=loss_type)
+    outcomes = []
+    for budget, ranks, share_prefix in ((100_000, 1, True), (500, 1, True), (16, 2, True), (900, 3, False)):
+        policy = policy_of(stage, share_prefix=share_prefix)
+        config = LearnerConfig(objective=objective, micro_batch_tokens=budget, share_prefix=share_prefix)
+        plan = plan_step(work, config, ranks=ranks, max_tokens=20)
+        total = 0.0
+        for indices in (batch for share in plan.shares for batch in share):
+            loss = contribution(policy, plan, prompts, indices, objective)
+            loss.backward()
+            total += float(loss)
+        outcomes.append((sum(map(len, plan.shares)), total, gradients(policy)))
+    counts = [count for count, _, _ in outcomes]
+    assert counts[0] == 1 and counts[1] > 1 and counts[2] == 21
+    for _, loss, found in outcomes[1:]:
+        assert loss == pytest.approx(outcomes[0][1], abs=1e-6)
+        assert_gradients_equal(found, outcomes[0][2], relative=1e-6)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_model_folders_that_cannot_be_loaded_are_named(stage: Stage, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text((stage.folder / "config.json").read_text())
+    with pytest.raises(ModelError, match="cannot be loaded as Qwen2_5OmniThinker"):
+        load_model(tmp_path)

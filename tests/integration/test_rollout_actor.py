@@ -1,0 +1,340 @@
+"""The rollout actor on real Redis, reward actors and engine: leases, delivery, failures, new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.rollout import RolloutActor
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket
+from buffer_service.trajectory import Group, Trajectory
+from buffer_service.weights import pack_weights
+from cluster.assets import prepare_base_model, prepare_datasets
+from cluster.config import RunConfig
+from cluster.pool import Pool
+from cluster.services import Services
+from cluster.specs import rollout_spec
+from prompts.datasets import load_prompts, media_base
+from prompts.record import resolve_uri
+from tests.tiny_models import respawn
+
+BROKEN = "train-00007"
+DEADLINE_S = 60.0
+_runs = count()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE_S:g} s"
+        time.sleep(0.01)
+
+
+class Stage:
+    """Services and one actor in this process; every test gets a run of its own in Redis."""
+
+    def __init__(self, folder: Path) -> None:
+        settings: dict[str, Any] = {
+            "data": {
+                "synthetic": {"n_train": 8, "n_heldout": 4, "n_sft": 0},
+                "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
+            },
+            "rollout": {
+                "max_sequences": 16,
+                "engine": {"max_model_len": 320, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20},
+                "sampling": {"max_tokens": 24},
+            },
+            "output": {"cache": folder / "cache"},
+        }
+        self.config = RunConfig.model_validate(settings)
+        self.services = Services(self.config, folder)
+        self.services.__enter__()
+        datasets = prepare_datasets(self.config, lambda *_: None)
+        self.model = prepare_base_model(self.config, lambda *_: None)
+        self.weights = respawn(self.model, folder / "second", seed=1)
+        for prompt in load_prompts(datasets.train, self.config.data.reader):
+            if prompt.id == BROKEN:
+                base = media_base(datasets.train, self.config.data.reader)
+                resolve_uri(prompt.media.items[0].uri, base).write_bytes(b"not a clip")
+        self.pool = Pool(self.config, self.services)
+        self.pool.start_board()
+        self.pool.start_scorers(datasets.asked)
+        self.spec = rollout_spec(self.config, "first", self.model, datasets, self.services.redis_url)
+        self.actor = RolloutActor("rollout-0", self.spec, self.pool.scorers[0], self.pool.board)
+
+    def begin(self) -> ReplayBuffer:
+        """A new run without contents, for the actor and for the test."""
+        name = f"run-{next(_runs)}"
+        self.actor.buffer.close()
+        self.actor.buffer = ReplayBuffer.connect(self.config.buffer, name, self.services.redis_url)
+        self.actor.spec, self.actor.scorer = replace(self.spec, run_id=name), self.pool.scorers[0]
+        return ReplayBuffer.connect(self.config.buffer, name, self.services.redis_url)
+
+    def fixed_length(self, tokens: int) -> None:
+        sampling = self.spec.sampling.model_copy(update={"max_tokens": tokens, "ignore_eos": True})
+        self.actor.spec = replace(self.actor.spec, sampling=sampling)
+
+    def close(self) -> None:
+        self.actor.engine.close()
+        self.services.stop()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("rollout"))
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def buffer(stage: Stage) -> Iterator[ReplayBuffer]:
+    buffer = stage.begin()
+    yield buffer
+    buffer.close()
+
+
+@contextmanager
+def working(actor: RolloutActor) -> Iterator[Future[dict[str, Any]]]:
+    """The actor runs in a thread; leaving stops it and raises what broke it."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(actor.run)
+        yield running
+        if not running.done():
+            actor.stop()
+        running.result(DEADLINE_S)
+
+
+def train(prompts: list[int], *, n: int = 4, first: int = 0, step: int = 0) -> list[Ticket]:
+    return [Ticket(seq=first + i, prompt_id=f"train-{p:05d}", step=step, n=n) for i, p in enumerate(prompts)]
+
+
+def arrived(buffer: ReplayBuffer, step: int = 0) -> list[Group]:
+    """The step's groups once all are in."""
+    groups: list[Group] = []
+
+    def ready() -> bool:
+        share = buffer.lease_fresh("test", step)
+        groups[:] = share.groups
+        return share.ready
+
+    until(ready, f"step {step}")
+    return groups
+
+
+def members(groups: list[Group]) -> list[Trajectory]:
+    return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def tokens(groups: list[Group]) -> list[list[int]]:
+    return [trajectory.token_ids.tolist() for trajectory in members(groups)]
+
+
+def test_every_ticket_becomes_one_scored_group(stage: Stage, buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2]))
+    before = stage.actor.stats()
+    with working(stage.actor):
+        groups = arrived(buffer)
+    assert [group.seq for group in groups] == list(range(10))
+    assert [group.prompt_id for group in groups][6:8] == ["train-00006", "train-00000"]
+    for group in groups:
+        assert len(group.trajectories) == 4 and len({t.token_ids.tobytes() for t in group.trajectories}) > 1
+        for trajectory in group.trajectories:
+            assert len(trajectory.token_ids) == len(trajectory.logprobs) <= 24
+            assert np.isfinite(trajectory.logprobs).all() and (trajectory.logprobs <= 0).all()
+            assert trajectory.components.keys() == {"format", "accuracy"} and trajectory.components["format"] == -1
+    books = buffer.check_ledger()
+    assert (books.generated, books.completions, books.in_flight, books.duplicates) == (10, 40, 10, 0)
+    after = stage.actor.stats()
+    written = sum(len(trajectory.token_ids) for trajectory in members(groups))
+    assert after["tokens"] - before["tokens"] == books.tokens == written
+    assert after["groups"] - before["groups"] == 10 and after["in_flight"] == 0
+
+
+def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(stage: Stage, buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    with working(stage.actor):
+        together = tokens(arrived(buffer))
+    with stage.begin() as again:
+        apart: list[list[int]] = []
+        with working(stage.actor):
+            for seq in range(6):
+                again.push_tickets(train([seq], first=seq, step=seq))
+                apart += tokens(arrived(again, seq))
+                again.commit_step(seq, 0, [f"{seq:08d}"], 0)
+                again.publish_version(seq + 1)
+    assert apart == together
+
+
+def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(stage: Stage, buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(train([0, int(BROKEN[-2:]), 1]))
+    with working(stage.actor):
+        groups = arrived(buffer)
+    assert [group.seq for group in groups] == [0, 2]
+    assert buffer.quarantined().keys() == {BROKEN}
+    assert ".mp4" in buffer.quarantined()[BROKEN]
+    books = buffer.check_ledger()
+    assert books.generated == 3 and sum(books.dropped.values()) == 1
+
+
+def test_evaluation_is_greedy_and_answers_each_prompt_once(stage: Stage, buffer: ReplayBuffer) -> None:
+    payloads = []
+    for round in (1, 2):
+        asked = [Ticket(seq=i, prompt_id=f"heldout-{i:05d}", step=0, n=1, kind="eval", round=round) for i in range(4)]
+        buffer.push_tickets([*asked, *train([0, 1], first=10 * round)])  # training goes on beside it
+        with working(stage.actor):
+            until(lambda round=round: buffer.eval_results(round).complete, f"round {round}")  # type: ignore[misc]
+        payloads.append({seq: json.loads(data) for seq, data in buffer.eval_results(round).payloads.items()})
+    assert payloads[0].keys() == {0, 1, 2, 3}
+    assert [payloads[0][seq]["prompt_id"] for seq in range(4)] == [f"heldout-{i:05d}" for i in range(4)]
+    assert all(payload["accuracy"] is not None for payload in payloads[0].values())
+    assert [payloads[0][seq]["text"] for seq in range(4)] == [payloads[1][seq]["text"] for seq in range(4)]
+
+
+def test_weights_are_adopted_under_groups_with_media_in_flight(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.fixed_length(120)
+    actor, old = stage.actor, stage.actor.engine.version
+    manifest, arrays = pack_weights(stage.weights)
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    with working(actor):
+        until(lambda: actor.engine.in_flight > 0, "the first prompt in the engine")
+        ray.get(stage.pool.board.publish.remote(old + 1, manifest, ray.put(arrays)))
+        buffer.publish_version(old + 1)
+        groups = arrived(buffer)
+    assert actor.engine.version == old + 1 and actor.adopt_s > 0
+    mixed = [trajectory for trajectory in members(groups) if len(trajectory.versions) == 2]
+    assert mixed  # else nothing was in flight
+    for trajectory in members(groups):
+        assert sum(amount for _, amount in trajectory.versions) == len(trajectory.token_ids) == 120
+        assert [version for version, _ in trajectory.versions] in ([old], [old, old + 1], [old + 1])
+    assert buffer.check_ledger().completions == 24
+
+
+def test_a_step_beyond_the_staleness_bound_waits_for_its_version(stage: Stage, buffer: ReplayBuffer) -> None:
+    version = stage.actor.engine.version
+    buffer.publish_version(version)
+    buffer.push_tickets(train([0], step=version + 1) + train([1], first=1, step=version + 2))
+    with working(stage.actor):
+        arrived(buffer, version + 1)
+        time.sleep(0.3)
+        assert buffer.check_ledger().generated == 1
+        manifest, arrays = pack_weights(stage.weights)
+        ray.get(stage.pool.board.publish.remote(version + 1, manifest, ray.put(arrays)))
+        buffer.publish_version(version + 1)
+        [group] = arrived(buffer, version + 2)
+    assert all(trajectory.versions[0][0] == version + 1 for trajectory in group.trajectories)
+
+
+class OddScorer:
+    """Scores 1 after a while, or fails in the way it is told."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.now, self.most = how, 0, 0
+
+    async def score(self, prompt_id: str, facts: list[Any]) -> list[tuple[float | None, dict[str, float | None]]]:
+        if self.how == "crash":
+            raise ValueError("the scorer has a bug")
+        if self.how == "masked" and prompt_id == "train-00001":
+            return [(None, {"judge": None})] * len(facts)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.5)
+        self.now -= 1
+        return [(1.0, {"accuracy": 1.0})] * len(facts)
+
+    async def most_at_once(self) -> int:
+        return self.most
+
+
+def odd_scorer(how: str) -> Any:
+    return ray.remote(OddScorer).options(num_cpus=0, max_concurrency=64).remote(how)
+
+
+def test_groups_are_scored_side_by_side(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.actor.scorer = odd_scorer("slow")
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]))
+    with working(stage.actor):
+        assert len(arrived(buffer)) == 12
+    assert ray.get(stage.actor.scorer.most_at_once.remote()) >= 6
+
+
+def test_a_group_without_any_score_is_dropped_with_its_reason(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.actor.scorer = odd_scorer("masked")
+    buffer.push_tickets(train([0, 1, 2]))
+    with working(stage.actor):
+        assert [group.seq for group in arrived(buffer)] == [0, 2]
+    assert "masked" in buffer.quarantined()["train-00001"]
+
+
+def test_a_helper_that_breaks_ends_the_run_and_loses_no_ticket(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.actor.scorer = odd_scorer("crash")
+    buffer.push_tickets(train([0, 1]))
+    with pytest.raises(ValueError, match="the scorer has a bug"):
+        stage.actor.run()
+    assert buffer.check_ledger().generated == 0
+    stage.actor.engine.abort()
+
+
+def test_a_stopped_actor_gives_its_leases_back(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.fixed_length(150)
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    with working(stage.actor):
+        until(lambda: stage.actor.engine.in_flight > 0, "the first prompt in the engine")
+    leases = buffer.lease_tickets("another", 6)
+    assert len(leases) + buffer.check_ledger().generated == 6 and len(leases) >= 4
+    assert {lease.attempt for lease in leases} <= {1, 2} and any(lease.attempt == 2 for lease in leases)
+    assert stage.actor.stats()["in_flight"] == 0
+
+
+def test_another_actor_takes_over_from_one_that_was_killed(stage: Stage, buffer: ReplayBuffer) -> None:
+    spec = replace(stage.actor.spec, lease_s=3.0)
+    sampling = spec.sampling.model_copy(update={"max_tokens": 150, "ignore_eos": True})
+    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    make = stage.pool._remote(RolloutActor, cpus=0, max_concurrency=4)
+    doomed = make.remote("doomed", replace(spec, sampling=sampling), odd_scorer("slow"), stage.pool.board)
+    ray.get(doomed.ready.remote(), timeout=120)
+    doomed.run.remote()
+    until(lambda: ray.get(doomed.stats.remote())["in_flight"] > 0, "a lease")
+    ray.kill(doomed)
+    lost = 6 - buffer.check_ledger().generated
+    assert lost > 0
+    stage.actor.spec = spec
+    with working(stage.actor):
+        groups = arrived(buffer)
+    assert [group.seq for group in groups] == list(range(6))
+    books = buffer.check_ledger()
+    assert (books.generated, books.completions) == (6, 24)
+
+
+def test_leases_are_renewed_while_groups_take_longer_than_a_lease(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.actor.spec = replace(stage.actor.spec, lease_s=0.6)
+    stalled = threading.Event()
+    step = stage.actor.engine.step
+
+    def slow_step() -> Any:
+        if not stalled.is_set():
+            stalled.set()
+            time.sleep(2.0)
+        return step()
+
+    buffer.push_tickets(train([0, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.actor.engine, "step", slow_step)
+        with working(stage.actor):
+            until(stalled.is_set, "the first engine step")
+            time.sleep(1.5)
+            assert buffer.lease_tickets("thief", 2) == []
+            arrived(buffer)

@@ -1,0 +1,252 @@
+"""From recipe, preset and overrides to a checked configuration, and what the command line says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.cli import main
+from cluster.config import RunConfig
+from cluster.presets import PRESETS, merge, preset
+from cluster.recipe import load_recipe, parse_overrides, to_yaml
+from prompts.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BASE = {"name": "t", "data": {"synthetic": {"n_train": 8}}}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write(tmp_path, BASE)
+
+
+def write(folder: Path, content: object) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return file
+
+
+def load(file: Path, *arguments: str, preset_name: str | None = None) -> RunConfig:
+    return load_recipe(file, parse_overrides(arguments), preset_name=preset_name)
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+#: fresh, replayed, TAS, hints (METHOD 1.1 to 1.4, 3)
+METHODS = {
+    "grpo": (8, 0, 0.0, False),
+    "grpo4": (4, 0, 0.0, False),
+    "tas_only": (8, 0, 0.3, False),
+    "replay_only": (4, 4, 0.0, False),
+    "avatar_no_hint": (4, 4, 0.3, False),
+    "avatar": (4, 4, 0.3, True),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves(recipe: Path, name: str) -> None:
+    config = load(recipe, preset_name=name)
+    assert config.preset == name
+    if name in METHODS:
+        objective = config.learner.objective
+        assert METHODS[name] == (
+            config.loop.fresh, config.loop.replayed, objective.tas_lambda, config.buffer.hints.enabled
+        )  # fmt: skip
+
+
+def test_published_baselines_have_their_constants(recipe: Path) -> None:
+    gspo = load(recipe, preset_name="gspo").learner.objective
+    assert (gspo.ratio, gspo.epsilon, gspo.upper, gspo.tas_lambda) == ("sequence", 3e-4, 4e-4, 0.0)  # METHOD 2.3
+    dapo = load(recipe, preset_name="dapo").learner.objective
+    assert (dapo.loss_type, dapo.epsilon, dapo.upper) == ("dapo", 0.2, 0.28)
+    dr_grpo = load(recipe, preset_name="dr_grpo").learner.objective
+    assert (dr_grpo.loss_type, dr_grpo.scale_rewards) == ("dr_grpo", "none")
+
+
+def test_a_preset_of_the_recipe_lies_below_it_and_one_of_the_command_line_above(tmp_path: Path) -> None:
+    file = write(tmp_path, {**BASE, "preset": "avatar", "loop": {"fresh": 3, "steps": 7}})
+    config = load(file)
+    assert (config.loop.fresh, config.loop.replayed, config.loop.steps) == (3, 4, 7)
+    over = load(file, preset_name="grpo")
+    assert (over.preset, over.loop.fresh, over.loop.replayed, over.loop.steps) == ("grpo", 8, 0, 7)
+    last = load(file, "--loop.fresh", "5", preset_name="grpo")
+    assert (last.loop.fresh, last.loop.replayed) == (5, 0)
+
+
+def test_presets_are_not_changed_by_merging() -> None:
+    before = json.dumps(preset("avatar"))
+    merged = merge(preset("avatar"), {"loop": {"fresh": 1}})
+    assert merged["loop"] == {"fresh": 1, "replayed": 4}
+    assert json.dumps(preset("avatar")) == before
+
+
+# -- overrides ---------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_any_depth_and_keep_their_neighbours(tmp_path: Path) -> None:
+    file = write(tmp_path, {**BASE, "learner": {"optimizer": {"lr": 1e-3, "zero_stage": 2}}})
+    config = load(
+        file, "--learner.optimizer.lr", "1e-4", "--loop.max_staleness=0", "--learner.optimizer.freeze",
+        "[visual, audio_tower]", "--seed", "7", "--data.media.disk_cache", "null", "--output.export=false",
+    )  # fmt: skip
+    assert config.learner.optimizer.lr == 1e-4  # YAML reads 1e-4 as a word
+    assert config.learner.optimizer.zero_stage == 2
+    assert config.learner.optimizer.freeze == ("visual", "audio_tower")
+    assert (config.loop.max_staleness, config.seed, config.output.export) == (0, 7, False)
+    assert config.data.media.disk_cache is None
+
+
+def test_a_later_override_wins(recipe: Path) -> None:
+    assert load(recipe, "--seed", "1", "--seed", "2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["steps=3"], "unexpected argument 'steps=3'"),
+        (["--"], "unexpected argument '--'"),
+        (["--seed"], "--seed has no value"),
+        (["--seed", "--loop.steps", "3"], "--seed has no value"),
+    ],
+)
+def test_malformed_overrides_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_overrides(arguments)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--learner.optimiser.lr=1", r"learner\.optimiser: unknown key, did you mean 'optimizer'"),
+        ("--lop.steps=1", r"lop: unknown key, did you mean 'loop'"),
+        ("--data.synthetic.n_trian=1", r"data\.synthetic\.n_trian: unknown key, did you mean 'n_train'"),
+        ("--loop.zzz=1", r"loop\.zzz: unknown key, known here: steps, prompts_per_step, fresh"),
+        ("--loop.steps=0", r"loop\.steps: .*greater than or equal to 1 \(given: 0\)"),
+        ("--loop.steps=many", r"loop\.steps: .*integer.*\(given: 'many'\)"),
+        ("--learner.optimizer.zero_stage=4", r"learner\.optimizer\.zero_stage: .*less than or equal to 3"),
+        ("--learner.objective.loss_type=ppo", r"learner\.objective\.loss_type: .*'grpo', 'dapo'"),
+        ("--learner.optimizer.offload_optimizer=true", r"offload_optimizer needs zero_stage 1, 2 or 3"),
+        ("--learner.gradient_checkpointing=true", r"set share_prefix false"),
+        ("--data.train=x.jsonl", r"data: data has both `synthetic` and dataset files"),
+        ("--rollout.max_sequences=2", r"rollout\.max_sequences 2 is below one group of 8"),
+        ("--rewards.weights.acuracy=1", r"rewards\.weights: unknown reward 'acuracy'"),
+        ("--seed.deep=1", r"seed: "),
+        ("--seed=[1", r"--seed '\[1' is not a YAML value"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_remedy(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(recipe, override)
+
+
+def test_all_mistakes_are_told_at_once(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(recipe, "--loop.steps=0", "--loop.fersh=1", "--learner.ranks=-1")
+    assert all(name in str(caught.value) for name in ("loop.steps", "loop.fersh", "learner.ranks", "'fresh'"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("loop: {steps: 3", "not valid YAML"),
+        ("- a\n- b\n", "must be a mapping of sections, found list"),
+        ("", r"data: Field required"),
+        ("data: {}", r"data needs `train: FILE` or a `synthetic:` section"),
+        ("preset: nonsense\ndata: {train: x}", "unknown preset 'nonsense': choose one of grpo"),
+        ("data: {train: x}\ncold_start: {steps: 1}", r"cold_start needs `data\.sft: FILE`"),
+        ("loop: 3\ndata: {train: x}", r"loop: "),
+    ],
+)
+def test_a_bad_recipe_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, content))
+
+
+def test_a_missing_recipe_names_its_neighbours(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist: there are .*recipe\.yaml"):
+        load(recipe.with_name("absent.yaml"))
+
+
+def test_what_is_printed_loads_to_the_same_configuration(tmp_path: Path, recipe: Path) -> None:
+    config = load(recipe, "--learner.optimizer.lr", "3e-5", preset_name="gspo")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config))
+    assert load(printed) == config
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes_and_messages(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases: list[tuple[list[str], str]] = [
+        (["train", str(tmp_path / "absent.yaml")], "does not exist"),
+        (["train", str(recipe), "--dry-run", "--preset", "nonsense"], "unknown preset"),
+        (["train", str(recipe), "--dry-run", "--loop.stepz", "3"], "did you mean 'steps'"),
+        (["train", str(recipe), "--dry-run", "--learner.ranks", "4000"], "learner.ranks"),
+        (["train", str(recipe), "--dry-run", "stray"], "unexpected argument"),
+        (["data", "synthesize", str(tmp_path)], "already holds something"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("avatar: ") and message in captured.err
+        assert "Traceback" not in captured.err
+    for arguments in ([], ["tarin"], ["train"], ["presets", "extra"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        capsys.readouterr()
+
+
+def test_presets_are_listed_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all(meaning in line for line, (meaning, _) in zip(lines, PRESETS.values(), strict=True))
+
+
+def test_interruption_has_its_own_exit_code(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.recipe.load_recipe", interrupt)
+    assert main(["train", str(recipe)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+DRY_RUN = """
+import sys
+from cluster.cli import main
+assert main(["train", sys.argv[1], "--dry-run"]) == 0
+heavy = {"torch", "ray", "vllm", "deepspeed", "transformers", "redis"} & set(sys.modules)
+assert not heavy, f"a dry run imported {heavy}"
+"""
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_a_dry_run_shows_recipe_and_resources_at_once(file: Path) -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-c", DRY_RUN, str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    shown, _, resources = done.stdout.partition("# resources")
+    config = load_recipe(file)
+    assert RunConfig.model_validate(yaml.safe_load(shown)) == config
+    assert f"{config.rollout.workers} x rollout actor" in resources
+    assert f"{config.learner.ranks} x learner rank" in resources
+    assert seconds < 3
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
