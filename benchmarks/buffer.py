@@ -239,6 +239,7 @@ def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
     context = multiprocessing.get_context("spawn")  # a process of its own, as a thread would hold up our clock too
     took = context.Value("d", 0.0)
     child = context.Process(target=take_snapshot, args=(bench.buffer._connection.url, bench.config.capacity, out, took))
+    bench.raw.slowlog_reset()
     child.start()
     yield "snapshot_block_ms", longest(lambda: not child.is_alive()) * 1e3
     child.join()
@@ -246,7 +247,7 @@ def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
         raise RuntimeError(f"the snapshot process ended with {child.exitcode}")
     yield "snapshot_s", took.value
     yield "snapshot_mib", out.stat().st_size / 2**20
-    yield "slowest_server_command_ms", max((int(e["duration"]) for e in bench.raw.slowlog_get(128)), default=0) / 1e3
+    yield "snapshot_slowest_command_ms", max((int(e["duration"]) for e in bench.raw.slowlog_get(128)), default=0) / 1e3
 
 
 def footprint(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from prompts.datasets import PromptIndex
-from prompts.errors import ConfigError, DataError
+from prompts.errors import ConfigError, DataError, ModelError
 
 Progress = Callable[[str, str], None]  # phase, detail
 
@@ -58,6 +58,7 @@ def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
         path = Path(config.model.path)
         if not path.is_dir():
             raise ConfigError(f"model.path {path} is not a folder: give a Hugging Face checkpoint folder, or 'tiny'")
+        check_model_folder(path)
         return path.resolve()
     from prompts.tiny_model import build_tiny_omni
 
@@ -66,6 +67,23 @@ def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
         progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
         build_tiny_omni(folder, seed=config.seed)
     return folder.resolve()
+
+
+def check_model_folder(path: Path) -> None:
+    """Config, weights, tokenizer and, for a model that sees or hears, processor are there. Raises ModelError."""
+    needed = {
+        "config.json": ("config.json",),
+        "weights (*.safetensors)": ("*.safetensors",),
+        "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    }
+    if (path / "config.json").is_file() and "vision_config" in (path / "config.json").read_text():
+        needed["processor (preprocessor_config.json)"] = ("preprocessor_config.json", "processor_config.json")
+    missing = [name for name, patterns in needed.items() if not any(any(path.glob(p)) for p in patterns)]
+    if missing:
+        raise ModelError(
+            f"model folder {path} has no {', no '.join(missing)}: save model, tokenizer and processor into one folder "
+            "with save_pretrained"
+        )
 
 
 def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:

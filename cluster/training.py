@@ -18,6 +18,7 @@ from cluster.config import RunConfig
 from cluster.evaluation import Evaluation, summarise
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
+from cluster.resources import needs_of
 from cluster.screen import Screen
 from cluster.services import Services
 from cluster.specs import learner_spec, rollout_spec
@@ -72,9 +73,11 @@ class Run:
         self.folder = RunFolder(path, total_steps=config.loop.steps, on_warning=self.screen.event)
         self.folder.config(config.model_dump(mode="json"))
         try:
+            needs_of(config)
+            datasets, base = self._prepare()
             with Services(config, self.folder.path) as self.services:
                 try:
-                    self._set_up()
+                    self._set_up(datasets, base)
                     self._train_and_evaluate()
                     self._finish()
                 finally:
@@ -94,23 +97,30 @@ class Run:
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
-    def _set_up(self) -> None:
-        config, screen = self.config, self.screen
-        datasets = prepare_datasets(config, screen.phase)
-        base = prepare_base_model(config, screen.phase)
+    def _prepare(self) -> tuple[Datasets, Path]:
+        """Dataset and base model, read and checked: what can be known to be wrong is said before a process starts."""
+        config = self.config
+        datasets = prepare_datasets(config, self.screen.phase)
+        base = prepare_base_model(config, self.screen.phase)
         train = read_prompts(datasets.train, config)
         check_media(train)
+        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
         if datasets.heldout is not None:
             heldout = read_prompts(datasets.heldout, config)
             check_media(heldout)
             self.heldout = heldout.ids[: config.evaluation.limit]
+        return datasets, base
+
+    def _set_up(self, datasets: Datasets, base: Path) -> None:
+        config = self.config
         self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
-        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
         self.pool = Pool(config, self.services)
         self.pool.start_board()
-        model = cold_start(config, self.pool, base, datasets, screen) if config.cold_start is not None else base
+        model = base
+        if config.cold_start is not None:
+            model = cold_start(config, self.pool, base, datasets, self.screen)
         self._start_actors(model, datasets)
-        self._probe(train.ids)
+        self._probe(self.stream.prompt_ids)
 
     def _start_actors(self, model: Path, datasets: Datasets) -> None:
         config, pool = self.config, self.pool

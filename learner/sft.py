@@ -81,7 +81,9 @@ class ColdStart:
             loss_sum.add_(loss.detach().double().cpu())
             return loss
 
-        self.engine.accumulate(micro_batches, cross_entropy, spare=micro_batches[0])
+        # A rank without a share (fewer prompts than ranks) still takes part in the collectives.
+        spare = micro_batches[0] if micro_batches else collate([self._row(batch[0])], share_prefix=share_prefix)
+        self.engine.accumulate(micro_batches, cross_entropy, spare)
         config = self.config
         rate = lr_at(
             update, lr=config.optimizer.lr, warmup=config.warmup, total=config.steps, schedule=config.schedule,

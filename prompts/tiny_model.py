@@ -126,9 +126,9 @@ def _corpus() -> Iterator[str]:
             question.question,
             *question.options,
             question.hint,
-            question.reasoning(careful=True),
-            question.reasoning(careful=False),
+            question.reasoning(),
             question.answer,
+            f"maybe {question.answer}",
             question.scene.caption(),
         )
         for line in lines:

@@ -167,7 +167,7 @@ class ReferenceLoop:
         for indices in plan.shares[0]:
             loss = self._loss(plan, indices)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm)
         steps, warmup = self.config.loop.steps, round(config.warmup * self.config.loop.steps)
         assert config.schedule == "constant" and work.step < steps

@@ -22,6 +22,16 @@ class Category(StrEnum):
     COUNT_LEFT_OF = "count_left_of"
 
 
+#: Types that the cold start leaves mostly to RL.
+GUESSED = (
+    Category.ORDER,
+    Category.DIRECTION,
+    Category.COLOUR_AT_BEEP,
+    Category.COUNT_ON_SIDE,
+    Category.COUNT_LEFT_OF,
+)
+
+
 def _everywhere(value: float) -> dict[Category, float]:
     return dict.fromkeys(Category, value)
 
@@ -46,12 +56,16 @@ class WorldConfig(BaseModel):
         default_factory=lambda: _everywhere(1.0),
         description="Relative frequency of each question type in sft.jsonl; missing means 0.",
     )
-    careful_share: dict[Category, float] = Field(
-        default_factory=lambda: _everywhere(1.0),
-        description="Share of unhinted SFT targets that read the clip slot by slot; the others only conclude.",
+    guess_share: dict[Category, float] = Field(
+        default_factory=lambda: dict.fromkeys(GUESSED, 0.6),
+        description="Share of unhinted SFT targets of each question type that answer at random without looking, for "
+        "RL to unlearn; missing means 0.",
     )
     hinted_share: float = Field(
-        0.1, ge=0, le=1, description="Share of SFT prompts marked extra.hinted, whose target is always careful."
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of SFT prompts marked extra.hinted, shown with their hint; their targets never guess.",
     )
 
     @field_validator("weights", "sft_weights")
@@ -61,7 +75,7 @@ class WorldConfig(BaseModel):
             raise ValueError("weights must be >= 0 and not all 0")
         return weights
 
-    @field_validator("careful_share")
+    @field_validator("guess_share")
     @classmethod
     def _shares(cls, shares: dict[Category, float]) -> dict[Category, float]:
         if any(not 0 <= value <= 1 for value in shares.values()):

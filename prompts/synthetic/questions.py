@@ -1,4 +1,4 @@
-"""One builder per question type: a scene drawn for the question, the answer, and two ways to reason towards it.
+"""One builder per question type: a scene drawn for the question, the answer, and how to reason towards it.
 
 ``turn`` counts the questions of a type within a split. The answer class follows it, so classes are exactly balanced and
 a blind guess is at chance. What the question does not need is drawn on its own: a question that needs hearing cannot be
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from numpy.random import Generator
@@ -33,6 +34,7 @@ SEE: tuple[Modality, ...] = ("video",)
 HEAR: tuple[Modality, ...] = ("audio",)
 BOTH: tuple[Modality, ...] = ("video", "audio")
 LETTERS = "ABC"
+COUNTS = ("0", "1", "2")  # of a count with a condition
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ class Draft:
     problem_type: ProblemType
     needs: tuple[Modality, ...]
     hint: str
-    readout: str  # slot by slot, what the conclusion rests on; empty where there is nothing to reason about
+    readout: str  # slot by slot, what the conclusion rests on; empty where there is nothing to spell out
     conclusion: str
+    answers: tuple[str, ...]  # all that a blind guess chooses from
     options: tuple[str, ...] = ()
 
-    def reasoning(self, careful: bool) -> str:
+    def reasoning(self) -> str:
         """SFT target inside <think>."""
-        return f"{self.readout} so {self.conclusion}" if careful and self.readout else f"so {self.conclusion}"
+        return f"{self.readout} so {self.conclusion}".lstrip()
 
 
 def draft(category: Category, rng: Generator, turn: int) -> Draft:
@@ -133,7 +136,9 @@ def _colour(rng: Generator, turn: int) -> Draft:
     form = _form(rng)
     scene = Scene((_moving(rng, form, colour, ("left", "right", "still")[rng.integers(3)]),), _any_sounds(rng))
     hint = "Look at the shape itself, not at the walls or the floor."
-    return Draft(scene, f"What colour is the {form}?", colour, ProblemType.FREE_FORM, SEE, hint, "", colour)
+    return Draft(
+        scene, f"What colour is the {form}?", colour, ProblemType.FREE_FORM, SEE, hint, "", colour, tuple(COLOURS)
+    )
 
 
 def _pitch(rng: Generator, turn: int) -> Draft:
@@ -149,6 +154,7 @@ def _pitch(rng: Generator, turn: int) -> Draft:
         hint,
         " ".join(scene.sounds),
         pitch,
+        tuple(PITCHES),
     )
 
 
@@ -168,6 +174,7 @@ def _side(rng: Generator, turn: int) -> Draft:
         "Name every shape with its place, then find the shape that is asked for.",
         " ".join(f"{colour} {place}" for place, colour in shown),
         f"{asked} {place} {letter}",
+        tuple(LETTERS),
         options,
     )
 
@@ -184,6 +191,7 @@ def _beeps(rng: Generator, turn: int) -> Draft:
         "Go through the sound part by part and keep counting whenever it beeps.",
         _running_count([sound != NONE for sound in sounds]),
         str(n),
+        tuple(str(i + 1) for i in range(SLOTS)),
     )
 
 
@@ -210,6 +218,7 @@ def _order(rng: Generator, turn: int) -> Draft:
         "Write down the pitch of every beep in the order in which they sound.",
         " ".join(sounds),
         f"{asked} {letter}",
+        tuple(LETTERS),
         options,
     )
 
@@ -229,6 +238,7 @@ def _direction(rng: Generator, turn: int) -> Draft:
         "Note the place of the shape in every part of the clip and compare.",
         " ".join(sprite.places()),
         f"{way} {letter}",
+        tuple(LETTERS),
         options,
     )
 
@@ -252,6 +262,7 @@ def _colour_at_beep(rng: Generator, turn: int) -> Draft:
         "For every part of the clip note what you see together with what you hear.",
         " ".join(f"{s} {c}" for c, s in zip(colours, sounds, strict=True)),
         f"{pitches[asked]} {colour}",
+        tuple(COLOURS),
     )
 
 
@@ -278,7 +289,7 @@ def _count_readout(seen: list[str], condition: list[int], beeps: list[int]) -> s
 
 
 def _count_on_side(rng: Generator, turn: int) -> Draft:
-    k = turn % 3
+    k = turn % len(COUNTS)
     condition, beeps = _overlap(rng, k)
     side, other = _pick(rng, ["left", "right"], 2)
     places = [side if slot in condition else other for slot in range(SLOTS)]
@@ -293,11 +304,12 @@ def _count_on_side(rng: Generator, turn: int) -> Draft:
         "For every part of the clip note the place and whether it beeps, and count only where both fit.",
         _count_readout(places, condition, beeps),
         str(k),
+        COUNTS,
     )
 
 
 def _count_left_of(rng: Generator, turn: int) -> Draft:
-    k = turn % 3
+    k = turn % len(COUNTS)
     condition, beeps = _overlap(rng, k)
     first, second = _pick(rng, list(COLOURS), 2)
     forms = (_form(rng), _form(rng))
@@ -319,7 +331,12 @@ def _count_left_of(rng: Generator, turn: int) -> Draft:
         "For every part of the clip note which shape comes before the other and whether it beeps, then count.",
         _count_readout(seen, condition, beeps),
         str(k),
+        COUNTS,
     )
+
+
+def _slots_answer(places: tuple[str, str], pitches: list[str]) -> str:
+    return " / ".join(f"{place.capitalize()}: {pitch}" for place, pitch in zip(places, pitches, strict=True))
 
 
 def _localise(rng: Generator, turn: int) -> Draft:
@@ -336,16 +353,16 @@ def _localise(rng: Generator, turn: int) -> Draft:
     )
     sounds = _fill(lit, pitches)
     places = _fill(lit, [near, far])
-    answer = f"{near.capitalize()}: {pitches[0]} / {far.capitalize()}: {pitches[1]}"
     return Draft(
         Scene(sprites, sounds),
         "Which pitch does each shape make?",
-        answer,
+        _slots_answer((near, far), pitches),
         ProblemType.LOCALISATION,
         BOTH,
         "Whenever it beeps, look which shape lights up and note its place with the pitch.",
         " ".join(NONE if s == NONE else f"{p} {s}" for p, s in zip(places, sounds, strict=True)),
         f"{near} {pitches[0]} {far} {pitches[1]}",
+        tuple(_slots_answer(pair, list(two)) for pair in pairs for two in permutations(PITCHES, 2)),
     )
 
 

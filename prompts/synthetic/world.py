@@ -2,8 +2,9 @@
 
     report = synthesize(Path("build/world"), WorldConfig(seed=0))
 
-``sft.jsonl`` marks prompts that are to be shown with their hint by ``extra["hinted"] == "true"``. ``extra["scene"]`` is
-the ground truth of every time slot as JSON.
+``extra["scene"]`` is the ground truth of every time slot as JSON. ``sft.jsonl`` marks prompts that are to be shown with
+their hint by ``extra["hinted"] == "true"``; where its target is a guess, ``answer`` is the guess and ``extra["truth"]``
+the truth.
 """
 
 from __future__ import annotations
@@ -123,15 +124,14 @@ def _prompt(work: Path, name: str, category: Category, turn: int, config: WorldC
         ),
     )
     extra = {"scene": question.scene.truth()}
-    reasoning = None
+    answer, reasoning = question.answer, None
     if name.startswith("sft"):
-        hinted, reasoning = _target(question, category, rng, config)
-        if hinted:
-            extra["hinted"] = "true"
+        answer, reasoning, marks = _target(question, category, rng, config)
+        extra |= marks
     return Prompt(
         id=name,
         question=question.question,
-        answer=question.answer,
+        answer=answer,
         problem_type=question.problem_type,
         options=question.options,
         media=MediaPlan(items=items),
@@ -145,8 +145,13 @@ def _prompt(work: Path, name: str, category: Category, turn: int, config: WorldC
     )
 
 
-def _target(question: Draft, category: Category, rng: Generator, config: WorldConfig) -> tuple[bool, str]:
-    """Whether an SFT prompt shows its hint, and the reasoning it is trained on."""
-    hinted = bool(rng.random() < config.hinted_share)
-    careful = bool(rng.random() < config.careful_share.get(category, 1.0))
-    return hinted, question.reasoning(hinted or careful)
+def _target(
+    question: Draft, category: Category, rng: Generator, config: WorldConfig
+) -> tuple[str, str, dict[str, str]]:
+    """Answer and reasoning that an SFT prompt teaches, and what ``extra`` says about them."""
+    if rng.random() < config.hinted_share:
+        return question.answer, question.reasoning(), {"hinted": "true"}
+    if rng.random() < config.guess_share.get(category, 0.0):
+        guess = question.answers[rng.integers(len(question.answers))]
+        return guess, f"maybe {guess}", {"truth": question.answer}
+    return question.answer, question.reasoning(), {}

@@ -171,7 +171,7 @@ def test_answers_follow_from_the_scene(world: Path) -> None:
         expected = solve(prompt)
         if prompt.problem_type is ProblemType.MULTIPLE_CHOICE:
             expected = next(option[0] for option in prompt.options if option[3:] == expected)
-        assert prompt.answer == expected, prompt.id
+        assert prompt.extra.get("truth", prompt.answer) == expected, prompt.id
 
 
 @pytest.mark.parametrize("category", Category)
@@ -262,17 +262,34 @@ def test_hints_give_nothing_away(world: Path) -> None:
 
 def test_sft_targets(world: Path) -> None:
     assert all(prompt.reasoning is None for split in ("train", "heldout") for prompt in prompts_of(world, split))
+    guesses = 0
     for prompt in prompts_of(world, "sft"):
-        assert prompt.reasoning is not None and prompt.reasoning.split(" so ")[-1]
-        assert prompt.extra.get("hinted") in (None, "true")
+        assert prompt.reasoning is not None
+        guessed = prompt.reasoning == f"maybe {prompt.answer}"
+        assert guessed == ("truth" in prompt.extra)
+        assert guessed or prompt.reasoning.startswith("so ") or " so " in prompt.reasoning
+        assert not (guessed and "hinted" in prompt.extra)
+        guesses += guessed
+    assert guesses >= 3
 
 
-def test_careful_share_decides_how_much_is_spelt_out(tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"n_train": 0, "n_heldout": 0, "careful_share": {}, "hinted_share": 0.5})
-    none = config.model_copy(update={"careful_share": dict.fromkeys(Category, 0.0)})
-    for prompt in prompts_of(synthesize(tmp_path / "terse", none).out, "sft"):
-        careful = not prompt.reasoning.startswith("so ")  # type: ignore[union-attr]
-        assert careful == (prompt.extra.get("hinted") == "true" and prompt.category != "colour")
+def test_guesses_follow_their_share_and_are_blind(tmp_path: Path) -> None:
+    config = WorldConfig(
+        n_train=0, n_heldout=0, n_sft=120, hinted_share=0.5, sft_weights={"colour": 1}, guess_share={"colour": 1}
+    )
+    rows = prompts_of(synthesize(tmp_path / "w", config).out, "sft")
+    hinted = [row for row in rows if row.extra.get("hinted") == "true"]
+    guessed = [row for row in rows if "truth" in row.extra]
+    assert len(hinted) + len(guessed) == len(rows) and 40 <= len(hinted) <= 80
+    right = sum(row.answer == row.extra["truth"] for row in guessed) / len(guessed)
+    assert 0.05 < right < 0.5 and {row.answer for row in guessed} == set(COLOURS)
+
+
+@pytest.mark.parametrize("category", Category)
+def test_guesses_range_over_the_answers(category: Category) -> None:
+    questions = drafts(category)
+    assert {q.answer for q in questions} == set(questions[0].answers)
+    assert all(len(set(q.answers)) == len(q.answers) for q in questions)
 
 
 def test_apportion_keeps_the_total() -> None:
@@ -303,7 +320,7 @@ def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     [
         {"weights": {}},
         {"weights": {"colour": -1.0}},
-        {"careful_share": {"beeps": 1.5}},
+        {"guess_share": {"beeps": 1.5}},
         {"difficulty": 2.0},
         {"seed": -1},
         {"n_clips": 3},

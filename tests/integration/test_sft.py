@@ -1,0 +1,215 @@
+"""The cold start: hand-computed cross entropy, a loss that falls, and the same training however it is split."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT, free_port
+from learner.config import OptimizerConfig, SftConfig
+from learner.engine import TrainEngine, init_distributed
+from learner.model import load_model
+from learner.policy import Policy
+from learner.sft import ColdStart, target_text
+from prompts.config import TemplateConfig
+from prompts.errors import DataError
+from prompts.record import Prompt
+from prompts.template import PromptEncoder
+from prompts.tiny_model import build_tiny_omni
+from tests.tiny_models import ArrayLoader, audio, load_reference, make_prompt, video
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("red", "blue", "green", "two", "left")
+SHORT = dict(steps=3, batch_size=4, warmup=2, schedule="linear", lr_floor=0.1, seed=9)
+RATES = (5e-3, 1e-2, 1e-2)  # lr 1e-2: two updates of warm-up, then the only one of the decay
+
+
+def optimizer(**changes: Any) -> OptimizerConfig:
+    return OptimizerConfig(lr=1e-2, eps=1e-5, dtype="float32", **changes)
+
+
+def make_prompts(loader: ArrayLoader) -> list[Prompt]:
+    """Ten prompts, half of them with sight and sound, targets of unequal length."""
+    return [
+        make_prompt(
+            loader, f"p{i}", [video(i, 4, 2.0), audio(i, 1.0)] if i % 2 else [],
+            question=f"what is number {i}", answer=WORDS[i % 5], reasoning="it is " * (i % 4) + WORDS[i % 5],
+            hint="look", extra={"hinted": "true"} if i == 3 else {},
+        )  # fmt: skip
+        for i in range(10)
+    ]
+
+
+def cold_start(model: Path, config: SftConfig, *, rank: int = 0, ranks: int = 1) -> ColdStart:
+    loader = ArrayLoader()
+    prompts = make_prompts(loader)
+    encoder = PromptEncoder(model, loader, TemplateConfig())
+    policy = Policy(load_model(model)).eval()
+    engine = TrainEngine(policy, config.optimizer, world_size=ranks, dtype="float32")
+    return ColdStart(engine, encoder, prompts, config, rank=rank)
+
+
+def main(folder: Path, rank: int, ranks: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks), LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    init_distributed(on_gpu=False, timeout=timedelta(seconds=120))
+    found: dict[str, Any] = {}
+    budgets = (16_384, 150) if ranks == 1 else (16_384,)
+    for budget in budgets:
+        start = cold_start(folder / "model", SftConfig(**SHORT, optimizer=optimizer(), micro_batch_tokens=budget), rank=rank, ranks=ranks)  # type: ignore[arg-type]  # fmt: skip
+        reports = [start.run(update, 1) for update in range(3)]
+        found[f"{budget}"] = {"reports": reports, "weights": start.engine.state_dict()}
+    if ranks == 1:
+        config = SftConfig(steps=20, batch_size=5, warmup=2, optimizer=optimizer())
+        start = cold_start(folder / "model", config)
+        found["long"] = [start.run(first, 5) for first in range(0, 20, 5)]
+    torch.save(found, folder / f"sft-{ranks}-{rank}.pt")
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    build_tiny_omni(folder / "model")
+    environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "tests.integration.test_sft", str(folder)]
+        port = str(free_port())
+        logs = [folder / f"rank-{ranks}-{rank}.log" for rank in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(ranks), port], cwd=ROOT, env=environment,
+                stdout=log.open("wb"), stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]  # fmt: skip
+        try:
+            codes = [process.wait(timeout=150) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    return folder
+
+
+def results(folder: Path, ranks: int, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"sft-{ranks}-{rank}.pt", weights_only=False)
+
+
+class ByHand:
+    """The same training on one prompt at a time with torch's cross entropy, AdamW and clipping."""
+
+    def __init__(self, model: Path) -> None:
+        import numpy as np
+
+        loader = ArrayLoader()
+        self.prompts = make_prompts(loader)
+        self.encoder = PromptEncoder(model, loader, TemplateConfig())
+        self.model = load_reference(model)
+        settings = optimizer()
+        adam = torch.optim.AdamW(
+            self.model.parameters(), lr=1.0, betas=settings.betas, eps=settings.eps, weight_decay=0
+        )
+        order = np.random.default_rng((9, 0)).permutation(10).tolist()  # two batches of 4, then the next epoch
+        again = np.random.default_rng((9, 1)).permutation(10).tolist()
+        self.batches = [order[:4], order[4:8], again[:4]]
+        self.losses: list[float] = []
+        self.tokens: list[int] = []
+        for batch, rate in zip(self.batches, RATES, strict=True):
+            pairs = [self._pair(self.prompts[i]) for i in batch]
+            loss = torch.stack([p[0] for p in pairs]).sum() / sum(p[1] for p in pairs)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+            for group in adam.param_groups:
+                group["lr"] = rate
+            adam.step()
+            adam.zero_grad()
+            self.losses.append(float(loss.detach()))
+            self.tokens.append(sum(p[1] for p in pairs))
+
+    def _pair(self, prompt: Prompt) -> tuple[Tensor, int]:
+        """Summed cross entropy of the target in nats, and its tokens."""
+        text = f"<think>{prompt.reasoning}</think><answer>{prompt.answer}</answer><|im_end|>"
+        target = self.encoder.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        encoded = self.encoder.encode(prompt, hinted=prompt.extra.get("hinted") == "true")
+        ids = torch.cat([encoded.input_ids, target])[None]
+        self.model.rope_deltas = None
+        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **encoded.features).logits[0]
+        scored = logits[len(encoded.input_ids) - 1 : -1]
+        return torch.nn.functional.cross_entropy(scored, target, reduction="sum"), len(target)
+
+
+@pytest.fixture(scope="module")
+def by_hand(folder: Path) -> ByHand:
+    return ByHand(folder / "model")
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+@pytest.mark.parametrize("budget", ["16384", "150"])
+def test_loss_and_weights_are_those_computed_by_hand(folder: Path, by_hand: ByHand, budget: str) -> None:
+    found = results(folder, 1)[budget]
+    assert [report["loss"] for report in found["reports"]] == pytest.approx(by_hand.losses, rel=1e-5)
+    assert [report["tokens"] for report in found["reports"]] == by_hand.tokens
+    assert [report["update"] for report in found["reports"]] == [1, 2, 3]
+    weights = dict(by_hand.model.named_parameters())
+    assert difference(found["weights"], {name: p.detach() for name, p in weights.items()}) < 2e-3 * max(RATES)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_train_what_one_trains(folder: Path, rank: int) -> None:
+    alone, together = results(folder, 1)["16384"], results(folder, 2, rank)["16384"]
+    assert [report["tokens"] for report in together["reports"]] == [report["tokens"] for report in alone["reports"]]
+    losses = [report["loss"] for report in alone["reports"]]
+    assert [report["loss"] for report in together["reports"]] == pytest.approx(losses, rel=1e-5)
+    assert difference(together["weights"], alone["weights"]) < 2e-3 * max(RATES)
+
+
+def test_the_loss_falls(folder: Path) -> None:
+    losses = [report["loss"] for report in results(folder, 1)["long"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def make_prompt_of(**fields: Any) -> Prompt:
+    return make_prompt(ArrayLoader(), "p", [], **fields)
+
+
+def test_the_target_is_the_output_format() -> None:
+    prompt = make_prompt_of(reasoning="It beeps.", answer="two")
+    assert target_text(prompt) == "<think>It beeps.</think><answer>two</answer>"
+
+
+@pytest.mark.parametrize("reasoning", [None, ""])
+def test_a_prompt_without_reasoning_is_named(reasoning: str | None) -> None:
+    with pytest.raises(DataError, match="cold-start prompt 'p' has no reasoning"):
+        target_text(make_prompt_of(reasoning=reasoning))
+
+
+def test_fewer_prompts_than_a_batch_are_refused() -> None:
+    config = SftConfig(steps=1, batch_size=3)
+    with pytest.raises(DataError, match="has 2 prompts, fewer than one batch of 3"):
+        ColdStart(None, None, [make_prompt_of(reasoning="x")] * 2, config, rank=0)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
