@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
-BUSY_POLL_S = 0.05
+BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
 
@@ -104,8 +104,7 @@ class RolloutActor:
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
         self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()  # None: no more will come
-        self._newest = 0
-        self._incoming: tuple[int, dict[str, Tensor]] | None = None  # fetched, not yet adopted
+        self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -171,9 +170,9 @@ class RolloutActor:
     def _generate(self) -> None:
         mark = time.perf_counter()
         while self._running():
-            if self._incoming is not None and self.engine.can_adopt:
-                self._adopt(*self._incoming)
-            if self._newest <= self.engine.version or self.engine.adopts_in_flight:
+            if self._incoming and self.engine.can_adopt:
+                self._adopt(*self._incoming.pop())
+            if not self._incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
             if self.engine.in_flight:
                 for finished in self.engine.step():
@@ -188,11 +187,21 @@ class RolloutActor:
                     time.sleep(IDLE_POLL_S / 2)
             mark = now
 
+    def _at_a_boundary(self) -> bool:
+        """New weights make the engine prefill everything in flight again, so they are taken in between two steps of the
+        stream, when that is little: nothing in flight, or the next prompt is of a later step or asks for them."""
+        if not self._working:
+            return True
+        if not self._ready:
+            return False
+        ticket = self._ready[0].lease.ticket
+        return ticket.min_version > self.engine.version or ticket.step > max(
+            work.lease.ticket.step for work in self._working.values()
+        )
+
     def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
         start = time.perf_counter()
-        self._incoming = None
-        if version > self.engine.version:
-            self.engine.adopt(version, weights.items())
+        self.engine.adopt(version, weights.items())
         self.adopt_s += time.perf_counter() - start
 
     def _submit_ready(self) -> None:
@@ -262,7 +271,7 @@ class RolloutActor:
                 except AvatarError as error:
                     self._give_up(lease, error)
             if leases:
-                widest = max(lease.ticket.n for lease in leases)
+                widest = min(self.spec.max_sequences, max(lease.ticket.n for lease in leases))
             else:
                 self._look.wait(self._poll_s())
                 self._look.clear()
@@ -280,12 +289,11 @@ class RolloutActor:
 
         fetched = self.engine.version
         while self._running():
-            self._newest = self.buffer.version()
-            if self._newest > fetched:
+            if self.buffer.version() > fetched:
                 published = ray.get(self.board.latest.remote(fetched))
                 if published is not None:
                     fetched, manifest, [reference] = published
-                    self._incoming = (fetched, unpack_weights(manifest, ray.get(reference)))
+                    self._incoming.append((fetched, unpack_weights(manifest, ray.get(reference))))
                 self._look.set()  # a newer version admits more tickets
             self._stop.wait(self._poll_s())
 
@@ -301,7 +309,7 @@ class RolloutActor:
     def _give_up(self, lease: TicketLease, error: AvatarError) -> None:
         """A prompt that cannot be asked is quarantined with its reason; the run goes on."""
         log.warning("prompt %s quarantined: %s", lease.ticket.prompt_id, error)
-        self.buffer.quarantine(lease, reason=str(error))
+        self.buffer.quarantine(lease, reason=type(error).__name__, detail=str(error))
         self._held.pop(lease.ticket.key, None)
 
     def _deliver(self) -> None:
@@ -361,5 +369,6 @@ class RolloutActor:
         self.engine.abort()
         self._working.clear()
         self._ready.clear()
+        self._incoming.clear()
         self.buffer.release(list(self._held.values()))
         self._held.clear()

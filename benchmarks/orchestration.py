@@ -1,4 +1,4 @@
-"""What orchestration costs -> build/bench/orchestration.json; run with ``make bench NAME=orchestration``, 8 minutes.
+"""What orchestration costs -> build/bench/orchestration.json; run with ``make bench NAME=orchestration``, 6 minutes.
 
 ``rollout_efficiency``: tokens/s of the rollout path (lease, media, scoring, insert into Redis) over tokens/s of its own
 engine on the same prompts, seeds and lengths, by turns in one process. ``overlap_efficiency``: max(G, T) over the step
@@ -160,7 +160,12 @@ class Stage:
             },
             "rollout": {
                 "max_sequences": SEQUENCES,
-                "engine": {"max_model_len": 320, "max_num_seqs": SEQUENCES, "kv_cache_memory_bytes": 64 << 20},
+                "engine": {
+                    "max_model_len": 320,
+                    "max_num_seqs": SEQUENCES,
+                    "max_num_batched_tokens": 4096,  # else a new version's prefill trickles in two sequences a step
+                    "kv_cache_memory_bytes": 64 << 20,
+                },
                 "sampling": {"max_tokens": 64, "ignore_eos": True},
             },
             "loop": {"max_staleness": 1},
@@ -181,7 +186,6 @@ class Stage:
         self.pool.start_board()
         self.pool.start_scorers(datasets.asked)
         spec = rollout_spec(config, RUN_ID, model, datasets, self.services.redis_url)
-        # Step numbers of the efficiency rounds run ahead of the versions: nobody trains.
         make = self.pool._remote(MeasuredActor, cpus=1, max_concurrency=4)
         self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.board)
         self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
@@ -317,9 +321,9 @@ class SimulatedTrainer:
         return ray.get(self.work)
 
 
-def overlap(stage: Stage, steps: int, groups: int, n: int) -> Figure:
+def overlap(stage: Stage, steps: int, groups: int, n: int, tokens: int) -> Figure:
     """max(G, T) over the step time, for a trainer as slow, twice as slow and twice as fast as generation."""
-    stage.call("set_length", 64)
+    stage.call("set_length", tokens)
     trainer = SimulatedTrainer(stage, groups, n)
     trainer.alone()
     worst = []
@@ -345,17 +349,18 @@ def overlap(stage: Stage, steps: int, groups: int, n: int) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of bare engine and path per setting")
-    parser.add_argument("--steps", type=int, default=6, help="steps per trainer speed")
-    parser.add_argument("--groups", type=int, default=16, help="groups of 4 per step of the overlap part")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of bare engine and path per setting")
+    parser.add_argument("--steps", type=int, default=5, help="steps per trainer speed")
+    parser.add_argument("--groups", type=int, default=32, help="groups of 4 per step of the overlap part")
     parser.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
+    parser.add_argument("--tokens", type=int, default=64, help="completion length of the overlap part, at most 190")
     options = parser.parse_args()
     figures = Figures("orchestration")
     parts: list[Callable[[Stage], Figure]] = []
     if options.only != "overlap":
-        parts += [lambda stage: efficiency(stage, options.rounds, waves=4), lambda stage: cold_pass(stage, 3)]
+        parts += [lambda stage: efficiency(stage, options.rounds, waves=8), lambda stage: cold_pass(stage, 3)]
     if options.only != "efficiency":
-        parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4))
+        parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4, options.tokens))
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder, Stage(Path(folder), POOL * 7) as stage:
         for part in parts:
             for name, value in part(stage):

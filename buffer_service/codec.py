@@ -18,52 +18,45 @@ from buffer_service.trajectory import Trajectory
 MAGIC = b"AVTR"
 FORMAT = 1
 _HEAD = struct.Struct("<4sHHIII")
+_PADDING = (b"", bytes(1), bytes(2), bytes(3))
 
 
-class _Fields(msgspec.Struct, frozen=True, array_like=True):
-    id: str
-    group_id: str
-    prompt_id: str
-    index: int
-    hinted: bool
-    prompt_tokens: int
-    prompt_digest: int
-    versions: tuple[tuple[int, int], ...]
-    finish_reason: str
-    temperature: float
-    reward: float
-    components: dict[str, float | None]
-    step: int
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Fields)
+# id, group id, prompt id, index, hinted, prompt tokens, prompt digest, versions, finish reason, temperature, reward,
+# components, step
+_Fields = tuple[
+    str, str, str, int, bool, int, int, tuple[tuple[int, int], ...], str, float, float, dict[str, float | None], int
+]
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Fields).decode
+_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 
 def encode(t: Trajectory) -> bytes:
-    """Bytes of one trajectory (about 8 T + 200)."""
-    fields = _encoder.encode(
-        _Fields(
-            t.id,
-            t.group_id,
-            t.prompt_id,
-            t.index,
-            t.hinted,
-            t.prompt_tokens,
-            t.prompt_digest,
-            t.versions,
-            t.finish_reason,
-            float(t.temperature),
-            float(t.reward),
-            t.components,
-            t.step,
+    """Bytes of one trajectory (about 8 T + 200). Raises RecordError for text or integers that msgpack has no form for."""
+    try:
+        fields = _encode(
+            (
+                t.id,
+                t.group_id,
+                t.prompt_id,
+                t.index,
+                t.hinted,
+                t.prompt_tokens,
+                t.prompt_digest,
+                t.versions,
+                t.finish_reason,
+                float(t.temperature),
+                float(t.reward),
+                t.components,
+                t.step,
+            )
         )
-    )
-    padding = bytes(-len(fields) % 4)
-    tokens = np.ascontiguousarray(t.token_ids, dtype="<i4")
-    logprobs = np.ascontiguousarray(t.logprobs, dtype="<f4")
-    body = b"".join((fields, padding, tokens.tobytes(), logprobs.tobytes()))
-    return _HEAD.pack(MAGIC, FORMAT, 0, len(fields), len(tokens), zlib.crc32(body)) + body
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise RecordError(f"trajectory {t.id!r}: {error}; give UTF-8 text and integers of 64 bits") from error
+    tokens = np.asarray(t.token_ids, _INT).tobytes()
+    logprobs = np.asarray(t.logprobs, _FLOAT).tobytes()
+    body = b"".join((fields, _PADDING[-len(fields) % 4], tokens, logprobs))
+    return _HEAD.pack(MAGIC, FORMAT, 0, len(fields), len(tokens) // 4, zlib.crc32(body)) + body
 
 
 def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
@@ -76,32 +69,34 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
     _, version, zero, length, tokens, crc = _HEAD.unpack_from(data)
     if version != FORMAT or zero:
         raise RecordError(f"trajectory {name}: record format {version}, this code reads {FORMAT}; use its release")
-    at = _HEAD.size + length + (-length % 4)
+    end = _HEAD.size + length
+    at = end + (-length % 4)
     if len(data) != at + 8 * tokens:
         raise RecordError(f"trajectory {name}: {len(data)} bytes, its head says {at + 8 * tokens}; it is damaged")
-    body = memoryview(data)[_HEAD.size :]
-    if zlib.crc32(body) != crc:
+    view = memoryview(data)
+    if zlib.crc32(view[_HEAD.size :]) != crc:
         raise RecordError(f"trajectory {name}: checksum does not match; remove it or restore a snapshot")
     try:
-        f = _decoder.decode(body[:length])
-    except msgspec.DecodeError as error:  # ValidationError included
+        fields = _decode(view[_HEAD.size : end])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError included
         raise RecordError(f"trajectory {name}: fields unreadable ({error}); the record is corrupt") from error
-    if not f.versions:
+    tid, gid, prompt, index, hinted, prompt_tokens, digest, versions, reason, temperature, reward, parts, step = fields
+    if not versions:
         raise RecordError(f"trajectory {name}: no policy version; the record is corrupt")
     return Trajectory(
-        id=f.id,
-        group_id=f.group_id,
-        prompt_id=f.prompt_id,
-        index=f.index,
-        hinted=f.hinted,
-        prompt_tokens=f.prompt_tokens,
-        prompt_digest=f.prompt_digest,
-        token_ids=np.frombuffer(data, "<i4", tokens, at),
-        logprobs=np.frombuffer(data, "<f4", tokens, at + 4 * tokens),
-        versions=f.versions,
-        finish_reason=f.finish_reason,
-        temperature=f.temperature,
-        reward=f.reward,
-        components=f.components,
-        step=f.step,
+        id=tid,
+        group_id=gid,
+        prompt_id=prompt,
+        index=index,
+        hinted=hinted,
+        prompt_tokens=prompt_tokens,
+        prompt_digest=digest,
+        token_ids=np.frombuffer(data, _INT, tokens, at),
+        logprobs=np.frombuffer(data, _FLOAT, tokens, at + 4 * tokens),
+        versions=versions,
+        finish_reason=reason,
+        temperature=temperature,
+        reward=reward,
+        components=parts,
+        step=step,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -107,11 +108,28 @@ class EmbeddedRedis:
         server = [find_redis_server(), *(word for name, value in options.items() for word in (f"--{name}", value))]
         return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *server]
 
+    def _lock(self) -> int:
+        """A lock on the folder that the child inherits, for two servers would ruin one append-only file."""
+        descriptor = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 4096, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise BufferSetupError(
+                f"{self.data_dir} is in use by another redis-server; reach it at {holder}, or stop its run"
+            ) from error
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, self.url.encode(), 0)
+        return descriptor
+
     def start(self) -> EmbeddedRedis:
-        """Starts it and waits until it serves. Raises BufferSetupError with the log's end if it cannot."""
+        """Starts it and waits until it serves. Raises BufferSetupError with the log's end if it cannot, or when another
+        server has the folder."""
         if self.pid is not None:
             return self
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        lock = self._lock()
         self._socket_dir.mkdir(mode=0o700, exist_ok=True)
         self.socket.unlink(missing_ok=True)
         command = self._command()
@@ -126,10 +144,12 @@ class EmbeddedRedis:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=(lock,),
                     env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "")},
                 )
                 self._process = process
             finally:
+                os.close(lock)  # the child has it now
                 started.set()
             process.wait()
 

@@ -52,6 +52,26 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
             raise
         return cls(connection)
 
+    @classmethod
+    def attach(cls, run_id: str, url: str, config: BufferConfig | None = None) -> ReplayBuffer:
+        """Connects to a run with the settings it has; ``config`` gives the login, and what only clients use.
+
+        Raises as ``connect``, and BufferSetupError when there is no such run.
+        """
+        connection = Connection(config or BufferConfig(), run_id, url)
+        try:
+            connection.check_server()
+            key = connection.key("meta")
+            layout = connection.attempt(lambda: connection.client.hget(key, "format"))
+            if layout is None:
+                raise BufferSetupError(f"{connection.where} has no run {run_id}; check the run id and the URL")
+            if int(layout) != LAYOUT:
+                raise BufferSetupError(f"run {run_id} has layout {int(layout)}, this code has {LAYOUT}; use its release")
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection)
+
     @property
     def run_id(self) -> str:
         return self._connection.run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,12 +13,14 @@ import msgspec
 from buffer_service.codec import encode
 from buffer_service.connection import Connection
 from buffer_service.errors import RecordError
+from buffer_service.exchange import ImportReport, read_groups
 from buffer_service.tickets import EvalResults, InsertReceipt, Ticket, TicketLease
 from buffer_service.trajectory import Group
 from buffer_service.validate import MAX_SEQ, check_group, is_success, zero_accuracy
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
+_IMPORTED = -2  # in place of a staleness bound: from a file, without a ticket
 
 
 def _check_ticket(t: Ticket) -> None:
@@ -105,21 +108,49 @@ class PromptStream:
         Raises RecordError (malformed), UnknownTicketError (not what its ticket asks for), BufferFullError; then nothing
         changed.
         """
-        check_group(group)
         if tokens_generated < 0 or (bound is not None and bound < 0):
             raise RecordError(f"group {group.id}: tokens_generated {tokens_generated} or bound {bound} is negative")
-        config = self._connection.config
+        return self._insert(group, lease.ticket.key, tokens_generated, -1 if bound is None else bound)
+
+    def _insert(self, group: Group, ticket: str, tokens: int, bound: int) -> InsertReceipt:
+        check_group(group)
         self._connection.check_memory()
+        config = self._connection.config
         component = config.hints.accuracy_component
+        records = [encode(t) for t in group.trajectories]
         head = (
-            group.id, group.seq, group.step, group.prompt_id, group.hinted, tokens_generated, lease.ticket.key,
-            -1 if bound is None else bound, zero_accuracy(group, component),
+            group.id, group.seq, group.step, group.prompt_id, group.hinted, tokens, ticket, bound,
             [float(t.reward) for t in group.trajectories],
+        )  # fmt: skip
+        state = (
+            group.prompt_id, group.step, group.hinted, len(group.trajectories), zero_accuracy(group, component),
             [int(is_success(t, component, config.success_at)) for t in group.trajectories],
             [t.version for t in group.trajectories],
         )  # fmt: skip
-        status, evicted = self._run("insert", _pack(head), *map(encode, group.trajectories))
+        status, evicted = self._run("insert", _pack(head), _pack(state), *records)
         return InsertReceipt(status.decode(), evicted)
+
+    def import_trajectories(self, path: Path, *, first_seq: int | None = None) -> ImportReport:
+        """Makes the trajectories of an exported .jsonl or .parquet replayable, group by group. O(file).
+
+        Each group counts as one visit of its prompt: statistics, tiers and hint streaks are rebuilt from what the file
+        holds, so not from what was evicted before the export; a repeat changes nothing. Groups keep their seq, or are
+        numbered from ``first_seq``: do so in a run whose own prompt stream will use those seqs (one bit per seq up to
+        the highest is kept). The file is checked first: RecordError names the row at fault. UnknownTicketError: a
+        ticket of this run waits for that seq; groups before it stay.
+        """
+        for _ in read_groups(path, first_seq):
+            pass
+        report = ImportReport()
+        for group in read_groups(path, first_seq):
+            receipt = self._insert(group, f"t:{group.id}", 0, _IMPORTED)
+            report.evicted += receipt.evicted
+            if receipt.status == "duplicate":
+                report.duplicates += 1
+            else:
+                report.groups += 1
+                report.trajectories += len(group.trajectories)
+        return report
 
     def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
         """Stores one evaluation result and acknowledges its ticket; False when it was settled before."""

@@ -26,21 +26,24 @@ def trajectory_id(gid: str, index: int) -> str:
 
 def _fault(t: Trajectory) -> str | None:
     tokens, logprobs = np.asarray(t.token_ids), np.asarray(t.logprobs)
-    if tokens.ndim != 1 or logprobs.ndim != 1 or len(tokens) != len(logprobs):
+    if tokens.ndim != 1 or tokens.shape != logprobs.shape:
         return f"token_ids {tokens.shape} and logprobs {logprobs.shape} must be (T,) of equal length"
     if tokens.dtype.kind not in "iu" or logprobs.dtype.kind != "f":
         return f"token_ids are {tokens.dtype}, logprobs {logprobs.dtype}; they must be integers and floats"
-    if len(tokens) == 0:
+    if tokens.size == 0:
         return "empty completion; mask it before it gets here, or count it as dropped"
-    if not t.versions or any(v < 0 or n < 0 for v, n in t.versions):
-        return f"policy versions {t.versions} must be a non-empty list of (version >= 0, tokens >= 0)"
-    if sum(n for _, n in t.versions) != len(tokens):
-        return f"versions account for {sum(n for _, n in t.versions)} tokens, the completion has {len(tokens)}"
+    accounted = 0
+    for version, n in t.versions:
+        if version < 0 or n < 0:
+            return f"policy versions {t.versions} must be a non-empty list of (version >= 0, tokens >= 0)"
+        accounted += n
+    if accounted != tokens.size:  # no versions included
+        return f"policy versions {t.versions} account for {accounted} tokens, the completion has {tokens.size}"
     if not math.isfinite(t.reward):
         return f"reward is {t.reward}"
-    bad = [name for name, value in t.components.items() if value is not None and not math.isfinite(value)]
-    if bad:
-        return f"reward component {bad[0]} is {t.components[bad[0]]}; a failed component is None, not NaN"
+    for name, value in t.components.items():
+        if value is not None and not math.isfinite(value):
+            return f"reward component {name} is {value}; a failed component is None, not NaN"
     if not (math.isfinite(t.temperature) and t.temperature > 0):
         return f"temperature is {t.temperature}"
     if t.prompt_tokens < 0 or not 0 <= t.prompt_digest < 2**32:
@@ -51,13 +54,14 @@ def _fault(t: Trajectory) -> str | None:
 def _check_numbers(group: Group) -> None:
     """Token ids and log-probabilities of the whole group at once, which is cheaper than one by one."""
     tokens = np.concatenate([t.token_ids for t in group.trajectories])
-    finite = np.isfinite(np.concatenate([t.logprobs for t in group.trajectories]))
-    if finite.all() and tokens.min() >= 0 and tokens.max() < 2**31:
+    logprobs = np.concatenate([t.logprobs for t in group.trajectories])
+    # A finite sum of squares has finite terms; a doubtful one is looked at closely.
+    if tokens.dtype == np.int32 and np.minimum.reduce(tokens) >= 0 and math.isfinite(np.dot(logprobs, logprobs)):
         return
     for t in group.trajectories:
-        one = np.isfinite(t.logprobs)
-        if not one.all():
-            raise RecordError(f"trajectory {t.id}: log-probability of token {int(np.argmin(one))} is not finite")
+        finite = np.isfinite(t.logprobs)
+        if not finite.all():
+            raise RecordError(f"trajectory {t.id}: log-probability of token {int(np.argmin(finite))} is not finite")
         if t.token_ids.min() < 0 or t.token_ids.max() >= 2**31:
             raise RecordError(f"trajectory {t.id}: a token id is negative or does not fit int32")
 

@@ -38,9 +38,7 @@ def pack_weights(weights: Mapping[str, Tensor]) -> tuple[Manifest, dict[str, NDA
     arrays: dict[str, NDArray[Any]] = {}
     for name, tensor in weights.items():
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        manifest[name] = TensorSpec(
-            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), zlib.crc32(memoryview(raw))
-        )
+        manifest[name] = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), zlib.crc32(raw.data))
         arrays[name] = raw
     return manifest, arrays
 
@@ -55,7 +53,7 @@ def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> di
     weights = {}
     for name, spec in manifest.items():
         raw = np.asarray(arrays[name])
-        if zlib.crc32(memoryview(raw)) != spec.crc32:
+        if zlib.crc32(raw.data) != spec.crc32:
             raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
         with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
             warnings.simplefilter("ignore", UserWarning)

@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("inspect", "tiers, thresholds, stock, leases, ledger, memory", False),
         ("export", "replayable trajectories as .jsonl or .parquet", True),
         ("snapshot", "everything, as a file that `import` restores", True),
-        ("import", "replace the contents by a snapshot", True),
+        ("import", "replace the contents by a snapshot, or add the trajectories of a .jsonl or .parquet export", True),
         ("clear", "remove the run's contents", False),
     ):
         action = actions.add_parser(name, help=meaning)
@@ -35,6 +35,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             action.add_argument("file", type=Path)
         action.add_argument("--url", help="redis://, rediss:// or unix:// URL of the server")
         action.add_argument("--password-env", help="environment variable that holds the password")
+        if name == "import":
+            action.add_argument("--first-seq", type=int, help="number an export's groups from here on; none keeps theirs")
         action.set_defaults(run_command=name)
 
 
@@ -51,21 +53,36 @@ def run(options: argparse.Namespace) -> int:
             report = buffer.snapshot(options.file)
             print(f"{report.trajectories} trajectories of {report.prompts} prompts, {report.size} bytes: {options.file}")
         elif command == "import":
-            report = buffer.restore(options.file, any_run=True)
-            print(f"{report.trajectories} trajectories of {report.prompts} prompts restored, version {report.version}")
+            print(import_file(buffer, options.file, options.first_seq))
         else:
             print(f"{buffer.clear()} keys removed")
     return 0
 
 
+def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
+    """What was done, in words. Raises as ``ReplayBuffer.restore`` and ``import_trajectories`` do."""
+    if file.suffix in (".jsonl", ".parquet"):
+        done = buffer.import_trajectories(file, first_seq=first_seq)
+        return (
+            f"{done.trajectories} trajectories in {done.groups} groups added, {done.duplicates} groups known before, "
+            f"{done.evicted} trajectories evicted"
+        )
+    if first_seq is not None:
+        raise ConfigError(f"--first-seq numbers a .jsonl or .parquet export; {file} is taken for a snapshot")
+    report = buffer.restore(file, any_run=True)
+    return f"{report.trajectories} trajectories of {report.prompts} prompts restored, version {report.version}"
+
+
 @contextmanager
 def open_buffer(run: str, *, url: str | None, password_env: str | None = None) -> Iterator[ReplayBuffer]:
-    """The buffer at ``url``, or the embedded one of a run folder, started from its append-only file.
+    """The run at ``url`` with the settings it has, or the embedded one of a run folder, started from its append-only
+    file.
 
-    Raises ConfigError when the folder is not a run's, and as ``ReplayBuffer.connect`` does.
+    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (then give its URL), and as
+    ``ReplayBuffer.attach`` does.
     """
     if url is not None:
-        with ReplayBuffer.connect(BufferConfig(password_env=password_env), run, url=url) as buffer:
+        with ReplayBuffer.attach(run, url, BufferConfig(password_env=password_env)) as buffer:
             yield buffer
         return
     folder = Path(run)
@@ -75,7 +92,7 @@ def open_buffer(run: str, *, url: str | None, password_env: str | None = None) -
     config = BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
     with (
         EmbeddedRedis(data, appendfsync=config.appendfsync) as server,
-        ReplayBuffer.connect(config, folder.name, url=server.url) as buffer,
+        ReplayBuffer.connect(config, folder.resolve().name, url=server.url) as buffer,
     ):
         yield buffer
 

@@ -83,6 +83,8 @@ class Services:
         if address:
             ray.init(address=address, **common)
         else:
+            # Ray runs workers at nice 15, behind everything else on a laptop; here they are the work.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
             ray.init(
                 num_cpus=max(self.needs.cpus_rounded, os.cpu_count() or 1),

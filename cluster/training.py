@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -365,5 +366,6 @@ class Run:
 def train(config: RunConfig) -> RunResult:
     """Run a recipe; raises AvatarError children for everything a user can cure."""
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as orderly as on Ctrl-C
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
         return Run(config, screen).execute()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
 
+#: Features of a micro-batch and the part of the model (a word of its parameters' names) that only they use.
+ENCODERS = {"pixel_values": "visual", "pixel_values_videos": "visual", "input_features": "audio_tower"}
+
 
 def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
     """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
@@ -64,6 +67,12 @@ class TrainEngine:
             raise ConfigError(
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is left to train"
             )
+        # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights themselves.
+        self._shared = {
+            word
+            for word in ENCODERS.values()
+            if any(word in n and (p.requires_grad or config.zero_stage == 3) for n, p in policy.named_parameters())
+        }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer(policy),
@@ -74,6 +83,9 @@ class TrainEngine:
         self._norm = torch.zeros(())
         # Without ZeRO, DeepSpeed clips float32 gradients but keeps no record of their norm.
         self.engine.clip_fp32_gradients = self._clip
+        if config.zero_stage == 0:
+            # In bfloat16 it steps once at once, without gradients, to allocate; AdamW's bias correction would count it.
+            self.engine.basic_optimizer.state.clear()
 
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
@@ -83,7 +95,8 @@ class TrainEngine:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        arguments: dict[str, Any] = {"lr": self.config.lr, "betas": self.config.betas, "eps": self.config.eps}
+        # step() sets the rate: a step that DeepSpeed makes on its own must not decay weights.
+        arguments: dict[str, Any] = {"lr": 0.0, "betas": self.config.betas, "eps": self.config.eps}
         if self.config.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -102,24 +115,45 @@ class TrainEngine:
         """Add the gradients of ``loss(i, micro_batch, output)`` over this rank's micro-batches.
 
         Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
-        many: the missing ones are run on ``spare`` with weight zero.
+        many: the missing ones are run on ``spare`` with weight zero. A loss that is not finite adds nothing.
         """
-        most = self._most(len(micro_batches))  # asked before the first backward: ranks must meet in one order
+        most = self._agree(micro_batches, spare)  # before the first backward: ranks must meet in one order
         for number, micro_batch in enumerate(micro_batches):
             self._backward(loss(number, micro_batch, self.forward(micro_batch)))
         for _ in range(most - len(micro_batches)):
             self._backward(self.forward(spare).logprobs.sum() * 0.0)
 
-    def _most(self, count: int) -> int:
-        if self.world_size == 1 or self.config.zero_stage < 2:
-            return max(count, 1)
-        most = torch.tensor(max(count, 1), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+    def _agree(self, micro_batches: Sequence[MicroBatch], spare: MicroBatch) -> int:
+        """Backwards that every rank runs. Raises ConfigError, on all ranks, where they would wait for each other."""
+        stage = self.config.zero_stage
+        mine = [self._encoders(batch) for batch in micro_batches or [spare]]
+        if self.world_size == 1 or stage == 0:
+            return len(mine)
+        ranks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(ranks, (mine, self._encoders(spare)))
+        # ZeRO 1 exchanges gradients once per step, 2 and 3 do so in every backward.
+        most = max(len(used) for used, _ in ranks) if stage > 1 else len(mine)
+        rows = [used + [fill] * (most - len(used)) if stage > 1 else [set().union(*used)] for used, fill in ranks]
+        if any(len(set(map(frozenset, meeting))) > 1 for meeting in zip(*rows, strict=True)):
+            raise ConfigError(
+                f"zero_stage {stage} needs all ranks to use the same encoders at the same time, but this step mixes "
+                "prompts with different media: set learner.optimizer.zero_stage 0, freeze the encoders (zero_stage 1 "
+                "and 2), or train on one kind of media at a time"
+            )
+        return most
+
+    def _encoders(self, batch: MicroBatch) -> set[str]:
+        return {ENCODERS[name] for name in batch.features if name in ENCODERS} & self._shared
 
     def _backward(self, loss: Tensor) -> None:
+        hooks = []
+        if not torch.isfinite(loss):
+            # The other ranks wait for this backward; zero times a NaN is a NaN, so each gradient is replaced instead.
+            hooks = [p.register_hook(torch.zeros_like) for p in self.policy.parameters() if p.requires_grad]
         # DeepSpeed averages over ranks; the factor makes it the sum that the step's totals are made for.
         self.engine.backward(loss * self.world_size)
+        for hook in hooks:
+            hook.remove()
 
     def _clip(self) -> None:
         self._norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)

@@ -213,7 +213,7 @@ class LearnerRank:
             if time.monotonic() > deadline:
                 raise ReplayBufferError(
                     f"step {step}: {share.missing} of {share.expected} groups did not arrive within "
-                    f"{spec.step_timeout_s:g} s: see whether rollout and reward actors live, or raise loop.step_timeout_s"
+                    f"{spec.step_timeout_s:g} s: see whether rollout and reward actors live, raise loop.step_timeout_s"
                 )
             time.sleep(POLL_S)
         version = buffer.version()
@@ -277,12 +277,13 @@ class LearnerRank:
             old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
         )
         if not torch.isfinite(result.loss):
-            return self._skip(chosen, result.rows, output)
-        health.add(result, output.entropy)
+            self._note_skipped(chosen, result.rows)
+        else:
+            health.add(result, output.entropy)
         return result.loss
 
-    def _skip(self, chosen: list[Trajectory], rows: Tensor, output: PolicyOutput) -> Tensor:
-        """Leave a micro-batch with a NaN loss out; stop the run when that happens too often."""
+    def _note_skipped(self, chosen: list[Trajectory], rows: Tensor) -> None:
+        """The engine leaves a micro-batch with a NaN loss out; stop the run when that happens too often."""
         culprits = [t.id for t, row in zip(chosen, rows.tolist(), strict=True) if not np.isfinite(row)]
         self.skipped += 1
         log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
@@ -291,7 +292,6 @@ class LearnerRank:
                 f"{self.skipped} micro-batches had a loss that is not finite, last because of trajectories {culprits}: "
                 "lower learner.optimizer.lr, or look at the rewards of these trajectories"
             )
-        return torch.nan_to_num(output.logprobs.sum(), nan=0.0) * 0.0
 
     def _row(self, trajectory: Trajectory) -> Row:
         encoded = self._encode(trajectory)
@@ -301,7 +301,7 @@ class LearnerRank:
         encoded = self.encoder.encode(self.prompts[trajectory.prompt_id], hinted=trajectory.hinted)
         if encoded.digest != trajectory.prompt_digest:
             raise ModelError(
-                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other tokens now than when it was "
+                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other tokens than when it was "
                 f"generated ({len(encoded.input_ids)} against {trajectory.prompt_tokens}): the dataset, template or "
                 "pixel bounds changed; start from an empty buffer"
             )

@@ -1,4 +1,4 @@
-"""Stage 0: supervised cold start on prompts that carry their reasoning, through the RL learner's own engine (METHOD 1.6)."""
+"""Stage 0: supervised cold start on prompts with reasoning, through the RL learner's own engine (METHOD 1.6)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def target_text(prompt: Prompt) -> str:
 
 
 class ColdStart:
-    """Cross-entropy on completion tokens, mean over the global batch's tokens; the loss does not depend on the split."""
+    """Cross-entropy on completion tokens, mean over the global batch's tokens; it does not depend on the split."""
 
     def __init__(
         self, engine: TrainEngine, encoder: PromptEncoder, prompts: Sequence[Prompt], config: SftConfig, *, rank: int

@@ -1,9 +1,9 @@
 """AVATAR as one plain loop in one process: no Ray, no Redis, no DeepSpeed, no threads. What a run must reproduce.
 
-``python -m tests.reference_loop RECIPE OUT`` trains what ``avatar train RECIPE`` trains at ``loop.max_staleness: 0`` and
+``python -m tests.reference_loop RECIPE OUT`` trains what ``avatar train RECIPE`` does at ``loop.max_staleness: 0``; it
 writes OUT/model.safetensors under the published names and OUT/steps.json. Prompt order, admission, sampling seeds,
-learning rate, optimiser, clipping and weight adoption are written out here again; the objective's formulas have tests of
-their own and are shared.
+learning rate, optimiser, clipping and weight adoption are written out here again; the objective's formulas, which
+have tests of their own, are shared.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class ReferenceLoop:
             epoch, position = divmod(seq, len(self.prompts))
             order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
             prompt_id = self.prompts.ids[int(order[position])]
-            tickets.append(Ticket(seq=seq, prompt_id=prompt_id, step=step, epoch=epoch, n=group if cold else loop.fresh))
+            tickets.append(
+                Ticket(seq=seq, prompt_id=prompt_id, step=step, epoch=epoch, n=group if cold else loop.fresh)
+            )
         return tickets
 
     def _generate(self, lease: TicketLease) -> FinishedRequest:

@@ -16,7 +16,7 @@ if tonumber(call('HGET', K('meta'), 'drawn_step')) ~= step then
   call('HSET', K('meta'), 'drawn_step', step)
 end
 
-local elsewhere = {} -- what other draws of this step hold
+local elsewhere = {} -- what other draws of this step hold: with a reuse limit a trajectory serves one draw per step
 if m.max_reuse > 0 then
   local marks = call('HGETALL', K('drawn'))
   for i = 1, #marks, 2 do
@@ -36,21 +36,16 @@ local function pick(ranges, n)
     local position = swapped[j] or j
     swapped[j] = swapped[i] or i
     i = i + 1
-    for _, r in ipairs(ranges) do
-      if position < r[3] then
-        local rank = r[2] + position
-        local tid = call('ZRANGE', r[1], rank, rank)[1]
-        local free = not taken[tid]
-        if free and m.max_reuse > 0 then -- with a reuse limit a trajectory serves one draw per step
-          free = not elsewhere[tid]
-        end
-        if free then
-          taken[tid], got = true, got + 1
-          out[#out + 1] = tid
-        end
-        break
-      end
-      position = position - r[3]
+    local at = 1
+    while position >= ranges[at][3] do
+      position = position - ranges[at][3]
+      at = at + 1
+    end
+    local rank = string.format('%d', ranges[at][2] + position) -- Redis would write a number out as a float
+    local tid = call('ZRANGE', ranges[at][1], rank, rank)[1]
+    if not taken[tid] and not elsewhere[tid] then
+      taken[tid], got = true, got + 1
+      out[#out + 1] = tid
     end
   end
   return got
@@ -62,19 +57,19 @@ local function all(kind) return { K('stock:' .. kind), 0, seg[1][kind][2] + seg[
 -- n members of failures and successes; diverse: half of each, the odd one from `first`, then whichever is left.
 local function mix(failures, successes, n, first)
   if not diverse then return pick({ failures, successes }, n) end
-  local more, less = math.ceil(n / 2), math.floor(n / 2)
+  local more, less = math.ceil(n / 2), floor(n / 2)
   local got = pick({ successes }, first == 's' and more or less) + pick({ failures }, first == 's' and less or more)
   return got + pick({ failures, successes }, n - got)
 end
 
-local function round(x) return math.floor(x + 0.5) end
+local function round(x) return floor(x + 0.5) end
 local function quotas(n) -- METHOD 1.3: 1 Easy, 1 Medium, 2 Hard of 4
   local function of(k)
     local easy, medium = round(k * m.block_easy), round(k * m.block_medium)
     medium = math.min(medium, k - easy)
     return easy, medium, k - easy - medium
   end
-  local blocks, rest = math.floor(n / m.block), n % m.block
+  local blocks, rest = floor(n / m.block), n % m.block
   local e, d, h = of(m.block)
   local re, rd, rh = of(rest)
   return blocks * e + re, blocks * d + rd, blocks * h + rh
@@ -97,7 +92,7 @@ else
     for i = 1, prompts do
       local key = K('pt:' .. ARGV[10 + i])
       local failures = call('ZCOUNT', key, 0, 0)
-      local n = math.floor(want / prompts) + (i <= want % prompts and 1 or 0)
+      local n = floor(want / prompts) + (i <= want % prompts and 1 or 0)
       mix({ key, 0, failures }, { key, failures, call('ZCARD', key) - failures }, n, 's')
     end
   end

@@ -9,7 +9,7 @@ local SCAN = 128 -- oldest entries looked at in an age bin that a threshold cuts
 local LINGER_MS, SNAPSHOT_LINGER_MS = 10000, 3600000 -- a deleted value stays readable for who has just drawn it
 
 local function K(name) return P .. name end
-local function call(...) return redis.call(...) end
+local call, floor = redis.call, math.floor
 local function fail(kind, text) error('AVATAR_' .. kind .. ' ' .. text, 0) end
 local function tid_of(gid, i) return gid .. '.' .. string.format('%d', i) end
 
@@ -25,7 +25,7 @@ end
 
 local function now_ms()
   local t = call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  return t[1] * 1000 + floor(t[2] / 1000)
 end
 
 -- Writes to the five snapshotted hashes: while a snapshot is being read, the first writer of a field keeps the old value.
@@ -70,7 +70,7 @@ local function mean_of_last(visits, window, since)
     end
   end
   -- Rounded, so that equal rewards tie whatever their number (METHOD 1.3), and sums over prompts are exact in any order.
-  return used > 0 and math.floor(total / used * FIXED + 0.5) / FIXED or false
+  return used > 0 and floor(total / used * FIXED + 0.5) / FIXED or false
 end
 
 local function add_visit(visits, seq, rewards, window)
@@ -88,14 +88,14 @@ local function add_visit(visits, seq, rewards, window)
 end
 
 local function score_of(state) return state[1] or state[2] end
-local function fixed(r) return math.floor(r * FIXED + 0.5) end
+local function fixed(r) return floor(r * FIXED + 0.5) end
 
 -- Lower order statistics of all prompts seen: {low, high} as numbers; nil before the first prompt.
 local function thresholds(m)
   local n = call('ZCARD', K('rank'))
   if n == 0 then return nil end
   local function at(q)
-    local i = math.floor(q * (n - 1))
+    local i = floor(q * (n - 1))
     return tonumber(call('ZRANGE', K('rank'), i, i, 'WITHSCORES')[2])
   end
   return { at(m.q_low), at(m.q_high) }
@@ -118,7 +118,7 @@ local function segments(q)
   return seg
 end
 
-local function bin_of(rbar) return math.max(-64, math.min(64, math.floor(rbar * 16))) end
+local function bin_of(rbar) return math.max(-64, math.min(64, floor(rbar * 16))) end
 local function age_key(kind, bin) return K('age:' .. kind .. ':' .. string.format('%d', bin)) end
 
 -- A stocked trajectory's record: {pid, success 0|1, version}.
@@ -302,6 +302,6 @@ local function generator(x, y)
   return function(n) -- uniform integer in [0, n)
     x, y = (x * 40014) % 2147483563, (y * 40692) % 2147483399
     local z = (x - y) % 2147483562
-    return math.floor(z * n / 2147483562)
+    return floor(z * n / 2147483562)
   end
 end

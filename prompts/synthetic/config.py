@@ -22,14 +22,22 @@ class Category(StrEnum):
     COUNT_LEFT_OF = "count_left_of"
 
 
-#: Types that the cold start leaves mostly to RL.
-GUESSED = (
-    Category.ORDER,
-    Category.DIRECTION,
-    Category.COLOUR_AT_BEEP,
-    Category.COUNT_ON_SIDE,
-    Category.COUNT_LEFT_OF,
-)
+#: What the cold start is shown of each type: most of what teaches to see and to hear, least of what is left to RL.
+SFT_WEIGHTS = {
+    Category.COLOUR: 0.8,
+    Category.PITCH: 1.0,
+    Category.SIDE: 1.5,
+    Category.BEEPS: 1.5,
+    Category.ORDER: 1.0,
+    Category.DIRECTION: 1.5,
+    Category.COLOUR_AT_BEEP: 0.7,
+    Category.COUNT_ON_SIDE: 0.7,
+    Category.LOCALISE: 1.5,
+    Category.COUNT_LEFT_OF: 0.3,
+}
+
+#: Types that the cold start can answer but mostly does not: RL has to find out that looking pays.
+GUESSED = (Category.SIDE, Category.BEEPS, Category.DIRECTION, Category.LOCALISE)
 
 
 def _everywhere(value: float) -> dict[Category, float]:
@@ -53,11 +61,11 @@ class WorldConfig(BaseModel):
         description="Relative frequency of each question type in train.jsonl and heldout.jsonl; missing means 0.",
     )
     sft_weights: dict[Category, float] = Field(
-        default_factory=lambda: _everywhere(1.0),
+        default_factory=lambda: dict(SFT_WEIGHTS),
         description="Relative frequency of each question type in sft.jsonl; missing means 0.",
     )
     guess_share: dict[Category, float] = Field(
-        default_factory=lambda: dict.fromkeys(GUESSED, 0.6),
+        default_factory=lambda: dict.fromkeys(GUESSED, 0.55),
         description="Share of unhinted SFT targets of each question type that answer at random without looking, for "
         "RL to unlearn; missing means 0.",
     )

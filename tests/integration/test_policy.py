@@ -22,6 +22,7 @@ from learner.reference import ReferencePolicy
 from learner.shaping import tas_weights
 from prompts.config import TemplateConfig
 from prompts.errors import ModelError
+from prompts.record import Prompt
 from prompts.template import EncodedPrompt, PromptEncoder
 from prompts.tiny_model import allowed_token_ids, build_tiny_omni
 from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, video
@@ -49,8 +50,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     folder = build_tiny_omni(tmp_path_factory.mktemp("policy") / "model")
     loader = ArrayLoader()
     encoder = PromptEncoder(folder, loader, TemplateConfig())
-    timed = {"video_second_per_grid": torch.tensor([1.0])}  # two frames at 2 per second
-    prompts = [
+    timed: dict[str, Any] = {"video_second_per_grid": torch.tensor([1.0])}  # two frames at 2 per second
+    prompts: list[tuple[Prompt, dict[str, Any]]] = [
         (make_prompt(loader, "text", []), {}),
         (make_prompt(loader, "long text", [], question="how many red squares are there " * 9), {}),
         (make_prompt(loader, "image", [image(1)]), {}),
@@ -190,9 +191,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(stage: Stage, plai
 
 
 def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Stage, plain: Any) -> None:
-    reference = ReferencePolicy(
-        stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12
-    )
+    reference = ReferencePolicy(stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
     computed: list[int] = []
     reference.policy.register_forward_pre_hook(lambda _, batch: computed.append(len(batch[0].rows)))
     ids = [str(i) for i in range(len(stage.rows))]
@@ -225,14 +224,26 @@ def make_work(stage: Stage) -> tuple[StepWork, dict[tuple[str, bool], EncodedPro
             tokens = len(row.token_ids)
             members.append(
                 Trajectory(
-                    id=f"{name}.{index}", group_id=name, prompt_id=case.name, index=index, hinted=False,
-                    prompt_tokens=len(case.prompt.input_ids), prompt_digest=case.prompt.digest,
-                    token_ids=row.token_ids, logprobs=rng.normal(-6, 0.2, tokens).astype(np.float32),
-                    versions=((0, tokens),), finish_reason="stop", temperature=row.temperature,
-                    reward=float(rng.random()), components={}, step=0,
-                )  # fmt: skip
+                    id=f"{name}.{index}",
+                    group_id=name,
+                    prompt_id=case.name,
+                    index=index,
+                    hinted=False,
+                    prompt_tokens=len(case.prompt.input_ids),
+                    prompt_digest=case.prompt.digest,
+                    token_ids=row.token_ids,
+                    logprobs=rng.normal(-6, 0.2, tokens).astype(np.float32),
+                    versions=((0, tokens),),
+                    finish_reason="stop",
+                    temperature=row.temperature,
+                    reward=float(rng.random()),
+                    components={},
+                    step=0,
+                )
             )
-        groups.append(Group(id=name, prompt_id=case.name, seq=seq, step=0, hinted=False, trajectories=tuple(members[:2])))
+        groups.append(
+            Group(id=name, prompt_id=case.name, seq=seq, step=0, hinted=False, trajectories=tuple(members[:2]))
+        )
         replays.append(members[2])
     work = StepWork(0, 0, tuple(groups), tuple(replays), tuple(rng.random(len(replays)).tolist()))
     return work, {(case.name, False): case.prompt for case in stage.cases}
@@ -277,8 +288,8 @@ def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(stage: Stage, l
         outcomes.append((sum(map(len, plan.shares)), total, gradients(policy)))
     counts = [count for count, _, _ in outcomes]
     assert counts[0] == 1 and counts[1] > 1 and counts[2] == 21
-    for _, loss, found in outcomes[1:]:
-        assert loss == pytest.approx(outcomes[0][1], abs=1e-6)
+    for _, total, found in outcomes[1:]:
+        assert total == pytest.approx(outcomes[0][1], abs=1e-6)
         assert_gradients_equal(found, outcomes[0][2], relative=5e-6)  # float32: 1.4e-6 measured
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from rewards.record import Completion
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)  # two whole runs in one fixture
 
 
 def letters_reward(prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
@@ -69,13 +71,16 @@ def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
-def wait(process: subprocess.Popen[bytes], log: Path) -> None:
+def finish(processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
+    """Wait for all; whatever happens, none outlives the test, and each may stop what it started."""
     try:
-        process.wait(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait(timeout=30)
-    assert process.returncode == 0, log.read_text()[-4000:]
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +96,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
         launch(["cluster.cli", "train", str(file)], logs[0]),
         launch(["tests.reference_loop", str(file), str(folder / "reference")], logs[1]),
     ]
-    for process, log in zip(processes, logs, strict=True):
-        wait(process, log)
+    finish(processes, logs)
     [run] = (folder / "runs").iterdir()
     return folder / "model", run, folder / "reference"
 

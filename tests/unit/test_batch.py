@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,9 +33,7 @@ def cost(batch: list[int], sizes: list[Size], share_prefix: bool) -> int:
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=rows_of(), budget=st.integers(1, 300), share_prefix=st.booleans())
-def test_packing_keeps_the_budget_and_covers_every_row_once(
-    sizes: list[Size], budget: int, share_prefix: bool
-) -> None:
+def test_packing_keeps_the_budget_and_covers_every_row_once(sizes: list[Size], budget: int, share_prefix: bool) -> None:
     batches = pack(sizes, budget, share_prefix=share_prefix)
     assert Counter(i for batch in batches for i in batch) == Counter(range(len(sizes)))
     for batch in batches:
@@ -46,7 +45,7 @@ def test_packing_keeps_the_budget_and_covers_every_row_once(
 @given(sizes=rows_of(), budget=st.integers(1, 300))
 def test_rows_of_a_prompt_are_neighbours(sizes: list[Size], budget: int) -> None:
     order = [sizes[i].key for batch in pack(sizes, budget, share_prefix=True) for i in batch]
-    runs = 1 + sum(left != right for left, right in zip(order, order[1:], strict=False)) if order else 0
+    runs = 1 + sum(left != right for left, right in pairwise(order)) if order else 0
     assert runs == len(set(order))
 
 
@@ -78,7 +77,8 @@ def test_ranks_share_every_micro_batch_once_and_evenly(sizes: list[Size], budget
 
     def load(share: list[list[int]]) -> int:
         return sum(
-            sum(sizes[i].tokens for i in batch) + sum(n for _, n in {(sizes[i].key, sizes[i].prompt_tokens) for i in batch})
+            sum(sizes[i].tokens for i in batch)
+            + sum(n for _, n in {(sizes[i].key, sizes[i].prompt_tokens) for i in batch})
             for batch in share
         )
 
