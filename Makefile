@@ -26,7 +26,7 @@ demo: setup
 	@$(BIN)/avatar train $(RECIPE) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest tests -m 'not chaos' $(ARGS)
+	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile $(ARGS)
 
 test-unit: setup
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
@@ -38,7 +38,7 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: setup
-	@test -n "$(NAME)" || { echo "usage: make bench NAME=orchestration   (one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v __init__ | xargs))"; exit 2; }
+	@test -n "$(NAME)" || { echo "usage: make bench NAME=orchestration   (one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v -e __init__ -e harness | xargs))"; exit 2; }
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean:

@@ -32,7 +32,7 @@ _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 
 def encode(t: Trajectory) -> bytes:
-    """Bytes of one trajectory (about 8 T + 200). Raises RecordError for text or integers that msgpack has no form for."""
+    """Bytes of one trajectory (about 8 T + 200). Raises RecordError for what msgpack cannot hold."""
     try:
         fields = _encode(
             (

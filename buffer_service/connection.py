@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import redis
 import tenacity
 from redis.backoff import NoBackoff
+from redis.connection import Encoder, PythonRespSerializer  # type: ignore[attr-defined]
 from redis.retry import Retry
 
 from buffer_service.config import BufferConfig
@@ -40,8 +41,20 @@ _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
     "TRAINED": (StepTrainedError, "go on with the next step"),
     "VERSION": (VersionError, "publish versions in ascending order"),
     "RECORD": (RecordError, "check what wrote it"),
+    "TAKEN": (RecordError, "number the imported groups from another first seq"),
 }
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.BusyLoadingError)
+
+
+class WholeCommands:
+    """Packs a command into one piece: redis-py would send a group in pieces of 6 kB, a system call each."""
+
+    def __init__(self) -> None:
+        self._pack = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode).pack
+
+    def pack(self, *args: Any) -> list[bytes]:
+        """The command as redis-py would write it, joined."""
+        return [b"".join(self._pack(*args))]
 
 
 def open_client(config: BufferConfig, url: str) -> redis.Redis:
@@ -51,6 +64,8 @@ def open_client(config: BufferConfig, url: str) -> redis.Redis:
         "username": config.username,
         "password": password.get_secret_value() if password else None,
         "socket_timeout": config.timeout_s,
+        "socket_read_size": 1 << 18,  # a draw comes in a few reads
+        "command_packer": WholeCommands(),
         "retry": Retry(NoBackoff(), 0),  # we retry ourselves, by deadline
     }
     if config.tls_ca:

@@ -21,6 +21,7 @@ from buffer_service.connection import MIN_VERSION
 from buffer_service.errors import BufferSetupError, BufferUnreachableError
 from prompts.errors import ResourceError
 
+_LOCK_S = 5.0
 # The child asks the kernel to be told when its parent dies, then becomes Redis; no Python runs between fork and exec.
 _LAUNCHER = (
     "import ctypes,os,signal,sys\n"
@@ -111,14 +112,19 @@ class EmbeddedRedis:
     def _lock(self) -> int:
         """A lock on the folder that the child inherits, for two servers would ruin one append-only file."""
         descriptor = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 4096, 0).decode(errors="replace")
-            os.close(descriptor)
-            raise BufferSetupError(
-                f"{self.data_dir} is in use by another redis-server; reach it at {holder}, or stop its run"
-            ) from error
+        deadline = time.monotonic() + min(_LOCK_S, self.start_s)  # a server that was told to stop needs a moment
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    holder = os.pread(descriptor, 4096, 0).decode(errors="replace")
+                    os.close(descriptor)
+                    raise BufferSetupError(
+                        f"{self.data_dir} is in use by another redis-server; reach it at {holder}, or stop its run"
+                    ) from error
+                time.sleep(0.02)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, self.url.encode(), 0)
         return descriptor

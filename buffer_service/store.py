@@ -53,20 +53,25 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
         return cls(connection)
 
     @classmethod
-    def attach(cls, run_id: str, url: str, config: BufferConfig | None = None) -> ReplayBuffer:
+    def attach(cls, config: BufferConfig, run_id: str, url: str, *, create: bool = False) -> ReplayBuffer:
         """Connects to a run with the settings it has; ``config`` gives the login, and what only clients use.
 
-        Raises as ``connect``, and BufferSetupError when there is no such run.
+        Raises as ``connect``, and BufferSetupError when there is no such run, unless ``create`` sets it up.
         """
-        connection = Connection(config or BufferConfig(), run_id, url)
+        connection = Connection(config, run_id, url)
         try:
             connection.check_server()
             key = connection.key("meta")
             layout = connection.attempt(lambda: connection.client.hget(key, "format"))
+            if layout is None and create:
+                connection.close()
+                return cls.connect(config, run_id, url)
             if layout is None:
                 raise BufferSetupError(f"{connection.where} has no run {run_id}; check the run id and the URL")
             if int(layout) != LAYOUT:
-                raise BufferSetupError(f"run {run_id} has layout {int(layout)}, this code has {LAYOUT}; use its release")
+                raise BufferSetupError(
+                    f"run {run_id} has layout {int(layout)}, this code has {LAYOUT}; use its release"
+                )
         except BaseException:
             connection.close()
             raise

@@ -36,14 +36,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action.add_argument("--url", help="redis://, rediss:// or unix:// URL of the server")
         action.add_argument("--password-env", help="environment variable that holds the password")
         if name == "import":
-            action.add_argument("--first-seq", type=int, help="number an export's groups from here on; none keeps theirs")
+            action.add_argument(
+                "--first-seq", type=int, help="number an export's groups from here on; none keeps theirs"
+            )
         action.set_defaults(run_command=name)
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0; errors are AvatarError children."""
     command = options.run_command
-    with open_buffer(options.run, url=options.url, password_env=options.password_env) as buffer:
+    with open_buffer(
+        options.run, url=options.url, password_env=options.password_env, create=command == "import"
+    ) as buffer:
         if command == "inspect":
             buffer.check_ledger()
             Console().print(stats_table(buffer.run_id, buffer.stats()))
@@ -51,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
             print(f"{buffer.export(options.file)} trajectories written to {options.file}")
         elif command == "snapshot":
             report = buffer.snapshot(options.file)
-            print(f"{report.trajectories} trajectories of {report.prompts} prompts, {report.size} bytes: {options.file}")
+            print(
+                f"{report.trajectories} trajectories of {report.prompts} prompts, {report.size} bytes: {options.file}"
+            )
         elif command == "import":
             print(import_file(buffer, options.file, options.first_seq))
         else:
@@ -74,15 +80,17 @@ def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
 
 
 @contextmanager
-def open_buffer(run: str, *, url: str | None, password_env: str | None = None) -> Iterator[ReplayBuffer]:
-    """The run at ``url`` with the settings it has, or the embedded one of a run folder, started from its append-only
-    file.
+def open_buffer(
+    run: str, *, url: str | None, password_env: str | None = None, create: bool = False
+) -> Iterator[ReplayBuffer]:
+    """The run at ``url`` with the settings it has (``create``: a new one where there is none), or the embedded one of a
+    run folder, started from its append-only file.
 
-    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (then give its URL), and as
-    ``ReplayBuffer.attach`` does.
+    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (then give its URL), and
+    as ``ReplayBuffer.attach`` does.
     """
     if url is not None:
-        with ReplayBuffer.attach(run, url, BufferConfig(password_env=password_env)) as buffer:
+        with ReplayBuffer.attach(BufferConfig(password_env=password_env), run, url, create=create) as buffer:
             yield buffer
         return
     folder = Path(run)

@@ -118,7 +118,8 @@ class LearnerRank:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         else:
             model.eval()
-        policy = Policy(model, share_prefix=spec.learner.share_prefix)
+        # The cold start has one completion per prompt: there is no prefix to share, and one pass is cheaper than two.
+        policy = Policy(model, share_prefix=spec.learner.share_prefix and spec.sft is None)
         self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
         names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
         if self.rank == 0:

@@ -66,7 +66,8 @@ class ColdStart:
     def _update(self, update: int) -> tuple[float, int]:
         batch = self._batch(update)
         total = sum(len(self.targets[i]) for i in batch)
-        share = batch[self.rank :: self.engine.world_size]
+        # By row number, so that a rank meets mostly its own part of the dataset and decodes only that.
+        share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
         rows = [self._row(i) for i in share]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         share_prefix = self.engine.policy.share_prefix

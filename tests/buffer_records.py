@@ -1,13 +1,18 @@
-"""Groups for the buffer's tests."""
+"""Groups, steps and settings for the buffer's tests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import redis
 
-from buffer_service.tickets import TicketLease
+from buffer_service.config import BufferConfig
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket, TicketLease
 from buffer_service.trajectory import Group, Trajectory
+
+CONFIG = BufferConfig(capacity=100, warm_up=4, reconnect_s=20.0)
 
 
 def make_group(
@@ -38,3 +43,25 @@ def make_group(
         for i, reward in enumerate(rewards)
     )
     return Group(id=gid, prompt_id=t.prompt_id, seq=t.seq, step=t.step, hinted=lease.hinted, trajectories=members)
+
+
+def tickets(step: int, n: int = 2, *, first: int | None = None, prompt: str = "p") -> list[Ticket]:
+    """``n`` tickets of a step, each for a prompt of its own."""
+    start = step * n if first is None else first
+    return [Ticket(seq=start + i, prompt_id=f"{prompt}{start + i}", step=step, n=4) for i in range(n)]
+
+
+def run_step(buffer: ReplayBuffer, step: int, epoch: int, rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0)) -> None:
+    """A whole step of two groups: pushed, generated, trained and committed."""
+    buffer.push_tickets(tickets(step))
+    for lease in buffer.lease_tickets("actor", 2, max_staleness=0):
+        buffer.add_group(make_group(lease, rewards, version=step), lease, tokens_generated=24)
+    share = buffer.lease_fresh("learner", step, epoch=epoch)
+    assert share.ready
+    buffer.commit_step(step, step + 1, [g.id for g in share.groups], epoch)
+
+
+def namespace(buffer: ReplayBuffer) -> dict[bytes, bytes]:
+    """Everything on the server, to see whether something changed."""
+    client = redis.Redis.from_url(buffer._connection.url)
+    return {key: client.dump(key) or b"" for key in client.keys("*")}

@@ -10,7 +10,7 @@ end
 local raw = call('HGET', K('tickets'), tkey)
 local t = raw and cmsgpack.unpack(raw)
 local imported = bound == -2
-if imported and t then fail('UNKNOWN', 'group ' .. gid .. ' is what a ticket of this run waits for') end
+if imported and t then fail('TAKEN', 'group ' .. gid .. ' is what a ticket of this run waits for') end
 if not t and not imported and step > m.trained then fail('UNKNOWN', 'group ' .. gid .. ' has no ticket in this run') end
 if t and (t[1] ~= pid or t[2] ~= step) then
   fail('UNKNOWN', 'group ' .. gid .. ' is of prompt ' .. pid .. ' and step ' .. step .. ', its ticket asks for ' .. t[1] ..

@@ -26,18 +26,18 @@ class Category(StrEnum):
 SFT_WEIGHTS = {
     Category.COLOUR: 0.8,
     Category.PITCH: 1.0,
-    Category.SIDE: 1.5,
-    Category.BEEPS: 1.5,
+    Category.SIDE: 1.2,
+    Category.BEEPS: 2.0,
     Category.ORDER: 1.0,
-    Category.DIRECTION: 1.5,
-    Category.COLOUR_AT_BEEP: 0.7,
-    Category.COUNT_ON_SIDE: 0.7,
-    Category.LOCALISE: 1.5,
-    Category.COUNT_LEFT_OF: 0.3,
+    Category.DIRECTION: 2.0,
+    Category.COLOUR_AT_BEEP: 0.4,
+    Category.COUNT_ON_SIDE: 0.4,
+    Category.LOCALISE: 2.0,
+    Category.COUNT_LEFT_OF: 0.2,
 }
 
 #: Types that the cold start can answer but mostly does not: RL has to find out that looking pays.
-GUESSED = (Category.SIDE, Category.BEEPS, Category.DIRECTION, Category.LOCALISE)
+GUESSED = (Category.BEEPS, Category.DIRECTION, Category.LOCALISE)
 
 
 def _everywhere(value: float) -> dict[Category, float]:
@@ -52,9 +52,12 @@ class WorldConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of every scene, question and noise sample.")
     n_train: int = Field(256, ge=0, description="Prompts of train.jsonl, the pool that RL draws from.")
     n_heldout: int = Field(200, ge=0, description="Prompts of heldout.jsonl, for evaluation only.")
-    n_sft: int = Field(4800, ge=0, description="Prompts with reasoning of sft.jsonl, for the cold start only.")
+    n_sft: int = Field(4000, ge=0, description="Prompts with reasoning of sft.jsonl, for the cold start only.")
     difficulty: float = Field(
         0.3, ge=0, le=1, description="Strength of pixel noise, colour shifts, hiss and detuning; 0 is clean."
+    )
+    audio_in_video: bool = Field(
+        False, description="Interleave the sound with the frames (Qwen-Omni use_audio_in_video) instead of one by one."
     )
     weights: dict[Category, float] = Field(
         default_factory=lambda: _everywhere(1.0),
@@ -65,7 +68,7 @@ class WorldConfig(BaseModel):
         description="Relative frequency of each question type in sft.jsonl; missing means 0.",
     )
     guess_share: dict[Category, float] = Field(
-        default_factory=lambda: dict.fromkeys(GUESSED, 0.55),
+        default_factory=lambda: dict.fromkeys(GUESSED, 0.65),
         description="Share of unhinted SFT targets of each question type that answer at random without looking, for "
         "RL to unlearn; missing means 0.",
     )

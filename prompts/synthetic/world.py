@@ -134,7 +134,7 @@ def _prompt(work: Path, name: str, category: Category, turn: int, config: WorldC
         answer=answer,
         problem_type=question.problem_type,
         options=question.options,
-        media=MediaPlan(items=items),
+        media=MediaPlan(items=items, audio_in_video=config.audio_in_video),
         reasoning=reasoning,
         hint=question.hint,
         caption=question.scene.caption(),

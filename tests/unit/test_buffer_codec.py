@@ -88,6 +88,21 @@ def test_noise_is_a_typed_error(noise: bytes) -> None:
         decode(head + body)
 
 
+def test_text_that_is_no_utf8_is_a_typed_error() -> None:
+    """Found by tests/chaos/fuzz_codec.py: msgpack says UnicodeDecodeError, which is not its own DecodeError."""
+    fields = bytes([0x9D, 0xA5]) + b"0000\xff"
+    body = fields + bytes(-len(fields) % 4)
+    with pytest.raises(RecordError, match="fields unreadable"):
+        decode(struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(fields), 0, zlib.crc32(body)) + body)
+
+
+def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
+    t = make_group(lease(), [1.0]).trajectories[0]
+    for changes in ({"prompt_id": "\ud800"}, {"prompt_tokens": 2**64}):
+        with pytest.raises(RecordError, match=r"00000003\.0.*; give UTF-8 text and integers of 64 bits"):
+            encode(msgspec.structs.replace(t, **changes))
+
+
 def lease(seq: int = 3, kind: str = "train") -> TicketLease:
     ticket = Ticket(seq=seq, prompt_id="p", step=0, n=2)
     return TicketLease(ticket=ticket, attempt=1, consumer="c", hinted=False)

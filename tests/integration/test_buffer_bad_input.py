@@ -1,0 +1,282 @@
+"""What the replay buffer refuses: bad records, bad servers, bad logins; each a typed error that changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import redis
+
+from buffer_service.errors import (
+    BufferAccessError,
+    BufferFullError,
+    BufferSetupError,
+    BufferUnreachableError,
+    LedgerError,
+    RecordError,
+    UnknownTicketError,
+)
+from buffer_service.server import EmbeddedRedis
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket, TicketLease
+from prompts.errors import ReplayBufferError
+from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
+        yield running
+
+
+@pytest.fixture
+def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
+    redis.Redis.from_url(server.url).flushall()
+    with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
+        yield connected
+
+
+# -- bad input: typed errors, state unchanged
+
+
+def with_trajectory(lease: TicketLease, **changes: object) -> object:
+    group = make_group(lease, [1.0, 0.0])
+    bad = msgspec.structs.replace(group.trajectories[1], **changes)
+    return msgspec.structs.replace(group, trajectories=(group.trajectories[0], bad))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": float("nan")}, "reward is nan"),
+        ({"reward": float("inf")}, "reward is inf"),
+        ({"components": {"accuracy": float("nan")}}, "component accuracy"),
+        ({"logprobs": np.array([0, -1, np.nan, 0, 0, 0], np.float32)}, "log-probability of token 2"),
+        ({"logprobs": np.array([0, -1, 0, -np.inf, 0, 0], np.float32)}, "log-probability of token 3"),
+        ({"logprobs": np.zeros(6, np.int32)}, "integers and floats"),
+        ({"logprobs": np.zeros(5, np.float32)}, "equal length"),
+        ({"logprobs": np.zeros((6, 1), np.float32)}, "equal length"),
+        ({"token_ids": np.array([0, 1, 2, -1, 4, 5], np.int32)}, "token id is negative"),
+        ({"token_ids": np.array([0, 1, 2, 2**31, 4, 5], np.int64)}, "does not fit int32"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"finish_reason": "\ud800"}, "UTF-8"),
+        ({"token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32)}, "empty completion"),
+        ({"versions": ((-1, 6),)}, "policy versions"),
+        ({"versions": ()}, "policy versions"),
+        ({"versions": ((0, 5),)}, "account for 5"),
+        ({"prompt_id": "other"}, "differs from its group's"),
+    ],
+)
+def test_malformed_groups_change_nothing(buffer: ReplayBuffer, changes: dict[str, object], message: str) -> None:
+    buffer.push_tickets(tickets(0))
+    [lease] = buffer.lease_tickets("a", 1)
+    before = namespace(buffer)
+    with pytest.raises(RecordError, match=message):
+        buffer.add_group(with_trajectory(lease, **changes), lease, tokens_generated=1)  # type: ignore[arg-type]
+    assert namespace(buffer) == before
+
+
+def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(tickets(0))
+    [lease] = buffer.lease_tickets("a", 1)
+    before = namespace(buffer)
+    for other in (
+        Ticket(seq=0, prompt_id="stranger", step=0, n=4),
+        Ticket(seq=0, prompt_id="p0", step=3, n=4),
+        Ticket(seq=99, prompt_id="p99", step=0, n=4),
+    ):
+        wrong = msgspec.structs.replace(lease, ticket=other)
+        with pytest.raises(UnknownTicketError):
+            buffer.add_group(make_group(wrong, [1.0]), wrong, tokens_generated=1)
+    assert namespace(buffer) == before
+
+
+@pytest.mark.parametrize("where", ["replay", "fresh"])
+def test_a_corrupt_record_is_quarantined(buffer: ReplayBuffer, where: str) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    buffer.push_tickets(tickets(1))
+    for lease in buffer.lease_tickets("a", 2):
+        buffer.add_group(make_group(lease, [1.0] * 4), lease, tokens_generated=1)
+    tid = "00000001.2" if where == "replay" else "00000003.2"
+    key = buffer._connection.key(f"t:{tid}")
+    client = redis.Redis.from_url(buffer._connection.url)
+    data = bytearray(client.get(key) or b"")
+    data[-1] ^= 1
+    client.set(key, bytes(data))
+
+    def ask() -> object:
+        return buffer.draw(8, step=1, seed=0) if where == "replay" else buffer.lease_fresh("l", 1)
+
+    with pytest.raises(RecordError, match=tid):
+        ask()
+    ask()
+    assert buffer.stats().quarantined_records == 1
+    if where == "fresh":
+        assert [g.id for g in buffer.lease_fresh("l", 1).groups] == ["00000002"]
+        assert buffer.ledger().dropped == {"corrupt_record": 1}
+    buffer.check_ledger()
+
+
+def test_ledger_notices_a_loss(buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(tickets(0))
+    for lease in buffer.lease_tickets("a", 2):
+        buffer.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+    redis.Redis.from_url(buffer._connection.url).zrem(buffer._connection.key("fresh"), "00000001")
+    with pytest.raises(LedgerError, match="1 groups unaccounted"):
+        buffer.check_ledger()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"min_version": -1}, {"step": -1}, {"seq": -1}, {"seq": 10**8}, {"n": 0}, {"prompt_id": ""}]
+)
+def test_malformed_tickets_change_nothing(buffer: ReplayBuffer, changes: dict[str, object]) -> None:
+    before = namespace(buffer)
+    bad = msgspec.structs.replace(tickets(0)[1], **changes)  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match=f"ticket {bad.seq}"):
+        buffer.push_tickets([tickets(0)[0], bad])
+    assert namespace(buffer) == before
+
+
+def test_numbers_out_of_range_change_nothing(buffer: ReplayBuffer) -> None:
+    buffer.push_tickets(tickets(0))
+    [lease] = buffer.lease_tickets("a", 1)
+    before = namespace(buffer)
+    group = make_group(lease, [1.0])
+    for wrong in ({"tokens_generated": -1}, {"tokens_generated": 1, "bound": -1}):
+        with pytest.raises(RecordError, match="negative"):
+            buffer.add_group(group, lease, **wrong)
+    with pytest.raises(RecordError, match="behaviour KL is nan"):
+        buffer.report_behaviour_kl(float("nan"))
+    with pytest.raises(ReplayBufferError, match="same_prompt needs prompt_ids"):
+        buffer.draw(4, step=0, seed=0, strategy="same_prompt")
+    with pytest.raises(ReplayBufferError, match="0 <= rank < world"):
+        buffer.draw(4, step=0, seed=0, share=(2, 2))
+    assert namespace(buffer) == before
+
+
+def test_a_record_of_a_newer_format_is_quarantined(buffer: ReplayBuffer) -> None:
+    run_step(buffer, 0, buffer.new_epoch())
+    key = buffer._connection.key("t:00000001.2")
+    client = redis.Redis.from_url(buffer._connection.url)
+    data = bytearray(client.get(key) or b"")
+    data[4:6] = (99).to_bytes(2, "little")
+    client.set(key, bytes(data))
+    with pytest.raises(RecordError, match=r"00000001\.2: record format 99, this code reads 1"):
+        buffer.draw(8, step=1, seed=0)
+    assert len({t.id for t in buffer.draw(8, step=1, seed=0)}) == 7
+    assert buffer.stats().quarantined_records == 1
+
+
+# -- servers
+
+
+def test_a_namespace_of_another_run_is_refused(buffer: ReplayBuffer) -> None:
+    client = redis.Redis.from_url(buffer._connection.url)
+    client.hset(buffer._connection.key("meta"), "run_id", "somebody")
+    before = namespace(buffer)
+    with pytest.raises(BufferSetupError, match="belongs to run somebody"):
+        ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
+    with pytest.raises(BufferSetupError, match="use up to 64 of"):
+        ReplayBuffer.connect(CONFIG, "run}:x", buffer._connection.url)
+    assert namespace(buffer) == before
+
+
+def test_a_server_that_becomes_a_replica_refuses_writes(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "demoted", persistent=False) as demoted:
+        buffer = ReplayBuffer.connect(CONFIG, "run", demoted.url)
+        buffer.push_tickets(tickets(0))
+        [lease] = buffer.lease_tickets("a", 1)
+        before = namespace(buffer)
+        redis.Redis.from_url(demoted.url).replicaof("127.0.0.1", 1)
+        with pytest.raises(BufferAccessError, match="read-only replica; give the URL of the primary"):
+            buffer.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+        assert namespace(buffer) == before
+
+
+def test_another_configuration_is_refused_unless_asked_for(buffer: ReplayBuffer) -> None:
+    other = CONFIG.model_copy(update={"capacity": 8})
+    with pytest.raises(BufferSetupError, match="cap_easy=25, this client says 2"):
+        ReplayBuffer.connect(other, "run", buffer._connection.url)
+    epoch = buffer.new_epoch()
+    for step in range(3):
+        run_step(buffer, step, epoch)
+    with ReplayBuffer.connect(other, "run", buffer._connection.url, reconfigure=True) as smaller:
+        run_step(smaller, 3, epoch)
+        easy, medium, hard = other.capacities()
+        counts = smaller.tier_counts()
+        assert counts["hard"] <= hard and counts["medium"] <= medium and counts["easy"] <= easy
+
+
+def test_layout_of_a_newer_release_is_refused(buffer: ReplayBuffer) -> None:
+    redis.Redis.from_url(buffer._connection.url).hset(buffer._connection.key("meta"), "format", "99")
+    with pytest.raises(BufferSetupError, match="layout 99"):
+        ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
+
+
+def test_evicting_server_is_refused(server: EmbeddedRedis) -> None:
+    client = redis.Redis.from_url(server.url)
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(BufferSetupError, match="noeviction"):
+            ReplayBuffer.connect(CONFIG, "other", server.url)
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_wrong_password_names_the_remedy_and_not_the_password(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = redis.Redis.from_url(server.url)
+    client.acl_setuser("avatar", enabled=True, passwords=["+right"], keys=["avatar:*"], commands=["+@all"])
+    config = CONFIG.model_copy(update={"username": "avatar", "password_env": "BUFFER_PASSWORD"})
+    monkeypatch.setenv("BUFFER_PASSWORD", "right")
+    ReplayBuffer.connect(config, "acl", server.url).close()
+    monkeypatch.setenv("BUFFER_PASSWORD", "s3cret")
+    begin = time.monotonic()
+    with pytest.raises(BufferAccessError, match="check username, password") as caught:
+        ReplayBuffer.connect(config, "acl", server.url)
+    assert "s3cret" not in str(caught.value) and time.monotonic() - begin < 5
+
+
+def test_read_only_replica_is_refused(server: EmbeddedRedis, tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "replica", persistent=False) as replica:
+        redis.Redis.from_url(replica.url).replicaof("127.0.0.1", 1)
+        with pytest.raises(BufferAccessError, match="replica"):
+            ReplayBuffer.connect(CONFIG, "run", replica.url)
+
+
+def test_unreachable_server_is_given_up_after_the_deadline(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"reconnect_s": 0.3})
+    begin = time.monotonic()
+    with pytest.raises(BufferUnreachableError, match="is Redis running there"):
+        ReplayBuffer.connect(config, "run", f"unix://{tmp_path}/none.sock")
+    assert 0.2 < time.monotonic() - begin < 5
+
+
+def test_old_redis_is_refused(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {**redis.Redis.from_url(buffer._connection.url).info(), "redis_version": "6.0.16"}
+    monkeypatch.setattr(redis.Redis, "info", lambda *_: info)
+    with pytest.raises(BufferSetupError, match=r"6\.0\.16; 6\.2 or newer"):
+        ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
+
+
+def test_full_redis_refuses_and_keeps_its_state(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "small", persistent=False, maxmemory=6 << 20) as small:
+        soft = ReplayBuffer.connect(CONFIG, "run", small.url)
+        soft.push_tickets([Ticket(seq=i, prompt_id=f"p{i}", step=0, n=4) for i in range(40)])
+        leases = soft.lease_tickets("a", 40)
+        hard = ReplayBuffer.connect(CONFIG.model_copy(update={"memory_limit": 1.0}), "run", small.url)
+        for buffer in (soft, hard):  # the gauge first, then Redis' own refusal
+            stored = buffer.ledger().generated
+            with pytest.raises(BufferFullError, match="maxmemory"):
+                for i, lease in enumerate(leases[stored:]):
+                    buffer._connection._memory_checked = 0.0 if buffer is soft else time.monotonic()
+                    buffer.add_group(make_group(lease, [1.0] * 4, tokens=12_000), lease, tokens_generated=1)
+                    stored += 1
+                    assert i < 30
+            assert buffer.check_ledger().generated == stored == buffer.stats().fresh

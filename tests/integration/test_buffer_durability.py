@@ -1,0 +1,219 @@
+"""Crashes of Redis and of its parent; snapshots and restores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import redis
+
+from buffer_service.codec import decode
+from buffer_service.errors import (
+    BufferSetupError,
+    FencedError,
+    RecordError,
+)
+from buffer_service.server import EmbeddedRedis, find_redis_server
+from buffer_service.store import ReplayBuffer
+from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
+        yield running
+
+
+@pytest.fixture
+def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
+    redis.Redis.from_url(server.url).flushall()
+    with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
+        yield connected
+
+
+# -- durability
+
+
+def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "aof", appendfsync="always") as server:
+        buffer = ReplayBuffer.connect(CONFIG, "run", server.url)
+        epoch = buffer.new_epoch()
+        run_step(buffer, 0, epoch)
+        buffer.push_tickets(tickets(1, 40, first=100))
+        leases = buffer.lease_tickets("a", 40)
+        acknowledged: list[str] = []
+
+        def write() -> None:
+            for lease in leases:
+                group = make_group(lease, [0.0, 1.0], tokens=300)
+                if buffer.add_group(group, lease, tokens_generated=600).status in ("fresh", "duplicate"):
+                    acknowledged.append(group.id)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(3):
+            time.sleep(0.03)
+            server.kill()
+            known = list(acknowledged)
+            server.start()
+            stored = redis.Redis.from_url(server.url).zrange(buffer._connection.key("fresh"), 0, -1)
+            assert set(known) <= {gid.decode() for gid in stored}
+        writer.join()
+        share = buffer.lease_fresh("learner", 1, epoch=epoch)
+        assert [g.id for g in share.groups] == sorted(acknowledged) and len(acknowledged) == 40
+        assert buffer.check_ledger().generated == 42 and buffer.version() == 1
+        buffer.close()
+
+
+def test_embedded_redis_dies_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys,time; from pathlib import Path; from buffer_service.server import EmbeddedRedis\n"
+        "s = EmbeddedRedis(Path(sys.argv[1])).start(); print(s.pid, s.url, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid, url = parent.stdout.readline().split()
+    assert redis.Redis.from_url(url).ping()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "redis-server outlived its parent"
+        time.sleep(0.02)
+
+
+def test_stop_is_clean_and_the_socket_folder_goes(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path).start()
+    pid, socket = server.pid, server.socket
+    server.stop()
+    assert server.pid is None and pid is not None and not socket.parent.exists()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "appendonly.aof").write_bytes(b"not an append-only file")
+    (tmp_path / "appendonlydir").mkdir()
+    (tmp_path / "appendonlydir" / "appendonly.aof.manifest").write_text("nonsense")
+    server = EmbeddedRedis(tmp_path, start_s=10)
+    with pytest.raises(BufferSetupError, match=r"redis-server stopped at once: .*redis\.log"):
+        server.start()
+    server.stop()
+
+
+def test_a_redis_server_is_found() -> None:
+    said = subprocess.run([find_redis_server(), "--version"], capture_output=True, text=True).stdout
+    assert "v=" in said
+
+
+# -- snapshot and export
+
+
+def contents(buffer: ReplayBuffer) -> tuple[object, ...]:
+    stats = buffer.stats()
+    drawn = [t.id for seed in range(3) for t in buffer.draw(8, step=stats.trained_step + 1, seed=seed)]
+    same = ("tiers", "version", "trained_step", "prompts", "mean_rbar", "fresh", "ledger", "hints_on")
+    return drawn, buffer.baselines(["p0", "p1", "none"]), *(getattr(stats, name) for name in same)
+
+
+def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    for step in range(6):
+        run_step(buffer, step, epoch)
+    buffer.push_tickets(tickets(6, 3, first=100))
+    leases = buffer.lease_tickets("a", 2)
+    buffer.add_group(make_group(leases[0], [1.0, 0.0]), leases[0], tokens_generated=1)
+    buffer.put_fact("model", {"hidden": 128})
+    before = contents(buffer)
+    original = buffer._connection.run
+
+    def slow(name: str, *args: object) -> object:
+        reply = original(name, *args)
+        if name == "snapshot" and args[0] == "begin":  # everything below happens after the cut
+            buffer.add_group(make_group(leases[1], [1.0, 1.0]), leases[1], tokens_generated=1)
+            [late] = buffer.lease_tickets("b", 1)
+            buffer.add_group(make_group(late, [0.3]), late, tokens_generated=1)
+            share = buffer.lease_fresh("l", 6)
+            buffer.commit_step(6, 7, [g.id for g in share.groups], epoch)
+            for step in range(7, 40):
+                run_step(buffer, step, epoch)  # evicts most of what the snapshot must hold
+        return reply
+
+    buffer._connection.run = slow  # type: ignore[method-assign, assignment]
+    report = buffer.snapshot(tmp_path / "cut.avsnap")
+    buffer._connection.run = original  # type: ignore[method-assign]
+    assert report.trajectories == 40 and report.tickets == 2  # a full Hard tier; what waits is apart
+    after = contents(buffer)
+    assert after != before
+    buffer.restore(tmp_path / "cut.avsnap")
+    assert contents(buffer) == before
+    assert buffer.get_fact("model") == {"hidden": 128}
+    with pytest.raises(FencedError):
+        buffer.commit_step(6, 7, [], epoch)
+    waiting = buffer.lease_tickets("a", 9)  # leases ended: both tickets wait again
+    assert [x.ticket.seq for x in waiting] == [101, 102]
+    for lease in waiting:
+        buffer.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=1)
+    assert len(buffer.lease_fresh("l", 6).groups) == 3
+    buffer.check_ledger()
+
+
+def test_a_damaged_snapshot_is_refused_and_the_run_kept(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    path = tmp_path / "cut.avsnap"
+    buffer.snapshot(path)
+    good = path.read_bytes()
+    before = namespace(buffer)
+    for bad in (good[:-3], good[: len(good) // 2], good[:200] + b"?" + good[201:], b"other", b""):
+        path.write_bytes(bad)
+        with pytest.raises(RecordError):
+            buffer.restore(path)
+    assert namespace(buffer) == before
+    path.write_bytes(good)
+    with (
+        ReplayBuffer.connect(CONFIG, "second", buffer._connection.url) as second,
+        pytest.raises(BufferSetupError, match="is of run run, not second"),
+    ):
+        second.restore(path)
+
+
+def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    buffer.snapshot(tmp_path / "cut.avsnap")
+    before = contents(buffer)
+    original = buffer._connection.run
+
+    def dies(name: str, *args: object) -> object:
+        if name == "index":
+            raise KeyboardInterrupt
+        return original(name, *args)
+
+    buffer._connection.run = dies  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        buffer.restore(tmp_path / "cut.avsnap")
+    with pytest.raises(BufferSetupError, match="restore it again"):
+        ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
+    with ReplayBuffer.connect(CONFIG, "run", buffer._connection.url, reconfigure=True) as again:
+        again.restore(tmp_path / "cut.avsnap")
+        assert contents(again) == before
+
+
+def test_export_holds_every_trajectory(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    assert buffer.export(tmp_path / "x.jsonl") == buffer.export(tmp_path / "x.parquet") == 8
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    table = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    record = decode(redis.Redis.from_url(buffer._connection.url).get(buffer._connection.key("t:00000000.1")) or b"")
+    for row in (lines[1], table[1]):
+        assert row["id"] == record.id and row["token_ids"] == record.token_ids.tolist()
+        assert np.array_equal(np.float32(row["logprobs"]), record.logprobs)
+    assert lines[1]["components"] == dict(table[1]["components"]) == {"format": 1.0, "accuracy": 1.0}
