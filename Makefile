@@ -29,7 +29,7 @@ test: setup
 	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile $(ARGS)
 
 test-unit: setup
-	@$(BIN)/python -m pytest tests/unit $(ARGS)
+	@$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile $(ARGS)
 
 test-chaos: setup
 	@$(BIN)/python -m pytest tests -m chaos $(ARGS)

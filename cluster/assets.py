@@ -132,7 +132,7 @@ def _existing(name: str, path: Path | None) -> Path:
 
 
 def check_media(prompts: PromptIndex) -> None:
-    """Every media file is there and not empty. Raises DataError naming the first faults; decoding is left to workers."""
+    """Every media file is there and holds something. Raises DataError naming the first faults; workers decode."""
     seen: set[str] = set()
     faults = []
     for prompt in prompts:

@@ -31,7 +31,7 @@ def check_parity(rollout: Sequence[dict[str, Any]], learner: Sequence[dict[str, 
     """
     if rollout and not any(item["text"].strip() for item in rollout):
         raise ModelError(
-            f"all {len(rollout)} probe completions are empty: the model ends its turn at once. Check its chat template, "
+            f"all {len(rollout)} probe completions are empty: the model ends its turn at once. Check its template, "
             "its generation_config and that it was fine-tuned for this prompt format"
         )
     differences = []

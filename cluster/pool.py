@@ -84,7 +84,7 @@ class Pool:
         except ray.exceptions.GetTimeoutError as error:
             free = ray.available_resources()
             raise ResourceError(
-                f"{what} not ready after {deadline:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+                f"{what} not ready after {deadline:g} s; free: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
                 "Give the run fewer actors, the cluster more nodes, or raise resources.start_timeout_s"
             ) from error
         except ray.exceptions.RayTaskError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,7 @@ class Services:
                 **common,
             )
         self._ray_started = True
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's: stop as orderly as on Ctrl-C
         node: Any = ray._private.worker._global_node
         self._session = Path(node.get_session_dir_path())
         have = ray.cluster_resources()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -334,7 +333,7 @@ class Run:
             self._replace(reference)
         if time.monotonic() > deadline:
             raise ReplayBufferError(
-                f"the evaluation at step {step} did not finish within {self.config.evaluation.timeout_s:g} s: see whether "
+                f"the evaluation at step {step} did not finish within {self.config.evaluation.timeout_s:g} s: see if "
                 "the rollout actors live, lower evaluation.limit or raise evaluation.timeout_s"
             )
 
@@ -366,6 +365,5 @@ class Run:
 def train(config: RunConfig) -> RunResult:
     """Run a recipe; raises AvatarError children for everything a user can cure."""
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as orderly as on Ctrl-C
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
         return Run(config, screen).execute()
