@@ -168,6 +168,10 @@ class RolloutActor:
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
     def _generate(self) -> None:
+        if self.engine.device == "cpu":
+            import torch
+
+            torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
         while self._running():
             if self._incoming and self.engine.can_adopt:
