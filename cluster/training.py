@@ -15,22 +15,23 @@ from buffer_service.store import ReplayBuffer
 from cluster.assets import Datasets, check_media, prepare_base_model, prepare_datasets, read_prompts
 from cluster.coldstart import cold_start
 from cluster.config import RunConfig
-from cluster.evaluation import Evaluation, summarise
+from cluster.evaluation import Evaluation
+from cluster.fleet import Fleet
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
 from cluster.resources import needs_of
+from cluster.rounds import EvaluationRounds
 from cluster.screen import Screen
 from cluster.services import Services
 from cluster.specs import learner_spec, rollout_spec
-from cluster.stream import PromptStream, evaluation_tickets
+from cluster.stream import PromptStream
 from cluster.telemetry import RunFolder, new_run_id
-from prompts.errors import ReplayBufferError, ResourceError
+from prompts.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
 MOVING = 8  # steps in accuracy/moving
 PROBE_TOKENS = 32
-MAX_ROLLOUT_RESTARTS = 8
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,12 @@ class Run:
         self.pool: Pool
         self.buffer: ReplayBuffer
         self.stream: PromptStream
+        self.fleet: Fleet
+        self.rounds: EvaluationRounds
         self.heldout: list[str] = []
-        self.evaluations: list[Evaluation] = []
         self.accuracies: deque[float] = deque(maxlen=MOVING)
-        self.restarts = 0
-        self._working: dict[Any, str] = {}  # run() reference -> rollout actor
         self._last: dict[str, float] = {}
         self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
-        self._round = 0
-        self._pending_round: tuple[int, int] | None = None  # evaluation under way: round, step
 
     def execute(self) -> RunResult:
         """Set up, train, evaluate, export, report; whatever happens, everything started is stopped."""
@@ -81,7 +79,8 @@ class Run:
                     self._train_and_evaluate()
                     self._finish()
                 finally:
-                    self._stop_rollouts()
+                    if hasattr(self, "fleet"):
+                        self.fleet.stop()
                     self.services.save_logs(self.folder.path / "logs")
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -91,7 +90,8 @@ class Run:
         finally:
             self._report()
             self.folder.close()
-        first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
+        evaluations = self.rounds.results
+        first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
         completions = int(self._last.get("completions/generated", 0))
         return RunResult(self.folder.path, first, last, completions, time.monotonic() - started)
 
@@ -116,6 +116,7 @@ class Run:
         self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
         self.pool = Pool(config, self.services)
         self.pool.start_board()
+        self.rounds = EvaluationRounds(config.evaluation, self.buffer, self.heldout, self.folder, self.screen)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
@@ -127,11 +128,12 @@ class Run:
         self.screen.phase("starting actors", f"{config.rollout.workers} vLLM, {config.learner.ranks} DeepSpeed")
         pool.start_scorers(datasets.asked)
         url = self.services.redis_url
-        self._rollout_spec = rollout_spec(config, self.run_id, model, datasets, url)
-        names = [f"rollout-{number}" for number in range(config.rollout.workers)]
-        waiting = pool.start_rollouts(self._rollout_spec, names)
-        spec = learner_spec(config, self.run_id, model, datasets, url)
-        waiting += pool.start_learner(spec, ranks=config.learner.ranks)
+        spec = rollout_spec(config, self.run_id, model, datasets, url)
+        self.fleet = Fleet(pool, spec, self.folder, self.screen)
+        waiting = self.fleet.start(config.rollout.workers)
+        names = list(pool.rollouts)
+        learner = learner_spec(config, self.run_id, model, datasets, url)
+        waiting += pool.start_learner(learner, ranks=config.learner.ranks)
         waiting += [scorer.check.remote() for scorer in pool.scorers]
         ready = pool.wait_ready(waiting, "rollout, learner and reward actors")
         self._dtype = ready[len(names)]["dtype"]
@@ -161,8 +163,8 @@ class Run:
 
     def _train_and_evaluate(self) -> None:
         config = self.config
-        self._work(list(self.pool.rollouts))
-        self._evaluate(step=0, phase="evaluation before training")
+        self.fleet.work()
+        self.rounds.whole(step=0, phase="evaluation before training", watch=self.fleet.watch)
         self.screen.phase("training")
         self.folder.status(state="training")
         pushed = 0
@@ -175,9 +177,9 @@ class Run:
             report = self._learn(step, samples=config.output.samples if wanted else 0)
             self._log_step(step + 1, report, time.perf_counter() - started)
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
-                self._begin_evaluation(step + 1)
-            self._collect_evaluation()
-        self._evaluate(step=config.loop.steps, phase="evaluation after training")
+                self.rounds.begin(step + 1)
+            self.rounds.collect()
+        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.fleet.watch)
 
     def _learn(self, step: int, *, samples: int) -> dict[str, Any]:
         """One training step on all ranks; meanwhile dead rollout actors are replaced."""
@@ -187,10 +189,10 @@ class Run:
         first = waiting[0]
         try:
             while waiting:
-                done, _ = ray.wait([*waiting, *self._working], num_returns=1)
+                done, _ = ray.wait([*waiting, *self.fleet.working], num_returns=1)
                 for reference in done:
-                    if reference in self._working:
-                        self._replace(reference)
+                    if reference in self.fleet.working:
+                        self.fleet.replace(reference)
                     else:
                         waiting.remove(reference)
                         ray.get(reference)
@@ -246,96 +248,6 @@ class Run:
             "rollout/tokens_per_s": gained["tokens"] / busy * max(1, len(known)),
             "time/rollout_wait": gained["wait_s"] / busy * seconds,
         }
-
-    # -- rollout actors --------------------------------------------------------------------------------------------
-
-    def _work(self, names: list[str]) -> None:
-        self._working |= {self.pool.rollouts[name].run.remote(): name for name in names}
-
-    def _replace(self, reference: Any) -> None:
-        """A rollout actor's ``run`` ended on its own: say why and start another; its leases expire by themselves."""
-        import ray
-
-        name = self._working.pop(reference)
-        try:
-            ray.get(reference)
-            reason = "stopped"
-        except ray.exceptions.RayError as error:
-            reason = str(unwrap(error))
-        self.restarts += 1
-        self.folder.event("rollout actor died", f"{name}: {reason}")
-        self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
-        if self.restarts > MAX_ROLLOUT_RESTARTS:
-            raise ResourceError(f"rollout actors died {self.restarts} times, last {name}: {reason}")
-        self.pool.rollouts.pop(name)
-        successor = f"rollout-{self.config.rollout.workers + self.restarts - 1}"
-        self.pool.start_rollouts(self._rollout_spec, [successor])
-        self._work([successor])
-
-    def _stop_rollouts(self) -> None:
-        """Ask the actors to stop and give them a moment, so that they leave no lease behind."""
-        import ray
-
-        if not hasattr(self, "pool") or not ray.is_initialized():
-            return
-        for actor in self.pool.rollouts.values():
-            actor.stop.remote()
-        ray.wait(list(self._working), num_returns=len(self._working), timeout=5) if self._working else None
-
-    # -- evaluation ------------------------------------------------------------------------------------------------
-
-    def _begin_evaluation(self, step: int) -> None:
-        """Ask the held-out prompts of the rollout actors; training goes on. One round at a time."""
-        if not self.heldout or self._pending_round is not None:
-            return
-        self._round += 1
-        self._pending_round = (self._round, step)
-        tickets = evaluation_tickets(self.heldout, round=self._round, min_version=self.buffer.version())
-        self.buffer.push_tickets(tickets)
-
-    def _collect_evaluation(self) -> bool:
-        """Take in the round under way when all its answers are there."""
-        if self._pending_round is None:
-            return True
-        round, step = self._pending_round
-        results = self.buffer.eval_results(round)
-        if not results.complete:
-            self.screen.progress(len(self.heldout) - results.missing, len(self.heldout))
-            return False
-        evaluation = summarise(round, list(results.payloads.values()))
-        self.buffer.clear_eval(round)
-        self._pending_round = None
-        self.evaluations.append(evaluation)
-        self.folder.metrics(step, evaluation.metrics())
-        self.folder.samples(step, evaluation.samples, kind="eval")
-        before = self.evaluations[0].accuracy
-        self.folder.status(accuracy_before=before, accuracy_now=evaluation.accuracy)
-        self.screen.update(evaluation.metrics())
-        return True
-
-    def _evaluate(self, step: int, phase: str) -> None:
-        """A whole round, waited for."""
-        if not self.heldout:
-            return
-        self.screen.phase(phase, f"{len(self.heldout)} held-out prompts, greedy")
-        deadline = time.monotonic() + self.config.evaluation.timeout_s
-        while not self._collect_evaluation():  # one that began during training
-            self._watch(deadline, step)
-        self._begin_evaluation(step)
-        while not self._collect_evaluation():
-            self._watch(deadline, step)
-
-    def _watch(self, deadline: float, step: int) -> None:
-        import ray
-
-        done, _ = ray.wait(list(self._working), num_returns=1, timeout=0.1)
-        for reference in done:
-            self._replace(reference)
-        if time.monotonic() > deadline:
-            raise ReplayBufferError(
-                f"the evaluation at step {step} did not finish within {self.config.evaluation.timeout_s:g} s: see if "
-                "the rollout actors live, lower evaluation.limit or raise evaluation.timeout_s"
-            )
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""Evaluation rounds: held-out prompts asked of the rollout actors through the stream, while training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from buffer_service.store import ReplayBuffer
+from cluster.config import EvaluationConfig
+from cluster.evaluation import Evaluation, summarise
+from cluster.screen import Screen
+from cluster.stream import evaluation_tickets
+from cluster.telemetry import RunFolder
+from prompts.errors import ReplayBufferError
+
+
+class EvaluationRounds:
+    """One round at a time; ``results`` holds the finished ones, oldest first."""
+
+    def __init__(
+        self, config: EvaluationConfig, buffer: ReplayBuffer, prompt_ids: Sequence[str], folder: RunFolder,
+        screen: Screen,
+    ) -> None:  # fmt: skip
+        self.config, self.buffer, self.folder, self.screen = config, buffer, folder, screen
+        self.prompt_ids = list(prompt_ids)
+        self.results: list[Evaluation] = []
+        self._round = 0
+        self._pending: tuple[int, int] | None = None  # under way: round, step
+
+    def begin(self, step: int) -> None:
+        """Ask every held-out prompt of a policy at least as new as now; training goes on meanwhile."""
+        if not self.prompt_ids or self._pending is not None:
+            return
+        self._round += 1
+        self._pending = (self._round, step)
+        tickets = evaluation_tickets(self.prompt_ids, round=self._round, min_version=self.buffer.version())
+        self.buffer.push_tickets(tickets)
+
+    def collect(self) -> bool:
+        """Take in the round under way when all its answers are there; True when none is under way any more."""
+        if self._pending is None:
+            return True
+        round, step = self._pending
+        results = self.buffer.eval_results(round)
+        if not results.complete:
+            self.screen.progress(len(self.prompt_ids) - results.missing, len(self.prompt_ids))
+            return False
+        evaluation = summarise(round, list(results.payloads.values()))
+        self.buffer.clear_eval(round)
+        self._pending = None
+        self.results.append(evaluation)
+        self.folder.metrics(step, evaluation.metrics())
+        self.folder.samples(step, evaluation.samples, kind="eval")
+        self.folder.status(accuracy_before=self.results[0].accuracy, accuracy_now=evaluation.accuracy)
+        self.screen.update(evaluation.metrics())
+        return True
+
+    def whole(self, step: int, phase: str, watch: Callable[[], None]) -> None:
+        """A round waited for; ``watch`` is called meanwhile. Raises ReplayBufferError past the deadline."""
+        if not self.prompt_ids:
+            return
+        self.screen.phase(phase, f"{len(self.prompt_ids)} held-out prompts, greedy")
+        deadline = time.monotonic() + self.config.timeout_s
+        for begin in (False, True):  # first the one that began during training
+            if begin:
+                self.begin(step)
+            while not self.collect():
+                watch()
+                if time.monotonic() > deadline:
+                    raise ReplayBufferError(
+                        f"the evaluation at step {step} did not finish within {self.config.timeout_s:g} s: see if the "
+                        "rollout actors live, lower evaluation.limit or raise evaluation.timeout_s"
+                    )
