@@ -39,6 +39,7 @@ IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine h
 BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
+BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their encoders and prefill then share a pass
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class RolloutActor:
             torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
         while self._running():
-            if self._incoming and self.engine.can_adopt:
+            if self._incoming and self.engine.can_adopt and self._at_a_boundary():
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
@@ -193,15 +194,20 @@ class RolloutActor:
 
     def _at_a_boundary(self) -> bool:
         """New weights make the engine prefill everything in flight again, so they are taken in between two steps of the
-        stream, when that is little: nothing in flight, or the next prompt is of a later step or asks for them."""
-        if not self._working:
+        stream, when that is least: nothing in flight, or room for the first prompt that should see them."""
+        return not self._working or (bool(self._ready) and self._wants_news(self._ready[0]) and self._has_room())
+
+    def _wants_news(self, work: Work) -> bool:
+        """It asks for newer weights than the engine's, or begins a step of the stream."""
+        ticket = work.lease.ticket
+        if ticket.min_version > self.engine.version:
             return True
-        if not self._ready:
-            return False
-        ticket = self._ready[0].lease.ticket
-        return ticket.min_version > self.engine.version or ticket.step > max(
-            work.lease.ticket.step for work in self._working.values()
-        )
+        return ticket.step > max((other.lease.ticket.step for other in self._working.values()), default=-1)
+
+    def _has_room(self) -> bool:
+        """The engine would run the next prompt at once instead of queueing it."""
+        running = sum(work.lease.ticket.n for work in self._working.values())
+        return running + self._ready[0].lease.ticket.n <= self.spec.max_sequences
 
     def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
         start = time.perf_counter()
@@ -215,6 +221,8 @@ class RolloutActor:
             if max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness) > self.engine.version:
                 return
             work = self._ready[0]
+            if self._incoming and self._wants_news(work) and not self._has_room():
+                return  # queued now it would only be prefilled again when the weights come in
             sampling, seed = self._sampling(work.lease)
             self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
             self._ready.popleft()
@@ -261,29 +269,43 @@ class RolloutActor:
 
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
-        widest = self.spec.max_sequences  # how many completions a ticket asks for is known once it is leased
+        narrowest = 1  # completions of a ticket: with less room there is no use in asking
         while self._running():
-            count = self._room() // widest
+            room = self._room()
             leases = self.buffer.lease_tickets(
-                self.name, count, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness
-            ) if count > 0 else []  # fmt: skip
+                self.name, room, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness, completions=room
+            ) if room >= narrowest else []  # fmt: skip
             for lease in leases:
                 self._held[lease.ticket.key] = lease
-            for lease in leases:
-                try:
-                    self._ready.append(self._prepare(lease))
-                except AvatarError as error:
-                    self._give_up(lease, error)
+            self._prepare(leases)
             if leases:
-                widest = min(self.spec.max_sequences, max(lease.ticket.n for lease in leases))
+                narrowest = min(lease.ticket.n for lease in leases)
             else:
+                narrowest = 1
                 self._look.wait(self._poll_s())
                 self._look.clear()
 
-    def _prepare(self, lease: TicketLease) -> Work:
-        prompt = self.prompts[lease.ticket.prompt_id]
-        engine_input = self.encoder.engine_input(prompt, hinted=lease.hinted)
-        return Work(lease, prompt, self.engine.prepare(engine_input, lease.ticket.key))
+    def _prepare(self, leases: list[TicketLease]) -> None:
+        bunch: list[Work] = []
+        start = time.perf_counter()
+        for lease in leases:
+            try:
+                prompt = self.prompts[lease.ticket.prompt_id]
+                bunch.append(Work(lease, prompt, self._rendered(prompt, lease.hinted)))
+            except AvatarError as error:
+                self._give_up(lease, error)
+            if time.perf_counter() - start > BUNCH_S:
+                self._ready.extend(bunch)
+                bunch, start = [], time.perf_counter()
+        self._ready.extend(bunch)
+
+    def _rendered(self, prompt: Prompt, hinted: bool) -> Any:
+        """What the engine takes, media preprocessed; a prompt that was here lately costs nothing."""
+        known = self.engine.prepared((prompt.id, hinted))
+        if known is None:
+            engine_input = self.encoder.engine_input(prompt, hinted=hinted)
+            known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted))
+        return known
 
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""

@@ -99,9 +99,9 @@ class BufferMachine(RuleBasedStateMachine):
         ticket = Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version)
         self.both(lambda b: b.push_tickets([ticket]))
 
-    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2))
-    def lease(self, who: str, count: int, bound: int) -> None:
-        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound))
+    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2), most=st.integers(0, 9))
+    def lease(self, who: str, count: int, bound: int, most: int) -> None:
+        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound, most or None))
 
     @precondition(lambda self: self.leases)
     @rule(

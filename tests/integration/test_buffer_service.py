@@ -51,6 +51,14 @@ def test_admission_is_by_policy_version(buffer: ReplayBuffer) -> None:
     assert [x.ticket.step for x in buffer.lease_tickets("a", 9, max_staleness=1)] == [2, 2]
 
 
+def test_a_lease_is_bounded_by_completions_and_keeps_the_order(buffer: ReplayBuffer) -> None:
+    asked = [Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=n) for seq, n in enumerate((4, 8, 1))]
+    buffer.push_tickets(asked)
+    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=11)] == [4]  # the 1 does not overtake the 8
+    assert buffer.lease_tickets("a", 9, completions=7) == []
+    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=9)] == [8, 1]
+
+
 def test_evaluation_tickets_come_first_once_their_version_is_out(buffer: ReplayBuffer) -> None:
     buffer.push_tickets(tickets(0))
     rounds = [Ticket(seq=i, prompt_id=f"e{i}", step=0, n=1, kind="eval", round=1, min_version=1) for i in range(2)]
