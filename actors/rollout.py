@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.config import EngineConfig, SamplingConfig
-from buffer_service.config import BufferConfig
+from actors.boundary import Boundary
+from actors.config import SamplingConfig
+from actors.spec import RolloutSpec
 from prompts.errors import AvatarError, DataError
 from prompts.record import Prompt
 
@@ -40,27 +41,6 @@ BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
 BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their encoders and prefill then share a pass
-
-
-@dataclass(frozen=True)
-class RolloutSpec:
-    """All a rollout actor needs to know; plain data, sent once."""
-
-    run_id: str
-    seed: int
-    model: Path
-    datasets: tuple[Path, ...]
-    data: Any  # prompts.config.DataConfig
-    media: Any  # prompts.config.MediaConfig
-    template: Any  # prompts.config.TemplateConfig
-    engine: EngineConfig
-    sampling: SamplingConfig
-    evaluation_tokens: int | None
-    buffer: BufferConfig
-    redis_url: str
-    max_sequences: int
-    max_staleness: int
-    lease_s: float
 
 
 @dataclass
@@ -111,6 +91,7 @@ class RolloutActor:
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
+        self.boundary = Boundary()
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine is up."""
@@ -179,23 +160,31 @@ class RolloutActor:
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
-            if self.engine.in_flight:
-                for finished in self.engine.step():
-                    self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
-                    self._look.set()
+            requests = self.engine.in_flight
+            if requests:
+                self._step(requests)
             now = time.perf_counter()
-            if self.engine.in_flight:
-                self.busy_s += now - mark
+            spent, mark = now - mark, now
+            if requests:
+                self.busy_s += spent
             else:
-                self.wait_s += now - mark
+                self.wait_s += spent
+                self.boundary.prefill_follows()
                 if not self._ready:
                     time.sleep(IDLE_POLL_S / 2)
-            mark = now
+
+    def _step(self, requests: int) -> None:
+        start = time.perf_counter()
+        idle_share = self._free() / self.spec.max_sequences if self._incoming else 0.0
+        for finished in self.engine.step():
+            self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
+            self._look.set()
+        self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
 
     def _at_a_boundary(self) -> bool:
-        """New weights make the engine prefill everything in flight again, so they are taken in between two steps of the
-        stream, when that is least: nothing in flight, or room for the first prompt that should see them."""
-        return not self._working or (bool(self._ready) and self._wants_news(self._ready[0]) and self._has_room())
+        following = self._ready[0] if self._ready else None
+        room = following is not None and self._wants_news(following) and self._free() >= following.lease.ticket.n
+        return self.boundary.reached(len(self._working), room_for_next_step=room)
 
     def _wants_news(self, work: Work) -> bool:
         """It asks for newer weights than the engine's, or begins a step of the stream."""
@@ -204,15 +193,15 @@ class RolloutActor:
             return True
         return ticket.step > max((other.lease.ticket.step for other in self._working.values()), default=-1)
 
-    def _has_room(self) -> bool:
-        """The engine would run the next prompt at once instead of queueing it."""
-        running = sum(work.lease.ticket.n for work in self._working.values())
-        return running + self._ready[0].lease.ticket.n <= self.spec.max_sequences
+    def _free(self) -> int:
+        """Sequences that the engine would run at once."""
+        return max(0, self.spec.max_sequences - sum(work.lease.ticket.n for work in self._working.values()))
 
     def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
         start = time.perf_counter()
         self.engine.adopt(version, weights.items())
         self.adopt_s += time.perf_counter() - start
+        self.boundary.prefill_follows()
 
     def _submit_ready(self) -> None:
         """Move prepared prompts into the engine; those whose step needs a newer policy wait for it."""
@@ -221,8 +210,8 @@ class RolloutActor:
             if max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness) > self.engine.version:
                 return
             work = self._ready[0]
-            if self._incoming and self._wants_news(work) and not self._has_room():
-                return  # queued now it would only be prefilled again when the weights come in
+            if self._incoming and self._wants_news(work):
+                return  # submitted now it would be prefilled again when the weights come in
             sampling, seed = self._sampling(work.lease)
             self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
             self._ready.popleft()
