@@ -41,8 +41,10 @@ class MicroBatch:
 
 
 class PolicyOutput(NamedTuple):
-    logprobs: Tensor  # (B, T) float32, of the tokens at the sampling temperature; 0 where padded
-    entropy: Tensor  # (B, T) float32, of the next-token distribution, no gradient; 0 where padded
+    logprobs: (
+        Tensor  # (B, T) float32 (float64 of a float64 model), of the tokens at the sampling temperature; 0 where padded
+    )
+    entropy: Tensor  # (B, T) likewise, of the next-token distribution, no gradient; 0 where padded
 
 
 class Policy(nn.Module):
@@ -129,11 +131,12 @@ class Policy(nn.Module):
             else:
                 pieces.append(self._token_scores(*arguments))
         logprobs, entropy = (torch.cat(part) for part in zip(*pieces, strict=True))
-        empty = torch.zeros_like(batch.mask, dtype=torch.float32)
+        empty = torch.zeros_like(batch.mask, dtype=logprobs.dtype)
         return PolicyOutput(empty.masked_scatter(keep, logprobs), empty.masked_scatter(keep, entropy))
 
     def _token_scores(self, hidden: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.lm_head(hidden).float() / temperature[:, None]
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature[:, None]
         logprobs = torch.log_softmax(logits, -1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)

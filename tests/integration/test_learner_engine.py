@@ -203,8 +203,39 @@ def poisoned(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
+def spoilt(output: PolicyOutput) -> Tensor:
+    """Zero, with a gradient that is not a number."""
+    return (output.logprobs.sum() * 0.0).abs().sqrt()
+
+
+def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """A good step, a step whose second micro-batch has a finite loss with a NaN gradient, another good step."""
+    found: dict[str, Any] = {}
+    rows = text_rows()
+    shares = [[[0], [1]]] if ranks == 1 else [[[0], [1]], [[2], [3]]]
+    batches = [collate([rows[i] for i in indices], share_prefix=True) for indices in shares[rank]]
+    for stage, dtype in [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in STAGES]:
+        for spoil in (True, False):
+            engine = make_engine(folder / "text", settings(stage, dtype=dtype), ranks, dtype)
+            norms, weights, suspects = [], [], []
+            for step in range(3):
+                if step == 1 and not spoil:
+                    continue
+
+                def loss(number: int, _: MicroBatch, output: PolicyOutput, step: int = step) -> Tensor:
+                    value = step_loss(rows, shares[rank][number], output, 0)
+                    return value + spoilt(output) if step == 1 and (rank, number) == (0, 1) else value
+
+                engine.accumulate(batches, loss, batches[0])
+                norms.append(engine.step(0.01))
+                weights.append(engine.state_dict())
+                suspects.append(engine.suspects)
+            found[f"{dtype}-{stage}-{spoil}"] = {"norms": norms, "weights": weights, "suspects": suspects}
+    return found
+
+
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    scenarios = (parity, checkpoints, omni, mixed, poisoned)
+    scenarios = (parity, checkpoints, omni, mixed, poisoned, bad_gradient)
     return {scenario.__name__: scenario(folder, rank, ranks) for scenario in scenarios}
 
 
@@ -357,6 +388,21 @@ def test_a_micro_batch_of_nan_adds_nothing(folder: Path, stage: int, ranks: int)
     assert difference(found[f"{stage}-3"], found[f"{stage}-2"]) == 0
     start = load_reference(folder / "omni").state_dict()
     assert difference(found[f"{stage}-3"], {name: start[name] for name in found["0-2"]}) > 0.005
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_gradient_makes_no_update_and_leaves_no_trace(folder: Path, stage: int, ranks: int, dtype: str) -> None:
+    for rank in range(ranks):
+        found = rank_results(folder, "bad_gradient", ranks, rank)
+        spoilt, clean = found[f"{dtype}-{stage}-True"], found[f"{dtype}-{stage}-False"]
+        assert spoilt["norms"][1] == np.inf
+        assert spoilt["suspects"] == [[], [1] if rank == 0 else [], []]
+        assert difference(spoilt["weights"][1], spoilt["weights"][0]) == 0
+        assert [spoilt["norms"][0], spoilt["norms"][2]] == clean["norms"]
+        assert difference(spoilt["weights"][2], clean["weights"][1]) == 0
+        assert difference(spoilt["weights"][2], spoilt["weights"][1]) > 0.005
 
 
 if __name__ == "__main__":
