@@ -68,6 +68,7 @@ class TrainEngine:
             raise ConfigError(
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is left to train"
             )
+        policy.uniform = config.zero_stage == 3
         # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights themselves.
         self._shared = {
             word

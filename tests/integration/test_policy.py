@@ -21,7 +21,7 @@ from learner.config import LearnerConfig, ObjectiveConfig
 from learner.model import load_model
 from learner.objective import policy_loss
 from learner.plan import StepPlan, StepWork, plan_step
-from learner.policy import MicroBatch, Policy, freeze
+from learner.policy import MicroBatch, Policy, freeze, length_runs
 from learner.reference import ReferencePolicy
 from learner.shaping import tas_weights
 from prompts.config import TemplateConfig
@@ -130,12 +130,14 @@ def plain(stage: Stage) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]
     return [(lp.detach(), entropy.detach()) for lp, entropy in scores], found
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(("share_prefix", "gain"), [(True, 256), (True, 40), (False, 256)])
 @pytest.mark.parametrize("chunk", [2048, 7])
 def test_scores_and_gradients_equal_plain_forwards(
-    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int
+    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int, gain: int
 ) -> None:
     monkeypatch.setattr(learner.policy, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(learner.policy, "RUN_GAIN", gain)  # 40: three runs, one of single tokens
+    assert len(length_runs([len(row.token_ids) for row in stage.rows])) == (3 if gain == 40 else 1)
     scores, expected = plain
     policy = policy_of(stage, share_prefix=share_prefix)
     batch = collate(stage.rows, share_prefix=share_prefix)
@@ -153,10 +155,16 @@ def test_scores_and_gradients_equal_plain_forwards(
     assert {"visual.patch_embed.proj.weight", "audio_tower.conv1.weight", "lm_head.weight"} <= found.keys()
 
 
-def test_a_batch_of_single_token_completions(stage: Stage, plain: Any) -> None:
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_batch_of_single_token_completions(stage: Stage, plain: Any, uniform: bool) -> None:
     chosen = [i for i, row in enumerate(stage.rows) if len(row.token_ids) == 1]
     batch = collate([stage.rows[i] for i in chosen], share_prefix=True)
-    output = policy_of(stage, share_prefix=True)(batch)
+    policy = policy_of(stage, share_prefix=True)
+    policy.uniform = uniform
+    runs: list[int] = []
+    policy.model.register_forward_pre_hook(lambda *_: runs.append(1))
+    output = policy(batch)
+    assert len(runs) == (2 if uniform else 1)  # ranks under ZeRO 3 must run the model equally often
     expected = torch.stack([plain[0][i][0] for i in chosen])
     torch.testing.assert_close(output.logprobs, expected, atol=1e-5, rtol=0)
 
