@@ -24,7 +24,7 @@ import numpy as np
 from actors.boundary import Boundary
 from actors.config import SamplingConfig
 from actors.spec import RolloutSpec
-from prompts.errors import AvatarError, DataError
+from prompts.errors import AvatarError
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ class RolloutActor:
     def _insert(self, outcome: Outcome) -> None:
         import ray
 
-        from actors.group import evaluation_payload, make_group
+        from actors.group import UnusableGroupError, evaluation_payload, make_group
 
         finished, lease = outcome.finished, outcome.work.lease
         assert outcome.scores is not None
@@ -371,8 +371,10 @@ class RolloutActor:
         else:
             try:
                 group = make_group(finished, lease, scores, temperature=self.spec.sampling.temperature)
-            except DataError as error:
-                self._give_up(lease, error)
+            except UnusableGroupError as error:
+                log.warning("%s: dropped, its prompt stays", error)
+                self.buffer.drop(lease, error.reason)
+                self._held.pop(lease.ticket.key, None)
                 return
             self.buffer.add_group(group, lease, tokens_generated=generated)
         self._held.pop(lease.ticket.key, None)

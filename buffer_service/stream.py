@@ -99,7 +99,14 @@ class PromptStream:
 
         False when the ticket was settled before.
         """
-        return bool(self._run("quarantine", lease.ticket.key, reason, detail))
+        return bool(self._run("quarantine", lease.ticket.key, reason, detail, 0))
+
+    def drop(self, lease: TicketLease, reason: str) -> bool:
+        """Gives up on this one group: dropped(reason) in the ledger, its step needs one less, the prompt stays.
+
+        False when the ticket was settled before.
+        """
+        return bool(self._run("quarantine", lease.ticket.key, reason, "", 1))
 
     def add_group(
         self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None

@@ -198,6 +198,13 @@ class ReferenceBuffer:
         self._drop(t, reason)
         return True
 
+    def drop(self, lease: TicketLease, reason: str) -> bool:
+        t = self.tickets.get(lease.ticket.key)
+        if t is None:
+            return False
+        self._drop(t, reason)
+        return True
+
     def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
         t = self.tickets.get(lease.ticket.key)
         if t is None:

@@ -116,6 +116,19 @@ def test_quarantine_lets_the_step_go_on(buffer: ReplayBuffer) -> None:
     assert buffer.check_ledger().dropped == {"undecodable": 1, "quarantined_prompt": 1}
 
 
+def test_a_dropped_group_leaves_its_prompt_in_the_stream(buffer: ReplayBuffer) -> None:
+    buffer.push_tickets([*tickets(0), Ticket(seq=7, prompt_id="p0", step=1, n=4)])
+    unscored, good = buffer.lease_tickets("a", 2, max_staleness=0)
+    assert buffer.drop(unscored, "unscored")
+    assert not buffer.drop(unscored, "unscored")
+    buffer.add_group(make_group(good, [1.0]), good, tokens_generated=1)
+    share = buffer.lease_fresh("l", 0)
+    assert share.ready and [g.prompt_id for g in share.groups] == ["p1"]
+    assert [lease.ticket.prompt_id for lease in buffer.lease_tickets("a", 9, max_staleness=1)] == ["p0"]
+    assert buffer.quarantined() == {}
+    assert buffer.check_ledger().dropped == {"unscored": 1}
+
+
 # -- learner
 
 

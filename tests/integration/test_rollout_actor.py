@@ -293,7 +293,8 @@ def test_a_group_without_any_score_is_dropped_with_its_reason(stage: Stage, buff
     buffer.push_tickets(train([0, 1, 2]))
     with working(stage.actor):
         assert [group.seq for group in arrived(buffer)] == [0, 2]
-    assert "masked" in buffer.quarantined()["train-00001"]
+        until(lambda: buffer.ledger().dropped == {"unscored": 1}, "dropping the group")
+    assert buffer.quarantined() == {}  # the prompt is not at fault when a judge is out
 
 
 def test_a_stopped_actor_gives_its_leases_back(stage: Stage, buffer: ReplayBuffer) -> None:
