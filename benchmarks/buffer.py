@@ -1,6 +1,6 @@
 """Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts, memory, AOF modes.
 
-Run with ``make bench NAME=buffer``; about five minutes. Every ratio compares two things timed by turns in
+Run with ``make bench NAME=buffer``; about one minute. Every ratio compares two things timed by turns in
 the same process.
 """
 
