@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import threading
 import time
 from collections import deque
@@ -163,6 +165,8 @@ class RolloutActor:
             "wait_s": round(self.wait_s, 4),
             "adopt_s": round(self.adopt_s, 4),
             "in_flight": len(self._held),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
         }
 
     # -- the engine's thread ---------------------------------------------------------------------------------------

@@ -116,6 +116,31 @@ class OutputConfig(Section):
     report: bool = Field(True, description="Write plot.png and report.html at the end.")
 
 
+class CheckpointConfig(Section):
+    """What survives the job, and what survives a learner (docs/survival.md)."""
+
+    every: int = Field(20, ge=0, description="Steps between checkpoints; 0 writes none, then nothing can be resumed.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
+    hold_bytes: int = Field(
+        1 << 30, ge=0,
+        description="A learner state up to this size is copied to another process at every step, so that a dead rank "
+        "costs no step; a larger one goes back to the last checkpoint. 0: always the checkpoint.",
+    )  # fmt: skip
+
+
+class SupervisionConfig(Section):
+    """When a process counts as dead, and how often it is replaced."""
+
+    stall_s: float = Field(
+        120, gt=0, description="A rollout actor without progress for this long while it holds prompts is replaced; "
+        "keep it above the time of the longest group.",
+    )  # fmt: skip
+    restarts: int = Field(
+        8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops."
+    )
+    grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
+
+
 class ProbeConfig(Section):
     """The parity probe: rollout and learner must agree about tokens and log-probabilities before training."""
 
@@ -140,6 +165,8 @@ class RunConfig(Section):
     buffer: BufferConfig = Field(BufferConfig(), description="The replay buffer service.")
     learner: LearnerConfig = Field(LearnerConfig(), description="Objective, optimiser and DeepSpeed.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints and the learner's copy.")
+    supervision: SupervisionConfig = Field(SupervisionConfig(), description="Who is replaced when.")
     probe: ProbeConfig = Field(ProbeConfig(), description="Parity probe at start.")
     resources: ResourceConfig = Field(ResourceConfig(), description="What is asked of Ray.")
     output: OutputConfig = Field(OutputConfig(), description="What the run leaves behind.")

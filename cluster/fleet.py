@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from actors.rollout import RolloutSpec
+from buffer_service.store import ReplayBuffer
 from cluster.pool import Pool, unwrap
 from cluster.screen import Screen
+from cluster.supervision import Budget
 from cluster.telemetry import RunFolder
-from prompts.errors import ResourceError
 
-MAX_RESTARTS = 8
 STOP_S = 5.0
 
 
 class Fleet:
-    """Supervises the rollout actors. An actor that dies is replaced; its leases expire by themselves."""
+    """Supervises the rollout actors. An actor that dies is replaced, and its leases are given back."""
 
-    def __init__(self, pool: Pool, spec: RolloutSpec, folder: RunFolder, screen: Screen) -> None:
-        self.pool, self.spec, self.folder, self.screen = pool, spec, folder, screen
+    def __init__(self, pool: Pool, spec: RolloutSpec, buffer: ReplayBuffer, folder: RunFolder, screen: Screen) -> None:
+        self.pool, self.spec, self.buffer, self.folder, self.screen = pool, spec, buffer, folder, screen
         self.working: dict[Any, str] = {}  # run() reference -> actor
-        self.restarts = 0
+        self.budget = Budget(pool.config.supervision.restarts, "rollout actors")
         self._named = 0
 
     def start(self, count: int) -> list[Any]:
@@ -52,12 +52,12 @@ class Fleet:
             reason = "stopped"
         except ray.exceptions.RayError as error:
             reason = str(unwrap(error))
-        self.restarts += 1
         self.folder.event("rollout actor died", f"{name}: {reason}")
         self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
-        if self.restarts > MAX_RESTARTS:
-            raise ResourceError(f"rollout actors died {self.restarts} times, last {name}: {reason}")
+        self.budget.spend(f"{name}: {reason}")
         self.pool.rollouts.pop(name)
+        self.buffer.abandon(name)
+        self.buffer.drop_beat("rollout", name)
         self.start(1)
         self.work()
 

@@ -12,7 +12,11 @@ from cluster.config import RunConfig
 from cluster.scoring import Scorer
 from cluster.services import Services
 from learner.rank import LearnerRank, LearnerSpec
+from learner.state import StateKeeper
 from prompts.errors import AvatarError, ResourceError
+
+#: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
+IMMORTAL = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class Pool:
@@ -21,6 +25,7 @@ class Pool:
     def __init__(self, config: RunConfig, services: Services) -> None:
         self.config, self.services = config, services
         self.board: Any = None
+        self.keeper: Any = None
         self.scorers: list[Any] = []
         self.rollouts: dict[str, Any] = {}
         self.ranks: list[Any] = []
@@ -35,10 +40,14 @@ class Pool:
         return named if named is not None else float(self.services.on_gpu)
 
     def start_board(self) -> None:
-        self.board = self._remote(WeightBoard, cpus=0).remote()
+        self.board = self._remote(WeightBoard, cpus=0, **IMMORTAL).remote()
+
+    def start_keeper(self, ranks: int) -> None:
+        """Holds the learner's state outside the learner; two calls at once: one may write a checkpoint."""
+        self.keeper = self._remote(StateKeeper, cpus=0, max_concurrency=2, **IMMORTAL).remote(ranks)
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
-        make = self._remote(Scorer, cpus=0, max_concurrency=64)
+        make = self._remote(Scorer, cpus=0, max_concurrency=64, **IMMORTAL)
         count = self.config.resources.reward_workers
         self.scorers = [
             make.remote(self.config.rewards, tuple(datasets), self.config.data.reader) for _ in range(count)
@@ -63,7 +72,7 @@ class Pool:
         make = self._remote(
             LearnerRank, cpus=resources.learner_cpus, gpus=self._gpus(resources.learner_gpus), max_concurrency=2
         )
-        self.ranks = [make.remote(spec, rank, ranks, self.board) for rank in range(ranks)]
+        self.ranks = [make.remote(spec, rank, ranks, self.board, self.keeper) for rank in range(ranks)]
         address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)
         return [rank.setup.remote(address, port) for rank in self.ranks]
 

@@ -18,6 +18,7 @@ class Publisher:
         self.mapping = published_names(names, checkpoint_names(base))
         self.board = board
         self.dtype = DTYPES[dtype]
+        self.last: tuple[int, Any, Any] | None = None  # version, manifest, arrays: the board may lose them
 
     def rename(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under their published names, in the serving dtype."""
@@ -32,5 +33,17 @@ class Publisher:
         import ray
 
         manifest, arrays = pack_weights(self.rename(weights))
+        self.last = (version, manifest, arrays)
         ray.get(self.board.publish.remote(version, manifest, ray.put(arrays)))
         return sum(array.nbytes for array in arrays.values())
+
+    def publish_again(self, version: int | None, weights: dict[str, Tensor] | None) -> int:
+        """Publish ``weights`` as ``version``, or the last published ones; the version, 0 where there is none."""
+        import ray
+
+        if version is not None and weights is not None:
+            self.publish(version, weights)
+        elif self.last is not None:
+            version, manifest, arrays = self.last
+            ray.get(self.board.publish.remote(version, manifest, ray.put(arrays)))
+        return version or 0
