@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +160,19 @@ def open_folder(
         lock.acquire()
         return folder
     lock.acquire()
+    sweep_socket(path)
     cut = resumption.cut
     cut_metrics(path, cut.metrics_bytes if cut else 0)
     return RunFolder(path, resume_step=cut.step if cut else 0, total_steps=total_steps, on_warning=on_warning)
+
+
+def sweep_socket(path: Path) -> None:
+    """Remove the folder of the socket that an embedded Redis of a killed job left behind; its lock names it."""
+    named = path / "redis" / "lock"
+    if named.is_file():
+        socket = Path(named.read_text().removeprefix("unix://"))
+        if socket.name == "redis.sock" and socket.parent.name.startswith("avatar-"):
+            shutil.rmtree(socket.parent, ignore_errors=True)
 
 
 def cut_metrics(path: Path, length: int) -> None:

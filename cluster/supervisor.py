@@ -79,7 +79,9 @@ class Supervisor:
 
     def _may_stop(self) -> bool:
         """In the middle of a step only when the state of its beginning is held, or there is no time left."""
-        return self.signals.waited > self.config.supervision.grace_s / 2 or self.learner.held(self.buffer.version())
+        version = self.buffer.version()
+        nothing = version == 0 or self.config.checkpoint.every == 0
+        return nothing or self.signals.waited > self.config.supervision.grace_s / 2 or self.learner.held(version)
 
     def between_steps(self, step: int, accuracies: Sequence[float]) -> None:
         """``step`` steps are done: checkpoint if one is due; stop if that was asked."""

@@ -218,6 +218,18 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peacef
     assert {"learner died", "learner restarted", "redis restarted"} <= set(events(job.run))
 
 
+def test_a_learner_whose_state_nobody_holds_takes_the_run_back_to_its_checkpoint(
+    folder: Path, peaceful: Path, tmp_path: Path
+) -> None:
+    job = Job(folder, tmp_path / "unheld", "--checkpoint.hold_bytes", "0")
+    job.until("checkpoint written: step 4")
+    job.kill_worker("ray::LearnerRank")
+    output = job.finish()
+    assert job.process.returncode == 0, output[-3000:]
+    assert "the run goes back to its last checkpoint" in output and "resuming" in output
+    assert_the_same(job.run, peaceful, folder / "model")
+
+
 def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Path, tmp_path: Path) -> None:
     changed = Job(folder, peaceful.parent, "--resume", peaceful.name, "--learner.optimizer.lr", "1.0e-3")
     output = changed.finish()
