@@ -40,7 +40,7 @@ class Cut:
     model: str  # digest of the model the run started from
     data: str  # digest of the datasets
     metrics_bytes: int  # length of metrics.jsonl at the cut
-    evaluation: dict[str, Any]  # EvaluationRounds.state
+    evaluation: dict[str, Any]  # EvaluationRounds.state by name
     accuracies: list[float]  # of the last steps, for the moving average
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # path below the folder -> bytes, sha256
     path: Path = Path(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from buffer_service.store import ReplayBuffer
@@ -39,15 +39,21 @@ class Supervisor:
         self.checkpoints = Checkpointer(folder.path, keep=config.checkpoint.keep, report=self.report)
         self._stalls = StallWatch(config.supervision.stall_s)
         self._looked = time.monotonic()
+        self._told = False
         self._board: tuple[int, Any] | None = None  # version asked for, reference of the answer
         self.pool: Pool
         self.fleet: Fleet
         self.learner: LearnerGroup
-        self.rounds: EvaluationRounds
+        self.rounds: Mapping[str, EvaluationRounds]
         self.digests: tuple[str, str]  # of the model and the data
 
     def attach(
-        self, pool: Pool, fleet: Fleet, learner: LearnerGroup, rounds: EvaluationRounds, digests: tuple[str, str]
+        self,
+        pool: Pool,
+        fleet: Fleet,
+        learner: LearnerGroup,
+        rounds: Mapping[str, EvaluationRounds],
+        digests: tuple[str, str],
     ) -> None:
         """From here on there are actors to look after."""
         self.pool, self.fleet, self.learner, self.rounds, self.digests = pool, fleet, learner, rounds, digests
@@ -70,8 +76,12 @@ class Supervisor:
             raise ResourceError(f"run {self.lock.run_id} was taken over by {self.lock.lost}: this job stops")
         if self.redis is not None and self.redis.failure is not None:
             raise self.redis.failure
-        if self.signals.asked is not None and self._may_stop():
-            raise Stopped(self.signals.asked)
+        if self.signals.asked is not None:
+            if not self._told:
+                self._told = True
+                self.report("stopping", "a checkpoint is saved first; another signal stops at once")
+            if self._may_stop():
+                raise Stopped(self.signals.asked)
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
             self._look_for_stalls()
@@ -137,7 +147,7 @@ class Supervisor:
         return Cut(
             run_id=self.lock.run_id, step=step, version=version, model=model, data=data,
             metrics_bytes=(self.folder.path / "metrics.jsonl").stat().st_size,
-            evaluation=self.rounds.state(), accuracies=list(accuracies),
+            evaluation={name: rounds.state() for name, rounds in self.rounds.items()}, accuracies=list(accuracies),
         )  # fmt: skip
 
     def checkpoint(self, step: int, accuracies: Sequence[float]) -> None:

@@ -155,10 +155,10 @@ class Run:
             check_assets(self.cut, model, datasets)
         self._start_actors(model, datasets)
         digests = (model_digest(model), data_digest(datasets))
-        self.supervisor.attach(self.pool, self.fleet, self.learner, self.rounds, digests)
+        self.supervisor.attach(self.pool, self.fleet, self.learner, {"heldout": self.rounds}, digests)
         self._probe(self.stream.prompt_ids)
         if self.cut is not None:
-            self.rounds.restore(self.cut.evaluation)
+            self.rounds.restore(self.cut.evaluation["heldout"])
             self.accuracies.extend(self.cut.accuracies)
             self.learner.restore(self.cut.learner, self.cut.version)
 

@@ -189,7 +189,7 @@ def test_a_killed_job_leaves_no_orphan_and_goes_on_from_its_last_whole_checkpoin
 
 def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peaceful: Path, job_to_kill: Job) -> None:
     job = job_to_kill
-    job.until("step 1/")
+    job.until("step  1/")
     job.kill_worker("ray::LearnerRank")
     job.until("learner restarted")
     job.until(" step ")
@@ -242,7 +242,7 @@ def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Pa
 def test_a_rollout_actor_that_stands_still_is_replaced(folder: Path, tmp_path: Path) -> None:
     job = Job(folder, tmp_path / "stalled", "--supervision.stall_s", "4", "--loop.steps", "400")
     try:
-        job.until("step 2/")
+        job.until("step   2/")
         [actor] = [child for child in descendants(job.process.pid) if "ray::RolloutActor" in " ".join(child.cmdline())]
         actor.suspend()
         started = time.monotonic()

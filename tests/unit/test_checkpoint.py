@@ -16,7 +16,9 @@ from prompts.errors import DataError
 
 
 def a_cut(step: int) -> Cut:
-    return Cut("run-1", step, step, "model", "data", 100, {"round": 1, "pending": [1, 4], "results": []}, [0.5])
+    return Cut(
+        "run-1", step, step, "model", "data", 100, {"heldout": {"round": 1, "pending": [1, 4], "results": []}}, [0.5]
+    )
 
 
 def a_state(seed: int = 0) -> Files:
@@ -57,7 +59,7 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     diary = write(tmp_path, 4)
     cut = newest_cut(tmp_path, pytest.fail)
     assert cut is not None
-    assert (cut.step, cut.version, cut.evaluation["pending"], cut.accuracies) == (4, 4, [1, 4], [0.5])
+    assert (cut.step, cut.version, cut.evaluation["heldout"]["pending"], cut.accuracies) == (4, 4, [1, 4], [0.5])
     assert cut.buffer.read_bytes() == b"snapshot" * 100
     assert (cut.learner / "state" / "model.pt").read_bytes() == a_state()["model.pt"].tobytes()
     assert diary.kinds == ["checkpoint written"]
