@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.rollout import RolloutSpec
+from actors.spec import RolloutSpec
 from buffer_service.store import ReplayBuffer
 from cluster.pool import Pool, unwrap
 from cluster.screen import Screen
