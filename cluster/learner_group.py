@@ -168,10 +168,18 @@ class LearnerGroup:
         return write
 
     def export(self, path: Path) -> None:
-        """The policy as a Hugging Face checkpoint."""
+        """The policy as a Hugging Face checkpoint; a learner that died since its last step is brought back for it."""
         import ray
 
-        ray.get([rank.export.remote(path.resolve()) for rank in self.pool.ranks])
+        while True:
+            try:
+                ray.get([rank.export.remote(path.resolve()) for rank in self.pool.ranks])
+                return
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from error
+            except ray.exceptions.RayActorError as error:
+                self._budget.spend(_last_line(error))
+                self.recover(self.spec.steps, _last_line(error))
 
 
 def _last_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,13 +40,15 @@ class Resumption:
 
 
 def find_run(parent: Path, wanted: str, name: str) -> Path | None:
-    """The folder of ``wanted``: a path, a run id below ``parent``, or "auto" for the newest unfinished run of ``name``.
+    """The folder of ``wanted``: a path, a run id below ``parent``, or "auto" for the newest unfinished run of ``name``
+    (of any, where that is empty).
 
     None when "auto" finds nothing to go on with. Raises ConfigError when a named run does not exist.
     """
     if wanted == "auto":
+        ours = re.compile(re.escape(name) + r"-[0-9-]+" if name else ".*")
         for status in list_runs(parent):
-            if status.run_id.startswith(f"{name}-") and status.state != "finished":
+            if ours.fullmatch(status.run_id) and status.state != "finished":
                 return parent / status.run_id
         return None
     for path in (Path(wanted), parent / wanted):

@@ -51,7 +51,8 @@ def a_run(parent: Path, run_id: str, state: str = "training", **changes: Any) ->
 
 def test_auto_takes_the_newest_unfinished_run_of_the_recipe(tmp_path: Path) -> None:
     for run_id, state in (
-        ("local-1", "failed"), ("local-2", "interrupted"), ("local-3", "finished"), ("other-4", "failed"),
+        ("local-1", "failed"), ("local-2", "interrupted"), ("local-3", "finished"), ("local-grpo-5", "failed"),
+        ("other-4", "failed"),
     ):  # fmt: skip
         a_run(tmp_path, run_id, state)
     assert find_run(tmp_path, "auto", "local") == tmp_path / "local-2"
