@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
 BUSY_POLL_S = 0.02
+COMMIT_S = 5.0  # from a version's publication to its commit; far less than a learner needs to start anew
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
 
@@ -89,6 +90,7 @@ class RolloutActor:
 
     def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
         from actors.engine import RolloutEngine
+        from actors.weights import WeightPuller
         from buffer_service.store import ReplayBuffer
         from prompts.datasets import PromptIndex
         from prompts.media import MediaLoader
@@ -100,6 +102,7 @@ class RolloutActor:
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
         self.engine = RolloutEngine(spec.model, spec.engine)
+        self.puller = WeightPuller(board, self.engine.version)
         self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
@@ -107,6 +110,7 @@ class RolloutActor:
         self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
+        self._drain = threading.Event()
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
@@ -145,13 +149,20 @@ class RolloutActor:
             self._outcomes.put(None)
             wait(helpers)
         self._stop.clear()
+        self._drain.clear()
         if self._failure is not None:
             raise self._failure
         self._release()
         return self.stats()
 
     def stop(self) -> None:
+        """Leave at once: what is unfinished is given back and generated anew by another actor."""
         self._stop.set()
+
+    def drain(self) -> None:
+        """Leave in order: lease no more, give back what has not begun, deliver the rest, then end ``run``."""
+        self._drain.set()
+        self._look.set()
 
     def stats(self) -> dict[str, Any]:
         """Running totals since start: tokens and groups delivered, seconds generating, waiting and adopting weights."""
@@ -163,6 +174,7 @@ class RolloutActor:
             "wait_s": round(self.wait_s, 4),
             "adopt_s": round(self.adopt_s, 4),
             "in_flight": len(self._held),
+            "refused_versions": self.puller.refused,
         }
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
@@ -173,7 +185,7 @@ class RolloutActor:
 
             torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
-        while self._running():
+        while self._running() and not (self._drain.is_set() and self._emptied()):
             if self._incoming and self.engine.can_adopt:
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
@@ -190,6 +202,14 @@ class RolloutActor:
                 if not self._ready:
                     time.sleep(IDLE_POLL_S / 2)
             mark = now
+
+    def _emptied(self) -> bool:
+        """Draining: give back what has not begun; whether everything else is delivered."""
+        while self._ready:
+            lease = self._ready.popleft().lease
+            self.buffer.release([lease])
+            self._held.pop(lease.ticket.key, None)
+        return not self._held
 
     def _at_a_boundary(self) -> bool:
         """New weights make the engine prefill everything in flight again, so they are taken in between two steps of the
@@ -262,7 +282,7 @@ class RolloutActor:
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
         widest = self.spec.max_sequences  # how many completions a ticket asks for is known once it is leased
-        while self._running():
+        while self._running() and not self._drain.is_set():
             count = self._room() // widest
             leases = self.buffer.lease_tickets(
                 self.name, count, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness
@@ -287,19 +307,25 @@ class RolloutActor:
 
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
-        import ray
-
-        from buffer_service.weights import unpack_weights
-
-        fetched = self.engine.version
+        self.puller.version = self.engine.version
         while self._running():
-            if self.buffer.version() > fetched:
-                published = ray.get(self.board.latest.remote(fetched))
-                if published is not None:
-                    fetched, manifest, [reference] = published
-                    self._incoming.append((fetched, unpack_weights(manifest, ray.get(reference))))
+            update = self.puller.fetch()
+            if update is None:
+                continue
+            if self._committed(update[0]):
+                self._incoming.append(update)
                 self._look.set()  # a newer version admits more tickets
-            self._stop.wait(self._poll_s())
+            else:
+                self.puller.version = self.engine.version  # ask again: another learner may publish it anew
+
+    def _committed(self, version: int) -> bool:
+        """Whether a published version counts, which takes milliseconds unless its learner failed in between."""
+        deadline, poll_s = time.monotonic() + COMMIT_S, 0.001
+        while self.buffer.version() < version:
+            if time.monotonic() > deadline or self._stop.wait(poll_s) or not self._running():
+                return False
+            poll_s = min(2 * poll_s, BUSY_POLL_S)
+        return True
 
     def _keep_alive(self) -> None:
         """Renew leases and report progress."""

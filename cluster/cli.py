@@ -1,4 +1,4 @@
-"""The command line: `avatar train`, `avatar data ...`, `avatar presets`, `avatar runs`."""
+"""The command line: `avatar train`, `scale`, `doctor`, `data ...`, `buffer ...`, `presets`, `runs`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--seed", type=int)
     synthesize.set_defaults(run=_synthesize)
 
+    scale = commands.add_parser("scale", help="change how many rollout actors a run under way has")
+    scale.add_argument("run", type=Path, help="run folder")
+    scale.add_argument("--rollout-workers", type=int, required=True, metavar="N")
+    scale.add_argument("--url", help="the run's Redis, where config.yaml does not say it")
+    scale.set_defaults(run=_scale)
+
+    doctor = commands.add_parser("doctor", help="check this machine, and what a recipe needs of it")
+    doctor.add_argument("recipe", type=Path, nargs="?")
+    doctor.set_defaults(run=_doctor)
+
     from cluster import buffer_commands
 
     buffer_commands.add_parser(commands)
@@ -117,6 +127,19 @@ def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
     from cluster.data_commands import synthesize_world
 
     return synthesize_world(options.folder, recipe=options.recipe, seed=options.seed)
+
+
+def _scale(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.scale import scale
+
+    print(scale(options.run, options.rollout_workers, url=options.url))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.doctor import examine, print_findings
+
+    return print_findings(examine(options.recipe))
 
 
 def _runs(options: argparse.Namespace, rest: list[str]) -> int:

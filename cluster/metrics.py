@@ -104,6 +104,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "tokens/s",
             "Completion tokens generated per second of wall time, all actors together.",
         ),
+        ("rollout/workers", "actors", "Rollout actors at work, those that leave in order included."),
         (
             "learner/tokens_per_s",
             "tokens/s",

@@ -14,7 +14,7 @@ from typing import Any
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
-from cluster.resources import Needs, needs_of
+from cluster.resources import OVERSUBSCRIPTION, Needs, needs_of
 from prompts.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Services:
             os.environ.setdefault("RAY_worker_niceness", "0")
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
             ray.init(
-                num_cpus=max(self.needs.cpus_rounded, os.cpu_count() or 1),
+                num_cpus=max(self.needs.cpus_rounded, OVERSUBSCRIPTION * (os.cpu_count() or 1)),
                 include_dashboard=False,
                 object_store_memory=resources.object_store_bytes,
                 **common,

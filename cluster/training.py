@@ -16,7 +16,7 @@ from cluster.assets import Datasets, check_media, prepare_base_model, prepare_da
 from cluster.coldstart import cold_start
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluation
-from cluster.fleet import Fleet
+from cluster.fleet import LOOK_S, Fleet
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
 from cluster.resources import needs_of
@@ -129,7 +129,7 @@ class Run:
         pool.start_scorers(datasets.asked)
         url = self.services.redis_url
         spec = rollout_spec(config, self.run_id, model, datasets, url)
-        self.fleet = Fleet(pool, spec, self.folder, self.screen)
+        self.fleet = Fleet(pool, spec, self.folder, self.screen, scaling=config.rollout, buffer=self.buffer)
         waiting = self.fleet.start(config.rollout.workers)
         names = list(pool.rollouts)
         learner = learner_spec(config, self.run_id, model, datasets, url)
@@ -189,13 +189,14 @@ class Run:
         first = waiting[0]
         try:
             while waiting:
-                done, _ = ray.wait([*waiting, *self.fleet.working], num_returns=1)
+                done, _ = ray.wait([*waiting, *self.fleet.working], num_returns=1, timeout=LOOK_S)
                 for reference in done:
                     if reference in self.fleet.working:
                         self.fleet.replace(reference)
                     else:
                         waiting.remove(reference)
                         ray.get(reference)
+                self.fleet.reconcile()
             return ray.get(first)
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
@@ -209,6 +210,7 @@ class Run:
         if self.accuracies:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
         metrics |= self._buffer_metrics() | self._rollout_metrics(seconds) | {"time/step": seconds, "step": float(step)}
+        self.fleet.autoscale(metrics)
         self._last = metrics
         self.folder.metrics(step, metrics)
         self.folder.status(step=step, reward=metrics.get("reward/mean"))
@@ -247,6 +249,7 @@ class Run:
         return {
             "rollout/tokens_per_s": gained["tokens"] / busy * max(1, len(known)),
             "time/rollout_wait": gained["wait_s"] / busy * seconds,
+            "rollout/workers": float(len(self.fleet.working)),
         }
 
     # -- the end ---------------------------------------------------------------------------------------------------
