@@ -138,6 +138,13 @@ class OutputConfig(Section):
     samples: int = Field(4, ge=1, description="Groups per saved sample.")
     export: bool = Field(True, description="Write the trained policy as a Hugging Face checkpoint at the end.")
     report: bool = Field(True, description="Write plot.png and report.html at the end.")
+    upload: str | None = Field(
+        None, description="fsspec URL (s3://bucket/path, file:///mnt/x) the run folder is copied to at the end."
+    )
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description="Port that serves the run's metrics to Prometheus; null serves none."
+    )
+    prometheus_host: str = Field("127.0.0.1", description="Address it listens on; 0.0.0.0 for another host to scrape.")
 
 
 class ProbeConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -23,9 +24,12 @@ from cluster.resources import needs_of
 from cluster.rounds import EvaluationRounds
 from cluster.screen import Screen
 from cluster.services import Services
+from cluster.shared import anchored
+from cluster.sinks import PrometheusSink
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
 from cluster.telemetry import RunFolder, new_run_id
+from cluster.upload import open_target, upload
 from prompts.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -68,10 +72,15 @@ class Run:
         started = time.monotonic()
         config = self.config
         path = config.output.folder / self.run_id
-        self.folder = RunFolder(path, total_steps=config.loop.steps, on_warning=self.screen.event)
+        output, sinks = config.output, []
+        if output.prometheus_port is not None:
+            sinks.append(PrometheusSink(self.run_id, output.prometheus_port, output.prometheus_host))
+        self.folder = RunFolder(path, total_steps=config.loop.steps, on_warning=self.screen.event, sinks=sinks)
         self.folder.config(config.model_dump(mode="json"))
         try:
             needs_of(config)
+            if config.output.upload is not None:
+                open_target(config.output.upload)  # a wrong URL is said before the run, not after it
             datasets, base = self._prepare()
             with Services(config, self.folder.path) as self.services:
                 try:
@@ -90,6 +99,8 @@ class Run:
         finally:
             self._report()
             self.folder.close()
+        if config.output.upload is not None:
+            self.screen.event(f"run folder copied to {upload(self.folder.path, config.output.upload)}")
         evaluations = self.rounds.results
         first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
         completions = int(self._last.get("completions/generated", 0))
@@ -281,4 +292,5 @@ def train(config: RunConfig) -> RunResult:
     """Run a recipe; raises AvatarError children for everything a user can cure."""
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
-        return Run(config, screen).execute()
+        in_cluster = config.resources.address or "RAY_ADDRESS" in os.environ
+        return Run(anchored(config) if in_cluster else config, screen).execute()
