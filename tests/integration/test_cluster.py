@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,11 +74,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     port, dashboard = free_ports(2)
+    session = Path(f"/tmp/ray-{secrets.token_hex(3)}")  # short: it holds sockets
+    log = (folder / "head.log").open("w")
     head = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
          f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=300000000",
-         "--disable-usage-stats", f"--temp-dir=/tmp/ray-{secrets.token_hex(3)}", "--labels=pool=both"],
-        env=environment, stdout=open(folder / "head.log", "w"), stderr=subprocess.STDOUT,
+         "--disable-usage-stats", f"--temp-dir={session}", "--labels=pool=both"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
@@ -94,6 +97,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield Cluster(environment, f"127.0.0.1:{port}", url)
     head.send_signal(signal.SIGTERM)
     head.wait(60)
+    log.close()
+    shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.mark.timeout(600)

@@ -39,10 +39,8 @@ def test_the_ray_job_runs_a_recipe_that_exists_with_overrides_that_are_known() -
     assert words[:4] == ["python", "-m", "cluster.cli", "train"]
     config = load_recipe(ROOT / words[4], parse_overrides(words[5:]))
     assert config.buffer.url and config.resources.address == "auto"
-    labels = {
-        group["groupName"]: group["rayStartParams"]["labels"]
-        for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    }
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    labels = {group["groupName"]: group["rayStartParams"]["labels"] for group in groups}
     assert labels == {
         "learner": f"pool={config.resources.learner_labels['pool']}",
         "rollout": f"pool={config.resources.rollout_labels['pool']}",
@@ -116,9 +114,8 @@ def test_redis_with_our_configuration_and_users_serves_the_buffer(tmp_path: Path
     (tmp_path / "users.acl").write_text("\n".join(rules) + "\n")
     socket = tmp_path / "redis.sock"
     replaced = ("tls-", "aclfile", "dir ", "bind ")
-    lines = [
-        line for line in (DEPLOY / "redis" / "redis.conf").read_text().splitlines() if not line.startswith(replaced)
-    ]
+    shipped = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
+    lines = [line for line in shipped if not line.startswith(replaced)]
     lines += [f"aclfile {tmp_path}/users.acl", f"dir {tmp_path}", f"unixsocket {socket}"]
     (tmp_path / "redis.conf").write_text("\n".join(lines) + "\n")
     server = subprocess.Popen([find_redis_server(), str(tmp_path / "redis.conf")], stdout=subprocess.DEVNULL)

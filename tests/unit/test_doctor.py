@@ -64,9 +64,8 @@ def test_missing_inputs_taken_ports_and_absent_clusters_are_named(tmp_path: Path
 
 def test_a_wrong_version_and_two_vllms_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.installed
-    monkeypatch.setattr(
-        doctor, "installed", lambda name: {"ray": "1.0", "vllm": "0.1", "av": None}.get(name, real(name))
-    )
+    odd: dict[str, str | None] = {"ray": "1.0", "vllm": "0.1", "av": None}
+    monkeypatch.setattr(doctor, "installed", lambda name: odd[name] if name in odd else real(name))
     found = by_subject(examine())
     assert "ray 1.0" in found["packages"].found and "missing av" in found["packages"].found
     assert "both vllm 0.1" in found["vLLM"].found
