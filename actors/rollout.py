@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
 BUSY_POLL_S = 0.02
-COMMIT_S = 5.0  # from a version's publication to its commit; far less than a learner needs to start anew
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
 
@@ -208,7 +207,7 @@ class RolloutActor:
         while self._ready:
             lease = self._ready.popleft().lease
             self.buffer.release([lease])
-            self._held.pop(lease.ticket.key, None)
+            self._held.pop(lease.ticket.key)
         return not self._held
 
     def _at_a_boundary(self) -> bool:
@@ -308,24 +307,9 @@ class RolloutActor:
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
         self.puller.version = self.engine.version
-        while self._running():
-            update = self.puller.fetch()
-            if update is None:
-                continue
-            if self._committed(update[0]):
-                self._incoming.append(update)
-                self._look.set()  # a newer version admits more tickets
-            else:
-                self.puller.version = self.engine.version  # ask again: another learner may publish it anew
-
-    def _committed(self, version: int) -> bool:
-        """Whether a published version counts, which takes milliseconds unless its learner failed in between."""
-        deadline, poll_s = time.monotonic() + COMMIT_S, 0.001
-        while self.buffer.version() < version:
-            if time.monotonic() > deadline or self._stop.wait(poll_s) or not self._running():
-                return False
-            poll_s = min(2 * poll_s, BUSY_POLL_S)
-        return True
+        for update in self.puller.updates(self.buffer, self._running):
+            self._incoming.append(update)
+            self._look.set()  # a newer version admits more tickets
 
     def _keep_alive(self) -> None:
         """Renew leases and report progress."""

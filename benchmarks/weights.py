@@ -74,13 +74,11 @@ class Reader:
 
     def adopt(self, version: int) -> float:
         """Monotonic time at which ``version`` is in the state dict (one clock for all processes of a machine)."""
-        while self.puller.version < version:
-            update = self.puller.fetch()
-            if update is not None:
-                while self.buffer.version() < update[0]:
-                    time.sleep(0.001)
-                for name, tensor in update[1].items():
-                    self.state[name].copy_(tensor)
+        for found, weights in self.puller.updates(self.buffer, lambda: True):
+            for name, tensor in weights.items():
+                self.state[name].copy_(tensor)
+            if found >= version:
+                break
         assert all(float(tensor[0]) == version for tensor in self.state.values())
         return time.monotonic()
 

@@ -67,9 +67,9 @@ def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> di
     return weights
 
 
-def hand_over(source: Any) -> Arrays:
-    """Runs inside the publishing actor: what its ``publisher`` has put out for the board."""
-    return source.publisher.outgoing
+def hand_over(source: Any) -> tuple[int, Arrays]:
+    """Runs inside the publishing actor: what its ``publisher`` has put out for the board, and how many tensors."""
+    return len(source.publisher.outgoing), source.publisher.outgoing
 
 
 class WeightBoard:
@@ -91,16 +91,15 @@ class WeightBoard:
         """Keep what the actor ``source[0]`` hands over as ``version`` (see ``hand_over``).
 
         What an actor returns belongs to the caller: the bytes are copied once, into the publisher's own node, and still
-        outlive the publisher. Raises ModelError when it does not answer.
+        outlive the publisher. Raises ModelError when it does not answer, and Ray's error when it has died.
         """
-        import ray
-
         if self._stale(version):
             return
-        reference = source[0].__ray_call__.remote(hand_over)
-        ready, _ = await asyncio.to_thread(ray.wait, [reference], timeout=TAKE_S, fetch_local=False)
-        if not ready:
-            raise ModelError(f"version {version} was announced and not handed over within {TAKE_S:g} s")
+        answer, reference = source[0].__ray_call__.options(num_returns=2).remote(hand_over)
+        try:
+            await asyncio.wait_for(answer, TAKE_S)  # says that it went well, without fetching the tensors
+        except TimeoutError as error:
+            raise ModelError(f"version {version} was announced and not handed over within {TAKE_S:g} s") from error
         if not self._stale(version):
             self._keep(version, manifest, reference)
 

@@ -16,11 +16,12 @@ from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
 from cluster.placement import live_nodes
 from cluster.resources import OVERSUBSCRIPTION, Needs, needs_of
-from cluster.shared import check_durable, check_shared
+from cluster.shared import check_shared
 from prompts.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
+NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
 #: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the user.
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
@@ -118,7 +119,6 @@ class Services:
     def _check_cluster(self) -> None:
         """What several nodes need in common: a Redis that all reach, files that all see."""
         config, nodes = self.config, len(live_nodes())
-        check_durable(config)
         if nodes > 1 and self.redis is not None:
             raise ResourceError(
                 f"the cluster has {nodes} nodes, but the embedded Redis answers only on the driver's: start one that "
@@ -127,9 +127,7 @@ class Services:
         named = [config.model.path if config.model.path != "tiny" else None, config.model.reference]
         named += [config.data.train, config.data.heldout, config.data.sft]
         readable = [Path(path) for path in named if path is not None]
-        check_shared(
-            [self.data_dir, config.output.cache], readable, deadline_s=config.resources.start_timeout_s
-        )  # fmt: skip
+        check_shared([self.data_dir, config.output.cache], readable, deadline_s=NODE_ANSWER_S)
 
     def stop(self) -> None:
         if self._ray_started:

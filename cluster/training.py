@@ -24,7 +24,7 @@ from cluster.resources import needs_of
 from cluster.rounds import EvaluationRounds
 from cluster.screen import Screen
 from cluster.services import Services
-from cluster.shared import anchored
+from cluster.shared import anchored, check_durable
 from cluster.sinks import PrometheusSink
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
@@ -293,4 +293,7 @@ def train(config: RunConfig) -> RunResult:
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
         in_cluster = config.resources.address or "RAY_ADDRESS" in os.environ
-        return Run(anchored(config) if in_cluster else config, screen).execute()
+        if in_cluster:
+            check_durable(config)
+            config = anchored(config)
+        return Run(config, screen).execute()

@@ -99,7 +99,8 @@ class Hosts:
             # `ip netns exec` brings a mount namespace too: one folder of the last node is its own.
             apart = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self.unshared)] if node == 2 else []
             self.spawn(
-                node, *apart, str(RAY), "start", *place, "--block", f"--node-ip-address={self.address(node)}", "--num-cpus=2",
+                node, *apart, str(RAY), "start", *place, "--block", f"--node-ip-address={self.address(node)}",
+                "--num-cpus=2",
                 "--object-store-memory=200000000", "--disable-usage-stats", f"--labels=host=n{node}",
                 *(["--include-dashboard=false", f"--temp-dir={self.session}"] if node == 0 else []), log=f"ray{node}",
             )  # fmt: skip
