@@ -32,6 +32,8 @@ READERS = (1, 2, 4)
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
+WARM_UP = 4  # versions until every page of the store that they come by has been touched: two kept, one read, one new
+STEP_S = 1.2  # between versions, as steps take; Ray gives freed objects back once a second
 
 
 class Source:
@@ -99,15 +101,15 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
     actors = [ray.remote(Reader).options(**make).remote(board, size, url) for _ in range(readers)]
     version = ray.get(source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S)
     latencies, pauses, floors = [], [], []
-    for turn in range(rounds + 2):  # two to touch every page: the board keeps two versions
+    for turn in range(WARM_UP + rounds):
         version += 1
         waiting = [actor.adopt.remote(version) for actor in actors]
-        time.sleep(0.05)
+        time.sleep(STEP_S)
         start, pause = ray.get(source.publish.remote(version), timeout=DEADLINE_S)
         done = max(ray.get(waiting, timeout=DEADLINE_S))
         written = ray.get(source.write_file.remote(), timeout=DEADLINE_S)
         spans = ray.get([actor.read_file.remote() for actor in actors], timeout=DEADLINE_S)
-        if turn >= 2:
+        if turn >= WARM_UP:
             latencies.append(done - start)
             pauses.append(pause)
             floors.append(written + max(end for _, end in spans) - min(begin for begin, _ in spans))
@@ -145,8 +147,7 @@ def main() -> None:
         try:
             for name, size in SIZES.items():
                 for readers in READERS if options.only in (None, name) else ():
-                    rounds = options.rounds if size > 200 << 20 else 3 * options.rounds
-                    measure(name, size, readers, rounds, redis.url, figures)
+                    measure(name, size, readers, options.rounds, redis.url, figures)
         finally:
             ray.shutdown()
             SHM.unlink(missing_ok=True)

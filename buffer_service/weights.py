@@ -56,14 +56,14 @@ def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> di
             f"published weights are partial: {len(odd)} tensors differ from the manifest, first {odd[0]!r}"
         )
     weights = {}
-    for name, spec in manifest.items():
-        raw = np.asarray(arrays[name])
-        if xxhash.xxh3_64_intdigest(raw.data) != spec.xxh3:
-            raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
-        with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
-            warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
+        warnings.simplefilter("ignore", UserWarning)
+        for name, spec in manifest.items():
+            raw = np.asarray(arrays[name])
+            if xxhash.xxh3_64_intdigest(raw.data) != spec.xxh3:
+                raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
             tensor = torch.from_numpy(raw) if raw.size else torch.empty(0, dtype=torch.uint8)  # no stride to view by
-        weights[name] = tensor.view(getattr(torch, spec.dtype)).reshape(spec.shape)
+            weights[name] = tensor.view(getattr(torch, spec.dtype)).reshape(spec.shape)
     return weights
 
 
