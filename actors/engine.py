@@ -11,7 +11,7 @@ engine.adopt(1, weights.items())                     # between steps
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -136,14 +136,21 @@ class RolloutEngine:
             raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
         self._pending[request_id] = sampling
 
-    def prepare(self, engine_input: dict[str, Any], request_id: str = "") -> Any:
+    def prepared(self, key: Hashable) -> Any | None:
+        """What ``prepare`` made under ``key``, while the cache still has it: no template, tokens or media again."""
+        rendered = self._prompts.get(key)
+        return None if rendered is None else dict(rendered)
+
+    def prepare(self, engine_input: dict[str, Any], request_id: str = "", key: Hashable | None = None) -> Any:
         """The prompt with its media preprocessed, from the cache where the same prompt was here before.
 
-        ``submit`` does this itself; one other thread may do it ahead while this one steps. Raises DataError.
+        ``key`` names the prompt for ``prepared``; without one its content does. ``submit`` does this itself; one other
+        thread may do it ahead while this one steps. Raises DataError.
         """
         from vllm.exceptions import VLLMClientError
 
-        key = self._prompts.key(engine_input)
+        if key is None:
+            key = self._prompts.key(engine_input)
         rendered = self._prompts.get(key)
         if rendered is None:
             try:

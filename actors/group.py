@@ -17,22 +17,39 @@ if TYPE_CHECKING:
 Scores = list[tuple[float | None, dict[str, float | None]]]
 
 
+class UnusableGroupError(DataError):
+    """No completion of a group can be trained on, which is no fault of its prompt. ``reason`` goes into the ledger."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def completion_facts(finished: FinishedRequest) -> list[tuple[str, bool, float, int]]:
     """Per completion (text, finished, mean log-probability, tokens): plain data, as scorers share no code with us."""
     return [
-        (item.text, item.finish_reason == "stop", float(item.logprobs.mean()), len(item.token_ids))
+        (
+            item.text,
+            item.finish_reason == "stop",
+            float(item.logprobs.mean()) if len(item.token_ids) else 0.0,
+            len(item.token_ids),
+        )
         for item in finished.completions
     ]
 
 
 def make_group(finished: FinishedRequest, lease: TicketLease, scores: Scores, *, temperature: float) -> Group:
     """The scored group of one ticket. Completions whose every component is masked are left out: nothing is known of
-    them, and a zero would be a lie (METHOD 1.5). Raises DataError when that is all of them."""
+    them, and a zero would be a lie (METHOD 1.5); so are those without a token, which have no log-probability.
+
+    Raises UnusableGroupError when that is all of them: ``unscored`` (a judge was out), or ``empty``.
+    """
     ticket = lease.ticket
     group_id = f"{ticket.seq:08d}"
     digest = prompt_digest(finished.prompt_token_ids)
     scored = [(item, *score) for item, score in zip(finished.completions, scores, strict=True)]
-    kept = [(item, reward, components) for item, reward, components in scored if reward is not None]
+    written = [entry for entry in scored if len(entry[0].token_ids)]
+    kept = [(item, reward, components) for item, reward, components in written if reward is not None]
     trajectories = tuple(
         Trajectory(
             id=f"{group_id}.{index}",
@@ -54,7 +71,10 @@ def make_group(finished: FinishedRequest, lease: TicketLease, scores: Scores, *,
         for index, (item, reward, components) in enumerate(kept)
     )
     if not trajectories:
-        raise DataError(f"prompt {ticket.prompt_id!r}: every reward component of all its completions is masked")
+        what = "every reward component of all its completions is masked" if written else "its completions have no token"
+        raise UnusableGroupError(
+            "unscored" if written else "empty", f"group {group_id} of prompt {ticket.prompt_id!r}: {what}"
+        )
     return Group(
         id=group_id,
         prompt_id=ticket.prompt_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ class PromptCache:
         self.capacity = capacity
         self.used = 0
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
     def key(self, engine_input: dict[str, Any]) -> str | None:
         """Equal for prompts that preprocess alike; None when that cannot be told (media without ids)."""
@@ -27,17 +27,17 @@ class PromptCache:
         parts = ("prompt", "prompt_token_ids", "multi_modal_uuids", "mm_processor_kwargs")
         return json.dumps([engine_input.get(part) for part in parts], sort_keys=True)
 
-    def get(self, key: str | None) -> Any | None:
+    def get(self, key: Hashable | None) -> Any | None:
         with self._lock:
             if key is None or key not in self._entries:
                 return None
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
-    def put(self, key: str | None, rendered: Any) -> None:
+    def put(self, key: Hashable | None, rendered: Any) -> None:
         if key is None:
             return
-        size = sum(tensor.nbytes for tensor in _tensors(rendered.get("mm_kwargs"))) + len(key)
+        size = sum(tensor.nbytes for tensor in _tensors(rendered.get("mm_kwargs"))) + 1024  # and the token ids
         if size > self.capacity:
             return
         with self._lock:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.config import EngineConfig, SamplingConfig
-from buffer_service.config import BufferConfig
-from prompts.errors import AvatarError, DataError
+from actors.boundary import Boundary
+from actors.config import SamplingConfig
+from actors.spec import RolloutSpec
+from prompts.errors import AvatarError
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -39,27 +40,7 @@ IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine h
 BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
-
-
-@dataclass(frozen=True)
-class RolloutSpec:
-    """All a rollout actor needs to know; plain data, sent once."""
-
-    run_id: str
-    seed: int
-    model: Path
-    datasets: tuple[Path, ...]
-    data: Any  # prompts.config.DataConfig
-    media: Any  # prompts.config.MediaConfig
-    template: Any  # prompts.config.TemplateConfig
-    engine: EngineConfig
-    sampling: SamplingConfig
-    evaluation_tokens: int | None
-    buffer: BufferConfig
-    redis_url: str
-    max_sequences: int
-    max_staleness: int
-    lease_s: float
+BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their encoders and prefill then share a pass
 
 
 @dataclass
@@ -113,29 +94,19 @@ class RolloutActor:
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
+        self.boundary = Boundary()
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine is up."""
         return {"name": self.name, "version": self.engine.version}
 
     def probe(self, prompt_ids: list[str], max_tokens: int) -> list[dict[str, Any]]:
-        """Completions for the parity probe, outside the stream: token ids, log-probabilities, prompt ids."""
+        """Completions for the parity probe (see ``actors.probe``)."""
+        from actors.probe import probe
+
         sampling = self.spec.sampling.model_copy(update={"n": 1, "max_tokens": max_tokens})
-        for number, prompt_id in enumerate(prompt_ids):
-            engine_input = self.encoder.engine_input(self.prompts[prompt_id], hinted=False)
-            self.engine.submit(prompt_id, engine_input, sampling, seed=self.spec.seed + number)
-        answers = {}
-        while self.engine.in_flight:
-            for finished in self.engine.step():
-                completion = finished.completions[0]
-                answers[finished.request_id] = {
-                    "prompt_id": finished.request_id,
-                    "prompt_token_ids": np.asarray(finished.prompt_token_ids, dtype=np.int32),
-                    "token_ids": completion.token_ids,
-                    "logprobs": completion.logprobs,
-                    "text": completion.text,
-                }
-        return [answers[prompt_id] for prompt_id in prompt_ids]
+        asked = [self.prompts[prompt_id] for prompt_id in prompt_ids]
+        return probe(self.engine, self.encoder, asked, sampling, seed=self.spec.seed)
 
     def run(self) -> dict[str, Any]:
         """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what broke a thread."""
@@ -185,22 +156,30 @@ class RolloutActor:
             torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
         while self._running() and not (self._drain.is_set() and self._emptied()):
-            if self._incoming and self.engine.can_adopt:
+            if self._incoming and self.engine.can_adopt and self._at_a_boundary():
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
-            if self.engine.in_flight:
-                for finished in self.engine.step():
-                    self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
-                    self._look.set()
+            requests = self.engine.in_flight
+            if requests:
+                self._step(requests)
             now = time.perf_counter()
-            if self.engine.in_flight:
-                self.busy_s += now - mark
+            spent, mark = now - mark, now
+            if requests:
+                self.busy_s += spent
             else:
-                self.wait_s += now - mark
+                self.wait_s += spent
+                self.boundary.prefill_follows()
                 if not self._ready:
                     time.sleep(IDLE_POLL_S / 2)
-            mark = now
+
+    def _step(self, requests: int) -> None:
+        start = time.perf_counter()
+        idle_share = self._free() / self.spec.max_sequences if self._incoming else 0.0
+        for finished in self.engine.step():
+            self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
+            self._look.set()
+        self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
 
     def _emptied(self) -> bool:
         """Draining: give back what has not begun; whether everything else is delivered."""
@@ -211,21 +190,26 @@ class RolloutActor:
         return not self._held
 
     def _at_a_boundary(self) -> bool:
-        """New weights make the engine prefill everything in flight again, so they are taken in between two steps of the
-        stream, when that is little: nothing in flight, or the next prompt is of a later step or asks for them."""
-        if not self._working:
+        following = self._ready[0] if self._ready else None
+        room = following is not None and self._wants_news(following) and self._free() >= following.lease.ticket.n
+        return self.boundary.reached(len(self._working), room_for_next_step=room)
+
+    def _wants_news(self, work: Work) -> bool:
+        """It asks for newer weights than the engine's, or begins a step of the stream."""
+        ticket = work.lease.ticket
+        if ticket.min_version > self.engine.version:
             return True
-        if not self._ready:
-            return False
-        ticket = self._ready[0].lease.ticket
-        return ticket.min_version > self.engine.version or ticket.step > max(
-            work.lease.ticket.step for work in self._working.values()
-        )
+        return ticket.step > max((other.lease.ticket.step for other in self._working.values()), default=-1)
+
+    def _free(self) -> int:
+        """Sequences that the engine would run at once."""
+        return max(0, self.spec.max_sequences - sum(work.lease.ticket.n for work in self._working.values()))
 
     def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
         start = time.perf_counter()
         self.engine.adopt(version, weights.items())
         self.adopt_s += time.perf_counter() - start
+        self.boundary.prefill_follows()
 
     def _submit_ready(self) -> None:
         """Move prepared prompts into the engine; those whose step needs a newer policy wait for it."""
@@ -234,6 +218,8 @@ class RolloutActor:
             if max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness) > self.engine.version:
                 return
             work = self._ready[0]
+            if self._incoming and self._wants_news(work):
+                return  # submitted now it would be prefilled again when the weights come in
             sampling, seed = self._sampling(work.lease)
             self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
             self._ready.popleft()
@@ -280,29 +266,43 @@ class RolloutActor:
 
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
-        widest = self.spec.max_sequences  # how many completions a ticket asks for is known once it is leased
+        narrowest = 1  # completions of a ticket: with less room there is no use in asking
         while self._running() and not self._drain.is_set():
-            count = self._room() // widest
+            room = self._room()
             leases = self.buffer.lease_tickets(
-                self.name, count, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness
-            ) if count > 0 else []  # fmt: skip
+                self.name, room, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness, completions=room
+            ) if room >= narrowest else []  # fmt: skip
             for lease in leases:
                 self._held[lease.ticket.key] = lease
-            for lease in leases:
-                try:
-                    self._ready.append(self._prepare(lease))
-                except AvatarError as error:
-                    self._give_up(lease, error)
+            self._prepare(leases)
             if leases:
-                widest = min(self.spec.max_sequences, max(lease.ticket.n for lease in leases))
+                narrowest = min(lease.ticket.n for lease in leases)
             else:
+                narrowest = 1
                 self._look.wait(self._poll_s())
                 self._look.clear()
 
-    def _prepare(self, lease: TicketLease) -> Work:
-        prompt = self.prompts[lease.ticket.prompt_id]
-        engine_input = self.encoder.engine_input(prompt, hinted=lease.hinted)
-        return Work(lease, prompt, self.engine.prepare(engine_input, lease.ticket.key))
+    def _prepare(self, leases: list[TicketLease]) -> None:
+        bunch: list[Work] = []
+        start = time.perf_counter()
+        for lease in leases:
+            try:
+                prompt = self.prompts[lease.ticket.prompt_id]
+                bunch.append(Work(lease, prompt, self._rendered(prompt, lease.hinted)))
+            except AvatarError as error:
+                self._give_up(lease, error)
+            if time.perf_counter() - start > BUNCH_S:
+                self._ready.extend(bunch)
+                bunch, start = [], time.perf_counter()
+        self._ready.extend(bunch)
+
+    def _rendered(self, prompt: Prompt, hinted: bool) -> Any:
+        """What the engine takes, media preprocessed; a prompt that was here lately costs nothing."""
+        known = self.engine.prepared((prompt.id, hinted))
+        if known is None:
+            engine_input = self.encoder.engine_input(prompt, hinted=hinted)
+            known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted))
+        return known
 
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
@@ -352,7 +352,7 @@ class RolloutActor:
     def _insert(self, outcome: Outcome) -> None:
         import ray
 
-        from actors.group import evaluation_payload, make_group
+        from actors.group import UnusableGroupError, evaluation_payload, make_group
 
         finished, lease = outcome.finished, outcome.work.lease
         assert outcome.scores is not None
@@ -370,8 +370,10 @@ class RolloutActor:
         else:
             try:
                 group = make_group(finished, lease, scores, temperature=self.spec.sampling.temperature)
-            except DataError as error:
-                self._give_up(lease, error)
+            except UnusableGroupError as error:
+                log.warning("%s: dropped, its prompt stays", error)
+                self.buffer.drop(lease, error.reason)
+                self._held.pop(lease.ticket.key, None)
                 return
             self.buffer.add_group(group, lease, tokens_generated=generated)
         self._held.pop(lease.ticket.key, None)

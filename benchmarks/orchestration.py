@@ -98,10 +98,7 @@ class MeasuredActor(RolloutActor):
 
     def bare(self, tickets: list[Ticket]) -> Spent:
         """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed before."""
-        work = []
-        for ticket in tickets:
-            entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
-            work.append((ticket, self.engine.prepare(entry)))
+        work = [(ticket, self._rendered(self.prompts[ticket.prompt_id], hinted=False)) for ticket in tickets]
         start = Spent.now()
         for ticket, entry in work:
             sampling = self.spec.sampling.model_copy(update={"n": ticket.n})

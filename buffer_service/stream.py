@@ -54,14 +54,17 @@ class PromptStream:
         return new
 
     def lease_tickets(
-        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1
-    ) -> list[TicketLease]:
+        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1,
+        completions: int | None = None,
+    ) -> list[TicketLease]:  # fmt: skip
         """Up to ``count`` tickets for ``consumer``, none when nothing is admissible. O(count log N).
+
+        ``completions`` bounds what they ask for together: in their order, up to the first that does not fit.
 
         A train ticket is admissible while ``step <= version + max_staleness`` and ``min_version <= version``.
         """
         lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
-        rows = self._run("lease", consumer, count, lease_ms, max_staleness, secrets.token_hex(8))
+        rows = self._run("lease", consumer, count, lease_ms, max_staleness, secrets.token_hex(8), completions or 0)
         leases = []
         for _, raw, hinted in rows:
             prompt, step, epoch, kind, round_, n, min_version, seq, attempt, who = _unpack(raw)
@@ -96,7 +99,14 @@ class PromptStream:
 
         False when the ticket was settled before.
         """
-        return bool(self._run("quarantine", lease.ticket.key, reason, detail))
+        return bool(self._run("quarantine", lease.ticket.key, reason, detail, 0))
+
+    def drop(self, lease: TicketLease, reason: str) -> bool:
+        """Gives up on this one group: dropped(reason) in the ledger, its step needs one less, the prompt stays.
+
+        False when the ticket was settled before.
+        """
+        return bool(self._run("quarantine", lease.ticket.key, reason, "", 1))
 
     def add_group(
         self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None

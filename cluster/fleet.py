@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.rollout import RolloutSpec
+from actors.spec import RolloutSpec
 from buffer_service.store import ReplayBuffer
 from cluster.autoscale import Autoscaler
 from cluster.config import RolloutSection

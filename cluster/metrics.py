@@ -64,6 +64,11 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("loss/kl", "", "Beta times the k3 KL to the reference policy."),
         ("kl/reference", "nats", "k3 KL of the current policy to the reference policy, mean over tokens."),
         ("kl/behaviour", "nats", "k3 KL of the current policy to the policy that generated the tokens."),
+        (
+            "kl/behaviour_capped",
+            "nats",
+            "The same with each token held at 1 nat: a rare spike does not hide it.",
+        ),
         ("ratio/fresh/mean", "", "Current over behaviour probability, mean over fresh tokens."),
         ("ratio/fresh/max", "", "Largest such ratio."),
         ("ratio/replay/mean", "", "Current over behaviour probability, mean over replayed tokens."),
@@ -75,7 +80,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("entropy", "nats", "Entropy of the policy's next-token distribution, mean over trained tokens."),
         ("grad_norm", "", "Gradient norm before clipping."),
         ("lr", "", "Learning rate of the step."),
-        ("learner/skipped", "steps", "Steps skipped so far because loss or gradient was not finite."),
+        ("learner/skipped", "", "Micro-batches and updates left out so far because loss or gradient was not finite."),
         # groups, replay, tiers
         ("groups/fresh", "groups", "Groups of the step with fresh completions."),
         ("groups/dead_before", "share", "Groups whose fresh rewards are all alike: no signal of their own."),

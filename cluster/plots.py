@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from cluster.metrics import members
@@ -47,11 +48,21 @@ def series(rows: Iterable[Row], name: str, x: str = "step") -> tuple[list[float]
     return [a for a, _ in known], [b for _, b in known]
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average; the window shrinks at both ends."""
+def smooth(values: Sequence[float], window: int, middle: Callable[[Sequence[float]], float] = mean) -> list[float]:
+    """Centred moving average, or another ``middle``; the window shrinks at both ends."""
     half = window // 2
-    cut = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in cut]
+    return [middle(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def calm_limit(values: Sequence[float]) -> float | None:
+    """Twice the 90th percentile where the largest value exceeds ten times that percentile, else None.
+
+    A plot that is linear up to this limit and logarithmic above it shows both the course and its spikes.
+    """
+    if not values:
+        return None
+    high = sorted(values)[int(0.9 * (len(values) - 1))]
+    return 2 * high if 0 < 10 * high < max(values) else None
 
 
 def with_completions(rows: Sequence[Row]) -> list[dict[str, float | None]]:
@@ -101,7 +112,15 @@ def draw_plot(rows: Sequence[Row], path: Path, title: str = "") -> Path:
 
 
 def _line(
-    axis: Axes, rows: Sequence[Row], name: str, label: str, colour: str, *, x: str = "step", dash: str = "-"
+    axis: Axes,
+    rows: Sequence[Row],
+    name: str,
+    label: str,
+    colour: str,
+    *,
+    x: str = "step",
+    dash: str = "-",
+    middle: Callable[[Sequence[float]], float] = mean,
 ) -> bool:
     """A smoothed line over its raw values; False when there are none."""
     xs, ys = series(rows, name, x)
@@ -111,7 +130,7 @@ def _line(
     if window > 1:
         axis.plot(xs, ys, color=colour, alpha=0.2, linewidth=1)
     marker = "o" if len(ys) == 1 else None
-    axis.plot(xs, smooth(ys, window), color=colour, linestyle=dash, label=label, marker=marker)
+    axis.plot(xs, smooth(ys, window, middle), color=colour, linestyle=dash, label=label, marker=marker)
     return True
 
 
@@ -167,9 +186,14 @@ def _tiers(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _divergence(axis: Axes, rows: Sequence[Row]) -> None:
-    _line(axis, rows, "kl/reference", "KL to reference", BLUE)
-    _line(axis, rows, "kl/behaviour", "KL to behaviour", SKY)
+    _line(axis, rows, "kl/reference", "KL to reference", BLUE, middle=median)
+    _line(axis, rows, "kl/behaviour", "KL to behaviour", SKY, middle=median)
     axis.set(title="Distance from the other policies", xlabel="step", ylabel="nats per token")
+    limit = calm_limit(series(rows, "kl/reference")[1] + series(rows, "kl/behaviour")[1])
+    if limit is not None:  # a token of an old replay may have a k3 of thousands
+        axis.set_yscale("symlog", linthresh=limit, linscale=3)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel(f"nats per token (logarithmic above {limit:.2g})")
     second = axis.twinx()
     second.grid(False)
     drawn = [

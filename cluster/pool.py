@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.rollout import RolloutActor, RolloutSpec
+from actors.rollout import RolloutActor
+from actors.spec import RolloutSpec
 from buffer_service.weights import WeightBoard
 from cluster.config import RunConfig
 from cluster.placement import release, reserve, shortage

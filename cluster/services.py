@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -152,10 +151,3 @@ class Services:
                 shutil.copy2(file, folder / file.name)
             except OSError as error:
                 log.warning("worker log %s not copied: %s", file, error)
-
-
-def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.rollout import RolloutSpec
+from actors.spec import RolloutSpec
 from cluster.assets import Datasets
 from cluster.config import RunConfig
 from learner.rank import LearnerSpec

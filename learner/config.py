@@ -135,7 +135,9 @@ class LearnerConfig(BaseModel):
     )
     reference_cache: int = Field(20_000, ge=0, description="Trajectories whose reference log-probs are remembered.")
     max_skipped: int = Field(
-        10, ge=0, description="Micro-batches with a NaN loss that are skipped before the run stops."
+        10,
+        ge=0,
+        description="NaN losses (a micro-batch is left out) and NaN gradients (an update is) before the run stops.",
     )
     lease_s: float = Field(600, gt=0, description="Seconds until the groups of a silent learner are given away.")
     threads: int = Field(1, ge=1, description="CPU threads per rank; ignored on a GPU.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +68,7 @@ class TrainEngine:
             raise ConfigError(
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is left to train"
             )
+        policy.uniform = config.zero_stage == 3
         # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights themselves.
         self._shared = {
             word
@@ -81,11 +83,32 @@ class TrainEngine:
         self.device = self.engine.device
         self.updates = 0
         self._norm = torch.zeros(())
+        self._watch(policy)
         # Without ZeRO, DeepSpeed clips float32 gradients but keeps no record of their norm.
         self.engine.clip_fp32_gradients = self._clip
         if config.zero_stage == 0:
             # In bfloat16 it steps once at once, without gradients, to allocate; AdamW's bias correction would count it.
             self.engine.basic_optimizer.state.clear()
+
+    def _watch(self, policy: Policy) -> None:
+        """Remember which micro-batch brought a gradient that is not finite.
+
+        A NaN runs down to the input, through a norm or a bias of every layer on its way: these small ones tell.
+        """
+        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._flags: list[Tensor] = []  # per micro-batch of the step
+
+        def look(gradient: Tensor) -> None:
+            self._bad = self._bad | ~torch.isfinite(gradient.sum())  # no wait for the device
+
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for parameter in [p for p in trained if p.ndim < 2] or trained:
+            parameter.register_hook(look)
+
+    @property
+    def suspects(self) -> list[int]:
+        """This rank's micro-batches of the last step whose gradient was not finite though their loss was."""
+        return [number for number, bad in enumerate(self._flags) if bad]
 
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
@@ -117,9 +140,13 @@ class TrainEngine:
         Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
         many: the missing ones are run on ``spare`` with weight zero. A loss that is not finite adds nothing.
         """
+        self._flags = []
         most = self._agree(micro_batches, spare)  # before the first backward: ranks must meet in one order
         for number, micro_batch in enumerate(micro_batches):
-            self._backward(loss(number, micro_batch, self.forward(micro_batch)))
+            self._bad = torch.zeros_like(self._bad)
+            value = loss(number, micro_batch, self.forward(micro_batch))
+            self._backward(value)
+            self._flags.append(self._bad & torch.isfinite(value.detach()))
         for _ in range(most - len(micro_batches)):
             self._backward(self.forward(spare).logprobs.sum() * 0.0)
 
@@ -157,15 +184,22 @@ class TrainEngine:
 
     def _clip(self) -> None:
         self._norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        if not torch.isfinite(self._norm):
+            self.engine.basic_optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
 
     def step(self, lr: float) -> float:
-        """Clip, update and clear; returns the global gradient norm before clipping, 0 without gradients."""
+        """Clip, update and clear; returns the global gradient norm before clipping, 0 without gradients.
+
+        A norm that is not finite is returned as inf on every rank: weights and optimiser state then stay as they were
+        (ZeRO and bfloat16 have DeepSpeed leave such an update out; ``_clip`` does it for float32 without ZeRO).
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         self.updates += 1
         norm = self.engine.get_global_grad_norm()
-        return float(self._norm if norm is None else norm)
+        found = float(self._norm if norm is None else norm)
+        return found if math.isfinite(found) else math.inf
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> PolicyOutput:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from buffer_service.trajectory import Trajectory
 from learner.advantages import Advantages
 from learner.objective import LossOutput, TokenDiagnostics
 from prompts.errors import DataError
@@ -21,16 +24,19 @@ POSITION_BINS = 20
 #: Edges of the advantage histogram; the first and last bin take what lies outside.
 ADVANTAGE_EDGES: NDArray[np.float64] = np.linspace(-4.0, 4.0, 42)
 
+#: Nats at which `kl/behaviour_capped` holds a token's k3: one of an old replay may reach thousands and hide the others.
+KL_CAP = 1.0
+
 #: Token sums, in the order of `_KindSums.sums`.
 _TOKENS, _RATIO, _WEIGHT, _WEIGHT2, _CLIPPED, _KL_BEHAVIOUR = range(6)
-_KL_REFERENCE, _REFERENCED, _ENTROPY, _ENTROPIES = range(6, 10)
+_KL_REFERENCE, _REFERENCED, _ENTROPY, _ENTROPIES, _KL_CAPPED = range(6, 11)
 
 
 @dataclass
 class _KindSums:
     """Sums over the tokens of one kind of completion."""
 
-    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(10))
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(11))
     ratio_max: float = -np.inf
     position_loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros(POSITION_BINS))
     position_count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(POSITION_BINS))
@@ -58,6 +64,8 @@ class HealthAccumulator:
         self._groups = np.zeros(3, dtype=np.int64)  # groups, dead before mixing, dead after
         self._ages = np.zeros(2)  # replays, sum of their ages
         self._age_max = 0
+        self.skipped = 0  # micro-batches and updates that were left out, see `skip`
+        self.culprits: list[str] = []
 
     def add(self, output: LossOutput, entropy: Tensor | None = None) -> None:
         """Add a micro-batch that was trained on (one skipped for a NaN loss would spoil the means).
@@ -74,6 +82,11 @@ class HealthAccumulator:
             keep = tokens.mask & of_kind[:, None]
             if keep.any():
                 self._kinds[kind].merge(_sums(tokens, keep, entropy))
+
+    def skip(self, culprits: Sequence[str], count: int = 1) -> None:
+        """Note what was left out because of a loss or gradient that is not finite, and its trajectories."""
+        self.skipped += count
+        self.culprits += culprits
 
     def add_step(self, advantages: Advantages, is_replay: Tensor, ages: Tensor | None = None) -> None:
         """Add the advantages of a whole step and, in policy versions, the ``ages`` of its replays (any shape)."""
@@ -97,12 +110,15 @@ class HealthAccumulator:
         self._groups += other._groups
         self._ages += other._ages
         self._age_max = max(self._age_max, other._age_max)
+        self.skipped += other.skipped
+        self.culprits += other.culprits
 
     def metrics(self) -> dict[str, float]:
         """Metrics by name; one that nothing was measured for is left out.
 
-        ``ratio/*`` of the surrogate before clipping; ``ess/*`` = (sum w)^2 / (n sum w^2) in (0, 1] over tokens, w =
-        ratio x mismatch weight; ``kl/*`` k3 per token, ``entropy`` in nats; ``groups/dead_*`` shares of the groups.
+        ``ratio/*`` of the surrogate before clipping; ``kl/behaviour_capped`` the mean of min(k3, 1 nat); ``ess/*`` =
+        (sum w)^2 / (n sum w^2) in (0, 1] over tokens, w = ratio x mismatch weight; ``kl/*`` k3 per token, ``entropy``
+        in nats; ``groups/dead_*`` shares of the groups.
         """
         found = {"loss/policy": self._policy, "loss/kl": self._kl}
         whole = _KindSums()
@@ -142,6 +158,7 @@ def _means(sums: _KindSums, suffix: str) -> dict[str, float]:
     found = {}
     if sums.sums[_TOKENS]:
         found[f"kl/behaviour{suffix}"] = sums.mean(_KL_BEHAVIOUR)
+        found[f"kl/behaviour_capped{suffix}"] = sums.mean(_KL_CAPPED)
     if sums.sums[_REFERENCED]:
         found[f"kl/reference{suffix}"] = sums.mean(_KL_REFERENCE, _REFERENCED)
     if sums.sums[_ENTROPIES]:
@@ -173,6 +190,7 @@ def _sums(tokens: TokenDiagnostics, keep: Tensor, entropy: Tensor | None) -> _Ki
         referenced,
         uncertainty,
         uncertainties,
+        tokens.kl_behaviour[keep].double().clamp(max=KL_CAP).sum(),
     ]
     position = (keep.long().cumsum(1) - 1).double() / (keep.sum(1, keepdim=True) - 1).clamp(min=1)
     bins = (position[keep] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)
@@ -180,6 +198,27 @@ def _sums(tokens: TokenDiagnostics, keep: Tensor, entropy: Tensor | None) -> _Ki
     loss = ratio.new_zeros(POSITION_BINS).index_add(0, bins, tokens.loss[keep].double().abs())
     counts = ratio.new_zeros(POSITION_BINS).index_add(0, bins, torch.ones_like(ratio))
     flat = torch.cat([torch.stack([*totals, ratio.max()]), loss, counts]).cpu().numpy()
-    result = _KindSums(sums=flat[:10].copy(), ratio_max=float(flat[10]))
-    result.position_loss, result.position_count = flat[11 : 11 + POSITION_BINS], flat[11 + POSITION_BINS :]
+    sums, maximum, loss_sums, loss_counts = np.split(flat, np.cumsum([len(totals), 1, POSITION_BINS]))
+    result = _KindSums(sums=sums.copy(), ratio_max=float(maximum[0]))
+    result.position_loss, result.position_count = loss_sums, loss_counts
     return result
+
+
+def reward_metrics(fresh: Sequence[Trajectory]) -> dict[str, float]:
+    """Rewards, components (masked ones left out), lengths and hints of the fresh completions of a step."""
+    rewards = np.array([trajectory.reward for trajectory in fresh])
+    lengths = np.array([len(trajectory.token_ids) for trajectory in fresh])
+    parts: dict[str, list[float]] = defaultdict(list)
+    for trajectory in fresh:
+        for name, value in trajectory.components.items():
+            if value is not None:
+                parts[name].append(value)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
+        "completion/length_mean": float(lengths.mean()),
+        "completions/truncated_share": float(np.mean([t.finish_reason == "length" for t in fresh])),
+        "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
+    }

@@ -5,15 +5,20 @@ Shapes: U distinct prompts, L prompt tokens (right-padded), B completions, T com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 #: Tokens whose logits are held at once; a 152k vocabulary in float32 makes that about 1.2 GB.
 LOGIT_CHUNK = 2048
+#: Padded positions that one more run of the model must save.
+RUN_GAIN = 256
 
 
 @dataclass
@@ -41,8 +46,10 @@ class MicroBatch:
 
 
 class PolicyOutput(NamedTuple):
-    logprobs: Tensor  # (B, T) float32, of the tokens at the sampling temperature; 0 where padded
-    entropy: Tensor  # (B, T) float32, of the next-token distribution, no gradient; 0 where padded
+    logprobs: (
+        Tensor  # (B, T) float32 (float64 of a float64 model), of the tokens at the sampling temperature; 0 where padded
+    )
+    entropy: Tensor  # (B, T) likewise, of the next-token distribution, no gradient; 0 where padded
 
 
 class Policy(nn.Module):
@@ -60,6 +67,8 @@ class Policy(nn.Module):
         self.lm_head: nn.Module = model.lm_head  # type: ignore[assignment]
         model.lm_head = nn.Identity()
         self.share_prefix = share_prefix
+        #: Every micro-batch runs the model equally often. ZeRO 3 needs it: ranks gather weights in each run, together.
+        self.uniform = False
 
     def forward(self, batch: MicroBatch) -> PolicyOutput:
         hidden = self._shared(batch) if self.share_prefix else self._copied(batch)
@@ -76,22 +85,35 @@ class Policy(nn.Module):
         )
         last = batch.prompt_mask.sum(1) - 1
         first = prefix.logits[torch.arange(len(last), device=last.device), last][batch.rows]  # (B, H)
-        length = batch.token_ids.shape[1]
-        if length == 1:
-            return first[:, None]
-        cache = prefix.past_key_values
-        cache.batch_select_indices(batch.rows)
-        steps = torch.arange(length - 1, device=batch.rows.device)
-        positions = batch.next_positions[batch.rows, None] + steps  # (B, T-1)
-        mask = torch.cat([batch.prompt_mask[batch.rows], batch.mask[:, :-1].long()], 1)
+        lengths = batch.mask.sum(1).long().tolist()
+        passes = [list(range(len(lengths)))] if self.uniform else length_runs(lengths)
+        width = batch.token_ids.shape[1]
+        pieces = []
+        for run in passes:
+            tokens = max(lengths[i] for i in run) if not self.uniform else width
+            hidden = self._continue(batch, run, tokens, prefix.past_key_values, first)
+            pieces.append(F.pad(hidden, (0, 0, 0, width - tokens)))
+        order = torch.tensor([i for run in passes for i in run], device=last.device)
+        return torch.cat(pieces)[order.argsort()]
+
+    def _continue(self, batch: MicroBatch, run: list[int], tokens: int, prefix: Any, first: Tensor) -> Tensor:
+        """Hidden states (len(run), tokens, H) of some of the completions, on the keys and values of their prompts."""
+        if tokens == 1 and not self.uniform:
+            return first[run, None]
+        index = torch.tensor(run, device=first.device)
+        rows, steps = batch.rows[index], torch.arange(max(1, tokens - 1), device=first.device)
+        cache = copy(prefix)
+        cache.layers = [copy(layer) for layer in prefix.layers]  # selecting replaces a layer's tensors
+        cache.batch_select_indices(rows)
+        positions = batch.next_positions[rows, None] + steps
         rest = self.model(
-            input_ids=batch.token_ids[:, :-1],
-            attention_mask=mask,
+            input_ids=batch.token_ids[index][:, : len(steps)],
+            attention_mask=torch.cat([batch.prompt_mask[rows], batch.mask[index][:, : len(steps)].long()], 1),
             position_ids=_positions(positions.expand(len(batch.prompt_positions), -1, -1)),
             past_key_values=cache,
             use_cache=True,
         )
-        return torch.cat([first[:, None], rest.logits], 1)
+        return torch.cat([first[index, None], rest.logits], 1)[:, :tokens]
 
     def _copied(self, batch: MicroBatch) -> Tensor:
         """The same hidden states with prompt and completion in one sequence; one prompt per micro-batch row."""
@@ -129,15 +151,30 @@ class Policy(nn.Module):
             else:
                 pieces.append(self._token_scores(*arguments))
         logprobs, entropy = (torch.cat(part) for part in zip(*pieces, strict=True))
-        empty = torch.zeros_like(batch.mask, dtype=torch.float32)
+        empty = torch.zeros_like(batch.mask, dtype=logprobs.dtype)
         return PolicyOutput(empty.masked_scatter(keep, logprobs), empty.masked_scatter(keep, entropy))
 
     def _token_scores(self, hidden: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.lm_head(hidden).float() / temperature[:, None]
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature[:, None]
         logprobs = torch.log_softmax(logits, -1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, tokens[:, None])[:, 0], entropy
+
+
+def length_runs(lengths: Sequence[int]) -> list[list[int]]:
+    """Split completions, longest first, into runs of similar length: a new one where that saves ``RUN_GAIN`` positions.
+
+    Completions of one prompt differ a lot in length. The prompt is computed once in any case; only they are split.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    runs: list[list[int]] = [[]]
+    for place, i in enumerate(order):
+        if runs[-1] and (lengths[runs[-1][0]] - lengths[i]) * (len(order) - place) >= RUN_GAIN:
+            runs.append([])
+        runs[-1].append(i)
+    return runs
 
 
 def _positions(positions: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +26,7 @@ from learner.clock import Clock
 from learner.config import LearnerConfig, OptimizerConfig, SftConfig
 from learner.engine import TrainEngine, init_distributed
 from learner.export import export_checkpoint
-from learner.health import HealthAccumulator
+from learner.health import HealthAccumulator, reward_metrics
 from learner.model import load_model
 from learner.objective import policy_loss
 from learner.plan import StepPlan, StepWork, plan_step, truncated
@@ -182,12 +181,15 @@ class LearnerRank:
         health = self._train(plan)
         rate = self._lr(step)
         with self.clock("optimizer"):
-            norm = self.engine.step(rate)
+            norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
+        if not np.isfinite(norm):
+            self._note_no_update(plan, health)
         with self.clock("publish"):
             weights = self.engine.state_dict()
             if self.rank == 0:
                 self._commit(work, weights)
         gathered = self._gather(health)
+        self._count_skipped(gathered)
         if self.rank != 0:
             return {}
         metrics = self._metrics(plan, work, gathered) | {"lr": rate, "grad_norm": norm}
@@ -278,20 +280,28 @@ class LearnerRank:
             old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
         )
         if not torch.isfinite(result.loss):
-            self._note_skipped(chosen, result.rows)
+            culprits = [t.id for t, row in zip(chosen, result.rows.tolist(), strict=True) if not np.isfinite(row)]
+            log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
+            health.skip(culprits)
         else:
             health.add(result, output.entropy)
         return result.loss
 
-    def _note_skipped(self, chosen: list[Trajectory], rows: Tensor) -> None:
-        """The engine leaves a micro-batch with a NaN loss out; stop the run when that happens too often."""
-        culprits = [t.id for t, row in zip(chosen, rows.tolist(), strict=True) if not np.isfinite(row)]
-        self.skipped += 1
-        log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
-        if self.skipped > self.spec.learner.max_skipped:
+    def _note_no_update(self, plan: StepPlan, health: HealthAccumulator) -> None:
+        """The engine made no update for want of a finite gradient; the step is published and committed all the same."""
+        share = plan.shares[self.rank]
+        culprits = [plan.trajectories[i].id for number in self.engine.suspects for i in share[number]]
+        log.warning("no update: the gradient is not finite; on this rank it came from trajectories %s", culprits)
+        health.skip(culprits, count=int(self.rank == 0))
+
+    def _count_skipped(self, gathered: HealthAccumulator) -> None:
+        """Every rank knows of all that was left out, so all stop at the same step, after its commit."""
+        self.skipped += gathered.skipped
+        if gathered.skipped and self.skipped > self.spec.learner.max_skipped:
             raise ModelError(
-                f"{self.skipped} micro-batches had a loss that is not finite, last because of trajectories {culprits}: "
-                "lower learner.optimizer.lr, or look at the rewards of these trajectories"
+                f"{self.skipped} times a loss or gradient was not finite, more than learner.max_skipped = "
+                f"{self.spec.learner.max_skipped}; last because of trajectories {gathered.culprits[:16]}: lower "
+                "learner.optimizer.lr, or look at the rewards and media of these trajectories"
             )
 
     def _row(self, trajectory: Trajectory) -> Row:
@@ -339,7 +349,7 @@ class LearnerRank:
         if self.buffer is not None and "kl/behaviour" in metrics:
             self.buffer.report_behaviour_kl(metrics["kl/behaviour"])
         if fresh:
-            metrics |= _reward_metrics(fresh)
+            metrics |= reward_metrics(fresh)
             lag = [work.version - trajectory.version for trajectory in fresh]
             metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
             metrics["groups/fresh"] = float(len(work.groups))
@@ -374,22 +384,3 @@ class LearnerRank:
             "finish_reason": trajectory.finish_reason,
             "tokens": len(trajectory.token_ids),
         }
-
-
-def _reward_metrics(fresh: list[Trajectory]) -> dict[str, float]:
-    rewards = np.array([trajectory.reward for trajectory in fresh])
-    lengths = np.array([len(trajectory.token_ids) for trajectory in fresh])
-    parts: dict[str, list[float]] = defaultdict(list)
-    for trajectory in fresh:
-        for name, value in trajectory.components.items():
-            if value is not None:
-                parts[name].append(value)
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
-        "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
-        "completion/length_mean": float(lengths.mean()),
-        "completions/truncated_share": float(truncated(fresh).float().mean()),
-        "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
-    }

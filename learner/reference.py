@@ -14,30 +14,43 @@ from torch import Tensor
 from learner.batch import Row, collate, padded
 from learner.model import load_model
 from learner.policy import Policy
+from prompts.template import prompt_digest
+
+_Key = tuple[str, int, int]
+
+
+def _key(name: str, row: Row) -> _Key:
+    """A buffer restored to an older state gives ids out again: prompt and completion tokens belong to the key."""
+    return name, row.prompt.digest, prompt_digest(row.token_ids)
 
 
 class ReferencePolicy:
-    """k3 KL needs log pi_ref of every trained token (METHOD 1.1); a cache keyed by trajectory id serves replays."""
+    """k3 KL needs log pi_ref of every trained token (METHOD 1.1); a cache keyed by trajectory serves replays.
+
+    The cache lives and dies with this process and its one reference: a run that is resumed with another
+    ``model.reference`` computes everything anew, nothing of it is stored with the trajectories.
+    """
 
     def __init__(self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int) -> None:
         self.policy = Policy(load_model(path, dtype=dtype), share_prefix=share_prefix).eval().to(device)
         self.policy.requires_grad_(False)
         self.device = device
         self.cached = cached
-        self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._cache: OrderedDict[_Key, NDArray[np.float32]] = OrderedDict()
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[str], rows: Sequence[Row]) -> Tensor:
         """(B, T) reference log-probabilities of a micro-batch's tokens, 0 where padded."""
-        missing = [i for i, key in enumerate(ids) if key not in self._cache]
+        keys = [_key(name, row) for name, row in zip(ids, rows, strict=True)]
+        missing = [i for i, key in enumerate(keys) if key not in self._cache]
         if missing:
             batch = collate([rows[i] for i in missing], share_prefix=self.policy.share_prefix)
             scores = self.policy(batch.to(self.device)).logprobs.cpu().numpy()
             for row, i in zip(scores, missing, strict=True):
-                self._cache[ids[i]] = row[: len(rows[i].token_ids)].copy()
-        for key in ids:
+                self._cache[keys[i]] = row[: len(rows[i].token_ids)].copy()
+        for key in keys:
             self._cache.move_to_end(key)
-        result = padded([self._cache[key] for key in ids])
-        while len(self._cache) > max(self.cached, len(ids)):
+        result = padded([self._cache[key] for key in keys])
+        while len(self._cache) > max(self.cached, len(keys)):
             self._cache.popitem(last=False)
         return result.to(self.device)

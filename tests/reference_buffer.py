@@ -121,8 +121,11 @@ class ReferenceBuffer:
         return state.on
 
     def lease_tickets(
-        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1
-    ) -> list[TicketLease]:
+        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1,
+        completions: int | None = None,
+    ) -> list[TicketLease]:  # fmt: skip
+        budget = completions or 10**9
+        full = False
         self.reap()
         waiting = [t for key, t in self.tickets.items() if key not in self.held and t.min_version <= self.current]
         first = sorted((t for t in waiting if t.kind == "eval"), key=lambda t: (t.min_version, t.key))
@@ -133,11 +136,15 @@ class ReferenceBuffer:
         ]
         leases: list[TicketLease] = []
         for t, admitted in queue:
-            if len(leases) == count or not admitted:
+            if full or len(leases) == count or not admitted:
                 continue
             if t.prompt_id in self.bad_prompts:
                 self._drop(t, "quarantined_prompt")
                 continue
+            full = t.n > budget
+            if full:
+                continue
+            budget -= t.n
             self.attempts[t.key] += 1
             expires = self.now + (lease_s or self.config.lease_s)
             self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
@@ -188,6 +195,13 @@ class ReferenceBuffer:
         if t is None:
             return False
         self.bad_prompts.setdefault(t.prompt_id, f"{reason}: {detail}")
+        self._drop(t, reason)
+        return True
+
+    def drop(self, lease: TicketLease, reason: str) -> bool:
+        t = self.tickets.get(lease.ticket.key)
+        if t is None:
+            return False
         self._drop(t, reason)
         return True
 

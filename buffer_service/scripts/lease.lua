@@ -1,7 +1,8 @@
--- ARGV: consumer, count, lease ms, max staleness, nonce. Returns {tkey, packed ticket, hinted} per lease. A repeat with the
--- same nonce (a lost reply) gets the same leases back.
+-- ARGV: consumer, count, lease ms, max staleness, nonce, completions at most (0: any). Returns {tkey, packed ticket, hinted}
+-- per lease. A repeat with the same nonce (a lost reply) gets the same leases back.
 local m, now = meta(), now_ms()
 local consumer, want, lease_ms, bound, nonce = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local budget, full = tonumber(ARGV[6]), false
 local out, names = {}, {}
 
 local last = call('HGET', K('lastlease'), consumer)
@@ -34,7 +35,7 @@ end
 
 local function take(tkey)
   local t = cmsgpack.unpack(call('HGET', K('tickets'), tkey))
-  if t[7] > m.version then return end
+  if full or t[7] > m.version then return end
   if call('HEXISTS', K('quarantine'), t[1]) == 1 then
     drop_ticket(m, tkey, t)
     call('HINCRBY', K(t[4] == 'eval' and 'rounds' or 'steps'), t[4] == 'eval' and t[5] or t[2], -1)
@@ -44,6 +45,11 @@ local function take(tkey)
       count('dropped:quarantined_prompt', 1)
     end
     return
+  end
+  if ARGV[6] ~= '0' then
+    full = t[6] > budget -- a smaller ticket behind does not overtake: it could do so for ever
+    if full then return end
+    budget = budget - t[6]
   end
   t[9], t[10] = t[9] + 1, consumer
   local raw = cmsgpack.pack(t)
@@ -58,7 +64,7 @@ end
 reap(m, now, REPAIR)
 for _, tkey in ipairs(call('ZRANGEBYSCORE', K('pend:e'), '-inf', m.version, 'LIMIT', 0, want)) do take(tkey) end
 local last_score, page = '(' .. (m.version + bound + 1) * STEP, 0
-while #out < want do -- pages, for tickets that wait for a later version are passed over
+while #out < want and not full do -- pages, for tickets that wait for a later version are passed over
   local keys = call('ZRANGEBYSCORE', K('pend:t'), '-inf', last_score, 'LIMIT', page, want)
   if #keys == 0 then break end
   local before = call('ZCARD', K('pend:t'))

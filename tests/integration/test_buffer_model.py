@@ -39,7 +39,7 @@ CONFIGS = [
     BufferConfig(capacity=40, warm_up=4, max_age_versions=2, strategy="same_prompt", hints=NO_HINTS),
     BufferConfig(capacity=1000, warm_up=10, quantile_low=0.2, quantile_high=0.5, max_reuse=1, strategy="uniform"),
 ]
-ENDINGS = ["expire", "expire", "release", "renew", "quarantine", "reap"]
+ENDINGS = ["expire", "expire", "release", "renew", "quarantine", "drop", "reap"]
 PROMPTS = st.lists(st.integers(2, 5), min_size=1, max_size=3)
 BOUND = st.sampled_from([None, 0, 1])
 REWARDS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -1.0, 0.1, 0.7]), min_size=1, max_size=5)
@@ -99,9 +99,9 @@ class BufferMachine(RuleBasedStateMachine):
         ticket = Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version)
         self.both(lambda b: b.push_tickets([ticket]))
 
-    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2))
-    def lease(self, who: str, count: int, bound: int) -> None:
-        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound))
+    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2), most=st.integers(0, 9))
+    def lease(self, who: str, count: int, bound: int, most: int) -> None:
+        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound, most or None))
 
     @precondition(lambda self: self.leases)
     @rule(
@@ -141,6 +141,8 @@ class BufferMachine(RuleBasedStateMachine):
             self.both(lambda b: b.renew(lease.consumer, [lease], 1000.0))
         elif how == "reap":
             self.both(lambda b: b.reap())
+        elif how == "drop":
+            self.both(lambda b: b.drop(lease, "unscored"))
         elif lease.ticket.prompt_id in ("p0", "p1", "p6", "p7", "p8", "p9"):  # the others stay usable
             self.both(lambda b: b.quarantine(lease, "broken", "video"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -25,20 +24,6 @@ from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
 from tests.buffer_records import CONFIG, make_group, run_step, tickets
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
-        yield running
-
-
-@pytest.fixture
-def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
-    redis.Redis.from_url(server.url).flushall()
-    with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
-        yield connected
-
-
 # -- leases
 
 
@@ -49,6 +34,14 @@ def test_admission_is_by_policy_version(buffer: ReplayBuffer) -> None:
     assert buffer.lease_tickets("a", 9, max_staleness=1) == []
     buffer.publish_version(1)
     assert [x.ticket.step for x in buffer.lease_tickets("a", 9, max_staleness=1)] == [2, 2]
+
+
+def test_a_lease_is_bounded_by_completions_and_keeps_the_order(buffer: ReplayBuffer) -> None:
+    asked = [Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=n) for seq, n in enumerate((4, 8, 1))]
+    buffer.push_tickets(asked)
+    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=11)] == [4]  # the 1 does not overtake the 8
+    assert buffer.lease_tickets("a", 9, completions=7) == []
+    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=9)] == [8, 1]
 
 
 def test_evaluation_tickets_come_first_once_their_version_is_out(buffer: ReplayBuffer) -> None:
@@ -106,6 +99,19 @@ def test_quarantine_lets_the_step_go_on(buffer: ReplayBuffer) -> None:
     assert buffer.lease_fresh("l", 1).ready
     assert buffer.quarantined() == {"p0": "undecodable: clip.mp4: no video stream"}
     assert buffer.check_ledger().dropped == {"undecodable": 1, "quarantined_prompt": 1}
+
+
+def test_a_dropped_group_leaves_its_prompt_in_the_stream(buffer: ReplayBuffer) -> None:
+    buffer.push_tickets([*tickets(0), Ticket(seq=7, prompt_id="p0", step=1, n=4)])
+    unscored, good = buffer.lease_tickets("a", 2, max_staleness=0)
+    assert buffer.drop(unscored, "unscored")
+    assert not buffer.drop(unscored, "unscored")
+    buffer.add_group(make_group(good, [1.0]), good, tokens_generated=1)
+    share = buffer.lease_fresh("l", 0)
+    assert share.ready and [g.prompt_id for g in share.groups] == ["p1"]
+    assert [lease.ticket.prompt_id for lease in buffer.lease_tickets("a", 9, max_staleness=1)] == ["p0"]
+    assert buffer.quarantined() == {}
+    assert buffer.check_ledger().dropped == {"unscored": 1}
 
 
 # -- learner

@@ -1,18 +1,13 @@
 """DeepSpeed ranks against plain torch AdamW: every ZeRO stage, one and two ranks, ranks that hold unequally much.
 
-Ranks are processes of this module (``python -m tests.integration.test_learner_engine FOLDER RANK RANKS PORT``), since
-DeepSpeed's process group is for life; they write what they got and the tests compare.
+Ranks are processes of this module (`tests.ranks`); they write what they got and the tests compare.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT, free_port
 from learner.batch import Row, collate
 from learner.config import OptimizerConfig
-from learner.engine import TrainEngine, init_distributed
+from learner.engine import TrainEngine
 from learner.export import export_checkpoint
 from learner.model import checkpoint_names, load_model, published_names
 from learner.policy import MicroBatch, Policy, PolicyOutput
@@ -33,9 +27,9 @@ from prompts.config import TemplateConfig
 from prompts.errors import ConfigError
 from prompts.template import EncodedPrompt, PromptEncoder
 from prompts.tiny_model import build_tiny_omni
+from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import ArrayLoader, audio, build_vision_language, load_reference, make_prompt, video
 
-ROOT = Path(__file__).parents[2]
 #: All ranks' work is done in one fixture; on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(600)
 STAGES = (0, 1, 2, 3)
@@ -209,16 +203,40 @@ def poisoned(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, rank: int, ranks: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks), LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    init_distributed(on_gpu=False, timeout=timedelta(seconds=120))
-    for scenario in (parity, checkpoints, omni, mixed, poisoned):
-        found = scenario(folder, rank, ranks)
-        torch.save(found, folder / f"{scenario.__name__}-{ranks}-{rank}.pt")
+def spoilt(output: PolicyOutput) -> Tensor:
+    """Zero, with a gradient that is not a number."""
+    return (output.logprobs.sum() * 0.0).abs().sqrt()
+
+
+def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """A good step, a step whose second micro-batch has a finite loss with a NaN gradient, another good step."""
+    found: dict[str, Any] = {}
+    rows = text_rows()
+    shares = [[[0], [1]]] if ranks == 1 else [[[0], [1]], [[2], [3]]]
+    batches = [collate([rows[i] for i in indices], share_prefix=True) for indices in shares[rank]]
+    for stage, dtype in [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in STAGES]:
+        for spoil in (True, False):
+            engine = make_engine(folder / "text", settings(stage, dtype=dtype), ranks, dtype)
+            norms, weights, suspects = [], [], []
+            for step in range(3):
+                if step == 1 and not spoil:
+                    continue
+
+                def loss(number: int, _: MicroBatch, output: PolicyOutput, step: int = step) -> Tensor:
+                    value = step_loss(rows, shares[rank][number], output, 0)
+                    return value + spoilt(output) if step == 1 and (rank, number) == (0, 1) else value
+
+                engine.accumulate(batches, loss, batches[0])
+                norms.append(engine.step(0.01))
+                weights.append(engine.state_dict())
+                suspects.append(engine.suspects)
+            found[f"{dtype}-{stage}-{spoil}"] = {"norms": norms, "weights": weights, "suspects": suspects}
+    return found
+
+
+def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    scenarios = (parity, checkpoints, omni, mixed, poisoned, bad_gradient)
+    return {scenario.__name__: scenario(folder, rank, ranks) for scenario in scenarios}
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------
@@ -231,28 +249,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_vision_language(folder / "text", "qwen3")
     build_tiny_omni(folder / "omni")
     for ranks in (1, 2):
-        port = free_port()
-        environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
-        command = [sys.executable, "-m", "tests.integration.test_learner_engine", str(folder)]
-        logs = [folder / f"rank-{ranks}-{rank}.log" for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(ranks), str(port)], cwd=ROOT, env=environment,
-                stdout=log.open("wb"), stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]  # fmt: skip
-        try:
-            codes = [process.wait(timeout=280) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+        run_ranks("tests.integration.test_learner_engine", folder, ranks)
     return folder
-
-
-def results(folder: Path, scenario: str, ranks: int, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"{scenario}-{ranks}-{rank}.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +288,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def test_every_stage_trains_like_plain_adamw(folder: Path, plain: Any, stage: int, ranks: int) -> None:
     norms, weights, start = plain
     assert min(norms) < 0.5 < max(norms)  # clipped in some steps, not in others
-    found = results(folder, "parity", ranks)[str(stage)]
+    found = rank_results(folder, "parity", ranks)[str(stage)]
     assert found["norms"] == pytest.approx(norms, rel=1e-4)
     assert difference(weights, start) > 0.5 * max(RATES)
     assert difference(found["weights"], weights) < TOLERANCE * max(RATES)
@@ -299,7 +297,7 @@ def test_every_stage_trains_like_plain_adamw(folder: Path, plain: Any, stage: in
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_agree_exactly(folder: Path, stage: int) -> None:
-    first, second = (results(folder, "parity", 2, rank)[str(stage)] for rank in (0, 1))
+    first, second = (rank_results(folder, "parity", 2, rank)[str(stage)] for rank in (0, 1))
     assert difference(first["weights"], second["weights"]) == 0
     assert torch.equal(first["scores"], second["scores"])
     assert first["norms"] == second["norms"]
@@ -308,20 +306,20 @@ def test_ranks_agree_exactly(folder: Path, stage: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_norm_of_no_gradient_is_zero(folder: Path, stage: int, ranks: int) -> None:
-    assert results(folder, "parity", ranks)[str(stage)]["zero"] == 0.0
+    assert rank_results(folder, "parity", ranks)[str(stage)]["zero"] == 0.0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(folder: Path, stage: int, ranks: int) -> None:
-    found = results(folder, "checkpoints", ranks)[str(stage)]
+    found = rank_results(folder, "checkpoints", ranks)[str(stage)]
     assert difference(found["through"], found["resumed"]) == 0
     assert found["updates"] == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_names_map_to_the_published_checkpoint(folder: Path, ranks: int) -> None:
-    weights = results(folder, "omni", ranks)["float32"]["weights"]
+    weights = rank_results(folder, "omni", ranks)["float32"]["weights"]
     published = checkpoint_names(folder / "omni")
     assert published_names(weights, published) == {name: f"thinker.{name}" for name in weights}
     assert {f"thinker.{name}" for name in weights} == published
@@ -329,19 +327,19 @@ def test_names_map_to_the_published_checkpoint(folder: Path, ranks: int) -> None
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_frozen_encoders_keep_their_weights(folder: Path, ranks: int) -> None:
-    weights = results(folder, "omni", ranks)["float32"]["weights"]
+    weights = rank_results(folder, "omni", ranks)["float32"]["weights"]
     start = load_reference(folder / "omni").state_dict()
     moved = {name for name, value in weights.items() if not torch.equal(value, start[name])}
     assert moved and not any("visual" in name or "audio_tower" in name for name in moved)
     assert "lm_head.weight" in moved
-    alone = results(folder, "omni", 1)["float32"]
+    alone = rank_results(folder, "omni", 1)["float32"]
     assert difference(weights, alone["weights"]) < TOLERANCE * max(RATES)
 
 
 @torch.no_grad()
 def test_transformers_loads_the_export_and_computes_the_same(folder: Path) -> None:
     exported = load_reference(folder / "export-1")
-    weights = results(folder, "omni", 1)["float32"]["weights"]
+    weights = rank_results(folder, "omni", 1)["float32"]["weights"]
     trained = load_reference(folder / "omni")
     row = omni_rows(folder / "omni")[0]
     inputs = {"input_ids": row.prompt.input_ids[None], **row.prompt.features}
@@ -359,13 +357,13 @@ def test_transformers_loads_the_export_and_computes_the_same(folder: Path) -> No
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_trains_like_float32_within_its_precision(folder: Path, stage: int, ranks: int) -> None:
     """DeepSpeed steps stage 0 in bfloat16 once by itself when it starts: nothing of that may show."""
-    found = results(folder, "omni", ranks)
+    found = rank_results(folder, "omni", ranks)
     half, whole = found[f"bfloat16-{stage}"], found["float32"]
     assert {value.dtype for value in half["weights"].values()} == {torch.bfloat16}
     start = load_reference(folder / "omni").state_dict()
     moved = difference(half["weights"], {name: start[name] for name in half["weights"]})
     assert 0.5 * max(RATES) < moved < 3 * max(RATES)
-    other = results(folder, "omni", 1)["bfloat16-1"]
+    other = rank_results(folder, "omni", 1)["bfloat16-1"]
     assert half["norms"] == pytest.approx(other["norms"], rel=0.01)
     assert half["norms"][0] > whole["norms"][0]  # the encoders are not frozen here
     far = [name for name, value in half["weights"].items() if (value - other["weights"][name]).abs().mean() > 2e-3]
@@ -375,7 +373,7 @@ def test_bfloat16_trains_like_float32_within_its_precision(folder: Path, stage: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_with_different_media_train_alike_or_are_told_at_once(folder: Path, rank: int) -> None:
     """Where ranks meet over an encoder that one of them does not run, they would wait for ever."""
-    alone, found = results(folder, "mixed", 1), results(folder, "mixed", 2, rank)
+    alone, found = rank_results(folder, "mixed", 1), rank_results(folder, "mixed", 2, rank)
     for name in ("0", "1 frozen", "2 frozen"):
         assert difference(found[name], alone[name]) < TOLERANCE * 0.01
     for name in ("1", "2", "3"):
@@ -386,11 +384,26 @@ def test_ranks_with_different_media_train_alike_or_are_told_at_once(folder: Path
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_micro_batch_of_nan_adds_nothing(folder: Path, stage: int, ranks: int) -> None:
-    found = results(folder, "poisoned", ranks)
+    found = rank_results(folder, "poisoned", ranks)
     assert difference(found[f"{stage}-3"], found[f"{stage}-2"]) == 0
     start = load_reference(folder / "omni").state_dict()
     assert difference(found[f"{stage}-3"], {name: start[name] for name in found["0-2"]}) > 0.005
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_gradient_makes_no_update_and_leaves_no_trace(folder: Path, stage: int, ranks: int, dtype: str) -> None:
+    for rank in range(ranks):
+        found = rank_results(folder, "bad_gradient", ranks, rank)
+        spoilt, clean = found[f"{dtype}-{stage}-True"], found[f"{dtype}-{stage}-False"]
+        assert spoilt["norms"][1] == np.inf
+        assert spoilt["suspects"] == [[], [1] if rank == 0 else [], []]
+        assert difference(spoilt["weights"][1], spoilt["weights"][0]) == 0
+        assert [spoilt["norms"][0], spoilt["norms"][2]] == clean["norms"]
+        assert difference(spoilt["weights"][2], clean["weights"][1]) == 0
+        assert difference(spoilt["weights"][2], spoilt["weights"][1]) > 0.005
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    rank_main(work)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import learner.policy
@@ -17,7 +21,7 @@ from learner.config import LearnerConfig, ObjectiveConfig
 from learner.model import load_model
 from learner.objective import policy_loss
 from learner.plan import StepPlan, StepWork, plan_step
-from learner.policy import MicroBatch, Policy, freeze
+from learner.policy import MicroBatch, Policy, freeze, length_runs
 from learner.reference import ReferencePolicy
 from learner.shaping import tas_weights
 from prompts.config import TemplateConfig
@@ -25,7 +29,7 @@ from prompts.errors import ModelError
 from prompts.record import Prompt
 from prompts.template import EncodedPrompt, PromptEncoder
 from prompts.tiny_model import allowed_token_ids, build_tiny_omni
-from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, video
+from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, respawn, video
 
 TEMPERATURES = (1.0, 0.7, 1.3)
 LENGTHS = (9, 1, 14)  # completion tokens of a prompt's three rows
@@ -126,12 +130,14 @@ def plain(stage: Stage) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]
     return [(lp.detach(), entropy.detach()) for lp, entropy in scores], found
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(("share_prefix", "gain"), [(True, 256), (True, 40), (False, 256)])
 @pytest.mark.parametrize("chunk", [2048, 7])
 def test_scores_and_gradients_equal_plain_forwards(
-    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int
+    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int, gain: int
 ) -> None:
     monkeypatch.setattr(learner.policy, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(learner.policy, "RUN_GAIN", gain)  # 40: three runs, one of single tokens
+    assert len(length_runs([len(row.token_ids) for row in stage.rows])) == (3 if gain == 40 else 1)
     scores, expected = plain
     policy = policy_of(stage, share_prefix=share_prefix)
     batch = collate(stage.rows, share_prefix=share_prefix)
@@ -149,10 +155,16 @@ def test_scores_and_gradients_equal_plain_forwards(
     assert {"visual.patch_embed.proj.weight", "audio_tower.conv1.weight", "lm_head.weight"} <= found.keys()
 
 
-def test_a_batch_of_single_token_completions(stage: Stage, plain: Any) -> None:
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_batch_of_single_token_completions(stage: Stage, plain: Any, uniform: bool) -> None:
     chosen = [i for i, row in enumerate(stage.rows) if len(row.token_ids) == 1]
     batch = collate([stage.rows[i] for i in chosen], share_prefix=True)
-    output = policy_of(stage, share_prefix=True)(batch)
+    policy = policy_of(stage, share_prefix=True)
+    policy.uniform = uniform
+    runs: list[int] = []
+    policy.model.register_forward_pre_hook(lambda *_: runs.append(1))
+    output = policy(batch)
+    assert len(runs) == (2 if uniform else 1)  # ranks under ZeRO 3 must run the model equally often
     expected = torch.stack([plain[0][i][0] for i in chosen])
     torch.testing.assert_close(output.logprobs, expected, atol=1e-5, rtol=0)
 
@@ -210,14 +222,31 @@ def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Sta
     assert computed == [8, 1, 11, 1]
 
 
+def test_another_reference_or_other_tokens_under_a_known_id_are_computed_anew(stage: Stage, tmp_path: Path) -> None:
+    """What is remembered belongs to one reference model and to the very tokens, not to the id alone."""
+    respawn(stage.folder, tmp_path / "other", seed=5)
+    first, other = (
+        ReferencePolicy(path, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
+        for path in (stage.folder, tmp_path / "other")
+    )
+    row = stage.rows[0]
+    changed = replace(row, token_ids=row.token_ids[::-1].copy())
+    values = first.logprobs(["00000001.0"], [row])
+    assert (other.logprobs(["00000001.0"], [row]) - values).abs().max() > 0.1
+    assert (first.logprobs(["00000001.0"], [changed]) - values).abs().max() > 1e-3
+    assert torch.equal(first.logprobs(["00000001.0"], [row]), values)
+
+
 # -- a whole step ------------------------------------------------------------------------------------------------------
 
 
-def make_work(stage: Stage) -> tuple[StepWork, dict[tuple[str, bool], EncodedPrompt]]:
-    """Seven groups of two fresh completions and seven replays, behaviour log-probabilities near the policy's."""
-    rng = np.random.default_rng(3)
+def make_work(
+    stage: Stage, *, names: Sequence[str] = (), seed: int = 3
+) -> tuple[StepWork, dict[tuple[str, bool], EncodedPrompt]]:
+    """A group of two fresh completions and a replay per prompt, behaviour log-probabilities near the policy's."""
+    rng = np.random.default_rng(seed)
     groups, replays = [], []
-    for seq, case in enumerate(stage.cases):
+    for seq, case in enumerate(case for case in stage.cases if not names or case.name in names):
         name = f"{seq:08d}"
         members = []
         for index, row in enumerate(row for row in stage.rows if row.key[0] == case.name):
@@ -291,6 +320,28 @@ def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(stage: Stage, l
     for _, total, found in outcomes[1:]:
         assert total == pytest.approx(outcomes[0][1], abs=1e-6)
         assert_gradients_equal(found, outcomes[0][2], relative=5e-6)  # float32: 1.4e-6 measured
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(budget=st.integers(16, 1500), ranks=st.integers(1, 4), share_prefix=st.booleans(), seed=st.integers(0, 99))
+def test_any_split_gives_the_same_loss_in_float64(
+    stage: Stage, budget: int, ranks: int, share_prefix: bool, seed: int
+) -> None:
+    """Text prompts, since the media features of a prompt are float32."""
+    work, prompts = make_work(stage, names=("text", "long text"), seed=seed)
+    objective = ObjectiveConfig(loss_type=("grpo", "dapo", "dr_grpo")[seed % 3])  # type: ignore[arg-type]
+    totals = []
+    for tokens, count, shared in ((100_000, 1, True), (budget, ranks, share_prefix)):
+        policy = policy_of(stage, share_prefix=shared).double()
+        config = LearnerConfig(objective=objective, micro_batch_tokens=tokens, share_prefix=shared)
+        plan = plan_step(work, config, ranks=count, max_tokens=20)
+        with torch.no_grad():
+            parts = [
+                contribution(policy, plan, prompts, indices, objective) for share in plan.shares for indices in share
+            ]
+        assert all(part.dtype == torch.float64 for part in parts)
+        totals.append(float(sum(parts)))
+    assert totals[1] == pytest.approx(totals[0], abs=1e-9)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

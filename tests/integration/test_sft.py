@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT, free_port
 from learner.config import OptimizerConfig, SftConfig
-from learner.engine import TrainEngine, init_distributed
+from learner.engine import TrainEngine
 from learner.model import load_model
 from learner.policy import Policy
 from learner.sft import ColdStart, target_text
@@ -24,9 +19,9 @@ from prompts.errors import DataError
 from prompts.record import Prompt
 from prompts.template import PromptEncoder
 from prompts.tiny_model import build_tiny_omni
+from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import ArrayLoader, audio, load_reference, make_prompt, video
 
-ROOT = Path(__file__).parents[2]
 #: All ranks' work is done in one fixture; on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(600)
 WORDS = ("red", "blue", "green", "two", "left")
@@ -66,13 +61,8 @@ def cold_start(model: Path, config: SftConfig, *, rank: int = 0, ranks: int = 1)
     return ColdStart(engine, encoder, prompts, config, rank=rank)
 
 
-def main(folder: Path, rank: int, ranks: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks), LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    init_distributed(on_gpu=False, timeout=timedelta(seconds=120))
+def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Three updates by token budget; on one rank also a longer run."""
     found: dict[str, Any] = {}
     budgets = (16_384, 150) if ranks == 1 else (16_384,)
     for budget in budgets:
@@ -84,7 +74,7 @@ def main(folder: Path, rank: int, ranks: int, port: int) -> None:
         config = SftConfig(steps=20, batch_size=5, warmup=2, optimizer=optimizer())
         start = cold_start(folder / "model", config)
         found["long"] = [start.run(first, 5) for first in range(0, 20, 5)]
-    torch.save(found, folder / f"sft-{ranks}-{rank}.pt")
+    return {"sft": found}
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------
@@ -94,29 +84,9 @@ def main(folder: Path, rank: int, ranks: int, port: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     build_tiny_omni(folder / "model")
-    environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "tests.integration.test_sft", str(folder)]
-        port = str(free_port())
-        logs = [folder / f"rank-{ranks}-{rank}.log" for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(ranks), port], cwd=ROOT, env=environment,
-                stdout=log.open("wb"), stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]  # fmt: skip
-        try:
-            codes = [process.wait(timeout=280) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+        run_ranks("tests.integration.test_sft", folder, ranks)
     return folder
-
-
-def results(folder: Path, ranks: int, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"sft-{ranks}-{rank}.pt", weights_only=False)
 
 
 class ByHand:
@@ -176,7 +146,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("budget", ["16384", "150"])
 def test_loss_and_weights_are_those_computed_by_hand(folder: Path, by_hand: ByHand, budget: str) -> None:
-    found = results(folder, 1)[budget]
+    found = rank_results(folder, "sft", 1)[budget]
     assert [report["loss"] for report in found["reports"]] == pytest.approx(by_hand.losses, rel=1e-5)
     assert [report["tokens"] for report in found["reports"]] == by_hand.tokens
     assert [report["update"] for report in found["reports"]] == [1, 2, 3]
@@ -186,7 +156,7 @@ def test_loss_and_weights_are_those_computed_by_hand(folder: Path, by_hand: ByHa
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_train_what_one_trains(folder: Path, rank: int) -> None:
-    alone, together = results(folder, 1)["16384"], results(folder, 2, rank)["16384"]
+    alone, together = rank_results(folder, "sft", 1)["16384"], rank_results(folder, "sft", 2, rank)["16384"]
     assert [report["tokens"] for report in together["reports"]] == [report["tokens"] for report in alone["reports"]]
     losses = [report["loss"] for report in alone["reports"]]
     assert [report["loss"] for report in together["reports"]] == pytest.approx(losses, rel=1e-5)
@@ -194,7 +164,7 @@ def test_two_ranks_train_what_one_trains(folder: Path, rank: int) -> None:
 
 
 def test_the_loss_falls(folder: Path) -> None:
-    losses = [report["loss"] for report in results(folder, 1)["long"]]
+    losses = [report["loss"] for report in rank_results(folder, "sft", 1)["long"]]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.5 * losses[0]
 
@@ -224,4 +194,4 @@ def test_fewer_prompts_than_a_batch_are_refused() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    rank_main(work)

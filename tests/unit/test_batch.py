@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batch import Row, Size, collate, pack, padded, share_out
+from learner.policy import RUN_GAIN, length_runs
 from prompts.template import EncodedPrompt
 
 PROMPTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)  # prompt tokens by prompt number
@@ -59,6 +60,23 @@ def test_packing_by_hand() -> None:
     # Each with its own copy: the shortest first, two of them 2 x 10 + 2 x 5 = 30.
     assert pack(sizes, 30, share_prefix=False) == [[0, 3], [2], [1]]
     assert pack([], 100, share_prefix=True) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40))
+def test_runs_cover_every_completion_and_each_one_pays(lengths: list[int]) -> None:
+    runs = length_runs(lengths)
+    assert Counter(i for run in runs for i in run) == Counter(range(len(lengths)))
+    padded_at_once = len(lengths) * max(lengths)
+    computed = sum(len(run) * max(lengths[i] for i in run) for run in runs)
+    assert padded_at_once - computed >= RUN_GAIN * (len(runs) - 1)
+    for longer, shorter in pairwise(runs):
+        assert min(lengths[i] for i in longer) >= max(lengths[i] for i in shorter)
+
+
+def test_runs_by_hand() -> None:
+    assert length_runs([10, 300, 20, 290]) == [[1, 3], [2, 0]]  # (300 - 20) x 2 saved; (20 - 10) x 1 is not worth it
+    assert length_runs([7, 7, 7]) == [[0, 1, 2]]
 
 
 def test_a_hinted_prompt_is_another_prompt() -> None:

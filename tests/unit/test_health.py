@@ -75,6 +75,8 @@ def test_metrics_equal_numpy_over_the_tokens() -> None:
         assert 0 < clipped.mean() < 1
         assert found[f"ess/{kind}"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()), abs=1e-12)
         assert found[f"kl/behaviour/{kind}"] == pytest.approx((np.exp(gap) - gap - 1).mean(), abs=1e-12)
+        capped = np.minimum(np.exp(gap) - gap - 1, 1.0)
+        assert found[f"kl/behaviour_capped/{kind}"] == pytest.approx(capped.mean(), abs=1e-12)
         assert found[f"entropy/{kind}"] == pytest.approx(entropy.numpy()[keep].mean(), abs=1e-12)
     keep = step["mask"].bool()
     gap = (arrays["reference_logprobs"] - arrays["logprobs"])[keep]
@@ -147,3 +149,23 @@ def test_entropy_of_another_shape_is_a_typed_error() -> None:
     step, entropy = make()
     with pytest.raises(DataError, match=r"entropy has shape \(5, 8\)"):
         HealthAccumulator().add(loss_of(step, [0, 1, 2, 3, 4]), entropy[:, :8])
+
+
+def test_one_outlier_spoils_the_mean_of_the_kl_but_not_the_capped_one() -> None:
+    step, _ = make()
+    quiet = collect([[0, 1, 2, 3, 4]]).metrics()
+    step["behaviour_logprobs"] = step["behaviour_logprobs"].clone()
+    step["behaviour_logprobs"][2, 0] += 12  # an old replay that the policy has left far behind
+    health = HealthAccumulator()
+    health.add(loss_of(step, [0, 1, 2, 3, 4]))
+    found = health.metrics()
+    assert found["kl/behaviour"] > 1000 > quiet["kl/behaviour"] * 1000
+    assert found["kl/behaviour_capped"] < quiet["kl/behaviour_capped"] + 1 / float(LENGTHS.sum()) + 1e-9
+
+
+def test_what_was_left_out_is_counted_over_ranks() -> None:
+    first, second = HealthAccumulator(), HealthAccumulator()
+    first.skip(["a.0"])
+    second.skip(["b.1", "b.2"], count=0)
+    first.merge(pickle.loads(pickle.dumps(second)))
+    assert (first.skipped, first.culprits) == (1, ["a.0", "b.1", "b.2"])

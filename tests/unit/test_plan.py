@@ -138,3 +138,30 @@ def test_a_step_that_lost_all_its_groups_is_an_empty_plan() -> None:
     result = plan([], (), [], ranks=2)
     assert result.trajectories == [] and result.shares == [[], []]
     assert len(result.advantages.values) == 0
+
+
+def test_groups_of_any_size_train_together_and_one_of_a_single_member_teaches_nothing() -> None:
+    """Completions may have been masked or empty, and a recipe's group size may change between runs."""
+    groups = [group(0, "a", [1.0, 0.0, 0.0]), group(1, "b", [0.7]), group(2, "c", [1.0, 0.0])]
+    result = plan(groups, (), [], ranks=2)
+    values = result.advantages.values.tolist()
+    assert values[3] == 0.0 and all(value != 0 for value in values[:3] + values[4:])
+    assert sum(values[:3]) == pytest.approx(0) and values[4:] == pytest.approx([HALF, -HALF])
+    assert result.advantages.dead_before.tolist() == [False, True, False]
+    assert result.totals.fresh_sequences == 6  # the lone one counts, so that masking changes no other one's weight
+
+
+@pytest.mark.parametrize("stored_now", [0, 1, 9])
+def test_fewer_or_more_replays_than_asked_for(stored_now: int) -> None:
+    """All evicted, some evicted, or more than the fresh ones: the fresh advantages stay what they are."""
+    replays = stored(*[("b", float(i % 2)) for i in range(stored_now)])
+    result = plan(GROUPS, replays, [0.5] * stored_now)
+    assert result.advantages.values[:4].tolist() == pytest.approx([HALF, -HALF, 0, 0])
+    assert result.totals.replay_sequences == stored_now == len(result.ages)
+    assert Counter(i for batch in result.shares[0] for i in batch) == Counter(range(4 + stored_now))
+
+
+def test_completions_of_one_token() -> None:
+    result = plan([group(0, "a", [1.0, 0.0], tokens=1)], stored(("b", 1.0), tokens=1), [0.5])
+    assert (result.totals.fresh_tokens, result.totals.replay_tokens) == (2, 1)
+    assert result.advantages.values.tolist() == pytest.approx([HALF, -HALF, 0.5])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html.parser
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
-from cluster.plots import series, smooth, waiting_shares, with_completions
+from cluster.plots import calm_limit, series, smooth, waiting_shares, with_completions
 from cluster.report import Change, changes, headline, ledger, tier_history, timing, write_report
 from cluster.telemetry import RunFolder
 from prompts.errors import DataError
@@ -175,3 +176,10 @@ def test_plot_series() -> None:
     assert waiting_shares(rows)[1] == {"step": 1, "learner": 1.0, "rollout": 0.25}
     assert waiting_shares(rows)[2]["learner"] is None
     assert smooth([0, 3, 6, 3], 3) == [1.5, 3, 4, 4.5]
+    assert smooth([0, 3, 600, 3], 3, median) == [1.5, 3, 3, 301.5]
+
+
+def test_only_spikes_bend_the_axis() -> None:
+    assert calm_limit([0.01 * i for i in range(1, 101)]) is None
+    assert calm_limit([0.1] * 100 + [1800.0]) == 0.2
+    assert calm_limit([]) is None and calm_limit([0.0] * 5) is None

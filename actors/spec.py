@@ -1,0 +1,31 @@
+"""What a rollout actor is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.config import EngineConfig, SamplingConfig
+from buffer_service.config import BufferConfig
+from prompts.config import DataConfig, MediaConfig, TemplateConfig
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """All a rollout actor needs to know; plain data, sent once."""
+
+    run_id: str
+    seed: int
+    model: Path
+    datasets: tuple[Path, ...]
+    data: DataConfig
+    media: MediaConfig
+    template: TemplateConfig
+    engine: EngineConfig
+    sampling: SamplingConfig
+    evaluation_tokens: int | None
+    buffer: BufferConfig
+    redis_url: str
+    max_sequences: int
+    max_staleness: int
+    lease_s: float

@@ -1,0 +1,230 @@
+"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``, about four minutes.
+
+``vs_trl``: completion tokens/s of the learner over those of TRL's GRPOTrainer on the same frozen batches of a text
+model, by turns in one process, after both gave the same loss and gradient norm. ``media_once``: seconds of a step on
+audio-visual prompts without ``learner.share_prefix`` over those with it. docs/benchmarks.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.harness import Figures
+from benchmarks.learner_side import (
+    GROUP,
+    LONGEST,
+    BenchRank,
+    FrozenText,
+    TextRank,
+    build_text_models,
+    load_policy,
+    make_spec,
+    make_step,
+    score,
+    settings,
+    with_behaviour,
+)
+from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
+from learner.batch import Size, pack
+from learner.plan import StepWork
+from learner.policy import length_runs
+
+Figure = Iterator[tuple[str, float]]
+
+PROMPTS = 4  # per step of the text model
+CLIPS = 8  # per step of the audio-visual one
+BATCHES = 2  # frozen ones, in turn
+TRL_ROWS = (4, 8, 16)  # completions per micro-batch
+BUDGETS = (1024, 2048, 4096, 16_384)  # the last is the default
+AGREEMENT = 1e-4  # of losses (absolute) and gradient norms (relative)
+
+
+class TextDuel:
+    """Learner and TRL over the same model folder and frozen batches."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        from benchmarks.trl_side import TrlSide  # before the learner sets up its process group: TRL knows of none
+
+        policy, reference = build_text_models(folder)
+        models = load_policy(policy), load_policy(reference)
+        frozen = [FrozenText.make(number, PROMPTS, *models) for number in range(BATCHES)]
+        prompts = {name: prompt for batch in frozen for name, prompt in batch.prompts.items()}
+        config = settings(threads)
+        self.works = [batch.work for batch in frozen]
+        self.tokens = sum(batch.tokens for batch in frozen)
+        self.trl = {
+            rows: TrlSide(
+                policy,
+                [batch.trl for batch in frozen],
+                config,
+                rows=rows,
+                group=GROUP,
+                longest=LONGEST,
+                scratch=folder / "trl",
+            )
+            for rows in TRL_ROWS
+        }
+        self.ours = {
+            budget: TextRank(
+                make_spec(policy, reference, settings(threads, micro_batch_tokens=budget)), prompts
+            ).begin()
+            for budget in BUDGETS
+        }
+
+    def agree(self) -> Figure:
+        """Loss and gradient norm of a first step of every learner and every TRL configuration, before any is timed."""
+        sides = [side.first_step() for side in self.trl.values()]
+        sides += [side.update(self.works[0]) for side in self.ours.values()]
+        for name, values in zip(("loss", "grad_norm"), zip(*sides, strict=True), strict=True):
+            # The loss sums terms of about 1 that cancel: it compares absolutely, the norm relatively.
+            spread = (max(values) - min(values)) / (1.0 if name == "loss" else max(values))
+            if spread > AGREEMENT:
+                raise SystemExit(f"{name} differs by {spread:.2g} between the sides ({values}): nothing to compare")
+            yield f"{name}_spread_ppm", 1e6 * spread
+
+    def learner_s(self, budget: int) -> float:
+        return sum(self.ours[budget].seconds(self.works))
+
+    def trl_s(self, rows: int, *, compact: bool) -> float:
+        from benchmarks.trl_side import compact_head
+
+        with compact_head() if compact else nullcontext():
+            return sum(self.trl[rows].run(BATCHES))
+
+
+def vs_trl(duel: TextDuel, rounds: int) -> Figure:
+    """TRL at its best micro-batch, the learner at its default token budget."""
+    yield from duel.agree()
+    for budget in BUDGETS:
+        duel.learner_s(budget)  # reference log-probabilities are remembered from here on, as TRL is given them
+    for budget in BUDGETS:
+        yield f"learner_tokens_per_s_budget_{budget}", duel.tokens / duel.learner_s(budget)
+        yield f"learner_padding_share_budget_{budget}", padding_share(duel.works, budget)
+    for compact in (False, True):
+        head = "_compact" if compact else ""
+        spent_by = {rows: duel.trl_s(rows, compact=compact) for rows in TRL_ROWS}
+        for rows, spent in spent_by.items():
+            yield f"trl{head}_tokens_per_s_{rows}_rows", duel.tokens / spent
+        best = min(spent_by, key=lambda rows: spent_by[rows])
+        yield f"trl{head}_best_rows", best
+        pairs = []
+        for turn in range(rounds):
+            first = duel.learner_s(BUDGETS[-1]) if turn % 2 else None
+            theirs = duel.trl_s(best, compact=compact)
+            pairs.append((theirs, first or duel.learner_s(BUDGETS[-1])))
+        yield from _ratio(f"vs_trl{head}", [theirs / ours for theirs, ours in pairs])
+        yield f"trl{head}_tokens_per_s", duel.tokens / statistics.median(theirs for theirs, _ in pairs)
+        yield f"learner_tokens_per_s{head}", duel.tokens / statistics.median(ours for _, ours in pairs)
+
+
+def padding_share(works: Sequence[StepWork], budget: int) -> float:
+    """Share of the computed positions that hold no token, prompts shared."""
+    real = computed = 0
+    for work in works:
+        sizes = [
+            Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids))
+            for group in work.groups
+            for t in group.trajectories
+        ]
+        for batch in pack(sizes, budget, share_prefix=True):
+            prompts = {sizes[i].key: sizes[i].prompt_tokens for i in batch}
+            real += sum(prompts.values()) + sum(sizes[i].tokens for i in batch)
+            computed += len(prompts) * max(prompts.values())
+            lengths = [sizes[i].tokens for i in batch]
+            computed += sum(len(run) * max(lengths[i] for i in run) for run in length_runs(lengths))
+    return 1 - real / computed
+
+
+def media_once(folder: Path, rounds: int, threads: int) -> Figure:
+    """Eight clips with sound of the synthetic world, the tiny Qwen2.5-Omni; encoders trained, then frozen."""
+    from cluster.assets import prepare_base_model, prepare_datasets
+    from cluster.config import RunConfig
+    from cluster.specs import learner_spec
+
+    raw: dict[str, Any] = {
+        "data": {
+            "synthetic": {"n_train": CLIPS, "n_heldout": 1, "n_sft": 0},
+            "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
+        },
+        "output": {"cache": folder / "cache"},
+    }
+    for name, freeze in (("", ()), ("_frozen", ("visual", "audio_tower"))):
+        sides: dict[bool, BenchRank] = {}
+        for share in (True, False):
+            learner = settings(threads, share_prefix=share, optimizer={"freeze": freeze})
+            config = RunConfig.model_validate(raw | {"learner": learner.model_dump()})
+            datasets = prepare_datasets(config, lambda *_: None)
+            model = prepare_base_model(config, lambda *_: None)
+            sides[share] = BenchRank(learner_spec(config, "bench", model, datasets, ""), 0, 1, None).begin()
+        works = _media_steps(sides[True])
+        found = {share: [side.update(work) for work in works] for share, side in sides.items()}  # warms both as well
+        (losses, norms), (other_losses, other_norms) = (np.array(found[share]).T for share in (True, False))
+        difference = max(np.abs(losses - other_losses).max(), np.abs(1 - other_norms / norms).max())
+        if difference > AGREEMENT:
+            raise SystemExit(f"loss or gradient norm differs by {difference:.2g} with share_prefix: nothing to compare")
+        yield f"media_once{name}_spread_ppm", 1e6 * difference
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for turn in range(rounds):
+            for share in (True, False) if turn % 2 else (False, True):
+                times[share].append(sum(sides[share].seconds(works)))
+        yield from _ratio(
+            f"media_once{name}", [slow / fast for slow, fast in zip(times[False], times[True], strict=True)]
+        )
+        for share, values in times.items():
+            label = "shared" if share else "copied"
+            yield f"media_step_ms_{label}{name}", 1e3 * statistics.median(values) / len(works)
+
+
+def _media_steps(rank: BenchRank) -> list[StepWork]:
+    """Two steps over the training prompts, completions of 12 to 48 tokens."""
+    asked = [prompt for prompt in rank.prompts if prompt.id.startswith("train")][:CLIPS]
+    prompts = {prompt.id: rank.encoder.encode(prompt, False) for prompt in asked}
+    rng = np.random.default_rng(0)
+    works = [make_step(number, prompts, rng, shortest=12, longest=48, tokens=(30, 400)) for number in range(2)]
+    return [with_behaviour(work, score(rank.engine.policy, work, prompts)) for work in works]
+
+
+def _ratio(name: str, values: Sequence[float]) -> Figure:
+    yield name, statistics.median(values)
+    yield f"{name}_low", min(values)
+    yield f"{name}_high", max(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns per ratio")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
+    parser.add_argument("--only", choices=("text", "media"), help="one half")
+    options = parser.parse_args()
+    for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+    figures = Figures("learner")
+    figures.add({"threads": options.threads})
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
+        folder = Path(name)
+        if options.only != "media":
+            for item in vs_trl(TextDuel(folder, options.threads), options.rounds):
+                figures.add(dict([item]))
+        if options.only != "text":
+            for item in media_once(folder, options.rounds, options.threads):
+                figures.add(dict([item]))
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The learner without a buffer, and the frozen steps that it and its rivals are timed on."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buffer_service.config import BufferConfig
+from buffer_service.trajectory import Group, Trajectory
+from learner.batch import Row, collate, padded
+from learner.clock import Clock
+from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from learner.model import load_model
+from learner.plan import StepWork, plan_step
+from learner.policy import Policy
+from learner.rank import LearnerRank, LearnerSpec
+from learner.reference import ReferencePolicy
+from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from prompts.template import EncodedPrompt
+
+GROUP = 8
+LONGEST = 128  # tokens of a completion
+VOCABULARY = 4096
+LR = 1e-7  # so small that a frozen batch stays what it is
+
+
+class BenchRank(LearnerRank):
+    """A learner rank that is handed its steps."""
+
+    def _setup_rl(self, dtype: str) -> None:
+        self.reference = ReferencePolicy(
+            self.spec.reference, dtype=dtype, share_prefix=self.spec.learner.share_prefix, device=self.engine.device,
+            cached=10**6,
+        )  # fmt: skip
+
+    def begin(self) -> BenchRank:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.setup("127.0.0.1", port)
+        return self
+
+    def update(self, work: StepWork) -> tuple[float, float]:
+        """Plan, train and update as ``train_step`` does, without publishing; loss and gradient norm."""
+        self.clock = Clock()
+        plan = plan_step(work, self.spec.learner, ranks=1, max_tokens=self.spec.max_tokens)
+        metrics = self._train(plan).metrics()
+        with self.clock("optimizer"):
+            norm = self.engine.step(LR)
+        return metrics["loss/policy"] + metrics["loss/kl"], norm
+
+    def seconds(self, works: Sequence[StepWork]) -> list[float]:
+        """Wall seconds of an update on each of ``works``."""
+        found = []
+        for work in works:
+            start = time.perf_counter()
+            self.update(work)
+            found.append(time.perf_counter() - start)
+        return found
+
+
+class TextRank(BenchRank):
+    """Its prompts are token ids, so it needs no dataset and no processor."""
+
+    def __init__(self, spec: LearnerSpec, prompts: Mapping[str, EncodedPrompt]) -> None:
+        self.spec, self.rank, self.ranks, self.board = spec, 0, 1, None
+        self.encoded = prompts
+        self.reference = self.buffer = self.publisher = self.cold_start = None
+        self.skipped = 0
+        self.clock = Clock()
+
+    def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
+        return self.encoded[trajectory.prompt_id]
+
+
+def make_spec(model: Path, reference: Path, learner: LearnerConfig, **changes: Any) -> LearnerSpec:
+    values: dict[str, Any] = {
+        "run_id": "bench", "seed": 0, "model": model, "reference": reference, "datasets": (), "data": DataConfig(),
+        "media": MediaConfig(), "template": TemplateConfig(), "learner": learner, "sft": None,
+        "buffer": BufferConfig(), "redis_url": "", "steps": 1, "replayed": 0, "max_tokens": LONGEST,
+        "step_timeout_s": 1.0,
+    }  # fmt: skip
+    return LearnerSpec(**(values | changes))
+
+
+def settings(threads: int, **changes: Any) -> LearnerConfig:
+    """GRPO as TRL has it: no TAS, a reference, clipping of ratio and gradient."""
+    objective = ObjectiveConfig(beta=0.1, tas_shape="uniform", tas_lambda=0)
+    optimizer = OptimizerConfig(lr=LR, dtype="float32", **changes.pop("optimizer", {}))
+    return LearnerConfig(objective=objective, optimizer=optimizer, threads=threads, **changes)
+
+
+def build_text_models(folder: Path) -> tuple[Path, Path]:
+    """A Qwen2 of 2.9M parameters and, as reference, the same a little elsewhere."""
+    import transformers as hf
+
+    config = hf.Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.Qwen2ForCausalLM(config)
+    model.save_pretrained(folder / "policy")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.002 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "reference")
+    return folder / "policy", folder / "reference"
+
+
+def make_trajectory(
+    group: str, index: int, prompt_id: str, prompt: EncodedPrompt, tokens: np.ndarray, reward: float
+) -> Trajectory:
+    return Trajectory(
+        id=f"{group}.{index}", group_id=group, prompt_id=prompt_id, index=index, hinted=False,
+        prompt_tokens=len(prompt.input_ids), prompt_digest=prompt.digest, token_ids=tokens.astype(np.int32),
+        logprobs=np.zeros(len(tokens), dtype=np.float32), versions=((0, len(tokens)),), finish_reason="stop",
+        temperature=1.0, reward=reward, components={}, step=0,
+    )  # fmt: skip
+
+
+def make_step(
+    number: int, prompts: Mapping[str, EncodedPrompt], rng: np.random.Generator, *, shortest: int, longest: int,
+    tokens: tuple[int, int],
+) -> StepWork:  # fmt: skip
+    """A fresh group of eight for each prompt; lengths are log-uniform, so most are short and a few are long."""
+    groups = []
+    for place, (prompt_id, prompt) in enumerate(prompts.items()):
+        seq = 1000 * number + place
+        lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest + 1), GROUP)).astype(int)
+        members = tuple(
+            make_trajectory(
+                f"{seq:08d}", i, prompt_id, prompt, rng.integers(*tokens, length), float(rng.random() < 0.5)
+            )
+            for i, length in enumerate(lengths)
+        )
+        groups.append(Group(id=f"{seq:08d}", prompt_id=prompt_id, seq=seq, step=0, hinted=False, trajectories=members))
+    return StepWork(step=0, version=0, groups=tuple(groups), replays=(), baselines=())
+
+
+def with_behaviour(work: StepWork, logprobs: Sequence[np.ndarray]) -> StepWork:
+    """The step with its stored log-probabilities replaced, in order of its completions."""
+    values = iter(logprobs)
+    groups = []
+    for group in work.groups:
+        members = tuple(
+            Trajectory(**{**{name: getattr(t, name) for name in t.__struct_fields__}, "logprobs": next(values)})
+            for t in group.trajectories
+        )
+        groups.append(
+            Group(**{**{name: getattr(group, name) for name in group.__struct_fields__}, "trajectories": members})
+        )
+    return StepWork(work.step, work.version, tuple(groups), work.replays, work.baselines)
+
+
+@torch.no_grad()
+def score(policy: Policy, work: StepWork, prompts: Mapping[str, EncodedPrompt]) -> list[np.ndarray]:
+    """Log-probabilities of every completion, group by group."""
+    found = []
+    for group in work.groups:
+        rows = [Row((t.prompt_id, False), prompts[t.prompt_id], t.token_ids) for t in group.trajectories]
+        scores = policy(collate(rows, share_prefix=True)).logprobs.numpy()
+        found += [values[: len(row.token_ids)].copy() for values, row in zip(scores, rows, strict=True)]
+    return found
+
+
+@dataclass(frozen=True)
+class FrozenText:
+    """A step of the text model as both sides take it."""
+
+    prompts: dict[str, EncodedPrompt]
+    work: StepWork
+    trl: dict[str, Tensor]
+    tokens: int  # of completions
+
+    @classmethod
+    def make(cls, number: int, prompts: int, policy: Policy, reference: Policy) -> FrozenText:
+        """``prompts`` groups of eight; prompts of 128 to 256 tokens, completions of 16 to 128."""
+        rng = np.random.default_rng(number)
+        encoded: dict[str, EncodedPrompt] = {}
+        for place in range(prompts):
+            length = int(rng.integers(128, 257))
+            ids = torch.from_numpy(rng.integers(2, VOCABULARY, length))
+            encoded[f"{number}-{place}"] = EncodedPrompt(ids, torch.arange(length)[None], length)
+        work = make_step(number, encoded, rng, shortest=16, longest=LONGEST, tokens=(2, VOCABULARY))
+        current = score(policy, work, encoded)
+        # As after a few updates and in another engine: most ratios inside the clip range, some beyond it.
+        behaviour = [(v + rng.normal(0, 0.1, len(v))).astype(np.float32) for v in current]
+        work = with_behaviour(work, behaviour)
+        return cls(encoded, work, _for_trl(work, encoded, score(reference, work, encoded)), sum(map(len, current)))
+
+
+def _for_trl(work: StepWork, prompts: Mapping[str, EncodedPrompt], reference: list[np.ndarray]) -> dict[str, Tensor]:
+    """The same in TRL's layout: a copy of the prompt per completion, prompts padded left, completions right."""
+    trajectories = [t for group in work.groups for t in group.trajectories]
+    plan = plan_step(work, settings(1), ranks=1, max_tokens=LONGEST)
+    ids = [prompts[t.prompt_id].input_ids.flip(0) for t in trajectories]
+    completions = [torch.from_numpy(t.token_ids.astype(np.int64)) for t in trajectories]
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(c) for c in completions], batch_first=True)
+    return {
+        "prompt_ids": pad(ids, batch_first=True).flip(1),
+        "prompt_mask": pad([torch.ones_like(i) for i in ids], batch_first=True).flip(1),
+        "completion_ids": pad(completions, batch_first=True),
+        "completion_mask": mask,
+        "advantages": plan.advantages.values.float(),
+        "old_per_token_logps": padded([t.logprobs for t in trajectories]),
+        "ref_per_token_logps": padded(reference),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def load_policy(path: Path) -> Policy:
+    return Policy(load_model(path)).eval()
