@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 def probe(
     engine: RolloutEngine, encoder: PromptEncoder, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int
 ) -> list[dict[str, Any]]:
-    """One completion of each prompt, in order: token ids (T,), log-probabilities (T,), prompt ids, text. The engine must
-    be idle."""
+    """One completion of each prompt, in order: token ids (T,), log-probabilities (T,), prompt ids, text.
+
+    The engine must be idle.
+    """
     for number, prompt in enumerate(prompts):
         engine.submit(prompt.id, encoder.engine_input(prompt, hinted=False), sampling, seed=seed + number)
     answers = {}

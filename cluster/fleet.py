@@ -87,14 +87,17 @@ class Fleet:
         name = self.working.pop(reference)
         try:
             ray.get(reference)
-            reason = "stopped"
+            reason = ""
         except ray.exceptions.RayError as error:
             reason = str(unwrap(error))
         if self.members[name].leaving:
-            how = "after its deadline" if self.members[name].stopped else "drained"
+            how = "stopped after its deadline" if self.members[name].stopped else "drained"
+            if reason:
+                how = f"died on its way out, its leases expire in {self.spec.lease_s:g} s: {reason}"
             self._forget(name)
-            self._say("rollout actor left", f"{name} {how}")
+            self._say("rollout actor left", f"{name}: {how}")
             return
+        reason = reason or "its run ended"
         self.restarts += 1
         self.folder.event("rollout actor died", f"{name}: {reason}")
         self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
