@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import threading
 import time
 from collections import deque
@@ -70,6 +72,7 @@ class RolloutActor:
 
     def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
         from actors.engine import RolloutEngine
+        from actors.weights import WeightPuller
         from buffer_service.store import ReplayBuffer
         from prompts.datasets import PromptIndex
         from prompts.media import MediaLoader
@@ -81,6 +84,7 @@ class RolloutActor:
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
         self.engine = RolloutEngine(spec.model, spec.engine)
+        self.puller = WeightPuller(board, self.engine.version)
         self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
@@ -88,6 +92,7 @@ class RolloutActor:
         self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
+        self._drain = threading.Event()
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
@@ -98,23 +103,12 @@ class RolloutActor:
         return {"name": self.name, "version": self.engine.version}
 
     def probe(self, prompt_ids: list[str], max_tokens: int) -> list[dict[str, Any]]:
-        """Completions for the parity probe, outside the stream: token ids, log-probabilities, prompt ids."""
+        """Completions for the parity probe (see ``actors.probe``)."""
+        from actors.probe import probe
+
         sampling = self.spec.sampling.model_copy(update={"n": 1, "max_tokens": max_tokens})
-        for number, prompt_id in enumerate(prompt_ids):
-            engine_input = self.encoder.engine_input(self.prompts[prompt_id], hinted=False)
-            self.engine.submit(prompt_id, engine_input, sampling, seed=self.spec.seed + number)
-        answers = {}
-        while self.engine.in_flight:
-            for finished in self.engine.step():
-                completion = finished.completions[0]
-                answers[finished.request_id] = {
-                    "prompt_id": finished.request_id,
-                    "prompt_token_ids": np.asarray(finished.prompt_token_ids, dtype=np.int32),
-                    "token_ids": completion.token_ids,
-                    "logprobs": completion.logprobs,
-                    "text": completion.text,
-                }
-        return [answers[prompt_id] for prompt_id in prompt_ids]
+        asked = [self.prompts[prompt_id] for prompt_id in prompt_ids]
+        return probe(self.engine, self.encoder, asked, sampling, seed=self.spec.seed)
 
     def run(self) -> dict[str, Any]:
         """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what broke a thread."""
@@ -127,13 +121,20 @@ class RolloutActor:
             self._outcomes.put(None)
             wait(helpers)
         self._stop.clear()
+        self._drain.clear()
         if self._failure is not None:
             raise self._failure
         self._release()
         return self.stats()
 
     def stop(self) -> None:
+        """Leave at once: what is unfinished is given back and generated anew by another actor."""
         self._stop.set()
+
+    def drain(self) -> None:
+        """Leave in order: lease no more, give back what has not begun, deliver the rest, then end ``run``."""
+        self._drain.set()
+        self._look.set()
 
     def stats(self) -> dict[str, Any]:
         """Running totals since start: tokens and groups delivered, seconds generating, waiting and adopting weights."""
@@ -145,6 +146,9 @@ class RolloutActor:
             "wait_s": round(self.wait_s, 4),
             "adopt_s": round(self.adopt_s, 4),
             "in_flight": len(self._held),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "refused_versions": self.puller.refused,
         }
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ class RolloutActor:
 
             torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
-        while self._running():
+        while self._running() and not (self._drain.is_set() and self._emptied()):
             if self._incoming and self.engine.can_adopt and self._at_a_boundary():
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
@@ -179,6 +183,14 @@ class RolloutActor:
             self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
             self._look.set()
         self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
+
+    def _emptied(self) -> bool:
+        """Draining: give back what has not begun; whether everything else is delivered."""
+        while self._ready:
+            lease = self._ready.popleft().lease
+            self.buffer.release([lease])
+            self._held.pop(lease.ticket.key)
+        return not self._held
 
     def _at_a_boundary(self) -> bool:
         following = self._ready[0] if self._ready else None
@@ -258,7 +270,7 @@ class RolloutActor:
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
         narrowest = 1  # completions of a ticket: with less room there is no use in asking
-        while self._running():
+        while self._running() and not self._drain.is_set():
             room = self._room()
             leases = self.buffer.lease_tickets(
                 self.name, room, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness, completions=room
@@ -297,19 +309,10 @@ class RolloutActor:
 
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
-        import ray
-
-        from buffer_service.weights import unpack_weights
-
-        fetched = self.engine.version
-        while self._running():
-            if self.buffer.version() > fetched:
-                published = ray.get(self.board.latest.remote(fetched))
-                if published is not None:
-                    fetched, manifest, [reference] = published
-                    self._incoming.append((fetched, unpack_weights(manifest, ray.get(reference))))
-                self._look.set()  # a newer version admits more tickets
-            self._stop.wait(self._poll_s())
+        self.puller.version = self.engine.version
+        for update in self.puller.updates(self.buffer, self._running):
+            self._incoming.append(update)
+            self._look.set()  # a newer version admits more tickets
 
     def _keep_alive(self) -> None:
         """Renew leases and report progress."""

@@ -1,18 +1,90 @@
-"""What a weight update must look like before it may touch a running engine."""
+"""Weights on their way in: fetched from the board, and what they must look like before they touch a running engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from buffer_service.store import ReplayBuffer
+from buffer_service.weights import unpack_weights
 from prompts.errors import ModelError
 
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.2  # one question to the board, answered as soon as there is something new
+COMMIT_S = 5.0  # from a version's publication to its commit; far less than a learner needs to start anew
+COMMIT_POLL_S = 0.02
+RETRY_S = 0.5  # after a version that cannot be used; it may be published again
+MAX_REFUSED = 3  # in a row
 #: Parts of a published omni checkpoint that speak; they never generate text and are never updated.
 UNUSED = ("talker.", "token2wav.", "code2wav.")
+
+
+class WeightPuller:
+    """Fetches published versions for one engine and proves them. ``refused`` counts those it would not hand on."""
+
+    def __init__(self, board: Any, version: int) -> None:
+        self.board, self.version = board, version
+        self.refused = 0
+        self._in_a_row = 0
+
+    def updates(self, buffer: ReplayBuffer, go_on: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Committed versions and their tensors, fetched and verified meanwhile; ends once ``go_on`` is false."""
+        while go_on():
+            before = self.version
+            update = self.fetch()
+            if update is None:
+                continue
+            if _committed(buffer, update[0], go_on):
+                yield update
+            else:
+                self.version = before  # ask again: another learner may publish it anew
+
+    def fetch(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the object store. It need
+        not be committed yet. None when there is none, or when it is damaged or lost with its node; then it is asked
+        for again, since a restarted learner publishes it anew.
+
+        Raises ModelError when ``MAX_REFUSED`` attempts in a row found nothing usable.
+        """
+        import ray
+
+        published = ray.get(self.board.newer.remote(self.version, WAIT_S))
+        if published is None:
+            return None
+        version, manifest, [reference] = published
+        try:
+            weights = unpack_weights(manifest, ray.get(reference))
+        except (ModelError, ray.exceptions.ObjectLostError, ray.exceptions.RayTaskError) as error:
+            self.refused += 1
+            self._in_a_row += 1
+            log.warning("version %d refused, the engine stays at %d: %s", version, self.version, error)
+            if self._in_a_row >= MAX_REFUSED:
+                raise ModelError(
+                    f"version {version} cannot be adopted after {MAX_REFUSED} attempts: {error}"
+                ) from error
+            time.sleep(RETRY_S)
+            return None
+        self.version, self._in_a_row = version, 0
+        return version, weights
+
+
+def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:
+    """Whether a published version counts, which takes milliseconds unless its learner failed in between."""
+    deadline, poll_s = time.monotonic() + COMMIT_S, 0.001
+    while buffer.version() < version:
+        if time.monotonic() > deadline or not go_on():
+            return False
+        time.sleep(poll_s)
+        poll_s = min(2 * poll_s, COMMIT_POLL_S)
+    return True
 
 
 class WeightContract:

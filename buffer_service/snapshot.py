@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,10 +96,11 @@ def _scan(connection: Connection, name: str) -> dict[bytes, bytes]:
             return found
 
 
-def save(connection: Connection, path: Path) -> SnapshotReport:
+def save(connection: Connection, path: Path, on_begin: Callable[[], None] = lambda: None) -> SnapshotReport:
     """Writes a snapshot to ``path`` (by way of a temporary file and a rename). Writers are held up for one short script
-    at a time. O(contents)."""
+    at a time; ``on_begin`` is called once the moment it shows is fixed. O(contents)."""
     state = dict(zip(_TABLES, connection.run("snapshot", "begin"), strict=True))
+    on_begin()
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from buffer_service import exchange
@@ -85,9 +86,10 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     def config(self) -> BufferConfig:
         return self._connection.config
 
-    def snapshot(self, path: Path) -> SnapshotReport:
-        """Writes the state of this moment to ``path`` while others go on writing. O(contents)."""
-        return save(self._connection, path)
+    def snapshot(self, path: Path, on_begin: Callable[[], None] = lambda: None) -> SnapshotReport:
+        """Writes the state of this moment to ``path`` while others go on writing; ``on_begin`` is called once it
+        is fixed. O(contents)."""
+        return save(self._connection, path, on_begin)
 
     def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:
         """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises RecordError,

@@ -83,6 +83,11 @@ class PromptStream:
         """Gives leases back unfinished; returns how many were still held."""
         return len(self._extend("release", leases, 0.0))
 
+    def abandon(self, consumer: str) -> int:
+        """Gives back whatever a consumer that is known to be dead holds, instead of waiting for its leases to expire;
+        returns how many tickets wait again. O(leases)."""
+        return int(self._run("abandon", consumer))
+
     def _extend(self, verb: str, leases: Sequence[TicketLease], lease_s: float) -> list[TicketLease]:
         if not leases:
             return []

@@ -1,4 +1,4 @@
-"""The command line: `avatar train`, `avatar data ...`, `avatar presets`, `avatar runs`."""
+"""The command line: `avatar train`, `scale`, `doctor`, `data ...`, `buffer ...`, `presets`, `runs`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "runs"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if options.command == "buffer":
@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and the resources; start nothing"
     )
+    train.add_argument(
+        "--resume", metavar="RUN", help="go on with a run: its id or folder, or auto for the newest unfinished one"
+    )
     train.set_defaults(run=_train)
 
     presets = commands.add_parser("presets", help="list the named methods")
@@ -70,13 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--seed", type=int)
     synthesize.set_defaults(run=_synthesize)
 
+    scale = commands.add_parser("scale", help="change how many rollout actors a run under way has")
+    scale.add_argument("run", type=Path, help="run folder")
+    scale.add_argument("--rollout-workers", type=int, required=True, metavar="N")
+    scale.add_argument("--url", help="the run's Redis, where config.yaml does not say it")
+    scale.set_defaults(run=_scale)
+
+    doctor = commands.add_parser("doctor", help="check this machine, and what a recipe needs of it")
+    doctor.add_argument("recipe", type=Path, nargs="?")
+    doctor.set_defaults(run=_doctor)
+
     from cluster import buffer_commands
 
     buffer_commands.add_parser(commands)
 
-    runs = commands.add_parser("runs", help="list runs")
-    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
-    runs.set_defaults(run=_runs)
+    from cluster import run_commands
+
+    run_commands.add_parser(commands)
     return parser
 
 
@@ -92,11 +105,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         for name, amount in needs_of(config).rows():
             print(f"#   {name:<34} {amount}")
         return 0
-    from cluster.summary import print_summary
-    from cluster.training import train
+    from cluster.run_commands import train_and_summarise
 
-    print_summary(config, train(config))
-    return 0
+    return train_and_summarise(config, options.resume)
 
 
 def _presets(options: argparse.Namespace, rest: list[str]) -> int:
@@ -119,15 +130,17 @@ def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
     return synthesize_world(options.folder, recipe=options.recipe, seed=options.seed)
 
 
-def _runs(options: argparse.Namespace, rest: list[str]) -> int:
-    from cluster.telemetry import list_runs
+def _scale(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.scale import scale
 
-    for status in list_runs(options.folder):
-        now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
-        before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
-        state = "lost" if status.lost else status.state
-        print(f"{status.run_id:<36} {state:<12} step {status.step}/{status.total_steps}  held-out {before} -> {now}")
+    print(scale(options.run, options.rollout_workers, url=options.url))
     return 0
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.doctor import examine, print_findings
+
+    return print_findings(examine(options.recipe))
 
 
 if __name__ == "__main__":

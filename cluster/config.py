@@ -83,11 +83,31 @@ class EvaluationConfig(Section):
 class RolloutSection(Section):
     """The rollout pool."""
 
-    workers: int = Field(1, ge=1, description="vLLM engines (Ray actors).")
+    workers: int = Field(1, ge=1, description="vLLM engines (Ray actors) at start; `avatar scale` changes it.")
+    min_workers: int = Field(1, ge=1, description="Fewest that scaling may leave.")
+    max_workers: int | None = Field(None, ge=1, description="Most that scaling may start; null: as many as are placed.")
+    autoscale: bool = Field(
+        False, description="Grow by one while the learner waits, shrink while rollouts wait; needs max_workers."
+    )
+    drain_s: float = Field(60, gt=0, description="Seconds a leaving actor may take to finish what it has begun.")
     engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")
     max_sequences: int = Field(64, ge=1, description="Completions one actor keeps in flight.")
     lease_s: float = Field(120, gt=0, description="Seconds until an unfinished prompt of a silent actor is given away.")
+
+    def bounded(self, workers: int) -> int:
+        """The nearest pool size that the recipe allows."""
+        return max(self.min_workers, workers if self.max_workers is None else min(workers, self.max_workers))
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutSection:
+        if self.bounded(self.workers) != self.workers:
+            raise ValueError(
+                f"workers {self.workers} is outside min_workers {self.min_workers} to max_workers {self.max_workers}"
+            )
+        if self.autoscale and self.max_workers is None:
+            raise ValueError("autoscale needs max_workers: say how far the pool may grow")
+        return self
 
 
 class ResourceConfig(Section):
@@ -100,6 +120,10 @@ class ResourceConfig(Section):
     rollout_gpus: float | None = Field(None, ge=0, description="GPUs per rollout actor; null: 1 where GPUs exist.")
     learner_cpus: float = Field(1, gt=0, description="CPUs per learner rank.")
     learner_gpus: float | None = Field(None, ge=0, description="GPUs per learner rank; null: 1 where GPUs exist.")
+    learner_strict: bool = Field(False, description="All learner ranks on one node or not at all; else packed.")
+    learner_labels: dict[str, str] = Field({}, description="Node labels that learner ranks ask for.")
+    rollout_labels: dict[str, str] = Field({}, description="Node labels that rollout actors ask for.")
+    rollout_resources: dict[str, float] = Field({}, description="Custom Ray resources per rollout actor.")
     reward_workers: int = Field(1, ge=1, description="Reward actors.")
     object_store_bytes: int = Field(256 << 20, ge=80 << 20, description="Ray object store of a local run, in bytes.")
     start_timeout_s: float = Field(300, gt=0, description="Deadline for actors to be placed and ready.")
@@ -114,6 +138,38 @@ class OutputConfig(Section):
     samples: int = Field(4, ge=1, description="Groups per saved sample.")
     export: bool = Field(True, description="Write the trained policy as a Hugging Face checkpoint at the end.")
     report: bool = Field(True, description="Write plot.png and report.html at the end.")
+    upload: str | None = Field(
+        None, description="fsspec URL (s3://bucket/path, file:///mnt/x) the run folder is copied to at the end."
+    )
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description="Port that serves the run's metrics to Prometheus; null serves none."
+    )
+    prometheus_host: str = Field("127.0.0.1", description="Address it listens on; 0.0.0.0 for another host to scrape.")
+
+
+class CheckpointConfig(Section):
+    """What survives the job, and what survives a learner (docs/survival.md)."""
+
+    every: int = Field(20, ge=0, description="Steps between checkpoints; 0 writes none, then nothing can be resumed.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
+    hold_bytes: int = Field(
+        1 << 30, ge=0,
+        description="A learner state up to this size is copied to another process at every step, so that a dead rank "
+        "costs no step; a larger one goes back to the last checkpoint. 0: always the checkpoint.",
+    )  # fmt: skip
+
+
+class SupervisionConfig(Section):
+    """When a process counts as dead, and how often it is replaced."""
+
+    stall_s: float = Field(
+        120, gt=0, description="A rollout actor without progress for this long while it holds prompts is replaced; "
+        "keep it above the time of the longest group.",
+    )  # fmt: skip
+    restarts: int = Field(
+        8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops."
+    )
+    grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
 
 
 class ProbeConfig(Section):
@@ -140,6 +196,8 @@ class RunConfig(Section):
     buffer: BufferConfig = Field(BufferConfig(), description="The replay buffer service.")
     learner: LearnerConfig = Field(LearnerConfig(), description="Objective, optimiser and DeepSpeed.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints and the learner's copy.")
+    supervision: SupervisionConfig = Field(SupervisionConfig(), description="Who is replaced when.")
     probe: ProbeConfig = Field(ProbeConfig(), description="Parity probe at start.")
     resources: ResourceConfig = Field(ResourceConfig(), description="What is asked of Ray.")
     output: OutputConfig = Field(OutputConfig(), description="What the run leaves behind.")

@@ -109,6 +109,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "tokens/s",
             "Completion tokens generated per second of wall time, all actors together.",
         ),
+        ("rollout/workers", "actors", "Rollout actors at work, those that leave in order included."),
         (
             "learner/tokens_per_s",
             "tokens/s",
@@ -119,6 +120,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("time/rollout_wait", "s", "Time the rollout actors waited for admission in this step, mean over actors."),
         ("time/encode", "s", "Time spent on templates and media before the forward pass."),
         ("time/forward_backward", "s", "Time of forward, backward and optimiser step."),
+        ("time/hold", "s", "Time to leave a copy of the learner's state outside the learner."),
         ("time/publish", "s", "Time to write and announce the new weights."),
         # judges, hints, bad prompts
         ("judge/masked_share", "share", "Completions whose judge failed; their component is masked, not zero."),

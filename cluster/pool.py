@@ -10,10 +10,15 @@ from actors.rollout import RolloutActor
 from actors.spec import RolloutSpec
 from buffer_service.weights import WeightBoard
 from cluster.config import RunConfig
+from cluster.placement import release, reserve, shortage
 from cluster.scoring import Scorer
 from cluster.services import Services
 from learner.rank import LearnerRank, LearnerSpec
+from learner.state import StateKeeper
 from prompts.errors import AvatarError, ResourceError
+
+#: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
+IMMORTAL = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class Pool:
@@ -22,9 +27,11 @@ class Pool:
     def __init__(self, config: RunConfig, services: Services) -> None:
         self.config, self.services = config, services
         self.board: Any = None
+        self.keeper: Any = None
         self.scorers: list[Any] = []
         self.rollouts: dict[str, Any] = {}
         self.ranks: list[Any] = []
+        self._learner_group: Any = None
 
     def _remote(self, cls: type, *, cpus: float, gpus: float = 0.0, **options: Any) -> Any:
         import ray
@@ -36,10 +43,14 @@ class Pool:
         return named if named is not None else float(self.services.on_gpu)
 
     def start_board(self) -> None:
-        self.board = self._remote(WeightBoard, cpus=0).remote()
+        self.board = self._remote(WeightBoard, cpus=0, **IMMORTAL).remote()
+
+    def start_keeper(self, ranks: int) -> None:
+        """Holds the learner's state outside the learner; two calls at once: one may write a checkpoint."""
+        self.keeper = self._remote(StateKeeper, cpus=0, max_concurrency=2, **IMMORTAL).remote(ranks)
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
-        make = self._remote(Scorer, cpus=0, max_concurrency=64)
+        make = self._remote(Scorer, cpus=0, max_concurrency=64, **IMMORTAL)
         count = self.config.resources.reward_workers
         self.scorers = [
             make.remote(self.config.rewards, tuple(datasets), self.config.data.reader) for _ in range(count)
@@ -49,8 +60,10 @@ class Pool:
         """New rollout actors; returns the references of their readiness."""
         resources = self.config.resources
         make = self._remote(
-            RolloutActor, cpus=resources.rollout_cpus, gpus=self._gpus(resources.rollout_gpus), max_concurrency=4
-        )
+            RolloutActor, cpus=resources.rollout_cpus, gpus=self._gpus(resources.rollout_gpus), max_concurrency=4,
+            resources=resources.rollout_resources, label_selector=resources.rollout_labels or None,
+            scheduling_strategy="SPREAD",
+        )  # fmt: skip
         for number, name in enumerate(names):
             scorer = self.scorers[number % len(self.scorers)]
             self.rollouts[name] = make.remote(name, spec, scorer, self.board)
@@ -59,12 +72,22 @@ class Pool:
     def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[Any]:
         """The rank group; returns the references of its readiness. Rank 0 picks the meeting point."""
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = self.config.resources
-        make = self._remote(
-            LearnerRank, cpus=resources.learner_cpus, gpus=self._gpus(resources.learner_gpus), max_concurrency=2
-        )
-        self.ranks = [make.remote(spec, rank, ranks, self.board) for rank in range(ranks)]
+        cpus, gpus = resources.learner_cpus, self._gpus(resources.learner_gpus)
+        bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        self._learner_group = reserve(
+            [bundle] * ranks, resources.learner_labels, strict=resources.learner_strict,
+            deadline_s=resources.start_timeout_s,
+        )  # fmt: skip
+        places = [PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)]
+        self.ranks = [
+            self._remote(LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=3, scheduling_strategy=place).remote(
+                spec, rank, ranks, self.board, self.keeper
+            )
+            for rank, place in enumerate(places)
+        ]
         address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)
         return [rank.setup.remote(address, port) for rank in self.ranks]
 
@@ -74,6 +97,9 @@ class Pool:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
+        if self._learner_group is not None:
+            release(self._learner_group)
+            self._learner_group = None
 
     def wait_ready(self, references: Sequence[Any], what: str) -> list[Any]:
         """Results of readiness calls. Raises ResourceError naming what is missing when the deadline passes."""
@@ -83,9 +109,8 @@ class Pool:
         try:
             return ray.get(list(references), timeout=deadline)
         except ray.exceptions.GetTimeoutError as error:
-            free = ray.available_resources()
             raise ResourceError(
-                f"{what} not ready after {deadline:g} s; free: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+                f"{what} not ready after {deadline:g} s; {shortage()}. "
                 "Give the run fewer actors, the cluster more nodes, or raise resources.start_timeout_s"
             ) from error
         except ray.exceptions.RayTaskError as error:

@@ -34,7 +34,7 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset
     if preset_name:
         raw = merge(raw, {**preset(preset_name), "preset": preset_name})
     for key, text in overrides:
-        raw = merge(raw, _override(key, text))
+        raw = merge(raw, override(key, text))
     return check(raw, source=str(path))
 
 
@@ -68,7 +68,7 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _override(key: str, text: str) -> Overlay:
+def override(key: str, text: str) -> Overlay:
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from buffer_service.store import ReplayBuffer
 from cluster.config import EvaluationConfig
@@ -54,6 +56,17 @@ class EvaluationRounds:
         self.folder.status(accuracy_before=self.results[0].accuracy, accuracy_now=evaluation.accuracy)
         self.screen.update(evaluation.metrics())
         return True
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, for a checkpoint; the answers themselves are in the buffer."""
+        results = [{**asdict(result), "samples": []} for result in self.results]
+        return {"round": self._round, "pending": self._pending, "results": results}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._round = state["round"]
+        self._pending = (state["pending"][0], state["pending"][1]) if state["pending"] else None
+        self.results = [Evaluation(**result) for result in state["results"]]
 
     def whole(self, step: int, phase: str, watch: Callable[[], None]) -> None:
         """A round waited for; ``watch`` is called meanwhile. Raises ReplayBufferError past the deadline."""

@@ -13,11 +13,14 @@ from typing import Any
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
-from cluster.resources import Needs, needs_of
+from cluster.placement import live_nodes
+from cluster.resources import OVERSUBSCRIPTION, Needs, needs_of
+from cluster.shared import check_shared
 from prompts.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
+NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
 #: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the user.
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
@@ -87,7 +90,7 @@ class Services:
             os.environ.setdefault("RAY_worker_niceness", "0")
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
             ray.init(
-                num_cpus=max(self.needs.cpus_rounded, os.cpu_count() or 1),
+                num_cpus=max(self.needs.cpus_rounded, OVERSUBSCRIPTION * (os.cpu_count() or 1)),
                 include_dashboard=False,
                 object_store_memory=resources.object_store_bytes,
                 **common,
@@ -98,6 +101,8 @@ class Services:
         self._session = Path(node.get_session_dir_path())
         have = ray.cluster_resources()
         self.on_gpu = have.get("GPU", 0) > 0
+        if address:
+            self._check_cluster()
         needs = self.needs.on_gpu() if self.on_gpu else self.needs
         short = [
             f"{wanted:g} {name} asked, {have.get(name, 0):g} there"
@@ -109,6 +114,19 @@ class Services:
                 f"the {'cluster' if address else 'machine'} cannot hold this run: {'; '.join(short)}. "
                 "Lower rollout.workers, learner.ranks or the per-actor resources, or add nodes"
             )
+
+    def _check_cluster(self) -> None:
+        """What several nodes need in common: a Redis that all reach, files that all see."""
+        config, nodes = self.config, len(live_nodes())
+        if nodes > 1 and self.redis is not None:
+            raise ResourceError(
+                f"the cluster has {nodes} nodes, but the embedded Redis answers only on the driver's: start one that "
+                "all reach (deploy/redis/redis.conf) and set buffer.url"
+            )
+        named = [config.model.path if config.model.path != "tiny" else None, config.model.reference]
+        named += [config.data.train, config.data.heldout, config.data.sft]
+        readable = [Path(path) for path in named if path is not None]
+        check_shared([self.data_dir, config.output.cache], readable, deadline_s=NODE_ANSWER_S)
 
     def stop(self) -> None:
         if self._ray_started:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.metrics import describe
+from prompts.errors import ResourceError
 
 
 class Sink(Protocol):
@@ -23,28 +24,41 @@ class Sink(Protocol):
 
 
 class PrometheusSink:
-    """Exports each metric as a Ray gauge ``avatar_<name>``, which Ray's agent serves to Prometheus."""
+    """Serves each metric as the gauge ``avatar_<name>{run="<id>"}`` over HTTP, on loopback unless told otherwise.
 
-    def __init__(self, run_id: str) -> None:
+    Raises ResourceError when the port is taken.
+    """
+
+    def __init__(self, run_id: str, port: int, host: str = "127.0.0.1") -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
         self.run_id = run_id
+        self._registry = CollectorRegistry()
         self._gauges: dict[str, Any] = {}
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise ResourceError(
+                f"output.prometheus_port {port} on {host}: {error.strerror}; give another port, or null for none"
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        from ray.util.metrics import Gauge
+        from prometheus_client import Gauge
 
         for name, value in {"step": float(step), **metrics}.items():
             if value is None:
                 continue
-            if name not in self._gauges:
+            label = prometheus_name(name)
+            if label not in self._gauges:
                 entry = describe(name)
-                self._gauges[name] = Gauge(
-                    prometheus_name(name), description=entry.meaning if entry else name, tag_keys=("run",)
-                )
-                self._gauges[name].set_default_tags({"run": self.run_id})
-            self._gauges[name].set(value)
+                meaning = entry.meaning if entry else name
+                self._gauges[label] = Gauge(label, meaning, ["run"], registry=self._registry).labels(run=self.run_id)
+            self._gauges[label].set(value)
 
     def close(self) -> None:
-        self._gauges.clear()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 def prometheus_name(name: str) -> str:

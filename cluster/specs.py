@@ -56,4 +56,5 @@ def learner_spec(
         replayed=config.loop.replayed,
         max_tokens=config.rollout.sampling.max_tokens,
         step_timeout_s=config.loop.step_timeout_s,
+        hold_bytes=0 if cold_start else config.checkpoint.hold_bytes,
     )

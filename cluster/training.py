@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -12,21 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from buffer_service.store import ReplayBuffer
-from cluster.assets import Datasets, check_media, prepare_base_model, prepare_datasets, read_prompts
+from cluster.assets import (
+    Datasets,
+    check_media,
+    model_digest,
+    prepare_base_model,
+    prepare_datasets,
+    read_prompts,
+)
 from cluster.coldstart import cold_start
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluation
 from cluster.fleet import Fleet
+from cluster.learner_group import LearnerGroup, StateLostError
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
 from cluster.resources import needs_of
+from cluster.resume import Resumption, check_assets, data_digest, open_folder, prepare
 from cluster.rounds import EvaluationRounds
+from cluster.runlock import RunLock
 from cluster.screen import Screen
 from cluster.services import Services
+from cluster.shared import anchored, check_durable
+from cluster.sinks import PrometheusSink
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
+from cluster.supervision import Budget, Stopped
+from cluster.supervisor import Supervisor
 from cluster.telemetry import RunFolder, new_run_id
-from prompts.errors import ResourceError
+from cluster.upload import open_target, upload
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +63,19 @@ class RunResult:
 class Run:
     """Owns one run's services, actors and folder. Use ``execute``."""
 
-    def __init__(self, config: RunConfig, screen: Screen) -> None:
-        self.config, self.screen = config, screen
-        self.run_id = new_run_id(config.name)
+    def __init__(self, config: RunConfig, screen: Screen, resumption: Resumption | None = None) -> None:
+        self.config, self.screen, self.resumption = config, screen, resumption
+        self.cut = resumption.cut if resumption is not None else None
+        self.run_id = resumption.run.name if resumption is not None else new_run_id(config.name)
         self.folder: RunFolder
         self.services: Services
         self.pool: Pool
         self.buffer: ReplayBuffer
         self.stream: PromptStream
         self.fleet: Fleet
+        self.learner: LearnerGroup
+        self.lock: RunLock
+        self.supervisor: Supervisor
         self.rounds: EvaluationRounds
         self.heldout: list[str] = []
         self.accuracies: deque[float] = deque(maxlen=MOVING)
@@ -67,20 +86,31 @@ class Run:
         """Set up, train, evaluate, export, report; whatever happens, everything started is stopped."""
         started = time.monotonic()
         config = self.config
-        path = config.output.folder / self.run_id
-        self.folder = RunFolder(path, total_steps=config.loop.steps, on_warning=self.screen.event)
+        path = self.resumption.run if self.resumption is not None else config.output.folder / self.run_id
+        self.lock = RunLock(path, on_warning=self.screen.event)
+        output, sinks = config.output, []
+        if output.prometheus_port is not None:
+            sinks.append(PrometheusSink(self.run_id, output.prometheus_port, output.prometheus_host))
+        self.folder = open_folder(path, self.lock, self.resumption, config.loop.steps, self.screen.event, sinks=sinks)
         self.folder.config(config.model_dump(mode="json"))
         try:
             needs_of(config)
+            if config.output.upload is not None:
+                open_target(config.output.upload)  # a wrong URL is said before the run, not after it
             datasets, base = self._prepare()
             with Services(config, self.folder.path) as self.services:
                 try:
                     self._set_up(datasets, base)
                     self._train_and_evaluate()
                     self._finish()
+                except Stopped:
+                    self.supervisor.save_last(self.accuracies)
+                    raise
                 finally:
                     if hasattr(self, "fleet"):
                         self.fleet.stop()
+                    if hasattr(self, "supervisor"):
+                        self.supervisor.close()
                     self.services.save_logs(self.folder.path / "logs")
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -90,6 +120,9 @@ class Run:
         finally:
             self._report()
             self.folder.close()
+            self.lock.release()
+        if config.output.upload is not None:
+            self.screen.event(f"run folder copied to {upload(self.folder.path, config.output.upload)}")
         evaluations = self.rounds.results
         first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
         completions = int(self._last.get("completions/generated", 0))
@@ -113,15 +146,32 @@ class Run:
 
     def _set_up(self, datasets: Datasets, base: Path) -> None:
         config = self.config
-        self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
+        url, resuming = self.services.redis_url, self.resumption is not None
+        self.lock.acquire_redis(config.buffer, url)
+        self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=url, reconfigure=resuming)
+        if self.cut is not None:
+            self.buffer.restore(self.cut.buffer)
+        elif resuming:
+            self.buffer.clear()
+            self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=url)
+        self.supervisor = Supervisor(config, self.folder, self.lock, self.services, self.buffer, self.screen)
         self.pool = Pool(config, self.services)
         self.pool.start_board()
+        self.pool.start_keeper(config.learner.ranks)
         self.rounds = EvaluationRounds(config.evaluation, self.buffer, self.heldout, self.folder, self.screen)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
+        if self.cut is not None:
+            check_assets(self.cut, model, datasets)
         self._start_actors(model, datasets)
+        digests = (model_digest(model), data_digest(datasets))
+        self.supervisor.attach(self.pool, self.fleet, self.learner, {"heldout": self.rounds}, digests)
         self._probe(self.stream.prompt_ids)
+        if self.cut is not None:
+            self.rounds.restore(self.cut.evaluation["heldout"])
+            self.accuracies.extend(self.cut.accuracies)
+            self.learner.restore(self.cut.learner, self.cut.version)
 
     def _start_actors(self, model: Path, datasets: Datasets) -> None:
         config, pool = self.config, self.pool
@@ -129,11 +179,15 @@ class Run:
         pool.start_scorers(datasets.asked)
         url = self.services.redis_url
         spec = rollout_spec(config, self.run_id, model, datasets, url)
-        self.fleet = Fleet(pool, spec, self.folder, self.screen)
+        self.fleet = Fleet(pool, spec, self.buffer, self.folder, self.screen, scaling=config.rollout)
         waiting = self.fleet.start(config.rollout.workers)
         names = list(pool.rollouts)
         learner = learner_spec(config, self.run_id, model, datasets, url)
-        waiting += pool.start_learner(learner, ranks=config.learner.ranks)
+        budget = Budget(config.supervision.restarts, "learner ranks")
+        self.learner = LearnerGroup(
+            pool, learner, config.learner.ranks, self.buffer, self.folder.path / ".held", budget, self.supervisor.report
+        )
+        waiting += self.learner.start()
         waiting += [scorer.check.remote() for scorer in pool.scorers]
         ready = pool.wait_ready(waiting, "rollout, learner and reward actors")
         self._dtype = ready[len(names)]["dtype"]
@@ -164,43 +218,28 @@ class Run:
     def _train_and_evaluate(self) -> None:
         config = self.config
         self.fleet.work()
-        self.rounds.whole(step=0, phase="evaluation before training", watch=self.fleet.watch)
+        self.supervisor.signals.orderly = True
+        if not self.rounds.results:
+            self.rounds.whole(step=0, phase="evaluation before training", watch=self.supervisor.watch)
         self.screen.phase("training")
         self.folder.status(state="training")
-        pushed = 0
-        for step in range(config.loop.steps):
+        first = pushed = self.cut.step if self.cut is not None else 0
+        for step in range(first, config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
                 self.buffer.push_tickets(self.stream.tickets(pushed))
                 pushed += 1
             started = time.perf_counter()
             wanted = config.output.samples_every and step % config.output.samples_every == 0
-            report = self._learn(step, samples=config.output.samples if wanted else 0)
+            samples = config.output.samples if wanted else 0
+            report = self.learner.train(step, samples, self.fleet, self.supervisor.look)
             self._log_step(step + 1, report, time.perf_counter() - started)
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
-        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.fleet.watch)
-
-    def _learn(self, step: int, *, samples: int) -> dict[str, Any]:
-        """One training step on all ranks; meanwhile dead rollout actors are replaced."""
-        import ray
-
-        waiting = [rank.train_step.remote(step, samples=samples) for rank in self.pool.ranks]
-        first = waiting[0]
-        try:
-            while waiting:
-                done, _ = ray.wait([*waiting, *self.fleet.working], num_returns=1)
-                for reference in done:
-                    if reference in self.fleet.working:
-                        self.fleet.replace(reference)
-                    else:
-                        waiting.remove(reference)
-                        ray.get(reference)
-            return ray.get(first)
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from error
-        except ray.exceptions.RayActorError as error:
-            raise ResourceError(f"a learner rank died in step {step}: {error}") from error
+            self.supervisor.between_steps(step + 1, self.accuracies)
+        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.supervisor.watch)
+        self.supervisor.checkpoints.wait()
+        self.supervisor.signals.orderly = False
 
     def _log_step(self, step: int, report: Mapping[str, Any], seconds: float) -> None:
         metrics = dict(report["metrics"])
@@ -209,6 +248,7 @@ class Run:
         if self.accuracies:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
         metrics |= self._buffer_metrics() | self._rollout_metrics(seconds) | {"time/step": seconds, "step": float(step)}
+        self.fleet.autoscale(metrics)
         self._last = metrics
         self.folder.metrics(step, metrics)
         self.folder.status(step=step, reward=metrics.get("reward/mean"))
@@ -247,17 +287,16 @@ class Run:
         return {
             "rollout/tokens_per_s": gained["tokens"] / busy * max(1, len(known)),
             "time/rollout_wait": gained["wait_s"] / busy * seconds,
+            "rollout/workers": float(len(self.fleet.working)),
         }
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        import ray
-
         if self.config.output.export:
             self.screen.phase("exporting", "Hugging Face checkpoint")
             path = self.folder.path / "checkpoint"
-            ray.get([rank.export.remote(path.resolve()) for rank in self.pool.ranks])
+            self.learner.export(path)
             self.folder.event("exported", str(path))
         books = self.buffer.check_ledger()
         self.folder.event("ledger closed", f"{books.generated} groups generated, {books.completions} completions")
@@ -274,8 +313,27 @@ class Run:
             log.warning("no report for %s: %s", self.folder.path, error, exc_info=True)
 
 
-def train(config: RunConfig) -> RunResult:
-    """Run a recipe; raises AvatarError children for everything a user can cure."""
+def train(config: RunConfig, resume: str | None = None) -> RunResult:
+    """Run a recipe, or go on with the run ``resume`` ("auto", an id or a folder).
+
+    A run whose learner's state is lost goes back to its last checkpoint by itself, as if it were resumed. Raises
+    AvatarError children for everything a user can cure, and Stopped when it was asked to stop and saved itself.
+    """
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
-        return Run(config, screen).execute()
+        in_cluster = config.resources.address or "RAY_ADDRESS" in os.environ
+        if in_cluster:
+            check_durable(config)
+            config = anchored(config)
+        resumption = prepare(config, resume, screen.event) if resume is not None else None
+        budget = Budget(config.supervision.restarts, "learner states")
+        while True:
+            run = Run(config, screen, resumption)
+            try:
+                return run.execute()
+            except StateLostError as error:
+                if config.checkpoint.every == 0:
+                    raise
+                budget.spend(str(error))
+                screen.event(f"{error}; the run goes back to its last checkpoint")
+                resumption = prepare(config, str(run.folder.path), screen.event)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from buffer_service.weights import pack_weights
+from buffer_service.weights import Arrays, pack_weights
 from learner.model import DTYPES, checkpoint_names, published_names
+from prompts.errors import ModelError
 
 
 class Publisher:
@@ -18,6 +19,8 @@ class Publisher:
         self.mapping = published_names(names, checkpoint_names(base))
         self.board = board
         self.dtype = DTYPES[dtype]
+        self.last: tuple[int, Any, Any] | None = None  # version, manifest, arrays: the board may lose them
+        self.outgoing: Arrays = {}  # of the version being published, for the board to take
 
     def rename(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under their published names, in the serving dtype."""
@@ -28,9 +31,30 @@ class Publisher:
         }
 
     def publish(self, version: int, weights: dict[str, Tensor]) -> int:
-        """Put version ``version`` on the board and return its bytes. The board keeps its own copy: it outlives us."""
+        """Put version ``version`` on the board and return its bytes. The board owns what it takes: it outlives us.
+
+        Call it inside the actor whose ``publisher`` this is; the board fetches ``outgoing`` from it meanwhile, so the
+        actor needs a second thread (max_concurrency).
+        """
         import ray
 
-        manifest, arrays = pack_weights(self.rename(weights))
-        ray.get(self.board.publish.remote(version, manifest, ray.put(arrays)))
-        return sum(array.nbytes for array in arrays.values())
+        manifest, self.outgoing = pack_weights(self.rename(weights))
+        self.last = (version, manifest, self.outgoing)
+        try:
+            ray.get(self.board.take.remote(version, manifest, [ray.get_runtime_context().current_actor]))
+            return sum(array.nbytes for array in self.outgoing.values())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ModelError) else error from error
+        finally:
+            self.outgoing = {}
+
+    def publish_again(self, version: int | None, weights: dict[str, Tensor] | None) -> int:
+        """Publish ``weights`` as ``version``, or the last published ones; the version, 0 where there is none."""
+        import ray
+
+        if version is not None and weights is not None:
+            self.publish(version, weights)
+        elif self.last is not None:
+            version, manifest, arrays = self.last
+            ray.get(self.board.publish.remote(version, manifest, ray.put(arrays)))
+        return version or 0

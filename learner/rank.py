@@ -36,6 +36,7 @@ from learner.reference import ReferencePolicy
 from learner.schedule import lr_at
 from learner.sft import ColdStart
 from learner.shaping import tas_weights
+from learner.state import DurableState
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
 from prompts.datasets import PromptIndex
 from prompts.errors import ModelError, ReplayBufferError
@@ -69,13 +70,15 @@ class LearnerSpec:
     replayed: int  # per group
     max_tokens: int  # longest completion that is sampled
     step_timeout_s: float
+    hold_bytes: int = 0  # state up to this size is held outside at every step
 
 
-class LearnerRank:
+class LearnerRank(DurableState):
     """Plain class; the cluster makes it a Ray actor. Methods without "rank 0" in their text run on every rank."""
 
-    def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any) -> None:
+    def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
         self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, board
+        self.keeper, self.hold_bytes = keeper, spec.hold_bytes
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         self.encoder = PromptEncoder(spec.model, MediaLoader(spec.media, base=Path(".")), spec.template)
         self.engine: TrainEngine
@@ -184,6 +187,8 @@ class LearnerRank:
             norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
         if not np.isfinite(norm):
             self._note_no_update(plan, health)
+        with self.clock("hold"):
+            self.hold(work.version + 1)
         with self.clock("publish"):
             weights = self.engine.state_dict()
             if self.rank == 0:

@@ -23,6 +23,7 @@ from learner.export import export_checkpoint
 from learner.model import checkpoint_names, load_model, published_names
 from learner.policy import MicroBatch, Policy, PolicyOutput
 from learner.publisher import Publisher
+from learner.state import capture, restore, write_files
 from prompts.config import TemplateConfig
 from prompts.errors import ConfigError
 from prompts.template import EncodedPrompt, PromptEncoder
@@ -114,16 +115,17 @@ def parity(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Weights after saved steps + further steps, and after loading into a fresh engine + the same further steps."""
+    """Weights after captured steps + further steps, and in a fresh engine given that state + the same further steps."""
     found: dict[str, Any] = {}
     for stage in STAGES:
-        saved = folder / f"state-{ranks}"
+        saved = folder / f"state-{ranks}-{stage}"
         engine = make_engine(folder / "text", settings(stage), ranks)
         train(engine, text_rows(), rank, ranks)
-        engine.save(saved, f"zero{stage}")
+        write_files(capture(engine, rank), saved)
+        torch.distributed.barrier()
         train(engine, text_rows(), rank, ranks)
         resumed = make_engine(folder / "text", settings(stage), ranks)
-        resumed.load(saved, f"zero{stage}")
+        restore(resumed, rank, saved)
         updates = resumed.updates
         train(resumed, text_rows(), rank, ranks)
         found[f"{stage}"] = {"through": engine.state_dict(), "resumed": resumed.state_dict(), "updates": updates}

@@ -308,6 +308,22 @@ def test_a_stopped_actor_gives_its_leases_back(stage: Stage, buffer: ReplayBuffe
     assert stage.actor.stats()["in_flight"] == 0
 
 
+def test_a_draining_actor_delivers_what_it_began_and_gives_the_rest_back(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.fixed_length(150)
+    version = stage.actor.engine.version
+    buffer.publish_version(version)
+    buffer.push_tickets(train([0, 1, 2, 3, 4], step=version + 1))
+    with working(stage.actor) as running:
+        until(lambda: stage.actor.engine.in_flight > 0, "the first prompt in the engine")
+        stage.actor.drain()
+        totals = running.result(DEADLINE_S)
+    assert totals["in_flight"] == 0
+    delivered = buffer.check_ledger().generated
+    left = buffer.lease_tickets("another", 8)
+    assert delivered >= 1 and delivered + len(left) == 5
+    assert buffer.stats().counters.get("leases_expired", 0) == 0
+
+
 def test_another_actor_takes_over_from_one_that_was_killed(stage: Stage, buffer: ReplayBuffer) -> None:
     spec = replace(stage.actor.spec, lease_s=3.0)
     sampling = spec.sampling.model_copy(update={"max_tokens": 150, "ignore_eos": True})

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cluster.buffer_commands import open_buffer
+from cluster.checkpoint import newest_cut
 from cluster.telemetry import read_metrics, read_status
 from learner.model import load_model
 
@@ -118,8 +119,10 @@ def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Pa
         assert buffer.stats().stock == 64
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     before = set(os.listdir("/dev/shm"))
     process = start(tmp_path, "--loop.steps", "10000", "--cold_start", "null", "--learner.ranks", "1")
     assert process.stdout is not None
@@ -127,7 +130,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(tmp_path: Pat
         if " step " in line:
             break
     process.send_signal(number)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == code
     deadline = time.monotonic() + 20
     while left_over(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -135,6 +138,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(tmp_path: Pat
     assert set(os.listdir("/dev/shm")) - before == set()
     [run] = (tmp_path / "runs").iterdir()
     assert read_status(run).state == "interrupted"
+    assert newest_cut(run, pytest.fail) is not None
     assert (run / "report.html").is_file()
 
 

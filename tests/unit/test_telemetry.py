@@ -6,10 +6,9 @@ import json
 import math
 import os
 import socket
-import sys
 import threading
-import types
-from collections.abc import Iterable, Iterator
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -259,29 +258,24 @@ def test_status_tells_a_lost_run_from_a_living_one(folder: RunFolder) -> None:
         folder.status(state="dancing")
 
 
-def test_prometheus_sink_sets_one_gauge_per_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values: dict[str, tuple[float, dict[str, str]]] = {}
-
-    class Gauge:
-        def __init__(self, name: str, description: str, tag_keys: Iterable[str]) -> None:
-            assert name not in values and description and tuple(tag_keys) == ("run",)
-            self.name = name
-
-        def set_default_tags(self, tags: dict[str, str]) -> None:
-            self.tags = tags
-
-        def set(self, value: float) -> None:
-            values[self.name] = (value, self.tags)
-
-    module = types.ModuleType("ray.util.metrics")
-    module.Gauge = Gauge  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ray.util.metrics", module)
-    run = RunFolder(tmp_path / "a", sinks=[PrometheusSink("a")])
+def test_prometheus_scrapes_one_gauge_per_metric_from_loopback(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = RunFolder(tmp_path / "a", sinks=[PrometheusSink("a", port)])
+    with pytest.raises(ResourceError, match=f"prometheus_port {port} on 127.0.0.1"):
+        PrometheusSink("b", port)
     run.metrics(1, {"reward/mean": 0.5, "lr": math.nan})
     run.metrics(2, {"reward/mean": 0.6})
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
     run.close()
-    assert values == {"avatar_step": (2.0, {"run": "a"}), "avatar_reward_mean": (0.6, {"run": "a"})}
+    assert [line for line in lines if not line.startswith("#")] == [
+        'avatar_step{run="a"} 2.0', 'avatar_reward_mean{run="a"} 0.6'
+    ]  # fmt: skip
     assert prometheus_name("eval/accuracy/count beeps") == "avatar_eval_accuracy_count_beeps"
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
 def test_catalogue_finds_members_of_families() -> None:

@@ -1,0 +1,158 @@
+"""What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``, 2 minutes.
+
+A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the version's commit in
+Redis); readers do what a rollout actor's pull thread does, then copy the tensors into a state dict of their own. The
+floor is the same bytes through a file in /dev/shm: written over by one process, then read by as many processes at once.
+docs/benchmarks.md says how to read the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.weights import WeightPuller
+from benchmarks.harness import Figures
+from buffer_service.config import BufferConfig
+from buffer_service.server import EmbeddedRedis
+from buffer_service.store import ReplayBuffer
+from buffer_service.weights import WeightBoard
+from learner.publisher import Publisher
+
+SIZES = {"10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
+READERS = (1, 2, 4)
+TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
+SHM = Path("/dev/shm/avatar-bench-weights")
+DEADLINE_S = 120.0
+WARM_UP = 4  # versions until every page of the store that they come by has been touched: two kept, one read, one new
+STEP_S = 1.2  # between versions, as steps take; Ray gives freed objects back once a second
+
+
+class Source:
+    """Rank 0: publishes through its ``publisher`` and commits the version."""
+
+    def __init__(self, board: Any, size: int, url: str) -> None:
+        torch.set_num_threads(1)
+        self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
+        self.publisher = Publisher.__new__(Publisher)  # without a checkpoint on disk to take the names from
+        self.publisher.mapping = {name: name for name in self.weights}
+        self.publisher.board, self.publisher.dtype, self.publisher.outgoing = board, torch.float32, {}
+        self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
+
+    def publish(self, version: int) -> tuple[float, float]:
+        """(monotonic start, seconds the learner stands still)."""
+        for tensor in self.weights.values():
+            tensor[0] = float(version)
+        start = time.monotonic()
+        self.publisher.publish(version, self.weights)
+        self.buffer.publish_version(version)
+        return start, time.monotonic() - start
+
+    def write_file(self) -> float:
+        """Seconds to write the same bytes over a file in /dev/shm."""
+        with open(SHM, "r+b" if SHM.exists() else "w+b", buffering=0) as file:
+            start = time.monotonic()
+            for tensor in self.weights.values():
+                file.write(tensor.numpy().data)
+            return time.monotonic() - start
+
+
+class Reader:
+    """A rollout actor's pull thread, and a state dict for its engine."""
+
+    def __init__(self, board: Any, size: int, url: str) -> None:
+        torch.set_num_threads(1)
+        self.puller = WeightPuller(board, 0)
+        self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
+        self.state = {f"w{i}": torch.zeros(size // 4 // TENSORS) for i in range(TENSORS)}
+
+    def adopt(self, version: int) -> float:
+        """Monotonic time at which ``version`` is in the state dict (one clock for all processes of a machine)."""
+        for found, weights in self.puller.updates(self.buffer, lambda: True):
+            for name, tensor in weights.items():
+                self.state[name].copy_(tensor)
+            if found >= version:
+                break
+        assert all(float(tensor[0]) == version for tensor in self.state.values())
+        return time.monotonic()
+
+    def read_file(self) -> tuple[float, float]:
+        """(start, end) of reading the file into the state dict."""
+        with open(SHM, "rb", buffering=0) as file:
+            start = time.monotonic()
+            for tensor in self.state.values():
+                file.readinto(tensor.numpy().data)  # type: ignore[attr-defined]
+            return start, time.monotonic()
+
+
+def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: Figures) -> None:
+    """One size and number of readers; published and plain rounds by turns."""
+    make = {"num_cpus": 0, "max_concurrency": 2}
+    board = ray.remote(WeightBoard).options(num_cpus=0).remote()
+    source = ray.remote(Source).options(**make).remote(board, size, url)
+    actors = [ray.remote(Reader).options(**make).remote(board, size, url) for _ in range(readers)]
+    version = ray.get(source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S)
+    latencies, pauses, floors = [], [], []
+    for turn in range(WARM_UP + rounds):
+        version += 1
+        waiting = [actor.adopt.remote(version) for actor in actors]
+        time.sleep(STEP_S)
+        start, pause = ray.get(source.publish.remote(version), timeout=DEADLINE_S)
+        done = max(ray.get(waiting, timeout=DEADLINE_S))
+        written = ray.get(source.write_file.remote(), timeout=DEADLINE_S)
+        spans = ray.get([actor.read_file.remote() for actor in actors], timeout=DEADLINE_S)
+        if turn >= WARM_UP:
+            latencies.append(done - start)
+            pauses.append(pause)
+            floors.append(written + max(end for _, end in spans) - min(begin for begin, _ in spans))
+    for actor in [*actors, source, board]:
+        ray.kill(actor)
+    SHM.unlink()
+    key = f"{name}_{readers}reader"
+    latency, floor = statistics.median(latencies), statistics.median(floors)
+    ratios = [floor / latency for floor, latency in zip(floors, latencies, strict=True)]
+    figures.add(
+        {
+            f"ratio_{key}": floor / latency,
+            f"ratio_{key}_low": min(ratios),
+            f"ratio_{key}_high": max(ratios),
+            f"adopted_ms_{key}": 1000 * latency,
+            f"gb_per_s_{key}": size / 1e9 / latency,
+            f"floor_ms_{key}": 1000 * floor,
+            f"learner_pause_ms_{key}": 1000 * statistics.median(pauses),
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=SIZES, help="one size")
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    figures = Figures("weights")
+    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as redis:
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=5 << 30,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        )  # fmt: skip
+        try:
+            for name, size in SIZES.items():
+                for readers in READERS if options.only in (None, name) else ():
+                    measure(name, size, readers, options.rounds, redis.url, figures)
+        finally:
+            ray.shutdown()
+            SHM.unlink(missing_ok=True)
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()

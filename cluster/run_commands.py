@@ -1,0 +1,108 @@
+"""`avatar runs list|show|resume`, and the end of `avatar train`: what a run says when it is over."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prompts.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+
+ACTIONS = ("list", "show", "resume")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command. `avatar runs` and `avatar runs FOLDER` list, as they always have."""
+    runs = commands.add_parser(
+        "runs",
+        help="list runs, show one, go on with one",
+        description="runs [list] [FOLDER] | runs show RUN | runs resume RUN [--loop.steps 200 ...]",
+    )
+    runs.add_argument("words", nargs="*", metavar="list|show|resume", help="what to do, then a folder or a run")
+    runs.add_argument("--folder", type=Path, default=Path("runs"), help="parent of the run folders")
+    runs.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Exit code as the command's. Raises ConfigError for words that make no sense."""
+    words = list(options.words)
+    action = words.pop(0) if words and words[0] in ACTIONS else "list"
+    if action == "list":
+        if len(words) > 1 or rest:
+            raise ConfigError(f"avatar runs list takes one folder, given: {' '.join([*words, *rest])}")
+        return list_all(Path(words[0]) if words else options.folder)
+    if len(words) != 1 or (rest and action == "show"):
+        raise ConfigError(f"avatar runs {action} takes one run: an id below {options.folder}, or a folder")
+    from cluster.resume import find_run
+
+    found = find_run(options.folder, words[0], "")
+    if found is None:
+        raise ConfigError(f"there is no unfinished run below {options.folder}")
+    return show(found) if action == "show" else resume(found, rest)
+
+
+def list_all(folder: Path) -> int:
+    from cluster.telemetry import list_runs
+
+    for status in list_runs(folder):
+        now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
+        before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
+        state = "lost" if status.lost else status.state
+        print(f"{status.run_id:<36} {state:<12} step {status.step}/{status.total_steps}  held-out {before} -> {now}")
+    return 0
+
+
+def show(run: Path) -> int:
+    """State, checkpoints (each verified) and the last events of one run."""
+    from cluster.checkpoint import checkpoints, read_cut
+    from cluster.disk import read_jsonl
+    from cluster.telemetry import read_status
+    from prompts.errors import DataError
+
+    status = read_status(run)
+    list_state = "lost (its process is gone)" if status.lost else status.state
+    print(f"{status.run_id}: {list_state}, step {status.step}/{status.total_steps}, {run}")
+    if status.error:
+        print(f"  {status.error}")
+    for folder in checkpoints(run):
+        try:
+            cut = read_cut(folder)
+            size = sum(proof["bytes"] for proof in cut.files.values())
+            print(f"  checkpoint {folder.name}: version {cut.version}, {size / 1e6:.1f} MB, whole")
+        except DataError as error:
+            print(f"  {error}")
+    for row in list(read_jsonl(run / "events.jsonl"))[-8:]:
+        print(f"  step {row.get('step')}: {row.get('kind')}: {row.get('message')}")
+    return 0
+
+
+def resume(run: Path, overrides: Sequence[str]) -> int:
+    """Go on with ``run`` by its own recipe."""
+    from cluster.presets import merge
+    from cluster.recipe import check, override, parse_overrides
+    from cluster.resume import reusable_config
+
+    raw = merge(reusable_config(run), {"output": {"folder": str(run.parent)}})
+    for key, text in parse_overrides(overrides):
+        raw = merge(raw, override(key, text))
+    return train_and_summarise(check(raw, source=str(run / "config.yaml")), str(run))
+
+
+def train_and_summarise(config: RunConfig, resume: str | None) -> int:
+    """Exit codes: 0 finished, or stopped by SIGTERM and saved; 130 after Ctrl-C."""
+    from cluster.summary import print_summary
+    from cluster.supervision import Stopped
+    from cluster.training import train
+
+    try:
+        print_summary(config, train(config, resume))
+    except Stopped as stopped:
+        print(f"avatar: {stopped}; go on with --resume auto", file=sys.stderr)
+        return 0 if stopped.number == signal.SIGTERM else 130
+    return 0

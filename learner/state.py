@@ -1,0 +1,193 @@
+"""The learner's state outside the learner: copied to host memory, held by another process, written to a checkpoint.
+
+What DeepSpeed would write into files (weights, optimiser moments, its counters) is caught on its way there. So a
+training step pauses for the serialisation alone, and one way serves checkpoints and the copy that outlives a rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from prompts.errors import ModelError
+
+if TYPE_CHECKING:
+    from learner.engine import TrainEngine
+    from learner.publisher import Publisher
+
+TAG = "state"  # DeepSpeed's folder inside a checkpoint's learner/
+Files = dict[str, NDArray[np.uint8]]  # file name -> content
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """What a written file must read back as."""
+
+    bytes: int
+    sha256: str
+
+
+def state_bytes(engine: TrainEngine) -> int:
+    """Upper bound of the state over all ranks: the weights, and a float32 master copy and two moments of what is
+    trained. The same on every rank, whatever ZeRO has partitioned."""
+    total = 0
+    for parameter in engine.policy.parameters():
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))
+        total += count * parameter.element_size() + (12 * count if parameter.requires_grad else 0)
+    return total
+
+
+def capture(engine: TrainEngine, rank: int) -> Files:
+    """This rank's part of the state as files in memory. Collective: call it on every rank, between two steps."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    files: Files = {}
+
+    class Memory(TorchCheckpointEngine):
+        """Catches each file that DeepSpeed saves."""
+
+        def __init__(self) -> None:
+            self.name = "memory"
+
+        def create(self, info: Any) -> None: ...
+
+        def save(self, state_dict: Any, path: str) -> None:
+            files[Path(path).name] = _serialised(state_dict)
+
+    usual = engine.engine.checkpoint_engine
+    engine.engine.checkpoint_engine = Memory()
+    try:
+        with tempfile.TemporaryDirectory(prefix="avatar-") as scratch:  # DeepSpeed puts a script of its own there
+            engine.save(Path(scratch), TAG)
+    finally:
+        engine.engine.checkpoint_engine = usual
+    files[f"random_{rank}.pt"] = _serialised(
+        {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    )
+    return files
+
+
+def restore(engine: TrainEngine, rank: int, folder: Path) -> None:
+    """Load what ``capture`` gave on all ranks, written into ``folder``/state. Collective.
+
+    Raises ConfigError (another number of ranks or ZeRO stage) or ModelError (a file is missing).
+    """
+    seeds = folder / TAG / f"random_{rank}.pt"
+    if not seeds.is_file():
+        raise ModelError(f"learner state {folder} has no {seeds.name}: it was written by fewer than {rank + 1} ranks")
+    engine.load(folder, TAG)
+    states = torch.load(seeds, weights_only=False)
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
+def _serialised(value: Any) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return np.frombuffer(buffer.getbuffer(), dtype=np.uint8)
+
+
+def write_files(files: Mapping[str, NDArray[np.uint8]], folder: Path) -> dict[str, FileProof]:
+    """Write ``files`` into ``folder``/state, flushed to the disk; their proofs by path below ``folder``."""
+    place = folder / TAG
+    place.mkdir(parents=True, exist_ok=True)
+    proofs = {}
+    for name, content in files.items():
+        with open(place / name, "wb") as file:
+            file.write(content.data)
+            file.flush()
+            os.fsync(file.fileno())
+        proofs[f"{TAG}/{name}"] = FileProof(content.nbytes, hashlib.sha256(content.data).hexdigest())
+    return proofs
+
+
+class StateKeeper:
+    """Plain class; the cluster makes it a Ray actor. Holds the state of the ``keep`` newest versions, and a pinned one.
+
+    Two, because a version that was held and published may yet fail to be committed.
+    """
+
+    def __init__(self, ranks: int, keep: int = 2) -> None:
+        self.ranks, self.keep = ranks, keep
+        self._held: dict[int, dict[int, Files]] = {}  # version -> rank -> files
+        self._pinned: dict[int, dict[int, Files]] = {}
+
+    def hold(self, version: int, rank: int, files: Files) -> None:
+        """Take one rank's part of ``version``; a repeat replaces it."""
+        self._held.setdefault(version, {})[rank] = files
+        for old in sorted(self._held)[: -self.keep]:
+            del self._held[old]
+
+    def versions(self) -> list[int]:
+        """Versions held of all ranks, oldest first."""
+        return sorted(version for version, parts in self._held.items() if len(parts) == self.ranks)
+
+    def pin(self, version: int) -> bool:
+        """Keep ``version`` until it is written, in place of what was pinned before; False when it is not held."""
+        self._pinned = {version: dict(self._held[version])} if version in self.versions() else {}
+        return bool(self._pinned)
+
+    def write(self, version: int, folder: Path) -> dict[str, FileProof] | None:
+        """Write ``version`` below ``folder``; None when it is not held of all ranks (any more)."""
+        parts = self._pinned.pop(version, None) or self._held.get(version, {})
+        if len(parts) != self.ranks:
+            return None
+        together: Files = {}
+        for files in list(parts.values()):
+            together.update(files)
+        return write_files(together, folder)
+
+
+class DurableState:
+    """The part of a learner rank that outlives it. Its methods run on every rank."""
+
+    engine: TrainEngine
+    rank: int
+    ranks: int
+    keeper: Any
+    hold_bytes: int
+    publisher: Publisher | None
+    _captured: Files
+
+    def hold(self, version: int) -> None:
+        """Leave a copy of the state that is about to become ``version`` with the keeper. Returns once all ranks have:
+        whatever version is committed after that can be gone on from."""
+        import ray
+
+        if self.keeper is None or state_bytes(self.engine) > self.hold_bytes:
+            return
+        ray.get(self.keeper.hold.remote(version, self.rank, capture(self.engine, self.rank)))
+        if self.ranks > 1:
+            dist.barrier()
+
+    def capture_state(self) -> None:
+        """Copy the state into this process's memory; training may go on while ``write_state`` writes it."""
+        self._captured = capture(self.engine, self.rank)
+
+    def write_state(self, folder: Path) -> dict[str, FileProof]:
+        """Write what ``capture_state`` copied below ``folder``; runs beside a training step."""
+        files, self._captured = self._captured, {}
+        return write_files(files, folder)
+
+    def restore_state(self, folder: Path) -> None:
+        """Go on from a state that was written below ``folder``."""
+        restore(self.engine, self.rank, folder)
+
+    def publish_again(self, version: int | None = None) -> int:
+        """Rank 0 puts the newest version on a board that lost it, or after a restore, when all ranks are asked, these
+        weights as ``version``; returns the version."""
+        weights = self.engine.state_dict() if version is not None else None
+        return self.publisher.publish_again(version, weights) if self.publisher is not None else 0

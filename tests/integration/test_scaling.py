@@ -1,0 +1,75 @@
+"""A run under way grows from one rollout actor to three and back to one, by command and by policy."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.buffer_commands import open_buffer
+from cluster.scale import scale
+from cluster.telemetry import read_metrics
+from prompts.errors import ConfigError
+from tests.integration.test_run import start
+
+DEADLINE_S = 200.0
+LIGHT = ("--loop.steps", "100000", "--cold_start", "null", "--learner.ranks", "1", "--output.export", "false",
+         "--resources.rollout_cpus", "0.5", "--evaluation.every", "0", "--rollout.workers", "1",
+         "--rollout.max_workers", "3", "--rollout.drain_s", "20")  # fmt: skip
+
+
+def sizes(run: Path) -> list[float]:
+    """Rollout actors at work after each step so far."""
+    return [row["rollout/workers"] or 0 for row in read_metrics(run) if row.get("rollout/workers") is not None]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE_S:g} s"
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(600)
+def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) -> None:
+    process = start(tmp_path, *LIGHT)
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if " step " in line:
+                break
+        [run] = (tmp_path / "runs").iterdir()
+        with pytest.raises(ConfigError, match="allows 1 to 3 rollout workers, not 4"):
+            scale(run, 4)
+        assert sizes(run)[-1] == 1
+        assert scale(run, 3).endswith("1 -> 3 desired")
+        until(lambda: sizes(run)[-1] == 3, "a pool of three")
+        steps = len(sizes(run))
+        until(lambda: len(sizes(run)) > steps + 4, "steps with three actors")
+        assert scale(run, 1).endswith("3 -> 1 desired")
+        until(lambda: sizes(run)[-1] == 1, "a pool of one")
+        steps = len(sizes(run))
+        until(lambda: len(sizes(run)) > steps + 2, "steps with one actor again")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, "".join(said) + output
+    with pytest.raises(ConfigError, match="is interrupted: only a run under way can be scaled"):
+        scale(run, 2)
+
+    rows = [row for row in read_metrics(run) if row["step"]]
+    assert {row["groups/fresh"] for row in rows} == {4}  # no step went short
+    events = (run / "events.jsonl").read_text()
+    assert events.count('"rollout actor left"') == 2 and events.count("drained") == 2
+    assert "rollout actor died" not in events
+    with open_buffer(str(run), url=None) as buffer:
+        books = buffer.check_ledger()  # raises unless generated = trained + replay only + dropped + in flight
+        assert books.trained_fresh == 4 * buffer.version() and books.duplicates == 0
+        assert sum(books.dropped.values()) == books.replay_only == 0
+        stats = buffer.stats()
+        assert stats.leased == 0 and stats.counters.get("leases_expired", 0) == 0

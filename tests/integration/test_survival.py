@@ -1,0 +1,260 @@
+"""Killed and gone on with, a run at staleness 0 trains what it would have trained in peace (docs/survival.md)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cluster.buffer_commands import open_buffer
+from cluster.checkpoint import checkpoints
+from cluster.disk import read_jsonl
+from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
+from cluster.telemetry import list_runs, read_metrics, read_status
+from prompts.synthetic.config import WorldConfig
+from prompts.synthetic.world import synthesize
+from prompts.tiny_model import build_tiny_omni
+
+STEPS, PROMPTS = 12, 4
+ROOT = Path(__file__).parents[2]
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """Replay from the second step on, KL, hints and warm-up; a checkpoint after every second step."""
+    return {
+        "name": "survivor",
+        "seed": 5,
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "train": str(folder / "world" / "train.jsonl"),
+            "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
+        },
+        "loop": {"steps": STEPS, "prompts_per_step": PROMPTS, "fresh": 2, "replayed": 2, "max_staleness": 0},
+        "rollout": {
+            "max_sequences": 16,
+            "engine": {"max_model_len": 320, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20},
+            "sampling": {"max_tokens": 32},
+        },
+        "rewards": {"weights": {"tests.integration.test_reference_loop:letters_reward": 1.0, "accuracy": 0.0}},
+        "buffer": {"warm_up": 16, "capacity": 24, "hints": {"zero_patience": 1}},
+        "learner": {"objective": {"beta": 0.1}, "optimizer": {"lr": 5.0e-4}, "warmup": 0.5},
+        "probe": {"prompts": 0},
+        "checkpoint": {"every": 2},
+        "output": {"cache": str(folder / "cache"), "samples_every": 0, "report": False},
+        "screen": "plain",
+    }
+
+
+class Job:
+    """`avatar train` in a session of its own."""
+
+    def __init__(self, folder: Path, runs: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
+        self.runs = runs
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [*command, "--output.folder", str(runs), *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    def until(self, text: str) -> None:
+        """Read its output up to a line with ``text``."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} never came:\n{''.join(self.lines)[-3000:]}")
+
+    def finish(self) -> str:
+        rest, _ = self.process.communicate(timeout=240)
+        return "".join(self.lines) + rest
+
+    def kill_worker(self, name: str) -> None:
+        """SIGKILL to the process of this job whose name begins so."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if " ".join(child.cmdline()).startswith(name) or name in child.name():
+                child.kill()
+                return
+        raise AssertionError(f"there is no {name}")
+
+    @property
+    def run(self) -> Path:
+        [status] = list_runs(self.runs)
+        return self.runs / status.run_id
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process], within_s: float) -> list[str]:
+    """Those still there after at most ``within_s``."""
+    _, left = psutil.wait_procs(processes, timeout=within_s)
+    return [str(process) for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("survival")
+    build_tiny_omni(folder / "model")
+    synthesize(folder / "world", WorldConfig(n_train=16, n_heldout=1, n_sft=1))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peaceful(folder: Path) -> Path:
+    job = Job(folder, folder / "peaceful")
+    output = job.finish()
+    assert job.process.returncode == 0, output[-3000:]
+    return job.run
+
+
+def events(run: Path) -> list[str]:
+    return [str(row["kind"]) for row in read_jsonl(run / "events.jsonl")]
+
+
+def assert_the_same(run: Path, peaceful: Path, start: Path) -> None:
+    """Parameters within the tolerance of the reference loop, equal books and statistics, each step logged once."""
+    trained, expected = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, peaceful))
+    before = load_file(start / "model.safetensors")
+
+    def norm(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+        return float(torch.stack([(left[name].double() - right[name].double()).norm() for name in left]).norm())
+
+    assert norm(expected, before) > 0
+    assert norm(trained, expected) < 1e-4 * norm(expected, before)
+    rows, wanted = ([row for row in read_metrics(path) if row["step"]] for path in (run, peaceful))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    raw = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
+    assert raw == sorted(set(raw))
+    for row, want in zip(rows, wanted, strict=True):
+        for name in ("reward/mean", "tokens/trained", "hints/visits", "buffer/stored", "version", "lr"):
+            assert row[name] == want[name], (row["step"], name)
+    found = []
+    for path in (run, peaceful):
+        with open_buffer(str(path), url=None) as buffer:
+            books, stats = buffer.check_ledger(), buffer.stats()
+            assert books.generated == books.trained_fresh == STEPS * PROMPTS
+            found.append((stats.tiers, stats.stock, stats.prompts, stats.mean_rbar, stats.version, stats.trained_step))
+    assert found[0] == found[1]
+
+
+@pytest.fixture
+def job_to_kill(folder: Path, tmp_path: Path) -> Iterator[Job]:
+    job = Job(folder, tmp_path / "runs")
+    yield job
+    if job.process.poll() is None:
+        job.process.kill()
+
+
+def test_a_killed_job_leaves_no_orphan_and_goes_on_from_its_last_whole_checkpoint(
+    folder: Path, peaceful: Path, job_to_kill: Job
+) -> None:
+    job = job_to_kill
+    job.until("checkpoint written: step 4")
+    mine = descendants(job.process.pid)
+    job.process.kill()
+    job.process.wait()
+    assert len(mine) > 5 and alive(mine, within_s=20) == []
+    newest, before, *_ = checkpoints(job.run)
+    victim = next((newest / "learner" / "state").glob("mp_rank*"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert read_status(job.run).lost
+
+    again = Job(folder, job.runs, "--resume", "auto")
+    output = again.finish()
+    assert again.process.returncode == 0, output[-3000:]
+    assert f"{newest.name}: learner/state/{victim.name} is damaged" in output
+    assert f"resuming {job.run.name} from step {int(before.name[5:])}" in output
+    assert "was left behind by process" in output  # its lock
+    assert (job.run / "metrics.abandoned.jsonl").is_file()
+    assert_the_same(job.run, peaceful, folder / "model")
+
+
+def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peaceful: Path, job_to_kill: Job) -> None:
+    job = job_to_kill
+    job.until("step  1/")
+    job.kill_worker("ray::LearnerRank")
+    job.until("learner restarted")
+    job.until(" step ")
+    job.kill_worker("ray::Scorer")
+    job.until(" step ")
+    job.kill_worker("redis-server")
+    job.until("redis restarted")
+    job.until(" step ")
+    mine = descendants(job.process.pid)
+    job.process.send_signal(signal.SIGTERM)
+    output = job.finish()
+    assert job.process.returncode == 0, output[-3000:]
+    assert "go on with --resume auto" in output
+    assert alive(mine, within_s=20) == []
+    status = read_status(job.run)
+    assert status.state == "interrupted" and 0 < status.step < STEPS
+    assert int(checkpoints(job.run)[0].name[5:]) >= status.step
+
+    again = Job(folder, job.runs, "--resume", job.run.name)
+    again.until("resuming")
+    rival = Job(folder, job.runs, "--resume", job.run.name)  # two jobs, one run
+    assert "is under way as process" in rival.finish() and rival.process.returncode == 1
+    output = again.finish()
+    assert again.process.returncode == 0, output[-3000:]
+    assert_the_same(job.run, peaceful, folder / "model")
+    assert {"learner died", "learner restarted", "redis restarted"} <= set(events(job.run))
+
+
+def test_a_learner_whose_state_nobody_holds_takes_the_run_back_to_its_checkpoint(
+    folder: Path, peaceful: Path, tmp_path: Path
+) -> None:
+    job = Job(folder, tmp_path / "unheld", "--checkpoint.hold_bytes", "0")
+    job.until("checkpoint written: step 4")
+    job.kill_worker("ray::LearnerRank")
+    output = job.finish()
+    assert job.process.returncode == 0, output[-3000:]
+    assert "the run goes back to its last checkpoint" in output and "resuming" in output
+    assert_the_same(job.run, peaceful, folder / "model")
+
+
+def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Path, tmp_path: Path) -> None:
+    changed = Job(folder, peaceful.parent, "--resume", peaceful.name, "--learner.optimizer.lr", "1.0e-3")
+    output = changed.finish()
+    assert changed.process.returncode == 1
+    assert "learner.optimizer.lr: 0.0005 -> 0.001" in output
+    over = Job(folder, peaceful.parent, "--resume", peaceful.name)
+    assert "is finished after 12 steps: raise loop.steps" in over.finish()
+
+
+def test_a_rollout_actor_that_stands_still_is_replaced(folder: Path, tmp_path: Path) -> None:
+    job = Job(folder, tmp_path / "stalled", "--supervision.stall_s", "4", "--loop.steps", "400")
+    try:
+        job.until("step   2/")
+        [actor] = [child for child in descendants(job.process.pid) if "ray::RolloutActor" in " ".join(child.cmdline())]
+        actor.suspend()
+        started = time.monotonic()
+        job.until("rollout actor stalled")
+        assert time.monotonic() - started >= 3
+        job.until("died and is replaced")
+        job.until(" step ")
+        job.until(" step ")
+        assert not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE
+        job.process.send_signal(signal.SIGINT)
+        output = job.finish()
+        assert job.process.returncode == 130, output[-3000:]
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()

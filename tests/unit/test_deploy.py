@@ -1,0 +1,148 @@
+"""Deployment files parse and name what exists: entry points, metrics, recipe keys, commands of the buffer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import yaml
+
+from buffer_service.config import BufferConfig
+from buffer_service.server import find_redis_server
+from buffer_service.store import ReplayBuffer
+from buffer_service.tickets import Ticket
+from cluster.cli import main
+from cluster.memory import ARCHITECTURES, memory_table
+from cluster.metrics import CATALOGUE, describe
+from cluster.recipe import load_recipe, parse_overrides
+from cluster.sinks import prometheus_name
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+PUBLISHED = {"Qwen2.5-Omni-3B": 4.7e9, "Qwen2.5-Omni-7B": 8.9e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen3-Omni-30B-A3B": 31.7e9}
+
+
+def ray_job() -> dict[str, Any]:
+    return yaml.safe_load((DEPLOY / "kuberay" / "rayjob.yaml").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_ray_job_runs_a_recipe_that_exists_with_overrides_that_are_known() -> None:
+    job = ray_job()
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    words = job["spec"]["entrypoint"].split()
+    assert words[:4] == ["python", "-m", "cluster.cli", "train"]
+    config = load_recipe(ROOT / words[4], parse_overrides(words[5:]))
+    assert config.buffer.url and config.resources.address == "auto"
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    labels = {group["groupName"]: group["rayStartParams"]["labels"] for group in groups}
+    assert labels == {
+        "learner": f"pool={config.resources.learner_labels['pool']}",
+        "rollout": f"pool={config.resources.rollout_labels['pool']}",
+    }
+
+
+def test_the_ray_job_has_the_gpus_its_recipe_asks_for_and_the_ray_we_pin() -> None:
+    spec = ray_job()["spec"]
+    cluster = spec["rayClusterSpec"]
+    config = load_recipe(ROOT / spec["entrypoint"].split()[4])
+    gpus = {}
+    for group in cluster["workerGroupSpecs"]:
+        [container] = group["template"]["spec"]["containers"]
+        gpus[group["groupName"]] = group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/shared", "/dev/shm"}
+    assert gpus["learner"] >= config.learner.ranks and gpus["rollout"] >= config.rollout.workers
+    assert f'"ray[default]=={cluster["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_slurm_script_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", str(DEPLOY / "slurm" / "train.sbatch")], check=True)
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    board = json.loads((DEPLOY / "grafana" / "avatar.json").read_text())
+    assert board["title"] and board["uid"] and len(board["panels"]) >= 12
+    known = {prometheus_name(metric.name) for metric in CATALOGUE if not metric.is_family}
+    known |= {"avatar_reward_accuracy"}
+    assert describe("reward/accuracy") is not None
+    places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            [name] = re.findall(r"avatar_\w+", target["expr"])
+            assert name in known, f"panel {panel['title']!r} shows {name}, which no run reports"
+            assert 'run=~"$run"' in target["expr"]
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    assert "# resources this run asks for" in capsys.readouterr().out
+
+
+def test_cluster_recipes_name_what_a_cluster_needs() -> None:
+    for recipe in ROOT.glob("recipes/qwen*.yaml"):
+        config = load_recipe(recipe)
+        assert config.resources.address == "auto" and config.buffer.url and config.buffer.password_env
+        assert config.output.folder.is_absolute() and config.output.cache.is_absolute()
+        assert config.rollout.engine.max_model_len >= (
+            config.data.template.max_prompt_tokens + config.rollout.sampling.max_tokens
+        )
+
+
+def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> None:
+    for item in ARCHITECTURES:
+        assert item.parameters == pytest.approx(PUBLISHED[item.name], rel=0.02)
+        whole, split = item.learner_bytes(1, 3), item.learner_bytes(8, 3)
+        assert whole == pytest.approx(item.decoder * 14 + item.parameters * 4)
+        assert split < item.learner_bytes(8, 2) < item.learner_bytes(8, 1) < whole
+    assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), "paste `python -m cluster.memory` into it"
+
+
+def test_redis_with_our_configuration_and_users_serves_the_buffer(tmp_path: Path) -> None:
+    """TLS and paths apart, which need certificates, it is the shipped configuration."""
+    digest = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("AVATAR", "VIEWER")}
+    users = (DEPLOY / "redis" / "users.acl.template").read_text()
+    for name, value in digest.items():
+        users = users.replace(f"@{name}_SHA256@", value)
+    rules = [line for line in users.splitlines() if line.startswith("user")]
+    (tmp_path / "users.acl").write_text("\n".join(rules) + "\n")
+    socket = tmp_path / "redis.sock"
+    replaced = ("tls-", "aclfile", "dir ", "bind ")
+    shipped = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
+    lines = [line for line in shipped if not line.startswith(replaced)]
+    lines += [f"aclfile {tmp_path}/users.acl", f"dir {tmp_path}", f"unixsocket {socket}"]
+    (tmp_path / "redis.conf").write_text("\n".join(lines) + "\n")
+    server = subprocess.Popen([find_redis_server(), str(tmp_path / "redis.conf")], stdout=subprocess.DEVNULL)
+    try:
+        (tmp_path / "password").write_text("AVATAR")
+        config = BufferConfig(username="avatar", password_file=tmp_path / "password", reconnect_s=10)
+        with ReplayBuffer.connect(config, "acl", f"unix://{socket}") as buffer:
+            buffer.push_tickets([Ticket(seq=0, prompt_id="a", step=0, n=1)])
+            [lease] = buffer.lease_tickets("me", 1)
+            assert buffer.release([lease]) == 1
+            buffer.beat("rollout", "me", 1)
+            assert buffer.beats().keys() == {"rollout/me"}
+            buffer.set_desired("rollout_workers", 3)
+            assert buffer.desired("rollout_workers") == 3
+            buffer.snapshot(tmp_path / "snapshot")
+            assert buffer.stats().pending_train == 1 and buffer.check_ledger().generated == 0
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                buffer._connection.client.execute_command("CONFIG", "GET", "dir")
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                buffer._connection.client.set("other:key", "1")
+            viewer = redis.Redis(unix_socket_path=str(socket), username="viewer", password="VIEWER")
+            assert viewer.hget("avatar:{acl}:desired", "rollout_workers") == b"3"
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                viewer.hset("avatar:{acl}:desired", "rollout_workers", 9)
+            assert buffer.clear() > 0
+        with pytest.raises(redis.exceptions.AuthenticationError):
+            redis.Redis(unix_socket_path=str(socket)).ping()
+    finally:
+        server.terminate()
+        server.wait(10)

@@ -1,0 +1,123 @@
+"""Budgets, stalls, orders to stop, and a Redis that is brought back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from buffer_service.control import Beat
+from buffer_service.server import EmbeddedRedis
+from cluster.supervision import Budget, RedisKeeper, StallWatch, Stopped, StopSignals
+from prompts.errors import ResourceError
+
+
+def test_a_budget_counts_deaths_between_signs_of_progress() -> None:
+    budget = Budget(2, "learner ranks")
+    for _ in range(3):
+        budget.spend("x")
+        budget.spend("x")
+        budget.progress()
+    budget.spend("x")
+    budget.spend("x")
+    with pytest.raises(ResourceError, match=r"learner ranks died 3 times .* last: bang"):
+        budget.spend("bang")
+    assert budget.total == 9
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("cluster.supervision.time.monotonic", lambda: self.now)
+
+
+def test_an_actor_that_holds_work_and_does_not_move_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, watch = Clock(monkeypatch), StallWatch(10)
+
+    def look(progress: int, age: float, holds: bool = True) -> dict[str, str]:
+        return watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(progress, age)}, lambda _: holds)
+
+    assert look(5, 0.1) == {}
+    clock.now += 9
+    assert look(6, 0.1) == {}  # moved
+    clock.now += 9
+    assert look(6, 0.2) == {}
+    clock.now += 2
+    found = look(6, 0.1)  # it beats, but stands still
+    assert "no progress for 11 s" in found["rollout-0"]
+    watch.forget("rollout-0")
+    assert look(6, 0.1) == {}
+
+
+def test_an_idle_actor_is_not_stalled_while_it_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, watch = Clock(monkeypatch), StallWatch(10)
+    for number in range(30):
+        clock.now += 5
+        beats = {"rollout/rollout-0": Beat(7, 0.5 - 0.1 * (number % 2))}
+        assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
+
+
+def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, watch = Clock(monkeypatch), StallWatch(10)
+    for seconds in range(0, 12):
+        found = watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(7, float(seconds))}, lambda _: False)
+        clock.now += 1
+    assert "no sign of life" in found["rollout-0"]
+    assert watch.stalled(["rollout-1"], {}, lambda _: True) == {}  # still starting
+
+
+def test_the_first_signal_asks_and_the_second_interrupts() -> None:
+    stops = StopSignals()
+    before = signal.getsignal(signal.SIGTERM)
+    stops.install()
+    try:
+        stops.orderly = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stops.asked == signal.SIGTERM and stops.waited >= 0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert str(Stopped(signal.SIGTERM)) == "stopped by SIGTERM"
+    finally:
+        stops.restore()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_while_there_is_nothing_to_save_a_signal_interrupts_at_once() -> None:
+    stops = StopSignals()
+    stops.install()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert stops.asked is None
+    finally:
+        stops.restore()
+
+
+def test_a_killed_redis_comes_back_with_what_it_had(tmp_path: Path) -> None:
+    import redis
+
+    said: list[str] = []
+    with EmbeddedRedis(tmp_path, appendfsync="always") as server:
+        client = redis.Redis(unix_socket_path=str(server.socket))
+        client.set("a", "1")
+        keeper = RedisKeeper(server, Budget(1, "redis-server"), lambda kind, _: said.append(kind))
+        try:
+            for number in range(2):
+                pid = server.pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                deadline = time.monotonic() + 20
+                while (server.pid in (None, pid) or not said) and keeper.failure is None:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                if number == 0:
+                    assert client.get("a") == b"1"
+        finally:
+            keeper.stop()
+        assert said == ["redis restarted"]
+        assert keeper.failure is not None and "died 2 times" in str(keeper.failure)
