@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prompts.datasets import PromptIndex
 from rewards.actor import RewardActor
 from rewards.config import RewardConfig
 from rewards.record import Completion, ScoreRequest
+from rewards.suite import RewardSuite
 
 Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, tokens
 
@@ -36,3 +38,21 @@ class Scorer:
 
     async def stats(self) -> dict[str, float]:
         return await self.rewards.stats()
+
+
+def check_judge(config: RewardConfig) -> None:
+    """Ask the judge's endpoint for its models before a process is started; nothing to ask without one.
+
+    Raises ResourceError or ConfigError naming the endpoint, key or model at fault.
+    """
+    if "judge" not in config.weights or config.judge.kind != "openai":
+        return
+    suite = RewardSuite(config)
+
+    async def ask() -> None:
+        try:
+            await suite.check()
+        finally:
+            await suite.aclose()
+
+    asyncio.run(ask())

@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from buffer_service.store import ReplayBuffer
-from cluster.assets import Datasets, check_media, prepare_base_model, prepare_datasets, read_prompts
+from cluster.assets import Datasets, check_hints, check_media, prepare_base_model, prepare_datasets, read_prompts
 from cluster.coldstart import cold_start
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluation
 from cluster.fleet import Fleet
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
+from cluster.replay_import import import_replay
 from cluster.resources import needs_of
 from cluster.rounds import EvaluationRounds
+from cluster.scoring import check_judge
 from cluster.screen import Screen
 from cluster.services import Services
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
 from cluster.telemetry import RunFolder, new_run_id
 from prompts.errors import ResourceError
+from prompts.selection import matching, select
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Run:
         self.fleet: Fleet
         self.rounds: EvaluationRounds
         self.heldout: list[str] = []
+        self.selected: list[str] = []  # held-out prompts of the types that are trained
         self.accuracies: deque[float] = deque(maxlen=MOVING)
         self._last: dict[str, float] = {}
         self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
@@ -104,11 +108,15 @@ class Run:
         base = prepare_base_model(config, self.screen.phase)
         train = read_prompts(datasets.train, config)
         check_media(train)
-        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
+        check_hints(train, config)
+        check_judge(config.rewards)
+        asked = select(train, config.data.select)
+        self.stream = PromptStream(asked, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
         if datasets.heldout is not None:
             heldout = read_prompts(datasets.heldout, config)
             check_media(heldout)
             self.heldout = heldout.ids[: config.evaluation.limit]
+            self.selected = matching(heldout, config.data.select)
         return datasets, base
 
     def _set_up(self, datasets: Datasets, base: Path) -> None:
@@ -116,7 +124,11 @@ class Run:
         self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=self.services.redis_url)
         self.pool = Pool(config, self.services)
         self.pool.start_board()
-        self.rounds = EvaluationRounds(config.evaluation, self.buffer, self.heldout, self.folder, self.screen)
+        self.rounds = EvaluationRounds(
+            config.evaluation, self.buffer, self.heldout, self.folder, self.screen, selected=self.selected
+        )
+        if config.loop.replay_from is not None:
+            import_replay(self.buffer, config.loop, self.folder)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
@@ -179,7 +191,10 @@ class Run:
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
-        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.fleet.watch)
+            if self.rounds.reached(config.loop.target_accuracy):
+                self.folder.event("target reached", f"{config.loop.target_accuracy} held-out at step {step + 1}")
+                break
+        self.rounds.whole(step=step + 1, phase="evaluation after training", watch=self.fleet.watch)
 
     def _learn(self, step: int, *, samples: int) -> dict[str, Any]:
         """One training step on all ranks; meanwhile dead rollout actors are replaced."""
