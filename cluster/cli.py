@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
     buffer_commands.add_parser(commands)
 
+    from cluster import hint_commands
+
+    hint_commands.add_parser(commands)
+
     runs = commands.add_parser("runs", help="list runs")
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     runs.set_defaults(run=_runs)

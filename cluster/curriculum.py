@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,14 +13,13 @@ from cluster.evaluate import Kinds, PolicyResult, evaluate
 from cluster.replay_import import carry_over
 from cluster.scoring import check_judge
 from cluster.screen import Screen
-from cluster.stage_record import CurriculumState, Result, StageRecord
+from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, read_state
 from cluster.stage_report import write_stage_report
 from cluster.stages import Curriculum, Stage
 from cluster.training import Run
 from prompts.errors import AvatarError, ConfigError, DataError
 from prompts.selection import select
 
-STATE = "stages.json"
 #: Senses taken away after the last stage, one set at a time.
 MODALITY_CHECK: tuple[Kinds, ...] = (("audio",), ("video",))
 
@@ -172,17 +170,6 @@ class CurriculumRun:
         folder = self.curriculum.folder
         replace_text(folder / STATE, self.state.model_dump_json(indent=1) + "\n")
         write_stage_report(folder, self.curriculum, self.state)
-
-
-def read_state(folder: Path) -> CurriculumState:
-    """What ``stages.json`` of a curriculum folder says; empty for a new one. Raises DataError for a damaged file."""
-    file = folder / STATE
-    if not file.is_file():
-        return CurriculumState()
-    try:
-        return CurriculumState.model_validate(json.loads(file.read_text()))
-    except ValueError as error:
-        raise DataError(f"{file} is damaged ({error}): delete it to run all stages again") from error
 
 
 def _screen(stage: Stage, steps: int) -> Screen:

@@ -15,7 +15,7 @@ from cluster.recipe import load_recipe, parse_overrides, to_yaml
 from prompts.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.curriculum import CurriculumRun
+    from cluster.stages import Curriculum
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,6 @@ def add_evaluate_parser(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 def train_curriculum(raw: Overlay, options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run (or with --dry-run show) all stages, or those that are asked for."""
-    from cluster.curriculum import CurriculumRun
-    from cluster.stage_report import print_stages
     from cluster.stages import resolve
 
     overrides = parse_overrides(rest)
@@ -54,10 +52,12 @@ def train_curriculum(raw: Overlay, options: argparse.Namespace, rest: Sequence[s
             raise ConfigError(f"--start {options.start} is not a checkpoint folder")
         stages = [replace(s, start=options.start) if s.name == named else s for s in curriculum.stages]
         curriculum = replace(curriculum, stages=tuple(stages))
-    run = CurriculumRun(curriculum)
     if options.dry_run:
-        return _show(run, only=options.stage, first=options.from_stage)
-    state = run.execute(only=options.stage, first=options.from_stage)
+        return _show(curriculum, only=options.stage, first=options.from_stage)
+    from cluster.curriculum import CurriculumRun  # brings torch
+    from cluster.stage_report import print_stages
+
+    state = CurriculumRun(curriculum).execute(only=options.stage, first=options.from_stage)
     console = Console(highlight=False)
     print_stages(state, console)
     console.print(f"report       {curriculum.folder / 'report.html'}", highlight=False)
@@ -66,30 +66,27 @@ def train_curriculum(raw: Overlay, options: argparse.Namespace, rest: Sequence[s
     return 0
 
 
-def _show(run: CurriculumRun, *, only: str | None, first: str | None) -> int:
+def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int:
     from cluster.resources import needs_of
+    from cluster.stage_record import read_state
 
-    for number, stage in enumerate(run.curriculum.stages, 1):
+    state, names = read_state(curriculum.folder), [stage.name for stage in curriculum.stages]
+    wanted = names if only is None else [only]
+    wanted = names[names.index(first) :] if first in names else wanted
+    for number, stage in enumerate(curriculum.stages, 1):
         config = stage.config
         start = stage.start or ("the recipe's model" if number == 1 else "the stage before")
         print(f"# ---- stage {number}: {stage.name} ({'SFT' if stage.is_sft else 'RL'}), from {start}")
         print(f"# trains {config.data.select}; rewards {config.rewards.weights}")
         print(to_yaml(config))
     print("# resources each stage asks for")
-    for name, amount in needs_of(run.curriculum.stages[-1].config).rows():
+    for name, amount in needs_of(curriculum.stages[-1].config).rows():
         print(f"#   {name:<34} {amount}")
-    print(f"# curriculum folder {run.curriculum.folder}")
-    for stage in run.curriculum.stages:
-        record = run.state.get(stage.name)
-        skipped = (only is not None and stage.name != only) or (first is not None and _before(run, stage.name, first))
-        state = "not asked for" if skipped else "has a result" if record is not None else "to be run"
-        print(f"#   {stage.name:<34} {state}")
+    print(f"# curriculum folder {curriculum.folder}")
+    for name in names:
+        known = "has a result" if state.get(name) is not None else "to be run"
+        print(f"#   {name:<34} {known if name in wanted else 'not asked for'}")
     return 0
-
-
-def _before(run: CurriculumRun, name: str, first: str) -> bool:
-    names = [stage.name for stage in run.curriculum.stages]
-    return names.index(name) < names.index(first) if first in names else False
 
 
 def evaluate_checkpoint(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -25,11 +25,13 @@ class Pool:
         self.rollouts: dict[str, Any] = {}
         self.ranks: list[Any] = []
 
-    def _remote(self, cls: type, *, cpus: float, gpus: float = 0.0, **options: Any) -> Any:
+    def _remote(
+        self, cls: type, *, cpus: float, gpus: float = 0.0, environment: dict[str, str] | None = None, **options: Any
+    ) -> Any:
         import ray
 
-        environment = {"env_vars": self.services.worker_environment()}
-        return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, runtime_env=environment, **options)
+        variables = {"env_vars": environment or self.services.worker_environment()}
+        return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, runtime_env=variables, **options)
 
     def _gpus(self, named: float | None) -> float:
         return named if named is not None else float(self.services.on_gpu)
@@ -38,10 +40,11 @@ class Pool:
         self.board = self._remote(WeightBoard, cpus=0).remote()
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
-        make = self._remote(Scorer, cpus=0, max_concurrency=64)
+        make = self._remote(Scorer, cpus=0, max_concurrency=64, environment=self.services.scorer_environment())
         count = self.config.resources.reward_workers
         self.scorers = [
-            make.remote(self.config.rewards, tuple(datasets), self.config.data.reader) for _ in range(count)
+            make.remote(self.services.rewards(), tuple(datasets), self.config.data.reader, self.config.data.media)
+            for _ in range(count)
         ]
 
     def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[Any]:

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from prompts.config import DataConfig
+from prompts.config import DataConfig, MediaConfig
 from prompts.datasets import PromptIndex
 from rewards.actor import RewardActor
+from rewards.attachments import MediaAttach
 from rewards.config import RewardConfig
 from rewards.record import Completion, ScoreRequest
 from rewards.suite import RewardSuite
@@ -19,9 +20,15 @@ Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, to
 class Scorer:
     """Joins the prompt records to the reward suite. Made an async Ray actor by the pool."""
 
-    def __init__(self, config: RewardConfig, datasets: Sequence[Path], data: DataConfig) -> None:
+    def __init__(
+        self, config: RewardConfig, datasets: Sequence[Path], data: DataConfig, media: MediaConfig | None = None
+    ) -> None:
         self.prompts = PromptIndex.read(datasets, data)
-        self.rewards = RewardActor(config)
+        judge = config.judge
+        attach = None
+        if judge.attach and config.asks_judge:
+            attach = MediaAttach(media or MediaConfig(), judge.attach, frames=judge.attach_frames)
+        self.rewards = RewardActor(config, attach)
 
     async def check(self) -> None:
         """Raises when a judge cannot be reached, before any training."""
@@ -45,9 +52,9 @@ def check_judge(config: RewardConfig) -> None:
 
     Raises ResourceError or ConfigError naming the endpoint, key or model at fault.
     """
-    if "judge" not in config.weights or config.judge.kind != "openai":
+    if not config.asks_judge or config.judge.kind != "openai":
         return
-    suite = RewardSuite(config)
+    suite = RewardSuite(config, attach=lambda prompt: ())
 
     async def ask() -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.evaluation import Evaluation
 from cluster.stages import Stage
+from prompts.errors import DataError
+
+STATE = "stages.json"
 
 
 class Record(BaseModel):
@@ -82,3 +86,14 @@ class CurriculumState(Record):
         """Forget stages that are to be made anew, and what was measured at the end."""
         self.stages = [record for record in self.stages if record.name not in names]
         self.senses = {}
+
+
+def read_state(folder: Path) -> CurriculumState:
+    """What ``stages.json`` of a curriculum folder says; empty for a new one. Raises DataError for a damaged file."""
+    file = folder / STATE
+    if not file.is_file():
+        return CurriculumState()
+    try:
+        return CurriculumState.model_validate(json.loads(file.read_text()))
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}): delete it to run all stages again") from error

@@ -62,7 +62,7 @@ def _names_letter(text: str, letter: str) -> bool:
 
 def _says(text: str, phrase: str) -> bool:
     """Whether ``text`` holds ``phrase`` or a spelling of it as whole words, whatever case and spacing."""
-    wanted, heard = _plain(phrase), _plain(text)
+    wanted, heard = re.sub(r"^(?:the|an?) (?=.)", "", _plain(phrase)), _plain(text)
     if not wanted:
         return False
     if wanted in _EVERYDAY:

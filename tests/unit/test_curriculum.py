@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from cluster.cli import main
-from cluster.curriculum import STATE, CurriculumRun, read_state
+from cluster.curriculum import CurriculumRun
 from cluster.recipe import load_recipe
-from cluster.stage_record import CurriculumState, Result, StageRecord
+from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, read_state
 from cluster.stage_report import footers, markdown, print_stages
 from cluster.stages import Curriculum, resolve
 from prompts.errors import ConfigError, DataError
