@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.presets import Overlay
-from cluster.recipe import load_recipe, parse_overrides, to_yaml
+from cluster.recipe import parse_overrides, read_recipe, resolve_recipe, to_yaml
 from prompts.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.stages import Curriculum
+
+
+#: Keys of a recipe that only a curriculum has.
+CURRICULUM_KEYS = ("stages", "modality_check")
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +98,9 @@ def evaluate_checkpoint(options: argparse.Namespace, rest: Sequence[str]) -> int
     from cluster.evaluate import evaluate
     from cluster.screen import Screen
 
-    config = load_recipe(options.recipe, parse_overrides(rest))
+    raw = read_recipe(options.recipe)
+    common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
+    config = resolve_recipe(common, parse_overrides(rest), source=str(options.recipe))
     if not options.checkpoint.is_dir():
         raise ConfigError(f"{options.checkpoint} is not a checkpoint folder")
     model = config.model.model_copy(update={"path": str(options.checkpoint)})

@@ -23,13 +23,20 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset
     raw = read_recipe(path)
     if "stages" in raw:
         raise ConfigError(f"recipe {path} is a curriculum (it has stages): only `avatar train` runs those")
+    return resolve_recipe(raw, overrides, preset_name=preset_name, source=str(path))
+
+
+def resolve_recipe(
+    raw: Overlay, overrides: Sequence[tuple[str, str]], *, preset_name: str | None = None, source: str
+) -> RunConfig:
+    """``load_recipe`` for a mapping that was read."""
     if raw.get("preset"):
         raw = merge(preset(str(raw["preset"])), raw)
     if preset_name:
         raw = merge(raw, {**preset(preset_name), "preset": preset_name})
     for key, text in overrides:
         raw = merge(raw, override(key, text))
-    return check(raw, source=str(path))
+    return check(raw, source=source)
 
 
 def read_recipe(path: Path) -> Overlay:

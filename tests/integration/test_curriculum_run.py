@@ -153,3 +153,13 @@ def test_a_second_run_finds_everything_done(finished: Finished) -> None:
         assert f"{name}: run" in finished.output and f"{name}: done before" in finished.again
     report = finished.folder / "runs" / "course" / "report.html"
     assert '<th class="n">judged</th>' in report.read_text()
+
+
+def test_a_checkpoint_is_evaluated_without_sound(finished: Finished) -> None:
+    see = finished.state.stages[1]
+    command = [sys.executable, "-m", "cluster.cli", "evaluate", see.checkpoint, "--without", "audio"]
+    places = ["--output.folder", str(finished.folder / "evaluated"), "--output.cache", str(finished.folder / "cache")]
+    recipe = ["--recipe", str(finished.folder / "recipe.yaml")]
+    done = subprocess.run([*command, *recipe, *places], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out accuracy without audio" in done.stdout and "on 10 prompts" in done.stdout
