@@ -150,3 +150,18 @@ def check_media(prompts: PromptIndex) -> None:
         raise DataError(
             f"{'; '.join(faults[:3])}{more}: restore the files or run `avatar data validate` on the dataset"
         )
+
+
+def check_hints(prompts: PromptIndex, config: RunConfig) -> None:
+    """No hint says the answer, where hints may fire (METHOD 1.4). Raises DataError naming the first ones that do."""
+    if not config.buffer.hints.enabled:
+        return
+    from prompts.hints import hint_leaks
+
+    leaks = [f"prompt {prompt.id!r}: {prompt.hint!r}" for prompt in prompts if hint_leaks(prompt)]
+    if leaks:
+        more = f" (and {len(leaks) - 3} more)" if len(leaks) > 3 else ""
+        raise DataError(
+            f"hints that give the answer away: {'; '.join(leaks[:3])}{more}; write them anew "
+            "(`avatar hints generate`), drop them, or set buffer.hints.enabled: false"
+        )

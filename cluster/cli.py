@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prompts.errors import AvatarError
+from prompts.errors import AvatarError, ConfigError
 
 # Quiet before anything heavy is imported; workers get theirs from cluster.services.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "runs"):
+    if rest and options.command not in ("train", "runs", "evaluate"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if options.command == "buffer":
@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", metavar="RUN", help="go on with a run: its id or folder, or auto for the newest unfinished one"
     )
+    from cluster import curriculum_commands
+
+    curriculum_commands.add_train_options(train)
     train.set_defaults(run=_train)
+    curriculum_commands.add_evaluate_parser(commands)
 
     presets = commands.add_parser("presets", help="list the named methods")
     presets.set_defaults(run=_presets)
@@ -87,15 +91,23 @@ def _parser() -> argparse.ArgumentParser:
 
     buffer_commands.add_parser(commands)
 
-    from cluster import run_commands
+    from cluster import hint_commands, run_commands
 
+    hint_commands.add_parser(commands)
     run_commands.add_parser(commands)
     return parser
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from cluster.recipe import load_recipe, parse_overrides, to_yaml
+    from cluster.recipe import load_recipe, parse_overrides, read_recipe, to_yaml
 
+    raw = read_recipe(options.recipe)
+    if "stages" in raw:
+        from cluster.curriculum_commands import train_curriculum
+
+        return train_curriculum(raw, options, rest)
+    if options.stage or options.from_stage or options.start:
+        raise ConfigError(f"recipe {options.recipe} has no stages: --stage, --from-stage and --start are for those")
     config = load_recipe(options.recipe, parse_overrides(rest), preset_name=options.preset)
     if options.dry_run:
         from cluster.resources import needs_of

@@ -11,6 +11,7 @@ from actors.config import EngineConfig, SamplingConfig
 from buffer_service.config import BufferConfig
 from learner.config import LearnerConfig, SftConfig
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from prompts.selection import SelectionConfig
 from prompts.synthetic.config import WorldConfig
 from rewards.config import RewardConfig
 
@@ -36,6 +37,9 @@ class DataSection(Section):
     sft: Path | None = Field(None, description="Cold-start prompts with reasoning; needed when cold_start is set.")
     synthetic: WorldConfig | None = Field(None, description="Settings of the synthetic audio-visual world.")
     reader: DataConfig = Field(DataConfig(), description="How dataset rows become prompts.")
+    select: SelectionConfig = Field(
+        SelectionConfig(), description="Which training prompts are asked; held-out evaluation keeps all types."
+    )
     media: MediaConfig = Field(MediaConfig(), description="Decoding limits and caches of each worker.")
     template: TemplateConfig = Field(TemplateConfig(), description="From prompt to tokens, the same on both sides.")
 
@@ -59,6 +63,15 @@ class LoopConfig(Section):
         1, ge=0, description="Policy versions by which generation may run ahead of learning; 0 alternates exactly."
     )
     step_timeout_s: float = Field(600, gt=0, description="The run stops when a step's groups take longer than this.")
+    target_accuracy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Stop early once held-out accuracy on the selected types reaches this; null runs all steps.",
+    )
+    replay_from: Path | None = Field(
+        None, description="Exported trajectories (.jsonl, .parquet) that are replayable from the first step on."
+    )
 
     @property
     def group_size(self) -> int:
@@ -207,6 +220,8 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.cold_start is not None and self.data.synthetic is None and self.data.sft is None:
             raise ValueError("cold_start needs `data.sft: FILE` (prompts with reasoning)")
+        if self.loop.target_accuracy is not None and self.evaluation.every == 0:
+            raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
         if self.rollout.max_sequences < largest:
             raise ValueError(f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}")

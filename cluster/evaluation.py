@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -21,27 +21,37 @@ class Evaluation:
     tokens: int
     by_category: dict[str, float] = field(default_factory=dict)
     by_need: dict[str, float] = field(default_factory=dict)
+    selected: float | None = None  # accuracy on the prompts of the types that are trained; None without any
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Flat names for the telemetry."""
         return {
             "eval/accuracy": self.accuracy,
+            **({} if self.selected is None else {"eval/selected": self.selected}),
             **{f"eval/accuracy/{name}": value for name, value in self.by_category.items()},
             **{f"eval/needs/{name}": value for name, value in self.by_need.items()},
         }
 
 
-def summarise(round: int, payloads: Sequence[bytes], *, samples: int = 24) -> Evaluation:
-    """Average the payloads written by the rollout actors; prompts whose accuracy is masked are left out."""
+def summarise(
+    round: int, payloads: Sequence[bytes], *, selected: Collection[str] = (), samples: int = 24
+) -> Evaluation:
+    """Average the payloads written by the rollout actors; prompts whose accuracy is masked are left out.
+
+    ``selected`` are the ids of the held-out prompts of the types that are trained.
+    """
     answers = sorted((json.loads(payload) for payload in payloads), key=lambda answer: answer["prompt_id"])
     by_category: dict[str, list[float]] = defaultdict(list)
     by_need: dict[str, list[float]] = defaultdict(list)
     accuracies = []
+    trained = []
     for answer in answers:
         if answer["accuracy"] is None:
             continue
         accuracies.append(answer["accuracy"])
+        if answer["prompt_id"] in selected:
+            trained.append(answer["accuracy"])
         by_category[answer["category"] or "all"].append(answer["accuracy"])
         by_need["+".join(sorted(answer["needs"])) or "none"].append(answer["accuracy"])
     return Evaluation(
@@ -52,5 +62,6 @@ def summarise(round: int, payloads: Sequence[bytes], *, samples: int = 24) -> Ev
         tokens=sum(answer["tokens"] for answer in answers),
         by_category={name: fmean(values) for name, values in sorted(by_category.items())},
         by_need={name: fmean(values) for name, values in sorted(by_need.items())},
+        selected=fmean(trained) if trained else None,
         samples=answers[:: max(1, len(answers) // samples)][:samples],
     )

@@ -56,6 +56,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("accuracy/train", "share", "Mean accuracy reward of the step's fresh completions."),
         ("accuracy/moving", "share", "Moving average of accuracy/train over the last 8 steps."),
         ("eval/accuracy", "share", "Held-out accuracy, mean over prompts."),
+        ("eval/selected", "share", "Held-out accuracy on the types that data.select trains; where it selects some."),
         ("eval/accuracy/<category>", "share", "Held-out accuracy on one question type."),
         ("eval/needs/<modality>", "share", "Held-out accuracy on prompts that need exactly these modalities."),
         # the objective

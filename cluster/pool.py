@@ -18,7 +18,7 @@ from learner.state import StateKeeper
 from prompts.errors import AvatarError, ResourceError
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
-IMMORTAL = {"max_restarts": -1, "max_task_retries": -1}
+IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class Pool:
@@ -33,11 +33,13 @@ class Pool:
         self.ranks: list[Any] = []
         self._learner_group: Any = None
 
-    def _remote(self, cls: type, *, cpus: float, gpus: float = 0.0, **options: Any) -> Any:
+    def _remote(
+        self, cls: type, *, cpus: float, gpus: float = 0.0, environment: dict[str, str] | None = None, **options: Any
+    ) -> Any:
         import ray
 
-        environment = {"env_vars": self.services.worker_environment()}
-        return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, runtime_env=environment, **options)
+        variables = {"env_vars": environment or self.services.worker_environment()}
+        return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, runtime_env=variables, **options)
 
     def _gpus(self, named: float | None) -> float:
         return named if named is not None else float(self.services.on_gpu)
@@ -50,10 +52,13 @@ class Pool:
         self.keeper = self._remote(StateKeeper, cpus=0, max_concurrency=2, **IMMORTAL).remote(ranks)
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
-        make = self._remote(Scorer, cpus=0, max_concurrency=64, **IMMORTAL)
+        make = self._remote(
+            Scorer, cpus=0, max_concurrency=64, environment=self.services.scorer_environment(), **IMMORTAL
+        )
         count = self.config.resources.reward_workers
         self.scorers = [
-            make.remote(self.config.rewards, tuple(datasets), self.config.data.reader) for _ in range(count)
+            make.remote(self.services.rewards(), tuple(datasets), self.config.data.reader, self.config.data.media)
+            for _ in range(count)
         ]
 
     def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[Any]:

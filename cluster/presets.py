@@ -30,6 +30,11 @@ PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
     "dr_grpo": ("8 fresh, constant denominator, advantages not divided by the deviation", (
         _FRESH_ONLY, _NO_TAS, _NO_HINTS,
         {"learner": {"objective": {"loss_type": "dr_grpo", "scale_rewards": "none"}}})),
+    "omnivideo_qi": ("GSPO with OmniVideo-R1's query-intensive rewards: format, answer, segments (METHOD 2.1)", (
+        _FRESH_ONLY, _NO_TAS, _NO_HINTS,
+        {"learner": {"objective": {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.03}},
+         "rewards": {"weights": {
+             "grounding_format": 1.0, "accuracy": 1.0, "segment_consistency": 0.5, "segment_completeness": 0.5}}})),
 }  # fmt: skip
 
 

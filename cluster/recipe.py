@@ -20,6 +20,27 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset
 
     Raises ConfigError for a missing file, bad YAML, unknown keys (with the nearest known one) and bad values.
     """
+    raw = read_recipe(path)
+    if "stages" in raw:
+        raise ConfigError(f"recipe {path} is a curriculum (it has stages): only `avatar train` runs those")
+    return resolve_recipe(raw, overrides, preset_name=preset_name, source=str(path))
+
+
+def resolve_recipe(
+    raw: Overlay, overrides: Sequence[tuple[str, str]], *, preset_name: str | None = None, source: str
+) -> RunConfig:
+    """``load_recipe`` for a mapping that was read."""
+    if raw.get("preset"):
+        raw = merge(preset(str(raw["preset"])), raw)
+    if preset_name:
+        raw = merge(raw, {**preset(preset_name), "preset": preset_name})
+    for key, text in overrides:
+        raw = merge(raw, override(key, text))
+    return check(raw, source=source)
+
+
+def read_recipe(path: Path) -> Overlay:
+    """The YAML mapping of a recipe, unchecked. Raises ConfigError for a missing file, bad YAML and other documents."""
     if not path.is_file():
         near = sorted(file.as_posix() for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"recipe {path} does not exist" + (f": there are {', '.join(near)}" if near else ""))
@@ -29,20 +50,14 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must be a mapping of sections, found {type(raw).__name__}")
-    if raw.get("preset"):
-        raw = merge(preset(str(raw["preset"])), raw)
-    if preset_name:
-        raw = merge(raw, {**preset(preset_name), "preset": preset_name})
-    for key, text in overrides:
-        raw = merge(raw, override(key, text))
-    return check(raw, source=str(path))
+    return raw
 
 
 def check(raw: Overlay, *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [explain(item) for item in error.errors()]
         raise ConfigError(f"recipe {source}:\n  " + "\n  ".join(lines)) from error
 
 
@@ -69,6 +84,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def override(key: str, text: str) -> Overlay:
+    """A dotted key and its YAML value as an overlay."""
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -78,23 +94,23 @@ def override(key: str, text: str) -> Overlay:
     return value
 
 
-def _explain(item: Any) -> str:
-    """One readable line per pydantic error."""
+def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
+    """One readable line per pydantic error of a ``root``."""
     location = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         given = f" (given: {item['input']!r})" if not isinstance(item["input"], dict | BaseModel) else ""
         return f"{location or 'recipe'}: {message}{given}"
     *parents, leaf = item["loc"]
-    known = _fields(parents)
+    known = _fields(parents, root)
     near = difflib.get_close_matches(str(leaf), known, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"{location}: unknown key, {remedy}"
 
 
-def _fields(parents: Sequence[Any]) -> list[str]:
+def _fields(parents: Sequence[Any], root: type[BaseModel]) -> list[str]:
     """Field names of the section at ``parents``, following optional sections."""
-    section: Any = RunConfig
+    section: Any = root
     for part in parents:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]

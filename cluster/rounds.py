@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,10 +21,11 @@ class EvaluationRounds:
 
     def __init__(
         self, config: EvaluationConfig, buffer: ReplayBuffer, prompt_ids: Sequence[str], folder: RunFolder,
-        screen: Screen,
+        screen: Screen, *, selected: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.config, self.buffer, self.folder, self.screen = config, buffer, folder, screen
         self.prompt_ids = list(prompt_ids)
+        self.selected = frozenset(selected)
         self.results: list[Evaluation] = []
         self._round = 0
         self._pending: tuple[int, int] | None = None  # under way: round, step
@@ -47,7 +48,7 @@ class EvaluationRounds:
         if not results.complete:
             self.screen.progress(len(self.prompt_ids) - results.missing, len(self.prompt_ids))
             return False
-        evaluation = summarise(round, list(results.payloads.values()))
+        evaluation = summarise(round, list(results.payloads.values()), selected=self.selected)
         self.buffer.clear_eval(round)
         self._pending = None
         self.results.append(evaluation)
@@ -67,6 +68,13 @@ class EvaluationRounds:
         self._round = state["round"]
         self._pending = (state["pending"][0], state["pending"][1]) if state["pending"] else None
         self.results = [Evaluation(**result) for result in state["results"]]
+
+    def reached(self, target: float | None) -> bool:
+        """Whether the last evaluation met a target accuracy on the selected types (all, where none are selected)."""
+        if target is None or not self.results:
+            return False
+        last = self.results[-1]
+        return (last.accuracy if last.selected is None else last.selected) >= target
 
     def whole(self, step: int, phase: str, watch: Callable[[], None]) -> None:
         """A round waited for; ``watch`` is called meanwhile. Raises ReplayBufferError past the deadline."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from prompts.config import DataConfig
+from prompts.config import DataConfig, MediaConfig
 from prompts.datasets import PromptIndex
 from rewards.actor import RewardActor
+from rewards.attachments import MediaAttach
 from rewards.config import RewardConfig
 from rewards.record import Completion, ScoreRequest
+from rewards.suite import RewardSuite
 
 Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, tokens
 
@@ -17,9 +20,15 @@ Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, to
 class Scorer:
     """Joins the prompt records to the reward suite. Made an async Ray actor by the pool."""
 
-    def __init__(self, config: RewardConfig, datasets: Sequence[Path], data: DataConfig) -> None:
+    def __init__(
+        self, config: RewardConfig, datasets: Sequence[Path], data: DataConfig, media: MediaConfig | None = None
+    ) -> None:
         self.prompts = PromptIndex.read(datasets, data)
-        self.rewards = RewardActor(config)
+        judge = config.judge
+        attach = None
+        if judge.attach and config.asks_judge:
+            attach = MediaAttach(media or MediaConfig(), judge.attach, frames=judge.attach_frames)
+        self.rewards = RewardActor(config, attach)
 
     async def check(self) -> None:
         """Raises when a judge cannot be reached, before any training."""
@@ -36,3 +45,21 @@ class Scorer:
 
     async def stats(self) -> dict[str, float]:
         return await self.rewards.stats()
+
+
+def check_judge(config: RewardConfig) -> None:
+    """Ask the judge's endpoint for its models before a process is started; nothing to ask without one.
+
+    Raises ResourceError or ConfigError naming the endpoint, key or model at fault.
+    """
+    if not config.asks_judge or config.judge.kind != "openai":
+        return
+    suite = RewardSuite(config, attach=lambda prompt: ())
+
+    async def ask() -> None:
+        try:
+            await suite.check()
+        finally:
+            await suite.aclose()
+
+    asyncio.run(ask())

@@ -13,10 +13,12 @@ from typing import Any
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
+from cluster.judge_server import JudgeServer
 from cluster.placement import live_nodes
 from cluster.resources import OVERSUBSCRIPTION, Needs, needs_of
 from cluster.shared import check_shared
-from prompts.errors import ResourceError
+from prompts.errors import ConfigError, ResourceError
+from rewards.config import RewardConfig
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Services:
         self.redis: EmbeddedRedis | None = None
         self.redis_url = ""
         self.on_gpu = False
+        self.judge: JudgeServer | None = None
         self._ray_started = False
         self._session: Path | None = None
 
@@ -56,6 +59,7 @@ class Services:
         try:
             self._start_redis(self.config.buffer)
             self._start_ray()
+            self._start_judge()
         except BaseException:
             self.stop()
             raise
@@ -69,6 +73,27 @@ class Services:
     def worker_environment(self) -> dict[str, str]:
         """Environment of rollout, learner and reward processes."""
         return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT)}
+
+    def rewards(self) -> RewardConfig:
+        """The recipe's rewards; a judge that was started here is named by its address."""
+        rewards = self.config.rewards
+        return rewards if self.judge is None else rewards.model_copy(update={"judge": self.judge.client})
+
+    def scorer_environment(self) -> dict[str, str]:
+        """Environment of reward processes: the judge's key goes to them alone."""
+        return self.worker_environment() | (self.judge.environment if self.judge is not None else {})
+
+    def _start_judge(self) -> None:
+        rewards = self.config.rewards
+        if rewards.judge.kind != "managed" or not rewards.asks_judge:
+            return
+        if self.config.resources.address or os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(
+                "rewards.judge.kind managed serves on loopback, which other nodes of a cluster do not reach: serve the "
+                "judge yourself and give rewards.judge.kind: openai with its base_url"
+            )
+        self.judge = JudgeServer(rewards.judge, self.data_dir / "judge.log", port=free_port())
+        self.judge.start()
 
     def _start_redis(self, buffer: BufferConfig) -> None:
         if buffer.url is not None:
@@ -129,6 +154,8 @@ class Services:
         check_shared([self.data_dir, config.output.cache], readable, deadline_s=NODE_ANSWER_S)
 
     def stop(self) -> None:
+        if self.judge is not None:
+            self.judge.stop()
         if self._ray_started:
             import ray
 
@@ -151,3 +178,10 @@ class Services:
                 shutil.copy2(file, folder / file.name)
             except OSError as error:
                 log.warning("worker log %s not copied: %s", file, error)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

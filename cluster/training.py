@@ -15,6 +15,7 @@ from typing import Any
 from buffer_service.store import ReplayBuffer
 from cluster.assets import (
     Datasets,
+    check_hints,
     check_media,
     model_digest,
     prepare_base_model,
@@ -28,10 +29,12 @@ from cluster.fleet import Fleet
 from cluster.learner_group import LearnerGroup, StateLostError
 from cluster.parity import DEFAULT_TOLERANCE, check_parity
 from cluster.pool import Pool, unwrap
+from cluster.replay_import import import_replay
 from cluster.resources import needs_of
 from cluster.resume import Resumption, check_assets, data_digest, open_folder, prepare
 from cluster.rounds import EvaluationRounds
 from cluster.runlock import RunLock
+from cluster.scoring import check_judge
 from cluster.screen import Screen
 from cluster.services import Services
 from cluster.shared import anchored, check_durable
@@ -42,6 +45,7 @@ from cluster.supervision import Budget, Stopped
 from cluster.supervisor import Supervisor
 from cluster.telemetry import RunFolder, new_run_id
 from cluster.upload import open_target, upload
+from prompts.selection import matching, select
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class Run:
         self.supervisor: Supervisor
         self.rounds: EvaluationRounds
         self.heldout: list[str] = []
+        self.selected: list[str] = []  # held-out prompts of the types that are trained
         self.accuracies: deque[float] = deque(maxlen=MOVING)
         self._last: dict[str, float] = {}
         self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
@@ -137,11 +142,15 @@ class Run:
         base = prepare_base_model(config, self.screen.phase)
         train = read_prompts(datasets.train, config)
         check_media(train)
-        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
+        check_hints(train, config)
+        check_judge(config.rewards)
+        asked = select(train, config.data.select)
+        self.stream = PromptStream(asked, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
         if datasets.heldout is not None:
             heldout = read_prompts(datasets.heldout, config)
             check_media(heldout)
             self.heldout = heldout.ids[: config.evaluation.limit]
+            self.selected = matching(heldout, config.data.select)
         return datasets, base
 
     def _set_up(self, datasets: Datasets, base: Path) -> None:
@@ -158,7 +167,11 @@ class Run:
         self.pool = Pool(config, self.services)
         self.pool.start_board()
         self.pool.start_keeper(config.learner.ranks)
-        self.rounds = EvaluationRounds(config.evaluation, self.buffer, self.heldout, self.folder, self.screen)
+        self.rounds = EvaluationRounds(
+            config.evaluation, self.buffer, self.heldout, self.folder, self.screen, selected=self.selected
+        )
+        if config.loop.replay_from is not None and not resuming:
+            import_replay(self.buffer, config.loop, self.folder)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
@@ -224,6 +237,7 @@ class Run:
         self.screen.phase("training")
         self.folder.status(state="training")
         first = pushed = self.cut.step if self.cut is not None else 0
+        step = first - 1
         for step in range(first, config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
                 self.buffer.push_tickets(self.stream.tickets(pushed))
@@ -237,7 +251,10 @@ class Run:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
             self.supervisor.between_steps(step + 1, self.accuracies)
-        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.supervisor.watch)
+            if self.rounds.reached(config.loop.target_accuracy):
+                self.folder.event("target reached", f"{config.loop.target_accuracy} held-out at step {step + 1}")
+                break
+        self.rounds.whole(step=step + 1, phase="evaluation after training", watch=self.supervisor.watch)
         self.supervisor.checkpoints.wait()
         self.supervisor.signals.orderly = False
 

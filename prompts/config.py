@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prompts.record import ProblemType
+from prompts.record import Modality, ProblemType
 
 DatasetFormat = Literal["auto", "native", "conversational", "swift", "verl"]
 
@@ -26,6 +26,9 @@ class MediaConfig(BaseModel):
         0.5, ge=0, description="Seconds by which a clip window may run past the end before that is an error."
     )
     threads: int = Field(1, ge=1, description="Codec threads of one decode.")
+    blank: tuple[Modality, ...] = Field(
+        (), description="Kinds replaced by silence or black, placeholders kept: what a model does without them."
+    )
     memory_cache_bytes: int = Field(256 << 20, ge=0, description="Decoded media kept in this process, in bytes.")
     disk_cache: Path | None = Field(
         None, description="Node-local folder for decoded media shared by this machine's processes; null turns it off."

@@ -16,6 +16,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -125,11 +126,12 @@ class MediaLoader:
                 if disk is not None:
                     self._write(disk, key, entry)
             self.memory.put(key, entry)
+        array = entry.array if item.kind not in self.config.blank else _blank(entry.array)
         if item.kind == "video":
-            return DecodedVideo(entry.array, entry.rate, entry.duration)
+            return DecodedVideo(array, entry.rate, entry.duration)
         if item.kind == "audio":
-            return DecodedAudio(entry.array, int(entry.rate))
-        return DecodedImage(entry.array)
+            return DecodedAudio(array, int(entry.rate))
+        return DecodedImage(array)
 
     def load_plan(self, plan: MediaPlan) -> DecodedMedia:
         """Every item of ``plan``. Raises DataError as ``load`` does."""
@@ -211,3 +213,10 @@ class MediaLoader:
         except OSError as error:
             log.warning("media cache %s cannot be written (%s): going on without it", disk.folder, error)
             self.disk = None
+
+
+def _blank(array: NDArray[Any]) -> NDArray[Any]:
+    """Silence or black of the same shape."""
+    empty = np.zeros_like(array)
+    empty.setflags(write=False)
+    return empty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from rich.table import Table
 from prompts.config import DataConfig, MediaConfig
 from prompts.datasets import RowReader, iter_rows, media_base
 from prompts.errors import DataError
+from prompts.hints import hint_leaks
 from prompts.input_error import InputError
 from prompts.media import MediaLoader, local_path
-from prompts.readers.build import split_option
-from prompts.record import ProblemType, Prompt
+from prompts.record import Prompt
 
 if TYPE_CHECKING:
     from prompts.template import PromptEncoder
@@ -112,31 +111,6 @@ def render(report: ValidationReport, console: Console) -> None:
     console.print(table)
     if len(report.problems) > _SHOWN:
         console.print(f"... and {len(report.problems) - _SHOWN} more")
-
-
-def hint_leaks(prompt: Prompt) -> bool:
-    """Whether the hint gives the answer away (METHOD 1.4): says it, or singles out the right option."""
-    if not prompt.hint:
-        return False
-    if prompt.problem_type is not ProblemType.MULTIPLE_CHOICE:
-        return _says(prompt.hint, prompt.answer)
-    if _names_letter(prompt.hint, prompt.answer):
-        return True
-    options = [split_option(option) for option in prompt.options]
-    # a hint that names other options too only restates the choice
-    return {letter for letter, text in options if _says(prompt.hint, text)} == {prompt.answer}
-
-
-def _names_letter(text: str, letter: str) -> bool:
-    """Whether ``text`` says "(B)", "option B" or "the answer is B"; a mere "A" may be an article."""
-    letter = re.escape(letter)
-    spoken = rf"\b(?i:options?|answer|choice|choose|pick)(?i:\s+is)?:?\s+\(?{letter}\b"
-    return re.search(rf"\({letter}\)|{spoken}", text) is not None
-
-
-def _says(text: str, phrase: str) -> bool:
-    """Whether ``text`` holds ``phrase`` as whole words, whatever the case."""
-    return bool(phrase) and re.search(rf"(?<!\w){re.escape(phrase.lower())}(?!\w)", text.lower()) is not None
 
 
 def _count(report: ValidationReport, prompt: Prompt) -> None:

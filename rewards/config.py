@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from prompts.errors import ConfigError
+from prompts.record import Modality
 from rewards.format import FormatScale
 from rewards.numeric import NumericMode
 
@@ -19,8 +21,13 @@ BUILTIN: dict[str, str] = {
     "self_consistency": "agreement with the majority of the fresh group (METHOD 1.5)",
     "judge": "mean of four criteria scored by a frozen model or by exact rules (METHOD 1.5)",
     "grounding_format": "time-caption segments, thinking, answer; 1/0 (METHOD 2.1)",
+    "segment_consistency": "how well each caption fits its clip, mean over the segments (METHOD 2.1)",
+    "segment_completeness": "how well the segments' clips answer the question (METHOD 2.1)",
     "fusion": "0.3 if the answer is at least as good as both unimodal ones (METHOD 2.2)",
 }
+
+#: Components that ask the judge.
+JUDGED = frozenset({"judge", "segment_consistency", "segment_completeness"})
 
 #: Weights of the three RL stages (METHOD 1.5).
 STAGE_WEIGHTS: dict[int, dict[str, float]] = {
@@ -32,19 +39,13 @@ STAGE_WEIGHTS: dict[int, dict[str, float]] = {
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-class JudgeConfig(BaseModel):
-    """Who judges, and how long to wait for it."""
+class EndpointConfig(BaseModel):
+    """An OpenAI-compatible endpoint, and how long to wait for it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["openai", "rule"] = Field(
-        default="openai",
-        description="'openai': a model behind an OpenAI-compatible endpoint; 'rule': exact, synthetic world",
-    )
-    base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required for kind 'openai'.")
-    model: str = Field(
-        default="", description="Model name the endpoint serves, e.g. InternVL3-2B; required for kind 'openai'."
-    )
+    base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required.")
+    model: str = Field(default="", description="Model name the endpoint serves, e.g. InternVL3-2B; required.")
     api_key_env: str | None = Field(
         default=None, description="Environment variable with the API key; unset: no key is sent."
     )
@@ -55,10 +56,7 @@ class JudgeConfig(BaseModel):
     reply_format: Literal["json_object", "none"] = Field(
         default="none", description="'json_object' asks the endpoint to constrain the reply to JSON, where it can."
     )
-    max_chars: int = Field(
-        default=8_000, ge=100, description="Reasoning is quoted to the judge up to this many characters."
-    )
-    concurrency: int = Field(default=64, ge=1, description="Requests in flight per reward actor.")
+    concurrency: int = Field(default=64, ge=1, description="Requests in flight per process that asks.")
     request_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds for one request, its whole reply included."
     )
@@ -76,8 +74,50 @@ class JudgeConfig(BaseModel):
         default=30.0, gt=0, description="Seconds without requests before one trial request."
     )
     cache_size: int = Field(
-        default=50_000, ge=0, description="Verdicts kept in memory by content, oldest use dropped; 0: none."
+        default=50_000, ge=0, description="Replies kept in memory by content, oldest use dropped; 0: none."
     )
+
+
+class JudgeConfig(EndpointConfig):
+    """Who judges. ``base_url`` and ``model`` are for kind 'openai'; 'managed' finds its own."""
+
+    kind: Literal["openai", "rule", "managed"] = Field(
+        default="openai",
+        description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one the run serves itself; "
+        "'rule': exact, synthetic world",
+    )
+    max_chars: int = Field(
+        default=8_000, ge=100, description="Reasoning is quoted to the judge up to this many characters."
+    )
+    attach: tuple[Modality, ...] = Field(
+        default=(), description="Media sent along: frames as JPEG data URLs, sound as WAV; the judge must take them."
+    )
+    attach_frames: int = Field(default=8, ge=1, description="Most frames sent per question, evenly chosen.")
+    managed: ManagedJudgeConfig = Field(
+        default_factory=lambda: ManagedJudgeConfig(), description="The server of kind 'managed'."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeConfig:
+        if self.kind == "managed" and self.managed.path is None:
+            raise ConfigError("rewards.judge.kind is managed but rewards.judge.managed.path names no model folder")
+        return self
+
+
+class ManagedJudgeConfig(BaseModel):
+    """A `vllm serve` process beside the run, on loopback, stopped with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = Field(default=None, description="Model folder that is served.")
+    gpus: int = Field(default=0, ge=0, description="GPUs it takes (tensor parallel); 0 runs it on the CPU build.")
+    visible_devices: str | None = Field(
+        default=None, description="CUDA_VISIBLE_DEVICES of the server, e.g. '3'; keep them out of the run's own."
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads of the server without GPUs.")
+    max_model_len: int = Field(default=8_192, ge=256, description="Longest question and reply, in tokens.")
+    start_timeout_s: float = Field(default=600.0, gt=0, description="Deadline until it answers /health.")
+    arguments: tuple[str, ...] = Field(default=(), description="Further arguments of `vllm serve`.")
 
 
 class RewardConfig(BaseModel):
@@ -111,6 +151,11 @@ class RewardConfig(BaseModel):
         default=60.0, gt=0, description="Seconds a user-defined reward may take for one group."
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="The judge, if 'judge' has a weight.")
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether any component needs the judge."""
+        return not JUDGED.isdisjoint(self.weights)
 
     @field_validator("weights")
     @classmethod

@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from prompts.errors import AvatarError
+from prompts.errors import AvatarError, ConfigError
 from prompts.record import Prompt
 from rewards.config import JudgeConfig
 from rewards.format import extract_answer, think_text
 from rewards.record import Completion, Mark, ScoreRequest
+
+if TYPE_CHECKING:
+    from rewards.segment_rewards import SegmentJudge
 
 #: The keys of a verdict; each is scored in [0, 1] and the reward is their mean.
 CRITERIA = ("audio_grounding_score", "visual_id_score", "location_acc_score", "caption_corr_score")
@@ -47,7 +50,7 @@ class JudgeComponent:
     def __init__(self, judge: Judge, attach: Attach | None = None) -> None:
         self._judge = judge
         self._attach = attach
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     async def score(self, request: ScoreRequest) -> list[Mark]:
         media: Sequence[ContentPart] = ()
@@ -55,22 +58,12 @@ class JudgeComponent:
             try:
                 media = await asyncio.to_thread(self._attach, request.prompt)
             except (AvatarError, OSError) as error:
-                if not self._counts["media_failed"]:
+                if not self.counts["media_failed"]:
                     log.warning("judge: media of prompt %s cannot be shown, group masked: %s", request.prompt.id, error)
-                self._counts["media_failed"] += 1
+                self.counts["media_failed"] += 1
                 return [Mark(None)] * len(request.completions)
         marks = (self._mark(request.prompt, completion, media) for completion in request.completions)
         return list(await asyncio.gather(*marks))
-
-    async def check(self) -> None:
-        """Raises ResourceError or ConfigError if the judge cannot be used."""
-        await self._judge.check()
-
-    async def close(self) -> None:
-        await self._judge.close()
-
-    def stats(self) -> dict[str, float]:
-        return {**self._judge.stats(), **self._counts}
 
     async def _mark(self, prompt: Prompt, completion: Completion, media: Sequence[ContentPart]) -> Mark:
         think, answer = think_text(completion.text), extract_answer(completion.text) or ""
@@ -80,12 +73,14 @@ class JudgeComponent:
         return Mark(None) if verdict is None else Mark(sum(verdict[key] for key in CRITERIA) / len(CRITERIA), verdict)
 
 
-def build_judge(config: JudgeConfig) -> Judge:
+def build_judge(config: JudgeConfig) -> SegmentJudge:
     """The judge a config asks for. Raises ConfigError for an endpoint that is not fully specified."""
     if config.kind == "rule":
         from rewards.rule_judge import RuleJudge
 
         return RuleJudge()
+    if config.kind == "managed":
+        raise ConfigError("rewards.judge.kind managed needs a run that starts the judge; outside one use kind: openai")
     from rewards.openai_judge import OpenAIJudge  # the openai package takes 0.7 s to import: only where it is used
 
     return OpenAIJudge(config)

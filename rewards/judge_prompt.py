@@ -24,7 +24,7 @@ Score four things, each with a number from 0 (wrong or absent) to 1 (fully right
 Reply with exactly one JSON object with these four keys and nothing else, for example
 {"audio_grounding_score": 0.4, "visual_id_score": 0.9, "location_acc_score": 0.0, "caption_corr_score": 0.5}"""
 
-REMINDER = "Your last reply could not be read. Reply with the JSON object of four numbers from 0 to 1 only."
+REMINDER = "Your last reply could not be read. Reply with the JSON object of numbers from 0 to 1 only."
 _LONGEST_REPLY = 8_000
 
 
@@ -54,6 +54,11 @@ def build_messages(
 
 
 def parse_reply(reply: str) -> tuple[Verdict, int]:
+    """``parse_scores`` for the four criteria of METHOD 1.5."""
+    return parse_scores(reply, CRITERIA)
+
+
+def parse_scores(reply: str, criteria: Sequence[str]) -> tuple[Verdict, int]:
     """(verdict, number of missing criteria) from a judge's reply; a missing criterion is 0 (METHOD 1.5).
 
     The reply may wrap its object in prose, a code fence or reasoning, but only one object may carry scores: of two, one
@@ -64,13 +69,13 @@ def parse_reply(reply: str) -> tuple[Verdict, int]:
     if text.startswith("<think>"):  # only at the start: a tag quoted later must not hide the scores before it
         text = text.partition("</think>")[2]
     if len(text) > _LONGEST_REPLY:
-        raise ValueError(f"reply of {len(text)} characters is too long for four scores")
-    found = [value for value in _objects(text) if any(key in value for key in CRITERIA)]
+        raise ValueError(f"reply of {len(text)} characters is too long for {len(criteria)} scores")
+    found = [value for value in _objects(text) if any(key in value for key in criteria)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} JSON objects with scores in the reply, expected one")
     (scores,) = found
-    missing = [key for key in CRITERIA if key not in scores]
-    return {key: 0.0 if key in missing else _score(key, scores[key]) for key in CRITERIA}, len(missing)
+    missing = [key for key in criteria if key not in scores]
+    return {key: 0.0 if key in missing else _score(key, scores[key]) for key in criteria}, len(missing)
 
 
 def _score(key: str, value: object) -> float:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from prompts.record import Prompt
 from rewards.choice import choice_letter, option_texts
+from rewards.grounding import Segment
 from rewards.judge import ContentPart, Verdict
+from rewards.rule_segments import completeness, consistency
 from rewards.text import words
 
 _NUMBERS = {name: str(value) for value, name in enumerate(("zero", "one", "two", "three", "four", "five", "six"))}
@@ -94,6 +96,16 @@ class RuleJudge:
             "location_acc_score": agreement(claimed, needed, scene, PLACED),
             "caption_corr_score": agreement(claimed, needed, scene, AUDIBLE | VISIBLE | PLACED),
         }
+
+    async def consistency(self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]) -> Verdict | None:
+        """See ``rule_segments.consistency``."""
+        return consistency(prompt, segment)
+
+    async def completeness(
+        self, prompt: Prompt, segments: Sequence[Segment], media: Sequence[ContentPart]
+    ) -> Verdict | None:
+        """See ``rule_segments.completeness``."""
+        return completeness(prompt, segments)
 
     async def check(self) -> None:
         """Always ready."""

@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from prompts.errors import ConfigError
 from rewards.accuracy import accuracy_score
-from rewards.config import BUILTIN, RewardConfig
+from rewards.config import BUILTIN, JUDGED, RewardConfig
 from rewards.custom import CustomReward
 from rewards.format import format_score
 from rewards.fusion import attention_score
 from rewards.grounding import parse_grounded
 from rewards.judge import Attach, JudgeComponent, build_judge
 from rewards.record import Completion, Mark, Scored, ScoreRequest
+from rewards.segment_rewards import SegmentCompleteness, SegmentConsistency, SegmentJudge, SegmentReward
 from rewards.self_consistency import self_consistency_scores
 
 
@@ -48,7 +50,7 @@ class RewardSuite:
         """``attach`` gives the judge a prompt's frames and sound as OpenAI content parts (README, "Judge")."""
         self.config = config
         self._attach = attach
-        self.judge: JudgeComponent | None = None
+        self._judge: SegmentJudge | None = None
         self._components: list[Component] = [self._component(name) for name in config.weights]
         self._scored: Counter[str] = Counter()
         self._masked: Counter[str] = Counter()
@@ -80,19 +82,21 @@ class RewardSuite:
             totals[f"{component.name}/masked"] = self._masked[component.name]
             if isinstance(component, CustomReward):
                 totals |= {f"{component.name}/{kind}": count for kind, count in component.failures.items()}
-        if self.judge is not None:
-            totals |= {f"judge/{key}": value for key, value in self.judge.stats().items()}
+            if isinstance(component, JudgeComponent | SegmentReward):
+                totals |= {f"{component.name}/{kind}": count for kind, count in component.counts.items()}
+        if self._judge is not None:
+            totals |= {f"judge/{key}": value for key, value in self._judge.stats().items()}
         return totals
 
     async def check(self) -> None:
         """Fail fast: raises ResourceError or ConfigError if the judge's endpoint cannot serve this run."""
-        if self.judge is not None:
-            await self.judge.check()
+        if self._judge is not None:
+            await self._judge.check()
 
     async def aclose(self) -> None:
         """Close the judge's connections."""
-        if self.judge is not None:
-            await self.judge.close()
+        if self._judge is not None:
+            await self._judge.close()
 
     def close(self) -> None:
         """``aclose`` for a suite used through ``score``."""
@@ -102,9 +106,8 @@ class RewardSuite:
     def _component(self, name: str) -> Component:
         if name not in BUILTIN:
             return CustomReward(name, self.config.custom_timeout_s)
-        if name == "judge":
-            self.judge = JudgeComponent(build_judge(self.config.judge), self._attach)
-            return self.judge
+        if name in JUDGED:
+            return self._judged(name)
         rules: dict[str, Callable[[ScoreRequest], Sequence[float | None]]] = {
             "format": self._format,
             "accuracy": lambda request: self._accuracy(request, request.completions),
@@ -113,6 +116,18 @@ class RewardSuite:
             "fusion": self._fusion,
         }
         return RuleReward(name, rules[name])
+
+    def _judged(self, name: str) -> Component:
+        """A component that asks the judge; all of them share one."""
+        config = self.config.judge
+        if self._judge is None:
+            self._judge = build_judge(config)
+        if name == "judge":
+            return JudgeComponent(self._judge, self._attach)
+        if config.kind != "rule" and self._attach is None:
+            raise ConfigError(f"reward {name} shows the judge clips: set rewards.judge.attach: [video] (or more)")
+        kind = SegmentConsistency if name == "segment_consistency" else SegmentCompleteness
+        return kind(self._judge, self._attach)
 
     def _format(self, request: ScoreRequest) -> list[float]:
         scale = self.config.format

@@ -1,0 +1,164 @@
+"""Do hints solve what stays at zero -> build/bench/hints.json; run with ``make bench NAME=hints``, 12 minutes.
+
+The cold start is taught one fixed answer to "Which pitch does each shape make?" unless a hint is shown; then it is
+taught to look. The pool holds only prompts to which that answer is wrong in every part: without a hint the success
+rate is all but 0. ``solved_*`` are the shares of the pool that any training completion ever answered right, presets
+grpo, avatar_no_hint and avatar on the same number of completions, means over the seeds. docs/benchmarks.md says how to
+read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness import Figures
+from cluster.assets import key
+from cluster.config import LoopConfig, RunConfig
+from cluster.disk import read_jsonl, replace_text
+from cluster.evaluate import evaluate
+from cluster.presets import merge, preset
+from cluster.screen import Screen
+from prompts.synthetic.config import Category, WorldConfig
+from prompts.synthetic.world import synthesize
+from rewards.accuracy import SOLVED
+
+METHODS = {"grpo": "grpo", "no_hint": "avatar_no_hint", "hint": "avatar"}
+TYPE = Category.LOCALISE
+HABIT = "Left: low / Right: high"
+HINTED_SHARE = 0.5
+POOL = 24
+WORLD = WorldConfig(
+    n_train=10 * POOL, n_heldout=0, n_sft=3600, weights={TYPE: 1.0}, guess_share={}, hinted_share=0.0,
+    sft_weights={Category.COLOUR: 0.3, Category.PITCH: 0.7, Category.SIDE: 1.0, Category.ORDER: 0.5, TYPE: 4.0},
+)  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "data": {"template": {"max_prompt_tokens": 256}},
+    "rollout": {
+        "max_sequences": 64,
+        "engine": {
+            "max_model_len": 320, "max_num_seqs": 64, "max_num_batched_tokens": 4096,
+            "kv_cache_memory_bytes": 64 << 20,
+        },
+        "sampling": {"max_tokens": 48},
+    },
+    "learner": {"objective": {"beta": 0.02}, "optimizer": {"lr": 1e-4, "freeze": ["visual", "audio_tower"]}},
+    "buffer": {"warm_up": 64},
+    "loop": {"prompts_per_step": 8},
+    "evaluation": {"every": 0},
+    "output": {"samples_every": 1, "samples": 8, "report": False, "export": False},
+    "screen": "plain",
+}  # fmt: skip
+
+
+def make_world(folder: Path) -> dict[str, str]:
+    """The pool and the cold start's prompts beside their media; made once."""
+    if not folder.is_dir():
+        synthesize(folder, WORLD)
+    taught = []
+    for number, row in enumerate(read_jsonl(folder / "sft.jsonl")):
+        if row["category"] == TYPE:
+            if number % round(1 / HINTED_SHARE) == 0:
+                row["extra"]["hinted"] = "true"
+            else:
+                row |= {"answer": HABIT, "reasoning": f"maybe {HABIT}"}
+        taught.append(row)
+    pool = [row for row in read_jsonl(folder / "train.jsonl") if not _habit_scores(row["answer"])][:POOL]
+    assert len(pool) == POOL, f"only {len(pool)} prompts have nothing of the habit: raise n_train"
+    files = {}
+    for name, rows in (("sft", taught), ("train", pool)):
+        files[name] = str((folder / f"bench-{name}.jsonl").resolve())
+        replace_text(Path(files[name]), "".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def _habit_scores(answer: str) -> bool:
+    return any(part in answer for part in HABIT.split(" / "))
+
+
+def steps_for(completions: int, loop: LoopConfig, warm_up: int) -> int:
+    """The most steps that generate no more than ``completions``."""
+    made = steps = 0
+    while True:
+        made += loop.prompts_per_step * loop.fresh_at(steps, warm_up)
+        if made > completions:
+            return steps
+        steps += 1
+
+
+def run(method: str, seed: int, model: Path, files: dict[str, str], options: argparse.Namespace) -> Path:
+    """One training run in a process of its own; returns its folder."""
+    raw = merge(merge(RECIPE, preset(method)), {
+        "name": f"{method}-{seed}", "seed": seed, "model": {"path": str(model)},
+        "data": {"train": files["train"]}, "rewards": {"weights": {"format": 0.5, "accuracy": 0.5}},
+        "output": {"folder": str(options.folder / "runs")},
+    })  # fmt: skip
+    config = RunConfig.model_validate(raw)
+    raw = merge(raw, {"loop": {"steps": steps_for(options.completions, config.loop, config.buffer.warm_up)}})
+    recipe = options.folder / f"{method}-{seed}.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    subprocess.run([sys.executable, "-m", "cluster.cli", "train", str(recipe)], check=True, timeout=600)
+    return max((options.folder / "runs").glob(f"{method}-{seed}-*"))
+
+
+def completions_of(run: Path) -> Iterator[dict[str, Any]]:
+    """Every training completion of a run, oldest step first."""
+    for file in sorted((run / "samples").glob("step_*.jsonl")):
+        yield from read_jsonl(file)
+
+
+def outcome(run: Path) -> dict[str, float]:
+    """Share of the pool that was ever answered right; how many completions, and how many of them with a hint."""
+    rows = list(completions_of(run))
+    solved = {row["prompt_id"] for row in rows if row["components"]["accuracy"] >= SOLVED}
+    first = [row for row in rows if not row["hinted"]][: POOL * 4]
+    return {
+        "solved": len(solved) / POOL,
+        "completions": len(rows),
+        "hinted_share": sum(bool(row["hinted"]) for row in rows) / len(rows),
+        "start_success": sum(row["components"]["accuracy"] >= SOLVED for row in first) / len(first),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--completions", type=int, default=768, help="budget of each run")
+    parser.add_argument("--sft-steps", type=int, default=700)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench/hints"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    figures = Figures("hints")
+    files = make_world(options.folder / f"world-{key(WORLD.model_dump(mode='json'))}")
+    optimizer = {"lr": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.01}
+    sft = {"steps": options.sft_steps, "batch_size": 32, "ranks": 2, "optimizer": optimizer}
+    output = {"cache": str(options.folder / "cache"), "folder": str(options.folder / "runs")}
+    raw = merge(RECIPE, {"name": "cold-start", "data": files, "cold_start": sft, "output": output})
+    with Screen(1, False, title="cold start") as screen:
+        model = evaluate(RunConfig.model_validate(raw), screen).model
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    for seed in range(options.seeds):
+        for name, method in METHODS.items():
+            found[name].append(outcome(run(method, seed, model, files, options)))
+            print(name, seed, found[name][-1], flush=True)
+    for name, outcomes in found.items():
+        solved = [one["solved"] for one in outcomes]
+        figures.add({f"solved_{name}": statistics.mean(solved), f"solved_{name}_low": min(solved)})
+        figures.add({f"solved_{name}_high": max(solved)})
+        figures.add({f"completions_{name}": statistics.mean(one["completions"] for one in outcomes)})
+    figures.add({"hinted_share": statistics.mean(one["hinted_share"] for one in found["hint"])})
+    figures.add({"start_success": statistics.mean(one["start_success"] for one in found["grpo"])})
+    figures.add({"prompts": POOL, "seeds": options.seeds})
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A small curriculum as a user starts it: cold start, a stage, and a stage whose judge fails for one reply in three."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from buffer_service.exchange import read_rows
+from cluster.stage_record import CurriculumState, read_state
+from cluster.telemetry import read_metrics, read_status
+from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+name: course
+preset: avatar
+data:
+  synthetic: {n_train: 20, n_heldout: 10, n_sft: 16}
+  template: {min_pixels: 784, max_pixels: 50176, max_prompt_tokens: 256}
+cold_start: {steps: 2, batch_size: 8, ranks: 1, optimizer: {lr: 1.0e-3}}
+loop: {prompts_per_step: 4, max_staleness: 1}
+rollout:
+  max_sequences: 16
+  engine: {max_model_len: 320, max_num_seqs: 16, kv_cache_memory_bytes: 67108864}
+  sampling: {max_tokens: 16}
+learner:
+  micro_batch_tokens: 1500
+  objective: {beta: 0.05}
+  optimizer: {lr: 1.0e-4, freeze: [visual, audio_tower]}
+buffer: {warm_up: 8}
+evaluation: {every: 2}
+output: {samples_every: 1}
+screen: plain
+stages:
+  - {name: sft, kind: sft}
+  - name: see
+    select: {categories: [colour, side, direction]}
+    steps: 2
+  - name: judged
+    select: {needs: [[audio], [video, audio]]}
+    steps: 3
+    replay: keep
+    rewards:
+      weights: {format: 0.2, accuracy: 0.4, judge: 0.4}
+      judge: {base_url: "%s", model: judge, attempts: 1, request_timeout_s: 5, breaker_failures: 1000,
+              attach: [video, audio], attach_frames: 2}
+"""
+
+
+@dataclass
+class Finished:
+    folder: Path
+    output: str
+    requests: int
+    again: str  # output of a second run of the same recipe
+
+    @property
+    def state(self) -> CurriculumState:
+        return read_state(self.folder / "runs" / "course")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("course")
+
+    def fails_in_one_of_three(n: int) -> Reply:
+        return (Reply(status=500), Reply(), Reply(content=f"```json\n{GOOD}\n```"))[n % 3]
+
+    with judge_server(fails_in_one_of_three) as server:
+        (folder / "recipe.yaml").write_text(RECIPE % server.url)
+        places = ["--output.folder", str(folder / "runs"), "--output.cache", str(folder / "cache")]
+        command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml"), *places]
+
+        def run() -> str:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=dict(os.environ),
+                capture_output=True,
+                text=True,
+                timeout=290,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        output = run()
+        asked = len(server.requests)
+        yield Finished(folder, output, asked, run())
+
+
+@pytest.mark.timeout(600)
+def test_every_stage_starts_from_the_one_before(finished: Finished) -> None:
+    sft, see, judged = finished.state.stages
+    assert Path(sft.checkpoint).name.startswith("cold-start-")
+    for stage, start in ((see, sft), (judged, see)):
+        config = yaml.safe_load((Path(stage.run) / "config.yaml").read_text())
+        assert config["model"]["path"] == start.checkpoint
+        assert read_status(Path(stage.run)).state == "finished"
+        assert stage.before is not None and start.after is not None
+        assert stage.before.accuracy == pytest.approx(start.after.accuracy)  # the same policy on the same prompts
+        assert (Path(stage.checkpoint) / "model.safetensors").is_file()
+
+
+def test_a_stage_asks_only_prompts_of_its_types(finished: Finished) -> None:
+    _, see, judged = finished.state.stages
+    needs = {"see": {("video",)}, "judged": {("audio",), ("video", "audio")}}
+    train = next((finished.folder / "cache").glob("world-*/train.jsonl"))
+    prompts = {row["id"]: row for row in map(json.loads, train.read_text().splitlines())}
+    for stage in (see, judged):
+        files = (Path(stage.run) / "samples").glob("step_*.jsonl")
+        asked = {json.loads(line)["prompt_id"] for file in files for line in file.read_text().splitlines()}
+        assert asked and {tuple(prompts[prompt_id]["needs"]) for prompt_id in asked} <= needs[stage.name]
+
+
+def test_training_goes_on_beside_a_judge_that_fails(finished: Finished) -> None:
+    judged = finished.state.stages[2]
+    rows = [row for row in read_metrics(Path(judged.run)) if row["step"]]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["loss/total"] is not None for row in rows)
+    files = (Path(judged.run) / "samples").glob("step_*.jsonl")
+    parts = [json.loads(line)["components"] for file in files for line in file.read_text().splitlines()]
+    values = {part["judge"] for part in parts}
+    assert None in values and 0.5 in values and values <= {None, 0.5, 0.0}
+    said_nothing = [part for part in parts if part["judge"] == 0.0]
+    assert len(said_nothing) < len(parts)  # 0 is only for a completion without reasoning and answer
+    assert finished.requests > 20
+
+
+def test_kept_replay_is_the_stage_befores_under_the_new_rewards(finished: Finished) -> None:
+    _, see, judged = finished.state.stages
+    rows = [row for _, row in read_rows(Path(judged.run) / "replay-into-judged.jsonl")]
+    assert rows and all(version == 0 for row in rows for version, _ in row.versions)
+    for row in rows:
+        paid = {"format": 0.2, "accuracy": 0.4}  # what is known of it: the judge never saw it
+        expected = sum(w * (row.components[name] or 0.0) for name, w in paid.items()) / 0.6
+        assert row.reward == pytest.approx(expected)
+    first = next(row for row in read_metrics(Path(judged.run)) if row["step"] == 1)
+    assert (first["buffer/stored"] or 0) > len(rows)
+    assert not (Path(see.run).parent / "replay-into-judged.jsonl").exists()
+
+
+def test_a_second_run_finds_everything_done(finished: Finished) -> None:
+    assert "held-out accuracy after each stage" in finished.output
+    for name in ("sft", "see", "judged"):
+        assert f"{name}: run" in finished.output and f"{name}: done before" in finished.again
+    report = finished.folder / "runs" / "course" / "report.html"
+    assert '<th class="n">judged</th>' in report.read_text()
+
+
+def test_a_checkpoint_is_evaluated_without_sound(finished: Finished) -> None:
+    see = finished.state.stages[1]
+    command = [sys.executable, "-m", "cluster.cli", "evaluate", see.checkpoint, "--without", "audio"]
+    places = ["--output.folder", str(finished.folder / "evaluated"), "--output.cache", str(finished.folder / "cache")]
+    recipe = ["--recipe", str(finished.folder / "recipe.yaml")]
+    done = subprocess.run([*command, *recipe, *places], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out accuracy without audio" in done.stdout and "on 10 prompts" in done.stdout
