@@ -49,7 +49,7 @@ class RunLock:
 
     @property
     def _key(self) -> str:
-        return f"avatar-lock:{{{self.run_id}}}"  # not among the run's own keys, which a restore replaces
+        return f"avatar:lock:{{{self.run_id}}}"  # not among the run's own keys, which a restore replaces
 
     def acquire(self) -> None:
         """Take the folder's lock, breaking one whose holder is gone. Raises ConfigError naming a holder that lives."""

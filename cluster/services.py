@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any

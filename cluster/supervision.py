@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import psutil
 
 from buffer_service.control import Beat
 from buffer_service.server import EmbeddedRedis
@@ -151,9 +152,11 @@ class StallWatch:
         self._seen.pop(name, None)
 
 
-def kill_process(pid: int) -> None:
-    """SIGKILL, which also ends a process that is stopped and hears nothing else."""
+def kill_worker(pid: int, title: str) -> None:
+    """SIGKILL, which also ends a process that is stopped and hears nothing else; only to one that bears ``title``."""
     try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        if " ".join(process.cmdline()).startswith(title):
+            process.kill()
+    except psutil.NoSuchProcess:
         log.info("process %d was gone already", pid)

@@ -16,7 +16,7 @@ from cluster.rounds import EvaluationRounds
 from cluster.runlock import RunLock
 from cluster.screen import Screen
 from cluster.services import Services
-from cluster.supervision import Budget, RedisKeeper, StallWatch, Stopped, StopSignals, kill_process
+from cluster.supervision import Budget, RedisKeeper, StallWatch, Stopped, StopSignals, kill_worker
 from cluster.telemetry import RunFolder
 from prompts.errors import ReplayBufferError, ResourceError
 
@@ -118,8 +118,8 @@ class Supervisor:
             self.report("rollout actor stalled", f"{name}: {reason}; it is killed")
             self._stalls.forget(name)
             fact = facts.get(name) or self.buffer.get_fact(f"rollout/{name}") or {}
-            if fact.get("host") == self.lock.host and fact.get("pid"):
-                kill_process(fact["pid"])  # one that is stopped does not hear Ray
+            if fact.get("host") == self.lock.host:
+                kill_worker(int(fact["pid"]), "ray::RolloutActor")  # one that is stopped does not hear Ray
             ray.kill(self.pool.rollouts[name])
 
     def _look_at_board(self) -> None:

@@ -156,7 +156,8 @@ class Run:
     def _set_up(self, datasets: Datasets, base: Path) -> None:
         config = self.config
         url, resuming = self.services.redis_url, self.resumption is not None
-        self.lock.acquire_redis(config.buffer, url)
+        if config.buffer.url is not None:  # the folder's lock is enough for the Redis that lives in it
+            self.lock.acquire_redis(config.buffer, url)
         self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=url, reconfigure=resuming)
         if self.cut is not None:
             self.buffer.restore(self.cut.buffer)

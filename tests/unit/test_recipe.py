@@ -19,7 +19,7 @@ from cluster.recipe import load_recipe, parse_overrides, to_yaml
 from prompts.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\nstages:" not in path.read_text()]
 BASE = {"name": "t", "data": {"synthetic": {"n_train": 8}}}
 
 
