@@ -23,12 +23,12 @@ class Evaluation:
     by_need: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def metrics(self) -> dict[str, float]:
-        """Flat names for the telemetry."""
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """Flat names for the telemetry; prefix "pool" is the training prompts'."""
         return {
-            "eval/accuracy": self.accuracy,
-            **{f"eval/accuracy/{name}": value for name, value in self.by_category.items()},
-            **{f"eval/needs/{name}": value for name, value in self.by_need.items()},
+            f"{prefix}/accuracy": self.accuracy,
+            **{f"{prefix}/accuracy/{name}": value for name, value in self.by_category.items()},
+            **{f"{prefix}/needs/{name}": value for name, value in self.by_need.items() if prefix == "eval"},
         }
 
 

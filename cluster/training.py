@@ -58,6 +58,7 @@ class Run:
         self.stream: PromptStream
         self.fleet: Fleet
         self.rounds: EvaluationRounds
+        self.pool_rounds: EvaluationRounds
         self.heldout: list[str] = []
         self.accuracies: deque[float] = deque(maxlen=MOVING)
         self._last: dict[str, float] = {}
@@ -104,7 +105,10 @@ class Run:
         base = prepare_base_model(config, self.screen.phase)
         train = read_prompts(datasets.train, config)
         check_media(train)
-        self.stream = PromptStream(train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
+        self.stream = PromptStream(
+            train.ids, config.loop, seed=config.seed, warm_up=config.buffer.warm_up,
+            full_reward=sum(config.rewards.weights.values()),
+        )  # fmt: skip
         if datasets.heldout is not None:
             heldout = read_prompts(datasets.heldout, config)
             check_media(heldout)
@@ -117,6 +121,8 @@ class Run:
         self.pool = Pool(config, self.services)
         self.pool.start_board()
         self.rounds = EvaluationRounds(config.evaluation, self.buffer, self.heldout, self.folder, self.screen)
+        pool = self.stream.prompt_ids if config.evaluation.pool.every else []
+        self.pool_rounds = EvaluationRounds(config.evaluation, self.buffer, pool, self.folder, self.screen, pool=True)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
@@ -167,10 +173,11 @@ class Run:
         self.rounds.whole(step=0, phase="evaluation before training", watch=self.fleet.watch)
         self.screen.phase("training")
         self.folder.status(state="training")
-        pushed = 0
+        self._pool_is_learnt(0)
+        pushed = step = 0
         for step in range(config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
-                self.buffer.push_tickets(self.stream.tickets(pushed))
+                self.buffer.push_tickets(self.stream.tickets(pushed, self._averages()))
                 pushed += 1
             started = time.perf_counter()
             wanted = config.output.samples_every and step % config.output.samples_every == 0
@@ -179,7 +186,24 @@ class Run:
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
-        self.rounds.whole(step=config.loop.steps, phase="evaluation after training", watch=self.fleet.watch)
+            if self._pool_is_learnt(step + 1):
+                break
+        self.rounds.whole(step=step + 1, phase="evaluation after training", watch=self.fleet.watch)
+
+    def _averages(self) -> dict[str, float]:
+        return self.buffer.averages(self.stream.prompt_ids) if self.config.loop.schedule == "open" else {}
+
+    def _pool_is_learnt(self, step: int) -> bool:
+        """Measure the accuracy over the training prompts when it is due; True once it is what the run stops at."""
+        pool = self.config.evaluation.pool
+        if not pool.every or step % pool.every:
+            return False
+        self.pool_rounds.whole(step, "measuring the training prompts", self.fleet.watch)
+        accuracy = self.pool_rounds.results[-1].accuracy
+        if pool.stop_at is None or accuracy < pool.stop_at:
+            return False
+        self.folder.event("pool accuracy reached", f"{accuracy:.3f} at step {step}, stop_at {pool.stop_at:g}")
+        return True
 
     def _learn(self, step: int, *, samples: int) -> dict[str, Any]:
         """One training step on all ranks; meanwhile dead rollout actors are replaced."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from buffer_service.trajectory import Trajectory
 from learner.advantages import Advantages
 from learner.objective import LossOutput, TokenDiagnostics
 from prompts.errors import DataError
@@ -183,3 +186,23 @@ def _sums(tokens: TokenDiagnostics, keep: Tensor, entropy: Tensor | None) -> _Ki
     result = _KindSums(sums=flat[:10].copy(), ratio_max=float(flat[10]))
     result.position_loss, result.position_count = flat[11 : 11 + POSITION_BINS], flat[11 + POSITION_BINS :]
     return result
+
+
+def reward_metrics(fresh: Sequence[Trajectory]) -> dict[str, float]:
+    """What the fresh completions of a step earned, and how long they were; at least one."""
+    rewards = np.array([trajectory.reward for trajectory in fresh])
+    lengths = np.array([len(trajectory.token_ids) for trajectory in fresh])
+    parts: dict[str, list[float]] = defaultdict(list)
+    for trajectory in fresh:
+        for name, value in trajectory.components.items():
+            if value is not None:
+                parts[name].append(value)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
+        "completion/length_mean": float(lengths.mean()),
+        "completions/truncated_share": float(np.mean([trajectory.finish_reason == "length" for trajectory in fresh])),
+        "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
+    }

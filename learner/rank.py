@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +26,7 @@ from learner.clock import Clock
 from learner.config import LearnerConfig, OptimizerConfig, SftConfig
 from learner.engine import TrainEngine, init_distributed
 from learner.export import export_checkpoint
-from learner.health import HealthAccumulator
+from learner.health import HealthAccumulator, reward_metrics
 from learner.model import load_model
 from learner.objective import policy_loss
 from learner.plan import StepPlan, StepWork, plan_step, truncated
@@ -178,11 +177,14 @@ class LearnerRank:
         self.clock = Clock()
         with self.clock("learner_wait"):
             work = self._receive(self._collect(step) if self.rank == 0 else None)
-        plan = plan_step(work, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
-        health = self._train(plan)
-        rate = self._lr(step)
-        with self.clock("optimizer"):
-            norm = self.engine.step(rate)
+        rate, updates = self._lr(step), self.spec.learner.updates
+        health = HealthAccumulator()
+        for number in range(updates):
+            part = work.update(number, updates)
+            plan = plan_step(part, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+            self._train(plan, health)
+            with self.clock("optimizer"):
+                norm = self.engine.step(rate)
         with self.clock("publish"):
             weights = self.engine.state_dict()
             if self.rank == 0:
@@ -190,7 +192,7 @@ class LearnerRank:
         gathered = self._gather(health)
         if self.rank != 0:
             return {}
-        metrics = self._metrics(plan, work, gathered) | {"lr": rate, "grad_norm": norm}
+        metrics = self._metrics(work, gathered) | {"lr": rate, "grad_norm": norm}
         return {"metrics": metrics, "samples": self._samples(work, samples)}
 
     def export(self, path: Path) -> str:
@@ -219,11 +221,14 @@ class LearnerRank:
             time.sleep(POLL_S)
         version = buffer.version()
         replays = buffer.draw(
-            len(share.groups) * spec.replayed, step=step, seed=spec.seed, version=version,
+            len(share.groups) * spec.replayed * spec.learner.updates, step=step, seed=spec.seed, version=version,
             prompt_ids=[group.prompt_id for group in share.groups],
         ) if share.groups else []  # fmt: skip
         baselines = buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
-        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines))
+        of_groups: list[float] = []
+        if spec.learner.objective.fresh_advantage == "vcrs":
+            of_groups = buffer.baselines([g.prompt_id for g in share.groups], [g.hinted for g in share.groups])
+        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines), tuple(of_groups))
 
     def _receive(self, work: StepWork | None) -> StepWork:
         if self.ranks == 1:
@@ -235,13 +240,12 @@ class LearnerRank:
         assert received is not None
         return received
 
-    def _train(self, plan: StepPlan) -> HealthAccumulator:
+    def _train(self, plan: StepPlan, health: HealthAccumulator) -> None:
         """Forward and backward over this rank's micro-batches."""
-        health = HealthAccumulator()
         if self.rank == 0:
             health.add_step(plan.advantages, plan.is_replay, plan.ages)
         if not plan.trajectories:
-            return health
+            return
         share = plan.shares[self.rank]
         with self.clock("encode"):
             rows = {i: self._row(plan.trajectories[i]) for indices in share for i in indices}
@@ -254,7 +258,6 @@ class LearnerRank:
 
         with self.clock("forward_backward"):
             self.engine.accumulate(micro_batches, loss, spare)
-        return health
 
     def _loss(
         self, plan: StepPlan, indices: list[int], rows: list[Row], batch: MicroBatch, output: PolicyOutput,
@@ -332,20 +335,24 @@ class LearnerRank:
             box[0].merge(other)
         return box[0]
 
-    def _metrics(self, plan: StepPlan, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
-        fresh = [t for group in work.groups for t in group.trajectories]
+    def _metrics(self, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
+        fresh, updates = [t for group in work.groups for t in group.trajectories], self.spec.learner.updates
         metrics = health.metrics()
+        for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
+            metrics[name] /= updates
         metrics["loss/total"] = metrics["loss/policy"] + metrics["loss/kl"]
         if self.buffer is not None and "kl/behaviour" in metrics:
             self.buffer.report_behaviour_kl(metrics["kl/behaviour"])
         if fresh:
-            metrics |= _reward_metrics(fresh)
+            metrics |= reward_metrics(fresh)
             lag = [work.version - trajectory.version for trajectory in fresh]
             metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
             metrics["groups/fresh"] = float(len(work.groups))
         metrics["version"] = float(work.version + 1)
-        metrics["replay/share"] = len(work.replays) / max(1, len(plan.trajectories))
-        tokens = float(sum(len(t.token_ids) for t in plan.trajectories))
+        trained = [*fresh * updates, *work.replays]
+        metrics["replay/share"] = len(work.replays) / max(1, len(trained))
+        metrics["learner/updates"] = float(updates)
+        tokens = float(sum(len(t.token_ids) for t in trained))
         seconds = self.clock.spent
         metrics["tokens/trained"] = tokens
         busy = sum(value for name, value in seconds.items() if name != "learner_wait")
@@ -374,22 +381,3 @@ class LearnerRank:
             "finish_reason": trajectory.finish_reason,
             "tokens": len(trajectory.token_ids),
         }
-
-
-def _reward_metrics(fresh: list[Trajectory]) -> dict[str, float]:
-    rewards = np.array([trajectory.reward for trajectory in fresh])
-    lengths = np.array([len(trajectory.token_ids) for trajectory in fresh])
-    parts: dict[str, list[float]] = defaultdict(list)
-    for trajectory in fresh:
-        for name, value in trajectory.components.items():
-            if value is not None:
-                parts[name].append(value)
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
-        "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
-        "completion/length_mean": float(lengths.mean()),
-        "completions/truncated_share": float(truncated(fresh).float().mean()),
-        "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
-    }
