@@ -235,10 +235,14 @@ class RolloutActor:
     def _sampling(self, lease: TicketLease) -> tuple[SamplingConfig, int]:
         ticket = lease.ticket
         if ticket.kind == "eval":
-            update: dict[str, Any] = {"n": ticket.n, "temperature": 0.0}
+            update: dict[str, Any] = {"n": ticket.n}
+            if ticket.n == 1:
+                update["temperature"] = 0.0  # several greedy completions would be one and the same
             if self.spec.evaluation_tokens is not None:
                 update["max_tokens"] = self.spec.evaluation_tokens
-            return self.spec.sampling.model_copy(update=update), 0
+            entropy = (self.spec.seed, ticket.round, ticket.seq)
+            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
+            return self.spec.sampling.model_copy(update=update), seed
         # A ticket's seed depends on nothing but the run and its place in the stream: a retry generates the same.
         seed = int(np.random.SeedSequence((self.spec.seed, ticket.seq)).generate_state(1)[0]) >> 1
         return self.spec.sampling.model_copy(update={"n": ticket.n}), seed

@@ -175,6 +175,15 @@ class ReplaySide:
             values.append(mean if rbar is False else float(rbar))
         return values
 
+    def averages(self, prompt_ids: Sequence[str]) -> dict[str, float]:
+        """Rbar of those of the prompts that have one, hinted visits aside. O(prompts)."""
+        if not prompt_ids:
+            return {}
+        key = self._connection.key("prompts")
+        states = self._connection.attempt(lambda: self._connection.client.hmget(key, list(prompt_ids)))
+        found = {pid: _unpack(raw)[0] for pid, raw in zip(prompt_ids, states, strict=True) if raw}
+        return {pid: float(rbar) for pid, rbar in found.items() if rbar is not False}
+
     def commit_step(self, step: int, new_version: int, group_ids: Sequence[str], epoch: int) -> CommitReceipt:
         """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it becomes replay only,
         all of it replayable, the policy version grows. O(groups log N). A repeat changes nothing.

@@ -72,6 +72,11 @@ class LoopConfig(Section):
     replay_from: Path | None = Field(
         None, description="Exported trajectories (.jsonl, .parquet) that are replayable from the first step on."
     )
+    schedule: Literal["epochs", "open"] = Field(
+        "epochs",
+        description="Which prompts are asked: epochs = every prompt in turn, shuffled; open = prompts never asked "
+        "first, then drawn by how far their moving average is from a full reward.",
+    )
 
     @property
     def group_size(self) -> int:
@@ -84,6 +89,15 @@ class LoopConfig(Section):
         return self.group_size if step * self.prompts_per_step * self.group_size < warm_up else self.fresh
 
 
+class PoolEvaluationConfig(Section):
+    """Accuracy over the training prompts, each asked equally often: unlike the running accuracy of the fresh
+    completions it does not depend on which prompts the schedule asks. Training waits meanwhile."""
+
+    every: int = Field(0, ge=0, description="Steps between measurements; 0 switches them off.")
+    samples: int = Field(4, ge=1, description="Completions per prompt, sampled as in training; 1 is greedy.")
+    stop_at: float | None = Field(None, gt=0, le=1, description="Training ends once the accuracy is at least this.")
+
+
 class EvaluationConfig(Section):
     """Held-out accuracy, measured on the rollout actors while training goes on."""
 
@@ -91,6 +105,7 @@ class EvaluationConfig(Section):
     limit: int | None = Field(None, ge=1, description="Use only the first N held-out prompts; null uses all.")
     max_tokens: int | None = Field(None, ge=1, description="Completion length; null takes the rollout's.")
     timeout_s: float = Field(600, gt=0, description="Deadline of one evaluation.")
+    pool: PoolEvaluationConfig = Field(PoolEvaluationConfig(), description="Accuracy over the training prompts.")
 
 
 class RolloutSection(Section):

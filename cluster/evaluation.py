@@ -24,13 +24,13 @@ class Evaluation:
     selected: float | None = None  # accuracy on the prompts of the types that are trained; None without any
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def metrics(self) -> dict[str, float]:
-        """Flat names for the telemetry."""
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """Flat names for the telemetry; prefix "pool" is the training prompts'."""
         return {
-            "eval/accuracy": self.accuracy,
-            **({} if self.selected is None else {"eval/selected": self.selected}),
-            **{f"eval/accuracy/{name}": value for name, value in self.by_category.items()},
-            **{f"eval/needs/{name}": value for name, value in self.by_need.items()},
+            f"{prefix}/accuracy": self.accuracy,
+            **({} if self.selected is None else {f"{prefix}/selected": self.selected}),
+            **{f"{prefix}/accuracy/{name}": value for name, value in self.by_category.items()},
+            **{f"{prefix}/needs/{name}": value for name, value in self.by_need.items() if prefix == "eval"},
         }
 
 

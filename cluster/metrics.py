@@ -58,6 +58,8 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("eval/accuracy", "share", "Held-out accuracy, mean over prompts."),
         ("eval/selected", "share", "Held-out accuracy on the types that data.select trains; where it selects some."),
         ("eval/accuracy/<category>", "share", "Held-out accuracy on one question type."),
+        ("pool/accuracy", "share", "Accuracy over the training prompts, each sampled equally often."),
+        ("pool/accuracy/<category>", "share", "The same on one question type."),
         ("eval/needs/<modality>", "share", "Held-out accuracy on prompts that need exactly these modalities."),
         # the objective
         ("loss/total", "", "Loss that was minimised: policy term plus KL term."),
@@ -81,6 +83,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("entropy", "nats", "Entropy of the policy's next-token distribution, mean over trained tokens."),
         ("grad_norm", "", "Gradient norm before clipping."),
         ("lr", "", "Learning rate of the step."),
+        ("learner/updates", "updates", "Optimiser updates of the step."),
         ("learner/skipped", "", "Micro-batches and updates left out so far because loss or gradient was not finite."),
         # groups, replay, tiers
         ("groups/fresh", "groups", "Groups of the step with fresh completions."),

@@ -14,6 +14,16 @@ _TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.3}}}
 _NO_TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.0}}}
 _HINTS: Overlay = {"buffer": {"hints": {"enabled": True}}}
 _NO_HINTS: Overlay = {"buffer": {"hints": {"enabled": False}}}
+#: One baseline for all, the prompt's moving average, so that no group is dead; the ratio against the current policy,
+#: weighted by current / behaviour up to 2 (truncated importance sampling), so that stale trajectories stay sound.
+_PLUS: Overlay = {
+    "loop": {"prompts_per_step": 8, "fresh": 2, "replayed": 3, "schedule": "open"},
+    "buffer": {"warm_up": 0, "window": 8, "strategy": "uniform", "reward_diverse": True},
+    "learner": {
+        "updates": 4,
+        "objective": {"fresh_advantage": "vcrs", "alpha": 1.0, "mismatch": "token_truncate", "mismatch_cap": 2.0},
+    },
+}
 
 PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
     "grpo": ("8 fresh completions per prompt, no replay, no shaping", (_FRESH_ONLY, _NO_TAS, _NO_HINTS)),
@@ -23,6 +33,10 @@ PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
     "replay_only": ("4 fresh + 4 replayed, no shaping, no hints", (_MIXED, _NO_TAS, _NO_HINTS)),
     "avatar_no_hint": ("4 fresh + 4 replayed with shaping", (_MIXED, _TAS, _NO_HINTS)),
     "avatar": ("4 fresh + 4 replayed with shaping and hints: the paper's method", (_MIXED, _TAS, _HINTS)),
+    "avatar_plus": ("2 fresh + 3 replayed, 4 updates a step, prompts by what they miss: fewest completions", (
+        _PLUS, _NO_TAS, _NO_HINTS)),
+    "grpo_updates": ("8 fresh, no replay, as many updates per completion as avatar_plus: the control for updates", (
+        _FRESH_ONLY, _NO_TAS, _NO_HINTS, {"learner": {"updates": 16}})),
     "gspo": ("8 fresh, sequence-level ratio with GSPO's clip range", (_FRESH_ONLY, _NO_TAS, _NO_HINTS, {
         "learner": {"objective": {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}}})),
     "dapo": ("8 fresh, token mean over the batch, higher upper clip", (_FRESH_ONLY, _NO_TAS, _NO_HINTS, {

@@ -1,4 +1,4 @@
-"""Evaluation rounds: held-out prompts asked of the rollout actors through the stream, while training goes on."""
+"""Evaluation rounds: prompts asked of the rollout actors through the stream, held-out ones while training goes on."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from cluster.stream import evaluation_tickets
 from cluster.telemetry import RunFolder
 from prompts.errors import ReplayBufferError
 
+POOL_ROUNDS = 500_000  # above the numbers of held-out rounds
+
 
 class EvaluationRounds:
     """One round at a time; ``results`` holds the finished ones, oldest first."""
 
     def __init__(
         self, config: EvaluationConfig, buffer: ReplayBuffer, prompt_ids: Sequence[str], folder: RunFolder,
-        screen: Screen, *, selected: Collection[str] = (),
+        screen: Screen, *, selected: Collection[str] = (), pool: bool = False,
     ) -> None:  # fmt: skip
         self.config, self.buffer, self.folder, self.screen = config, buffer, folder, screen
         self.prompt_ids = list(prompt_ids)
         self.selected = frozenset(selected)
+        self.pool = pool  # of the training prompts: sampled, and measured only
         self.results: list[Evaluation] = []
-        self._round = 0
+        self._round = POOL_ROUNDS if pool else 0
         self._pending: tuple[int, int] | None = None  # under way: round, step
 
     def begin(self, step: int) -> None:
@@ -36,7 +39,9 @@ class EvaluationRounds:
             return
         self._round += 1
         self._pending = (self._round, step)
-        tickets = evaluation_tickets(self.prompt_ids, round=self._round, min_version=self.buffer.version())
+        samples = self.config.pool.samples if self.pool else 1
+        version = self.buffer.version()
+        tickets = evaluation_tickets(self.prompt_ids, round=self._round, min_version=version, samples=samples)
         self.buffer.push_tickets(tickets)
 
     def collect(self) -> bool:
@@ -52,6 +57,9 @@ class EvaluationRounds:
         self.buffer.clear_eval(round)
         self._pending = None
         self.results.append(evaluation)
+        if self.pool:
+            self.folder.metrics(step, evaluation.metrics("pool"))
+            return True
         self.folder.metrics(step, evaluation.metrics())
         self.folder.samples(step, evaluation.samples, kind="eval")
         self.folder.status(accuracy_before=self.results[0].accuracy, accuracy_now=evaluation.accuracy)
@@ -80,7 +88,8 @@ class EvaluationRounds:
         """A round waited for; ``watch`` is called meanwhile. Raises ReplayBufferError past the deadline."""
         if not self.prompt_ids:
             return
-        self.screen.phase(phase, f"{len(self.prompt_ids)} held-out prompts, greedy")
+        if not self.pool:
+            self.screen.phase(phase, f"{len(self.prompt_ids)} held-out prompts, greedy")
         deadline = time.monotonic() + self.config.timeout_s
         for begin in (False, True):  # first the one that began during training
             if begin:

@@ -81,6 +81,7 @@ class Run:
         self.lock: RunLock
         self.supervisor: Supervisor
         self.rounds: EvaluationRounds
+        self.pool_rounds: EvaluationRounds
         self.heldout: list[str] = []
         self.selected: list[str] = []  # held-out prompts of the types that are trained
         self.accuracies: deque[float] = deque(maxlen=MOVING)
@@ -144,8 +145,10 @@ class Run:
         check_media(train)
         check_hints(train, config)
         check_judge(config.rewards)
-        asked = select(train, config.data.select)
-        self.stream = PromptStream(asked, config.loop, seed=config.seed, warm_up=config.buffer.warm_up)
+        self.stream = PromptStream(
+            select(train, config.data.select), config.loop, seed=config.seed, warm_up=config.buffer.warm_up,
+            full_reward=sum(config.rewards.weights.values()),
+        )  # fmt: skip
         if datasets.heldout is not None:
             heldout = read_prompts(datasets.heldout, config)
             check_media(heldout)
@@ -173,6 +176,8 @@ class Run:
         )
         if config.loop.replay_from is not None and not resuming:
             import_replay(self.buffer, config.loop, self.folder)
+        pool = self.stream.prompt_ids if config.evaluation.pool.every else []
+        self.pool_rounds = EvaluationRounds(config.evaluation, self.buffer, pool, self.folder, self.screen, pool=True)
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
@@ -180,10 +185,12 @@ class Run:
             check_assets(self.cut, model, datasets)
         self._start_actors(model, datasets)
         digests = (model_digest(model), data_digest(datasets))
-        self.supervisor.attach(self.pool, self.fleet, self.learner, {"heldout": self.rounds}, digests)
+        rounds = {"heldout": self.rounds, "pool": self.pool_rounds}
+        self.supervisor.attach(self.pool, self.fleet, self.learner, rounds, digests)
         self._probe(self.stream.prompt_ids)
         if self.cut is not None:
-            self.rounds.restore(self.cut.evaluation["heldout"])
+            for name, state in self.cut.evaluation.items():
+                rounds[name].restore(state)
             self.accuracies.extend(self.cut.accuracies)
             self.learner.restore(self.cut.learner, self.cut.version)
 
@@ -239,9 +246,11 @@ class Run:
         self.folder.status(state="training")
         first = pushed = self.cut.step if self.cut is not None else 0
         step = first - 1
+        if first == 0:
+            self._pool_is_learnt(0)
         for step in range(first, config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
-                self.buffer.push_tickets(self.stream.tickets(pushed))
+                self.buffer.push_tickets(self.stream.tickets(pushed, self._averages()))
                 pushed += 1
             started = time.perf_counter()
             wanted = config.output.samples_every and step % config.output.samples_every == 0
@@ -252,12 +261,29 @@ class Run:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
             self.supervisor.between_steps(step + 1, self.accuracies)
+            if self._pool_is_learnt(step + 1):
+                break
             if self.rounds.reached(config.loop.target_accuracy):
                 self.folder.event("target reached", f"{config.loop.target_accuracy} held-out at step {step + 1}")
                 break
         self.rounds.whole(step=step + 1, phase="evaluation after training", watch=self.supervisor.watch)
         self.supervisor.checkpoints.wait()
         self.supervisor.signals.orderly = False
+
+    def _averages(self) -> dict[str, float]:
+        return self.buffer.averages(self.stream.prompt_ids) if self.config.loop.schedule == "open" else {}
+
+    def _pool_is_learnt(self, step: int) -> bool:
+        """Measure the accuracy over the training prompts when it is due; True once it is what the run stops at."""
+        pool = self.config.evaluation.pool
+        if not pool.every or step % pool.every:
+            return False
+        self.pool_rounds.whole(step, "measuring the training prompts", self.supervisor.watch)
+        accuracy = self.pool_rounds.results[-1].accuracy
+        if pool.stop_at is None or accuracy < pool.stop_at:
+            return False
+        self.folder.event("pool accuracy reached", f"{accuracy:.3f} at step {step}, stop_at {pool.stop_at:g}")
+        return True
 
     def _log_step(self, step: int, report: Mapping[str, Any], seconds: float) -> None:
         metrics = dict(report["metrics"])

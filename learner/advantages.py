@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learner.config import ReplayAdvantage, RewardScale
+from learner.config import FreshAdvantage, ReplayAdvantage, ReplaySign, RewardScale
 from prompts.errors import ConfigError, DataError
 
 #: Added to the deviation of fresh rewards, as in GRPO.
@@ -46,6 +46,8 @@ def step_advantages(
     *,
     scale_rewards: RewardScale = "group",
     replay_advantage: ReplayAdvantage = "vcrs",
+    fresh_advantage: FreshAdvantage = "group",
+    replay_sign: ReplaySign = "both",
 ) -> Advantages:
     """Advantages of all N completions of a step.
 
@@ -53,14 +55,18 @@ def step_advantages(
     bool; ``baselines`` (N,) Rbar of the prompt, read for replayed rows (needed unless batch_mean); ``same_prompt`` (N,)
     bool, whether a replayed row answers the prompt of its group (needed by joint).
     ``joint`` normalises the fresh rows of a group with the replayed ones of the same prompt; other replays, and those
-    of a group without a scored fresh row, keep VCRS. Raises DataError for shapes that disagree, infinite rewards and
-    missing baselines.
+    of a group without a scored fresh row, keep VCRS. ``fresh_advantage`` vcrs gives every row VCRS, sigma being the
+    deviation of all rewards of the step. ``replay_sign`` positive sets negative advantages of replays to 0.
+    Raises DataError for shapes that disagree, infinite rewards and missing baselines.
     """
     for name, tensor in (("groups", groups), ("is_replay", is_replay), ("baselines", baselines)):
         if tensor is not None and tensor.shape != rewards.shape:
             raise DataError(f"{name} has shape {tuple(tensor.shape)}, rewards {tuple(rewards.shape)}: one each")
     is_replay = is_replay.bool()
     scored = ~rewards.isnan()
+    if fresh_advantage == "vcrs":
+        values = replay_advantages(rewards, _baselines(baselines, torch.ones_like(is_replay)))
+        return _finish(values, rewards, groups, is_replay, replay_sign)
     joint = ~is_replay
     if replay_advantage == "joint":
         if same_prompt is None:
@@ -75,6 +81,13 @@ def step_advantages(
             None if replay_advantage == "batch_mean" else _baselines(baselines, is_replay),
         )
         values[is_replay] = torch.where(joint[is_replay], values[is_replay], by_baseline)
+    return _finish(values, rewards, groups, is_replay, replay_sign)
+
+
+def _finish(values: Tensor, rewards: Tensor, groups: Tensor, is_replay: Tensor, replay_sign: ReplaySign) -> Advantages:
+    if replay_sign == "positive":
+        values = torch.where(is_replay, values.clamp(min=0), values)
+    scored = ~rewards.isnan()
     names, index = torch.unique(groups, return_inverse=True)
     spread = _spread(rewards, index, len(names), ~is_replay & scored)
     alive = torch.zeros(len(names), dtype=torch.bool, device=rewards.device)

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_plain"]
 RewardScale = Literal["group", "batch", "none"]
+FreshAdvantage = Literal["group", "vcrs"]
+ReplaySign = Literal["both", "positive"]
 ReplayAdvantage = Literal["vcrs", "batch_mean", "joint"]
 TasShape = Literal["parabolic", "uniform", "linear_decay", "linear_incline", "inverse_parabolic"]
 TasNormalize = Literal["none", "unit_mean"]
@@ -48,6 +50,15 @@ class ObjectiveConfig(BaseModel):
         "vcrs",
         description="Baseline of a replayed trajectory: vcrs = moving average of its prompt's on-policy rewards; "
         "batch_mean = mean of the replayed batch (ablation); joint = normalised with the fresh group of its prompt.",
+    )
+    fresh_advantage: FreshAdvantage = Field(
+        "group",
+        description="Baseline of a fresh completion: group = mean of its group, divided by scale_rewards; vcrs = the "
+        "moving average of its prompt, divided by the deviation of the step's rewards, so that one completion is a "
+        "group and a group of equal rewards still teaches.",
+    )
+    replay_sign: ReplaySign = Field(
+        "both", description="positive trains only on replays better than their baseline (self-imitation)."
     )
     tas_shape: TasShape = Field("parabolic", description="Temporal advantage shaping: weight against token position.")
     tas_lambda: float = Field(0.3, ge=0, description="Strength of the shaping; 0 switches it off.")
@@ -122,6 +133,12 @@ class LearnerConfig(BaseModel):
     ranks: int = Field(1, ge=1, description="Learner processes, one per GPU; each step is split over them.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is minimised.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and DeepSpeed.")
+    updates: int = Field(
+        1,
+        ge=1,
+        description="Optimiser updates per step: each trains on the step's fresh groups and on its own share of the "
+        "replays, of which the step draws this many times as many.",
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
     micro_batch_tokens: int = Field(

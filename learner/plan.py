@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +17,19 @@ from learner.objective import StepTotals
 
 @dataclass(frozen=True)
 class StepWork:
-    """What rank 0 leased and drew for a step, as every rank receives it."""
+    """What rank 0 leased and drew for a step, as every rank receives it: ``updates`` shares of replays."""
 
     step: int
     version: int  # policy version that is trained
     groups: tuple[Group, ...]
     replays: tuple[Trajectory, ...]
     baselines: tuple[float, ...]  # Rbar per replay
+    group_baselines: tuple[float, ...] = ()  # Rbar per group; empty where nothing reads it
+
+    def update(self, number: int, updates: int) -> StepWork:
+        """The work of one of the step's optimiser updates: all groups, every ``updates``-th replay."""
+        share = slice(number, None, updates)
+        return replace(self, replays=self.replays[share], baselines=self.baselines[share])
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,18 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
         replay.prompt_id == prompts[host] for replay, host in zip(work.replays, hosts, strict=True)
     ]
     objective = config.objective
+    of_groups = work.group_baselines or (0.0,) * len(work.groups)
+    of_fresh = [value for group, value in zip(work.groups, of_groups, strict=True) for _ in group.trajectories]
     advantages = step_advantages(
         rewards_tensor([trajectory.reward for trajectory in trajectories]),
         groups,
         is_replay,
-        torch.tensor([0.0] * len(fresh) + list(work.baselines), dtype=torch.float64),
+        torch.tensor([*of_fresh, *work.baselines], dtype=torch.float64),
         torch.tensor(same_prompt),
         scale_rewards=objective.scale_rewards,
         replay_advantage=objective.replay_advantage,
+        fresh_advantage=objective.fresh_advantage,
+        replay_sign=objective.replay_sign,
     )
     sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
     batches = pack(sizes, config.micro_batch_tokens, share_prefix=config.share_prefix)

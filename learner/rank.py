@@ -180,13 +180,16 @@ class LearnerRank(DurableState):
         self.clock = Clock()
         with self.clock("learner_wait"):
             work = self._receive(self._collect(step) if self.rank == 0 else None)
-        plan = plan_step(work, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
-        health = self._train(plan)
-        rate = self._lr(step)
-        with self.clock("optimizer"):
-            norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
-        if not np.isfinite(norm):
-            self._note_no_update(plan, health)
+        rate, updates = self._lr(step), self.spec.learner.updates
+        health = HealthAccumulator()
+        for number in range(updates):
+            part = work.update(number, updates)
+            plan = plan_step(part, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+            self._train(plan, health)
+            with self.clock("optimizer"):
+                norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
+            if not np.isfinite(norm):
+                self._note_no_update(plan, health)
         with self.clock("hold"):
             self.hold(work.version + 1)
         with self.clock("publish"):
@@ -197,7 +200,7 @@ class LearnerRank(DurableState):
         self._count_skipped(gathered)
         if self.rank != 0:
             return {}
-        metrics = self._metrics(plan, work, gathered) | {"lr": rate, "grad_norm": norm}
+        metrics = self._metrics(work, gathered) | {"lr": rate, "grad_norm": norm}
         return {"metrics": metrics, "samples": self._samples(work, samples)}
 
     def export(self, path: Path) -> str:
@@ -226,11 +229,14 @@ class LearnerRank(DurableState):
             time.sleep(POLL_S)
         version = buffer.version()
         replays = buffer.draw(
-            len(share.groups) * spec.replayed, step=step, seed=spec.seed, version=version,
+            len(share.groups) * spec.replayed * spec.learner.updates, step=step, seed=spec.seed, version=version,
             prompt_ids=[group.prompt_id for group in share.groups],
         ) if share.groups else []  # fmt: skip
         baselines = buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
-        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines))
+        of_groups: list[float] = []
+        if spec.learner.objective.fresh_advantage == "vcrs":
+            of_groups = buffer.baselines([g.prompt_id for g in share.groups], [g.hinted for g in share.groups])
+        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines), tuple(of_groups))
 
     def _receive(self, work: StepWork | None) -> StepWork:
         if self.ranks == 1:
@@ -242,13 +248,12 @@ class LearnerRank(DurableState):
         assert received is not None
         return received
 
-    def _train(self, plan: StepPlan) -> HealthAccumulator:
+    def _train(self, plan: StepPlan, health: HealthAccumulator) -> None:
         """Forward and backward over this rank's micro-batches."""
-        health = HealthAccumulator()
         if self.rank == 0:
             health.add_step(plan.advantages, plan.is_replay, plan.ages)
         if not plan.trajectories:
-            return health
+            return
         share = plan.shares[self.rank]
         with self.clock("encode"):
             rows = {i: self._row(plan.trajectories[i]) for indices in share for i in indices}
@@ -261,7 +266,6 @@ class LearnerRank(DurableState):
 
         with self.clock("forward_backward"):
             self.engine.accumulate(micro_batches, loss, spare)
-        return health
 
     def _loss(
         self, plan: StepPlan, indices: list[int], rows: list[Row], batch: MicroBatch, output: PolicyOutput,
@@ -347,9 +351,11 @@ class LearnerRank(DurableState):
             box[0].merge(other)
         return box[0]
 
-    def _metrics(self, plan: StepPlan, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
-        fresh = [t for group in work.groups for t in group.trajectories]
+    def _metrics(self, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
+        fresh, updates = [t for group in work.groups for t in group.trajectories], self.spec.learner.updates
         metrics = health.metrics()
+        for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
+            metrics[name] /= updates
         metrics["loss/total"] = metrics["loss/policy"] + metrics["loss/kl"]
         if self.buffer is not None and "kl/behaviour" in metrics:
             self.buffer.report_behaviour_kl(metrics["kl/behaviour"])
@@ -359,8 +365,10 @@ class LearnerRank(DurableState):
             metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
             metrics["groups/fresh"] = float(len(work.groups))
         metrics["version"] = float(work.version + 1)
-        metrics["replay/share"] = len(work.replays) / max(1, len(plan.trajectories))
-        tokens = float(sum(len(t.token_ids) for t in plan.trajectories))
+        trained = [*fresh * updates, *work.replays]
+        metrics["replay/share"] = len(work.replays) / max(1, len(trained))
+        metrics["learner/updates"] = float(updates)
+        tokens = float(sum(len(t.token_ids) for t in trained))
         seconds = self.clock.spent
         metrics["tokens/trained"] = tokens
         busy = sum(value for name, value in seconds.items() if name != "learner_wait")

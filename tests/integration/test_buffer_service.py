@@ -263,6 +263,7 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
         assert visit(5, [1.0, 1.0])  # leaves Hard: released
         assert not visit(6, [0.1, 0.1])
         assert buffer.baselines(["x", "x"], [False, True]) == pytest.approx([0.1, (0.1 * 2 + 1.0 * 2) / 4])
+        assert buffer.averages(["x", "never asked", "y"]) == pytest.approx({"x": 0.1, "y": 0.9})  # hinted visits aside
         assert buffer.stats().counters["hints_released"] == 1
 
 

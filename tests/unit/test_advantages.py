@@ -153,3 +153,30 @@ def test_bad_input_is_a_typed_error() -> None:
         step_advantages(rewards, groups, replay, rewards, replay_advantage="joint")
     with pytest.raises(DataError, match="groups has shape"):
         step_advantages(rewards, groups[:1], replay)
+
+
+def test_a_fresh_completion_alone_learns_against_its_prompts_average() -> None:
+    rewards, baselines = [1.0, 0.0, 0.5, 1.0], [0.25, 0.25, 0.5, 0.75]
+    found = step_advantages(
+        rewards_tensor(rewards),
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([False, False, False, True]),
+        torch.tensor(baselines, dtype=torch.float64),
+        fresh_advantage="vcrs",
+    )
+    sigma = statistics.stdev(rewards)  # of the whole step: fresh and replayed share one scale
+    assert found.values.tolist() == pytest.approx([0.75 / sigma, -0.25 / sigma, 0, 0.25 / sigma], abs=1e-12)
+    assert found.dead_before.tolist() == [True, True, True] and found.dead_after.tolist() == [False] * 3
+
+
+def test_positive_replay_keeps_fresh_failures_and_drops_replayed_ones() -> None:
+    rewards, baselines = rewards_tensor([1, 0, 1, 0]), torch.full((4,), 0.5, dtype=torch.float64)
+    is_replay, groups = torch.tensor([False, False, True, True]), torch.zeros(4, dtype=torch.int64)
+    both = step_advantages(rewards, groups, is_replay, baselines).values
+    positive = step_advantages(rewards, groups, is_replay, baselines, replay_sign="positive").values
+    assert both[3] < 0 and positive.tolist() == [*both[:3].tolist(), 0]
+
+
+def test_fresh_vcrs_needs_baselines() -> None:
+    with pytest.raises(DataError, match="baseline"):
+        step_advantages(rewards_tensor([1.0]), torch.tensor([0]), torch.tensor([False]), None, fresh_advantage="vcrs")

@@ -165,3 +165,21 @@ def test_completions_of_one_token() -> None:
     result = plan([group(0, "a", [1.0, 0.0], tokens=1)], stored(("b", 1.0), tokens=1), [0.5])
     assert (result.totals.fresh_tokens, result.totals.replay_tokens) == (2, 1)
     assert result.advantages.values.tolist() == pytest.approx([HALF, -HALF, 0.5])
+
+
+def test_every_update_of_a_step_has_all_groups_and_its_own_replays() -> None:
+    work = StepWork(6, 6, tuple(GROUPS), REPLAYS, tuple(BASELINES), (0.5, 0.25))
+    parts = [work.update(number, 3) for number in range(3)]
+    assert [part.groups for part in parts] == [tuple(GROUPS)] * 3
+    assert [part.replays for part in parts] == [(REPLAYS[0], REPLAYS[3]), (REPLAYS[1],), (REPLAYS[2],)]
+    assert [part.baselines for part in parts] == [(0.25, 0.1), (0.5,), (0.75,)]
+    assert work.update(0, 1) == work
+
+
+def test_fresh_vcrs_takes_the_average_of_the_groups_prompt() -> None:
+    work = StepWork(6, 6, tuple(GROUPS), (), (), (0.5, 0.25))
+    config = LearnerConfig(objective=ObjectiveConfig(fresh_advantage="vcrs"))
+    found = plan_step(work, config, ranks=1, max_tokens=8).advantages
+    sigma = np.sqrt((0.5**2 + 0.5**2) / 3)  # of 1, 0, 0.5, 0.5
+    np.testing.assert_allclose(found.values, np.array([0.5, -0.5, 0.25, 0.25]) / sigma, rtol=1e-9)
+    assert found.dead_before.tolist() == [False, True] and found.dead_after.tolist() == [False, False]

@@ -1,0 +1,44 @@
+"""What the study compares. Fixed before the report's seeds are run; settings were chosen on the tuning seeds only."""
+
+from __future__ import annotations
+
+from benchmarks.studies.runs import Arm, Pool
+from cluster.presets import Overlay
+
+#: Question types on which the cold start leaves room, 28 prompts: GRPO meets each every 3 or 4 steps.
+POOL = Pool(("beeps", "direction", "localise", "side", "colour_at_beep", "count_left_of"), train=28, heldout=100)
+#: Completions per prompt at each measurement, sampled as in training. They are not charged to any arm.
+SAMPLES = 4
+TARGETS = (0.70, 0.80, 0.85)
+#: Training accuracy that the ratios are about; a run stops at the first measurement of STOP_AT or more.
+TARGET = 0.80
+STOP_AT = 0.85
+#: Completions after which a run that is not there yet ends, censored.
+CAP = 1536
+TUNING_SEEDS = (100, 101, 102)
+REPORT_SEEDS = (0, 1, 2, 3, 4)
+
+
+def rate(lr: float) -> Overlay:
+    return {"learner": {"optimizer": {"lr": lr}}}
+
+
+ARMS: dict[str, Arm] = {
+    "grpo@2e-4": Arm("grpo", rate(2e-4)),
+    "grpo@4e-4": Arm("grpo", rate(4e-4)),
+    "grpo@8e-4": Arm("grpo", rate(8e-4)),
+    "grpo4": Arm("grpo4", rate(4e-4)),
+    "grpo_updates@2e-4": Arm("grpo_updates", rate(2e-4)),
+    "replay_only": Arm("replay_only", rate(4e-4)),
+    "avatar_no_hint": Arm("avatar_no_hint", rate(4e-4)),
+    "avatar": Arm("avatar", rate(4e-4)),
+    "avatar_plus": Arm("avatar_plus", rate(2e-4)),
+}
+GRPO_ARMS = tuple(name for name in ARMS if name.startswith("grpo@"))
+#: Figure: (arm above, arm below); an arm stands for its best learning rate, "grpo" for the best of GRPO_ARMS.
+RATIOS = {
+    "completions_ratio": ("grpo", "avatar_plus"),
+    "avatar_ratio": ("grpo", "avatar"),
+    "ratio_vs_grpo4": ("grpo4", "avatar_plus"),
+    "ratio_vs_update_matched": ("grpo_updates", "avatar_plus"),
+}

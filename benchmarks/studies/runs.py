@@ -1,0 +1,195 @@
+"""One arm with one seed as a real run in a process of its own, and what is kept of it: a JSON line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.assets import Datasets, cold_start_folder, prepare_base_model, prepare_datasets
+from cluster.config import RunConfig
+from cluster.presets import Overlay, merge, preset
+from cluster.recipe import check, load_recipe
+from cluster.telemetry import read_metrics
+from prompts.errors import ModelError, ResourceError
+
+RECIPE = Path("recipes/local.yaml")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method: a preset, and what is set on top of it."""
+
+    preset: str
+    over: Overlay = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training prompts of a study, few enough that they come back, and held-out ones of the same kinds."""
+
+    categories: tuple[str, ...]
+    train: int
+    heldout: int
+
+
+def base_recipe(pool: Pool, cache: Path, folder: Path) -> Overlay:
+    """The local recipe as a study run: from the cached cold start, on the pool, generation and learning in turn.
+
+    Raises ModelError when the cold start was never made.
+    """
+    local = load_recipe(RECIPE, [("output.cache", str(cache))])
+    datasets, base = prepare_datasets(local, print), prepare_base_model(local, print)
+    start = _cold_start(local, base, datasets, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert datasets.heldout is not None
+    raw: Overlay = yaml.safe_load(RECIPE.read_text())
+    del raw["preset"], raw["cold_start"]
+    return merge(
+        raw,
+        {
+            "name": "study",
+            "model": {"path": str(start)},
+            "data": {
+                "synthetic": None,
+                "train": str(_select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train)),
+                "heldout": str(_select(datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout)),
+                "reader": {"media_root": str(datasets.train.parent.resolve())},
+            },
+            "loop": {"max_staleness": 0},
+            "learner": {"schedule": "constant", "warmup": 0.0},
+            "evaluation": {"every": 0, "pool": {"every": 1}},
+            "probe": {"prompts": 0},
+            "output": {"cache": str(cache), "samples_every": 0, "export": False, "report": False},
+            "screen": "plain",
+        },
+    )
+
+
+def _cold_start(local: RunConfig, base: Path, datasets: Datasets, cache: Path) -> Path:
+    assert datasets.sft is not None
+    start = cold_start_folder(local, base, datasets.sft).resolve()
+    if not start.is_dir():
+        raise ModelError(f"{cache} has no cold start of {RECIPE}: run `make demo` once, or name its cache by --cache")
+    return start
+
+
+def _select(source: Path, path: Path, categories: Sequence[str], count: int) -> Path:
+    """The first ``count`` prompts of the question types, one of each in turn, as a dataset of its own."""
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for line in source.read_text().splitlines():
+        by_category[json.loads(line)["category"]].append(line)
+    ranks = range(max(len(by_category[name]) for name in categories))
+    rows = [by_category[name][rank] for rank in ranks for name in categories if rank < len(by_category[name])]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text("".join(row + "\n" for row in rows[:count]))
+    return temporary.replace(path).resolve()
+
+
+def resolve(base: Overlay, arm: Arm, seed: int, cap: int | None = None) -> RunConfig:
+    """The arm's checked configuration, with as many steps as ``cap`` completions take. Raises ConfigError."""
+    raw = merge(merge(base, preset(arm.preset)), arm.over)
+    raw = merge(raw, {"seed": seed, "preset": arm.preset})
+    config = check(raw, source=f"arm {arm.preset}")
+    if cap is None:
+        return config
+    steps = -(-cap // (config.loop.prompts_per_step * config.loop.fresh))
+    return check(merge(raw, {"loop": {"steps": steps}}), source=f"arm {arm.preset}")
+
+
+def digest(config: RunConfig) -> str:
+    """Of everything that may change a run's outcome: equal digests are equal runs. Where files lie is left out."""
+    settings = config.model_dump(mode="json", exclude={"output", "screen", "name", "seed", "model", "resources"})
+    data = settings["data"]
+    for name in ("train", "heldout"):
+        data[name] = hashlib.sha256(Path(data[name]).read_bytes()).hexdigest()
+    data["reader"].pop("media_root")
+    settings["start"] = hashlib.sha256((Path(config.model.path) / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
+    """Train in a process of its own (behind ``prefix``, a command) and boil its run folder down to a record.
+
+    Raises ResourceError with the end of the output of a run that failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="avatar-study-") as name:
+        folder = Path(name)
+        plain = config.model_dump(mode="json")
+        plain["output"]["folder"] = str(folder / "runs")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+        command = [*prefix, sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ResourceError(f"study run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+        [run] = (folder / "runs").iterdir()
+        return boil_down(read_metrics(run))
+
+
+def boil_down(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the study keeps of ``read_metrics``' rows.
+
+    ``curve`` has per measurement of the pool [completions, tokens generated, wall s, learner s, optimiser updates,
+    accuracy]; the seconds are of training, without start-up and measuring. ``dead`` and ``dead_after`` are the mean
+    shares of fresh and of mixed groups without signal; ``heldout`` is the accuracy before and after.
+    """
+    curve: list[list[float]] = []
+    wall = learner = updates = completions = tokens = 0.0
+    steps = [row for row in rows if row.get("completions/generated") is not None]
+    for row in rows:
+        if row.get("completions/generated") is not None:
+            completions, tokens = row["completions/generated"], row["tokens/generated"]
+            wall += row["time/step"]
+            learner += sum(row.get(f"time/{part}") or 0.0 for part in LEARNER_PARTS)
+            updates += row["learner/updates"]
+        if row.get("pool/accuracy") is not None:
+            curve.append([completions, tokens, round(wall, 3), round(learner, 3), updates, row["pool/accuracy"]])
+    heldout = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
+    tiers = [[row.get(f"tiers/{tier}") or 0.0 for tier in ("hard", "medium", "easy")] for row in steps]
+    return {
+        "curve": curve,
+        "heldout": [heldout[0], heldout[-1]] if heldout else [],
+        "dead": _mean(steps, "groups/dead_before"),
+        "dead_after": _mean(steps, "groups/dead_after"),
+        "dead_curve": [[row["completions/generated"], row.get("groups/dead_before")] for row in steps],
+        "tiers": tiers,
+        "hinted": sum(row.get("hints/visits") or 0.0 for row in steps),
+        "kl_reference": steps[-1].get("kl/reference") if steps else None,
+        "entropy": steps[-1].get("entropy") if steps else None,
+    }
+
+
+LEARNER_PARTS = ("encode", "forward_backward", "optimizer", "publish")
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+class Records:
+    """Finished runs in a file of JSON lines, found by (arm, seed, digest)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._found = {(r["arm"], r["seed"], r["digest"]): r for r in map(json.loads, lines)}
+
+    def get(self, arm: str, seed: int, digest: str) -> dict[str, Any] | None:
+        return self._found.get((arm, seed, digest))
+
+    def add(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._found[record["arm"], record["seed"], record["digest"]] = record

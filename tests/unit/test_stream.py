@@ -1,0 +1,60 @@
+"""Which prompts a step asks: in turn, or those with most left to learn; and what an evaluation asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from cluster.config import LoopConfig
+from cluster.stream import PromptStream, evaluation_tickets, open_prompts
+
+IDS = [f"p{i}" for i in range(6)]
+
+
+def stream(**loop: object) -> PromptStream:
+    return PromptStream(IDS, LoopConfig.model_validate({"fresh": 2, "replayed": 0, **loop}), seed=3, warm_up=0)
+
+
+def test_epochs_ask_every_prompt_once_each() -> None:
+    asked = [ticket for step in range(3) for ticket in stream(prompts_per_step=4).tickets(step)]
+    assert [ticket.seq for ticket in asked] == list(range(12))
+    assert Counter(ticket.prompt_id for ticket in asked) == dict.fromkeys(IDS, 2)
+    assert [ticket.epoch for ticket in asked] == [0] * 6 + [1] * 6
+
+
+def test_open_asks_unknown_prompts_before_known_ones() -> None:
+    tickets = stream(prompts_per_step=3, schedule="open").tickets(0, {"p0": -0.5, "p2": 0.0, "p4": 1.0})
+    assert {ticket.prompt_id for ticket in tickets} == {"p1", "p3", "p5"}
+    assert [ticket.seq for ticket in tickets] == [0, 1, 2] and {ticket.n for ticket in tickets} == {2}
+
+
+def test_open_prompts_are_drawn_by_the_reward_they_miss() -> None:
+    # Weights 0.02, 0.52 and 1.02: drawn one at a time, they come in these proportions.
+    missing = {"p0": 0.0, "p1": 0.5, "p2": 1.0}
+    drawn = Counter(open_prompts(IDS[:3], missing, 1, seed=0, step=step)[0] for step in range(4000))
+    for prompt_id, weight in (("p0", 0.02), ("p1", 0.52), ("p2", 1.02)):
+        assert drawn[prompt_id] / 4000 == pytest.approx(weight / 1.56, abs=0.03)
+
+
+def test_open_prompts_are_a_function_of_seed_step_and_averages() -> None:
+    missing = dict.fromkeys(IDS, 0.5)
+    first = open_prompts(IDS, missing, 4, seed=1, step=2)
+    assert first == open_prompts(IDS, missing, 4, seed=1, step=2) and len(set(first)) == 4
+    assert any(first != open_prompts(IDS, missing, 4, seed=1, step=step) for step in range(3, 6))
+
+
+def test_open_goes_round_again_when_a_step_is_larger_than_the_pool() -> None:
+    assert sorted(open_prompts(IDS[:2], {}, 4, seed=0, step=0)) == ["p0", "p0", "p1", "p1"]
+
+
+def test_a_reward_above_the_full_one_still_leaves_a_prompt_a_chance() -> None:
+    assert open_prompts(["p0"], {"p0": -3.0}, 1, seed=0, step=0) == ["p0"]
+
+
+def test_evaluation_asks_each_prompt_for_as_many_samples() -> None:
+    tickets = evaluation_tickets(IDS[:2], round=7, min_version=3, samples=4)
+    assert [(t.prompt_id, t.n, t.kind, t.round, t.min_version) for t in tickets] == [
+        ("p0", 4, "eval", 7, 3),
+        ("p1", 4, "eval", 7, 3),
+    ]
