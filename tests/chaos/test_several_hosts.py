@@ -79,6 +79,14 @@ class Hosts:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def __enter__(self) -> Hosts:
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
         bridge = f"{self.tag}br"
         command("ip", "link", "add", bridge, "type", "bridge")
         command("ip", "link", "set", bridge, "up")
@@ -104,8 +112,10 @@ class Hosts:
                 "--object-store-memory=200000000", "--disable-usage-stats", f"--labels=host=n{node}",
                 *(["--include-dashboard=false", f"--temp-dir={self.session}"] if node == 0 else []), log=f"ray{node}",
             )  # fmt: skip
-            time.sleep(8 if node == 0 else 0)
-        return self
+            deadline = time.monotonic() + 90
+            while "Ray runtime started" not in self.log(f"ray{node}"):
+                assert time.monotonic() < deadline, self.log(f"ray{node}")
+                time.sleep(0.2)
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.processes):
