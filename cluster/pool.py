@@ -16,6 +16,9 @@ from cluster.services import Services
 from learner.rank import LearnerRank, LearnerSpec
 from prompts.errors import AvatarError, ResourceError
 
+#: For train_step, for the board that fetches a version meanwhile (Publisher.publish), and for questions.
+LEARNER_THREADS = 4
+
 
 class Pool:
     """Creates actors and remembers them. All handles are Ray actor handles."""
@@ -74,9 +77,9 @@ class Pool:
         )  # fmt: skip
         places = [PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)]
         self.ranks = [
-            self._remote(LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=2, scheduling_strategy=place).remote(
-                spec, rank, ranks, self.board
-            )
+            self._remote(
+                LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=LEARNER_THREADS, scheduling_strategy=place
+            ).remote(spec, rank, ranks, self.board)
             for rank, place in enumerate(places)
         ]
         address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Publisher:
         self.board = board
         self.dtype = DTYPES[dtype]
         self.outgoing: Arrays = {}  # of the version being published, for the board to take
+        self.turn = threading.Lock()
 
     def rename(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under their published names, in the serving dtype."""
@@ -33,15 +35,16 @@ class Publisher:
         """Put version ``version`` on the board and return its bytes. The board owns what it takes: it outlives us.
 
         Call it inside the actor whose ``publisher`` this is; the board fetches ``outgoing`` from it meanwhile, so the
-        actor needs a second thread (max_concurrency).
+        actor needs one thread (max_concurrency) more than calls that may publish at once.
         """
         import ray
 
-        manifest, self.outgoing = pack_weights(self.rename(weights))
-        try:
-            ray.get(self.board.take.remote(version, manifest, [ray.get_runtime_context().current_actor]))
-            return sum(array.nbytes for array in self.outgoing.values())
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ModelError) else error from error
-        finally:
-            self.outgoing = {}
+        with self.turn:
+            manifest, self.outgoing = pack_weights(self.rename(weights))
+            try:
+                ray.get(self.board.take.remote(version, manifest, [ray.get_runtime_context().current_actor]))
+                return sum(array.nbytes for array in self.outgoing.values())
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, ModelError) else error from error
+            finally:
+                self.outgoing = {}
