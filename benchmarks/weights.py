@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Source:
         self.publisher = Publisher.__new__(Publisher)  # without a checkpoint on disk to take the names from
         self.publisher.mapping = {name: name for name in self.weights}
         self.publisher.board, self.publisher.dtype, self.publisher.outgoing = board, torch.float32, {}
+        self.publisher.turn = threading.Lock()
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
 
     def publish(self, version: int) -> tuple[float, float]:

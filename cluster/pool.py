@@ -19,6 +19,8 @@ from prompts.errors import AvatarError, ResourceError
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+#: For train_step, for the board that fetches a version meanwhile (Publisher.publish), and for questions.
+LEARNER_THREADS = 4
 
 
 class Pool:
@@ -88,9 +90,9 @@ class Pool:
         )  # fmt: skip
         places = [PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)]
         self.ranks = [
-            self._remote(LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=3, scheduling_strategy=place).remote(
-                spec, rank, ranks, self.board, self.keeper
-            )
+            self._remote(
+                LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=LEARNER_THREADS, scheduling_strategy=place
+            ).remote(spec, rank, ranks, self.board, self.keeper)
             for rank, place in enumerate(places)
         ]
         address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)

@@ -45,7 +45,7 @@ def check_shared(folders: Sequence[Path], readable: Sequence[Path], *, deadline_
 
     token, name = secrets.token_hex(16), f"{PROBE}{secrets.token_hex(4)}"
     probes = [folder.absolute() / name for folder in folders]
-    look = ray.remote(_look).options(num_cpus=0, max_retries=0)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
     nodes = live_nodes()
     try:
         for probe in probes:

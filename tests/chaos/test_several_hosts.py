@@ -79,6 +79,14 @@ class Hosts:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def __enter__(self) -> Hosts:
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
         bridge = f"{self.tag}br"
         command("ip", "link", "add", bridge, "type", "bridge")
         command("ip", "link", "set", bridge, "up")
@@ -104,8 +112,10 @@ class Hosts:
                 "--object-store-memory=200000000", "--disable-usage-stats", f"--labels=host=n{node}",
                 *(["--include-dashboard=false", f"--temp-dir={self.session}"] if node == 0 else []), log=f"ray{node}",
             )  # fmt: skip
-            time.sleep(8 if node == 0 else 0)
-        return self
+            deadline = time.monotonic() + 90
+            while "Ray runtime started" not in self.log(f"ray{node}"):
+                assert time.monotonic() < deadline, self.log(f"ray{node}")
+                time.sleep(0.2)
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.processes):
@@ -121,9 +131,10 @@ class Hosts:
         subprocess.run(["ip", "link", "del", f"{self.tag}br"], capture_output=True)
         shutil.rmtree(self.session, ignore_errors=True)
 
-    def slow(self, node: int, delay_ms: int, rate_mbit: int) -> None:
-        command("tc", "qdisc", "add", "dev", f"{self.tag}o{node}", "root", "netem", "delay", f"{delay_ms}ms",
-                "rate", f"{rate_mbit}mbit")  # fmt: skip
+    def slow(self, node: int, rate_mbit: int) -> None:
+        """Towards the node; a token bucket, which every kernel has, unlike netem with its delays."""
+        command("tc", "qdisc", "add", "dev", f"{self.tag}o{node}", "root", "tbf", "rate", f"{rate_mbit}mbit",
+                "burst", "64kb", "latency", "100ms")  # fmt: skip
 
     def cut(self, node: int, seconds: float) -> None:
         command("ip", "link", "set", f"{self.tag}o{node}", "down")
@@ -190,7 +201,7 @@ def test_a_run_survives_a_slow_and_a_cut_link(hosts: Hosts) -> None:
         assert process.poll() is None and time.monotonic() < deadline, hosts.log("train")[-3000:]
         time.sleep(0.3)
     until(run, 2, process, hosts)
-    hosts.slow(1, delay_ms=40, rate_mbit=50)
+    hosts.slow(1, rate_mbit=20)
     until(run, 5, process, hosts)
     hosts.cut(2, seconds=4.0)
     assert process.wait(400) == 0, hosts.log("train")[-3000:]

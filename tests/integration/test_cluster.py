@@ -57,11 +57,17 @@ class Cluster:
         (folder / "recipe.yaml").write_text(RECIPE)
         working = folder / "job"  # an empty working directory: the package is installed, as in an image
         working.mkdir(exist_ok=True)
-        return self.ray(
-            "job", "submit", "--address", self.dashboard, "--working-dir", str(working), "--",
-            sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml"), "--cold_start", "null",
-            "--learner.ranks", "1", "--rollout.workers", "1", "--evaluation.every", "0", *overrides,
-        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while True:
+            done = self.ray(
+                "job", "submit", "--address", self.dashboard, "--working-dir", str(working), "--",
+                sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml"), "--cold_start", "null",
+                "--learner.ranks", "1", "--rollout.workers", "1", "--evaluation.every", "0", *overrides,
+            )  # fmt: skip
+            # The node's job agent comes up some seconds after the dashboard.
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +79,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     session = Path(f"/tmp/ray-{secrets.token_hex(3)}")  # short: it holds sockets
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
-         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=300000000",
+         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+         f"--dashboard-agent-listen-port={agent}", "--object-store-memory=300000000",
          "--disable-usage-stats", f"--temp-dir={session}", "--labels=pool=both"],
         env=environment, stdout=log, stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class Source:
         self.publisher = Publisher.__new__(Publisher)  # without a checkpoint to take the names from
         self.publisher.mapping, self.publisher.board = {"w": "w"}, board
         self.publisher.dtype, self.publisher.outgoing = torch.float32, {}
+        self.publisher.turn = threading.Lock()
 
     def publish(self, version: int) -> int:
         return self.publisher.publish(version, {"w": torch.full((SIZE,), float(version))})
@@ -51,7 +53,7 @@ def board(cluster: None) -> Any:
 
 @pytest.fixture
 def source(board: Any) -> Any:
-    return ray.remote(Source).options(num_cpus=0, max_concurrency=2).remote(board)
+    return ray.remote(Source).options(num_cpus=0, max_concurrency=4).remote(board)
 
 
 def test_a_version_outlives_the_learner_that_published_it(board: Any, source: Any) -> None:
@@ -69,7 +71,7 @@ def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(board: 
     assert ray.wait([waiting], timeout=0.3)[0] == []
     ray.get(source.publish.remote(1))
     assert ray.get(waiting, timeout=30)[0] == 1
-    ray.get([source.publish.remote(version) for version in (2, 3)])
+    ray.get([source.publish.remote(version) for version in (2, 3)], timeout=60)  # at once: they take turns
     puller = WeightPuller(board, 1)
     fetched = puller.fetch()
     assert fetched is not None and fetched[0] == 3 == puller.version
