@@ -13,6 +13,7 @@ from typing import Any
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
+from cluster.reaper import Reaper
 from cluster.resources import Needs, needs_of
 from prompts.errors import ResourceError
 
@@ -48,6 +49,7 @@ class Services:
         self.on_gpu = False
         self._ray_started = False
         self._session: Path | None = None
+        self._reaper: Reaper | None = None
 
     def __enter__(self) -> Services:
         try:
@@ -92,6 +94,7 @@ class Services:
                 object_store_memory=resources.object_store_bytes,
                 **common,
             )
+            self._reaper = Reaper()
         self._ray_started = True
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's: stop as orderly as on Ctrl-C
         node: Any = ray._private.worker._global_node
@@ -116,6 +119,9 @@ class Services:
 
             ray.shutdown()
             self._ray_started = False
+        if self._reaper is not None:
+            self._reaper.close()
+            self._reaper = None
         if self.redis is not None:
             self.redis.stop()
             self.redis = None
