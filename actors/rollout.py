@@ -174,8 +174,7 @@ class RolloutActor:
             else:
                 self.wait_s += spent
                 self.boundary.prefill_follows()
-                if not self._ready:
-                    time.sleep(IDLE_POLL_S / 2)
+                time.sleep(IDLE_POLL_S / 2)  # or spinning would starve the thread that fetches weights
 
     def _step(self, requests: int) -> None:
         start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts, memory, AOF modes.
 
-Run with ``make bench NAME=buffer``; about five minutes. Every ratio compares two things timed by turns in
+Run with ``make bench NAME=buffer``; about one minute. Every ratio compares two things timed by turns in
 the same process.
 """
 
@@ -28,6 +28,7 @@ from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket, TicketLease
 from buffer_service.trajectory import Group, Trajectory
+from buffer_service.wire import pack
 
 Times = list[float]
 GROUP, TOKENS, DRAW = 8, 512, 64
@@ -56,7 +57,8 @@ class Bench:
     def __init__(self, url: str, name: str, *, capacity: int, prompts: int) -> None:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
         self.buffer = ReplayBuffer.connect(self.config, name, url)
-        self.raw = self.buffer._connection.client  # the same pool and options for both sides of a ratio
+        self.raw = self.buffer._connection.client  # redis-py as it is, with the options of the buffer
+        self.wire = self.buffer._connection._wire  # the buffer's own short way, by itself
         self.epoch = self.buffer.new_epoch()
         self.prompts, self.seq, self.step = prompts, 0, 0
         self.rng = np.random.default_rng(1)
@@ -131,6 +133,20 @@ class Bench:
         self.raw.unlink(*[f"raw:{i}:{j}" for i in range(n) for j in range(GROUP)])
         return times
 
+    def wire_insert_times(self, n: int) -> Times:
+        """The same bytes in one MSET by the buffer's own wire, encoded beforehand."""
+        ticket = Ticket(seq=0, prompt_id="raw", step=0, n=GROUP)
+        lease = TicketLease(ticket=ticket, attempt=1, consumer="raw", hinted=False)
+        groups = [[encode(t) for t in group_for(lease, self.rng).trajectories] for _ in range(n)]
+        times = []
+        for i in range(n):
+            begin = time.perf_counter()
+            pairs = [word for j, data in enumerate(groups[i]) for word in (f"raw:{i}:{j}", data)]
+            self.wire.ask(pack("MSET", *pairs))
+            times.append(time.perf_counter() - begin)
+        self.raw.unlink(*[f"raw:{i}:{j}" for i in range(n) for j in range(GROUP)])
+        return times
+
     def draw_times(self, n: int, first_seed: int = 0) -> Times:
         times = []
         for seed in range(first_seed, first_seed + n):
@@ -151,19 +167,32 @@ class Bench:
             times.append(time.perf_counter() - begin)
         return times
 
+    def wire_draw_times(self, n: int, first_seed: int = 0) -> Times:
+        """The values of such draws read by the buffer's own wire; nothing is decoded."""
+        chosen = [[t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)] for i in range(n)]
+        times = []
+        for ids in chosen:
+            begin = time.perf_counter()
+            self.buffer._connection.read_values(ids, _forget)
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+def _forget(*_: object) -> None:
+    pass
+
 
 def memory(raw: redis.Redis) -> int:
     return int(raw.info("memory")["used_memory"])
 
 
-def alternate(first: Callable[[], Times], second: Callable[[], Times], rounds: int) -> tuple[Times, Times]:
-    """Both, by turns, so that a noisy moment hits both."""
-    a: Times = []
-    b: Times = []
-    for _ in range(rounds):
-        a += first()
-        b += second()
-    return a, b
+def by_turns(measured: Sequence[Callable[[int], Times]], rounds: int) -> list[Times]:
+    """Each by turns, given the round, so that a noisy moment hits all."""
+    times: list[Times] = [[] for _ in measured]
+    for i in range(rounds):
+        for found, measure in zip(times, measured, strict=True):
+            found += measure(i)
+    return times
 
 
 def rate(times: Sequence[float]) -> float:
@@ -176,17 +205,34 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         bench = Bench(server.url, "ratios", capacity=10_000, prompts=2000)
         bench.fill(2000 if quick else 10_000)
         rounds = 4 if quick else 20
-        ours, raw = alternate(lambda: bench.insert_times(50), lambda: bench.raw_insert_times(50), rounds)
+        ours, raw, wire = by_turns(
+            [
+                lambda _: bench.insert_times(50),
+                lambda _: bench.raw_insert_times(50),
+                lambda _: bench.wire_insert_times(50),
+            ],
+            rounds,
+        )
         bench.commit()
         yield "insert_per_s", rate(ours)
         yield "raw_insert_per_s", rate(raw)
+        yield "wire_insert_per_s", rate(wire)
         yield "insert_ratio", rate(ours) / rate(raw)
+        yield "insert_wire_ratio", rate(ours) / rate(wire)
         yield "insert_p99_ms", float(np.percentile(ours, 99)) * 1e3
-        pairs = [(bench.draw_times(20, s), bench.raw_draw_times(20, s)) for s in range(0, 20 * rounds, 20)]
-        ours, raw = [t for a, _ in pairs for t in a], [t for _, b in pairs for t in b]
+        ours, raw, wire = by_turns(
+            [
+                lambda i: bench.draw_times(20, 20 * i),
+                lambda i: bench.raw_draw_times(20, 20 * i),
+                lambda i: bench.wire_draw_times(20, 20 * i),
+            ],
+            rounds,
+        )
         yield "draw_per_s", rate(ours)
         yield "raw_mget_per_s", rate(raw)
+        yield "wire_mget_per_s", rate(wire)
         yield "draw_ratio", rate(ours) / rate(raw)
+        yield "draw_wire_ratio", rate(ours) / rate(wire)
         yield "draw_p99_ms", float(np.percentile(ours, 99)) * 1e3
 
 
@@ -203,11 +249,11 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "million_stock", many.buffer.stats().stock
         yield "memory_million_mib", memory(many.raw) / 2**20
         rounds = 4 if quick else 16
-        small, large = alternate(lambda: few.insert_times(50), lambda: many.insert_times(50), rounds)
+        small, large = by_turns([lambda _: few.insert_times(50), lambda _: many.insert_times(50)], rounds)
         few.commit()
         many.commit()
         yield "growth_insert", statistics.median(large) / statistics.median(small)
-        small, large = alternate(lambda: few.draw_times(30), lambda: many.draw_times(30), rounds)
+        small, large = by_turns([lambda _: few.draw_times(30), lambda _: many.draw_times(30)], rounds)
         yield "growth_draw", statistics.median(large) / statistics.median(small)
         yield "stats_ms_million", _timed(many.buffer.stats) * 1e3
         yield from snapshot_figures(many, folder)

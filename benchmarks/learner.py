@@ -1,4 +1,4 @@
-"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``, about four minutes.
+"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``, about five minutes.
 
 ``vs_trl``: completion tokens/s of the learner over those of TRL's GRPOTrainer on the same frozen batches of a text
 model, by turns in one process, after both gave the same loss and gradient norm. ``media_once``: seconds of a step on

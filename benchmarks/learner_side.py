@@ -99,7 +99,7 @@ def settings(threads: int, **changes: Any) -> LearnerConfig:
 
 
 def build_text_models(folder: Path) -> tuple[Path, Path]:
-    """A Qwen2 of 2.9M parameters and, as reference, the same a little elsewhere."""
+    """A Qwen2 of 2.4M parameters and, as reference, the same a little elsewhere."""
     import transformers as hf
 
     config = hf.Qwen2Config(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import redis
 import tenacity
 from redis.backoff import NoBackoff
-from redis.connection import Encoder, PythonRespSerializer  # type: ignore[attr-defined]
+from redis.connection import Encoder, PythonRespSerializer, parse_url  # type: ignore[attr-defined]
 from redis.retry import Retry
 
 from buffer_service.config import BufferConfig
@@ -27,10 +27,12 @@ from buffer_service.errors import (
     VersionError,
 )
 from buffer_service.scripting import script
+from buffer_service.wire import ReplyReader, Wire, Word, pack, words
 from prompts.errors import ReplayBufferError
 
 T = TypeVar("T")
 MIN_VERSION = (6, 2)
+_PART = 64  # values asked for at once
 _OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
 _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
     "NORUN": (BufferSetupError, "connect again, or restore a snapshot"),
@@ -57,8 +59,7 @@ class WholeCommands:
         return [b"".join(self._pack(*args))]
 
 
-def open_client(config: BufferConfig, url: str) -> redis.Redis:
-    """A client for ``url`` with the credentials of ``config``; nothing is sent yet."""
+def _options(config: BufferConfig, url: str) -> dict[str, Any]:
     password = config.password()
     options: dict[str, Any] = {
         "username": config.username,
@@ -72,11 +73,21 @@ def open_client(config: BufferConfig, url: str) -> redis.Redis:
         options["ssl_ca_certs"] = str(config.tls_ca)
     if not url.startswith("unix://"):
         options["socket_connect_timeout"] = config.timeout_s
-    given = {key: value for key, value in options.items() if value is not None}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def open_client(config: BufferConfig, url: str) -> redis.Redis:
+    """A client for ``url`` with the credentials of ``config``; nothing is sent yet."""
     try:
-        return redis.Redis.from_url(url, **given)
+        return redis.Redis.from_url(url, **_options(config, url))
     except ValueError as error:
         raise BufferSetupError(f"buffer.url: {error}; write redis://, rediss:// or unix://") from error
+
+
+def open_wire(config: BufferConfig, url: str) -> Wire:
+    """The short way to the same server; nothing is sent yet. Raises ValueError for a URL of another kind."""
+    options = _options(config, url) | parse_url(url) | {"protocol": 2, "parser_class": ReplyReader}
+    return Wire(redis.ConnectionPool(**options))
 
 
 def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferError:
@@ -108,6 +119,8 @@ class Connection:
         self.prefix = f"avatar:{{{run_id}}}:"  # the braces keep a run in one slot of a Redis cluster
         self.where = f"Redis at {re.sub('//[^@/]*@', '//', url)}"
         self.client: Any = open_client(config, url)  # its annotations allow text, which we never ask for
+        self._wire = open_wire(config, url)
+        self._heads: dict[str, list[bytes]] = {}
         self._memory_checked = 0.0
 
     def key(self, name: str) -> str:
@@ -134,17 +147,30 @@ class Connection:
         except redis.exceptions.RedisError as error:
             raise translate(error, self.where) from error
 
-    def run(self, name: str, *args: Any) -> Any:
+    def run(self, name: str, *args: Word) -> Any:
         """One atomic operation by name."""
         lua = script(name)
+        head = self._heads.get(name)
+        if head is None:
+            head = self._heads[name] = words(("EVALSHA", lua.sha, 1, self.prefix))
+        packed = b"".join((b"*%d\r\n" % (4 + len(args)), *head, *words(args)))
 
         def once() -> Any:
             try:
-                return self.client.evalsha(lua.sha, 1, self.prefix, *args)
+                return self._wire.ask(packed)
             except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
-                return self.client.eval(lua.text, 1, self.prefix, *args)
+                return self._wire.ask(pack("EVAL", lua.text, 1, self.prefix, *args))
 
         return self.attempt(once)
+
+    def read_values(self, ids: Sequence[str], take: Callable[[Sequence[str], list[bytes | None]], None]) -> None:
+        """Hands ``take`` some ids with their stored values (None: gone), in order, until all were had: what has come is
+        decoded while the rest comes. Raises what redis-py raises; call it by ``attempt``."""
+        parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
+        start = self.key("t:")
+        commands = [pack("MGET", *[start + tid for tid in part]) for part in parts]
+        rest = iter(parts)
+        self._wire.each(commands, lambda values: take(next(rest), values))
 
     def together(self, build: Callable[[Any], None]) -> list[Any]:
         """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""
@@ -185,4 +211,5 @@ class Connection:
         self._memory_checked = now
 
     def close(self) -> None:
+        self._wire.close()
         self.client.close()

@@ -19,6 +19,7 @@ from buffer_service.validate import trajectory_id
 from prompts.errors import ReplayBufferError
 
 FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
+_DRAWS = 8  # a removed value lingers for 10 s; a client that stood still for longer draws again
 _unpack = msgspec.msgpack.Decoder().decode
 
 
@@ -35,27 +36,39 @@ class ReplaySide:
         self._connection = connection
         self._run = connection.run
 
-    def _decode(self, ids: Sequence[str], values: Sequence[bytes | None]) -> list[Trajectory]:
-        """Decoded records; a bad one is listed, taken out of the buffer and raised as RecordError."""
-        records: list[Trajectory] = []
-        for tid, data in zip(ids, values, strict=True):
-            try:
-                if data is None:
-                    raise RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
-                record = decode(data, tid)
-                if record.id != tid:
-                    raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
-            except RecordError as error:
-                self._run("corrupt", tid, str(error))
-                raise RecordError(f"{error}; it was put in quarantine, ask again") from error
-            records.append(record)
-        return records
+    def _values(self, ids: Sequence[str]) -> tuple[list[Trajectory], str | None]:
+        """The records of ``ids``, and the first id whose record is gone. Raises RecordError for a bad one."""
 
-    def _values(self, ids: Sequence[str]) -> list[Trajectory]:
-        if not ids:
-            return []
-        keys = [self._connection.key(f"t:{tid}") for tid in ids]
-        return self._decode(ids, self._connection.attempt(lambda: self._connection.client.mget(keys)))
+        def read() -> tuple[list[Trajectory], str | None]:
+            records: list[Trajectory] = []
+            gone: list[str] = []
+
+            def take(part: Sequence[str], values: list[bytes | None]) -> None:
+                for tid, data in zip(part, values, strict=True):
+                    if data is None:
+                        gone.append(tid)
+                        continue
+                    try:
+                        record = decode(data, tid)
+                        if record.id != tid:
+                            raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
+                    except RecordError as error:
+                        raise self._quarantined(tid, error) from error
+                    records.append(record)
+
+            self._connection.read_values(ids, take)
+            return records, gone[0] if gone else None
+
+        return self._connection.attempt(read) if ids else ([], None)
+
+    def _quarantined(self, tid: str, error: RecordError) -> RecordError:
+        """Lists a bad record and takes it out of the buffer; returns the error to raise."""
+        self._run("corrupt", tid, str(error))
+        return RecordError(f"{error}; it was put in quarantine, ask again")
+
+    def _gone(self, tid: str) -> RecordError:
+        error = RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
+        return self._quarantined(tid, error)
 
     def lease_fresh(
         self,
@@ -77,7 +90,9 @@ class ReplaySide:
         ready = expected >= 0 and arrived >= expected
         missing = 0 if ready else max(expected - arrived, 1)
         sizes = [(reply[i].decode(), int(reply[i + 1])) for i in range(2, len(reply), 2)]
-        records = self._values([trajectory_id(gid, i) for gid, n in sizes for i in range(n)])
+        records, gone = self._values([trajectory_id(gid, i) for gid, n in sizes for i in range(n)])
+        if gone is not None:
+            raise self._gone(gone)
         groups, at = [], 0
         for gid, n in sizes:
             members = tuple(records[at : at + n])
@@ -125,10 +140,16 @@ class ReplaySide:
             return []
         x, y = seed_state(seed, step)
         extra = prompt_ids if strategy == "same_prompt" else ()
-        reply = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *share, *extra)
-        if not reply:
-            return []
-        return self._decode(reply[0].decode().split(), reply[1:])
+        last: str | None = None
+        for _ in range(_DRAWS):
+            ids = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *share, *extra)
+            records, gone = self._values(ids.decode().split())
+            if gone is None:
+                return records
+            if gone == last:
+                break
+            last = gone
+        raise self._gone(str(last))
 
     def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
         """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts where it has none

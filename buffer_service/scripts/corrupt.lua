@@ -1,8 +1,10 @@
--- ARGV: tid, what is wrong. Lists the record and takes it out: a replay alone, a fresh one with its whole group.
+-- ARGV: tid, what is wrong. Lists the record and takes it out: a replay alone, a fresh one with its whole group. Returns 0
+-- when it was listed before, or was removed meanwhile.
 local m, tid = meta(), ARGV[1]
-if call('HSETNX', K('corrupt'), tid, ARGV[2]) == 0 then return 0 end
 local gid = string.sub(tid, 1, 8)
 local raw = call('HGET', K('groups'), gid)
+if not raw and call('HEXISTS', K('trajs'), tid) == 0 then return 0 end
+if call('HSETNX', K('corrupt'), tid, ARGV[2]) == 0 then return 0 end
 if raw then
   local group = cmsgpack.unpack(raw)
   for i = 0, group[4] - 1 do forget_value(m, tid_of(gid, i)) end
@@ -10,7 +12,7 @@ if raw then
   call('ZREM', K('fresh'), gid)
   call('HINCRBY', K('steps'), group[2], -1)
   count('dropped:corrupt_record', 1)
-elseif call('HEXISTS', K('trajs'), tid) == 1 then
+else
   stock_remove(m, tid)
 end
 return 1

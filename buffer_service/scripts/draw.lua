@@ -1,16 +1,17 @@
 -- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, prompt ids... Returns
--- {tids, record, record, ...}.
+-- the tids, separated by spaces. The caller reads the values by itself: one that is removed meanwhile lingers.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
 local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
 if step <= m.trained then fail('TRAINED', 'step ' .. ARGV[2] .. ' is already trained: its draw is over') end
 m.version = math.max(m.version, tonumber(ARGV[7]))
-if call('ZCARD', K('stock:v')) < m.warm_up then return {} end
-expire_old(m)
+local stored = call('ZCARD', K('stock:v'))
+if stored < m.warm_up then return '' end
+stored = stored - expire_old(m)
+if stored == 0 then return '' end
 local below = generator(tonumber(ARGV[3]), tonumber(ARGV[4]))
 local q, taken, out = thresholds(m), {}, {}
-local seg, total = segments(q), call('ZCARD', K('stock:v'))
-if total == 0 then return out end
+local seg = segments(q)
 if tonumber(call('HGET', K('meta'), 'drawn_step')) ~= step then
   call('DEL', K('drawn'))
   call('HSET', K('meta'), 'drawn_step', step)
@@ -28,6 +29,7 @@ end
 
 -- Takes up to n untaken members of the ranges {key, first, members}, uniformly: a Fisher-Yates shuffle of positions
 -- that remembers only the swapped ones.
+local format = string.format
 local function pick(ranges, n)
   local size, swapped, got, i = 0, {}, 0, 0
   for _, r in ipairs(ranges) do size = size + r[3] end
@@ -36,14 +38,14 @@ local function pick(ranges, n)
     local position = swapped[j] or j
     swapped[j] = swapped[i] or i
     i = i + 1
-    local at = 1
-    while position >= ranges[at][3] do
-      position = position - ranges[at][3]
-      at = at + 1
+    local at, r = 1, ranges[1]
+    while position >= r[3] do
+      position, at = position - r[3], at + 1
+      r = ranges[at]
     end
-    local rank = string.format('%d', ranges[at][2] + position) -- Redis would write a number out as a float
-    local tid = call('ZRANGE', ranges[at][1], rank, rank)[1]
-    if not taken[tid] and not elsewhere[tid] then
+    local rank = format('%d', r[2] + position) -- Redis would write a number out as a float
+    local tid = call('ZRANGE', r[1], rank, rank)[1]
+    if not (taken[tid] or elsewhere[tid]) then
       taken[tid], got = true, got + 1
       out[#out + 1] = tid
     end
@@ -108,13 +110,11 @@ for i = #out, 2, -1 do
   local j = 1 + below(i)
   out[i], out[j] = out[j], out[i]
 end
-if #out == 0 then return {} end
+if #out == 0 then return '' end
 call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out))
 
-local names, reply = {}, { 0 }
-for i = 1 + tonumber(ARGV[9]), #out, tonumber(ARGV[10]) do
-  reply[#reply + 1] = call('GET', K('t:' .. out[i])) -- one by one: Lua takes a long MGET reply apart slowly
-  names[#names + 1] = out[i]
-end
-reply[1] = table.concat(names, ' ')
-return reply
+local rank, world = tonumber(ARGV[9]), tonumber(ARGV[10])
+if world == 1 then return table.concat(out, ' ') end
+local names = {}
+for i = 1 + rank, #out, world do names[#names + 1] = out[i] end
+return table.concat(names, ' ')

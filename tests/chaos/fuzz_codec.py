@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import struct
 import sys
-import zlib
 
 import atheris
 
 with atheris.instrument_imports(include=["buffer_service"]):
-    from buffer_service.codec import FORMAT, MAGIC, decode, encode
+    from buffer_service.codec import FORMAT, MAGIC, checksum, decode, encode
     from buffer_service.errors import RecordError
     from buffer_service.trajectory import Trajectory
 
@@ -22,7 +21,7 @@ def seal(data: bytes) -> bytes:
     tokens = min(data[0] % 8, (len(data) - 1) // 8) if data else 0
     fields = data[1 : len(data) - 8 * tokens]
     body = fields + bytes(-len(fields) % 4) + data[len(data) - 8 * tokens :]
-    return struct.pack("<4sHHIII", MAGIC, FORMAT, 0, len(fields), tokens, zlib.crc32(body)) + body
+    return struct.pack("<4sHHIII", MAGIC, FORMAT, 0, len(fields), tokens, checksum(body)) + body
 
 
 def check(record: bytes) -> None:

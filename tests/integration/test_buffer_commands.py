@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ def fill(buffer: ReplayBuffer) -> None:
     for lease in buffer.lease_tickets("a", 3):
         buffer.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=12)
     buffer.commit_step(0, 1, [f"{s:08d}" for s in range(3)], epoch)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
-        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +23,6 @@ from buffer_service.errors import (
 from buffer_service.server import EmbeddedRedis, find_redis_server
 from buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
-        yield running
-
-
-@pytest.fixture
-def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
-    redis.Redis.from_url(server.url).flushall()
-    with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
-        yield connected
-
 
 # -- durability
 

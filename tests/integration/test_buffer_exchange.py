@@ -25,12 +25,6 @@ CONFIG = BufferConfig(capacity=100, warm_up=0, hints=HintGateConfig(zero_patienc
 REWARDS = {0: [0.0, 1.0, 0.5], 1: [0.0, 0.0], 2: [1.0], 3: [0.0, 0.0]}  # by seq; seq 3 is prompt p1 again
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
-        yield running
-
-
 @pytest.fixture
 def source(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
     """A run with eight replayable trajectories of three prompts."""

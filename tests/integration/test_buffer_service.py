@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -24,20 +23,6 @@ from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
 from tests.buffer_records import CONFIG, make_group, run_step, tickets
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persistent=False) as running:
-        yield running
-
-
-@pytest.fixture
-def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
-    redis.Redis.from_url(server.url).flushall()
-    with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
-        yield connected
-
 
 # -- leases
 

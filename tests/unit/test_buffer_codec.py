@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer_service.codec import FORMAT, decode, encode
+from buffer_service.codec import FORMAT, checksum, decode, encode
 from buffer_service.config import BufferConfig, TierShares
 from buffer_service.draw import generator, seed_state
 from buffer_service.errors import RecordError
@@ -83,7 +83,7 @@ def test_noise_is_a_typed_error(noise: bytes) -> None:
     with pytest.raises(RecordError):
         decode(noise)
     body = noise + bytes(-len(noise) % 4)  # a valid frame around nonsense fields
-    head = struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(noise), 0, zlib.crc32(body))
+    head = struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(noise), 0, checksum(body))
     with pytest.raises(RecordError, match=r"fields unreadable|no policy version"):
         decode(head + body)
 
@@ -93,7 +93,7 @@ def test_text_that_is_no_utf8_is_a_typed_error() -> None:
     fields = bytes([0x9D, 0xA5]) + b"0000\xff"
     body = fields + bytes(-len(fields) % 4)
     with pytest.raises(RecordError, match="fields unreadable"):
-        decode(struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(fields), 0, zlib.crc32(body)) + body)
+        decode(struct.pack("<4sHHIII", b"AVTR", FORMAT, 0, len(fields), 0, checksum(body)) + body)
 
 
 def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
@@ -111,8 +111,19 @@ def lease(seq: int = 3, kind: str = "train") -> TicketLease:
 def test_newer_format_names_both_formats() -> None:
     data = bytearray(encode(make_group(lease(), [1.0]).trajectories[0]))
     struct.pack_into("<H", data, 4, FORMAT + 1)
-    with pytest.raises(RecordError, match=f"x.1: record format {FORMAT + 1}, this code reads {FORMAT}"):
+    with pytest.raises(RecordError, match=f"x.1: record format {FORMAT + 1}, this code reads 1 to {FORMAT}"):
         decode(bytes(data), "x.1")
+
+
+def test_records_of_format_1_are_read_and_their_checksum_is_a_crc32() -> None:
+    t = make_group(lease(), [1.0]).trajectories[0]
+    data = bytearray(encode(t))
+    struct.pack_into("<H", data, 4, 1)
+    with pytest.raises(RecordError, match="checksum does not match"):
+        decode(bytes(data), "x.1")
+    struct.pack_into("<I", data, 16, zlib.crc32(data[20:]))
+    back = decode(bytes(data))
+    assert back.id == t.id and np.array_equal(back.logprobs, t.logprobs)
 
 
 def test_arrays_are_read_only_views_of_the_record() -> None:

@@ -1,0 +1,180 @@
+"""A draw chooses in one call and reads in the next: what may happen between the two, and while the values come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from buffer_service.codec import encode
+from buffer_service.connection import Connection
+from buffer_service.errors import RecordError
+from buffer_service.server import EmbeddedRedis
+from buffer_service.store import ReplayBuffer
+from tests.buffer_records import CONFIG, make_group, run_step, tickets
+
+
+def stocked(buffer: ReplayBuffer, steps: int = 12) -> int:
+    """A buffer with 8 replayable trajectories per step, until a tier is full; returns the epoch."""
+    epoch = buffer.new_epoch()
+    for step in range(steps):
+        run_step(buffer, step, epoch)
+    return epoch
+
+
+def plain(buffer: ReplayBuffer) -> redis.Redis:
+    return redis.Redis.from_url(buffer._connection.url)
+
+
+def after_the_choice(buffer: ReplayBuffer, then: Callable[[list[str]], None], *, times: int = 1) -> list[int]:
+    """Calls ``then`` with the chosen ids, ``times`` times, before their values are read. Returns the draws' sizes."""
+    original, sizes = buffer._connection.run, list[int]()
+
+    def run(name: str, *args: Any) -> Any:
+        reply = original(name, *args)
+        if name == "draw":
+            sizes.append(len(reply.split()))
+            if len(sizes) <= times:
+                then(reply.decode().split())
+        return reply
+
+    buffer._run = run
+    return sizes
+
+
+def remove(buffer: ReplayBuffer, tids: list[str]) -> None:
+    """What an eviction and the end of the linger time do."""
+    client, key = plain(buffer), buffer._connection.key
+    for tid in tids:
+        for name in ("stock:f", "stock:s", "stock:v"):
+            client.zrem(key(name), tid)
+        client.hdel(key("trajs"), tid)
+        client.delete(key(f"t:{tid}"))
+
+
+def test_values_that_vanish_after_the_choice_are_drawn_anew(buffer: ReplayBuffer) -> None:
+    stocked(buffer)
+    lost: list[str] = []
+
+    def evict(chosen: list[str]) -> None:
+        lost.extend(chosen[3:5])
+        remove(buffer, chosen[3:5])
+
+    draws = after_the_choice(buffer, evict, times=3)
+    drawn = [t.id for t in buffer.draw(16, step=12, seed=5)]
+    assert draws == [16] * 4 and len(lost) == 6
+    assert len(set(drawn)) == 16 and not set(drawn) & set(lost)
+    assert buffer.stats().quarantined_records == 0
+    assert [t.id for t in buffer.draw(16, step=12, seed=5)] == drawn
+    buffer.check_ledger()
+
+
+def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
+    epoch = stocked(buffer)
+    gone: set[str] = set()
+
+    def evict(chosen: list[str]) -> None:
+        small = CONFIG.model_copy(update={"capacity": 8})
+        with ReplayBuffer.connect(small, "run", buffer._connection.url, reconfigure=True) as other:
+            run_step(other, 12, epoch)
+        gone.update(tid for tid in chosen if not plain(buffer).hexists(buffer._connection.key("trajs"), tid))
+
+    draws = after_the_choice(buffer, evict)
+    drawn = [t.id for t in buffer.draw(16, step=12, seed=5)]
+    assert draws == [16] and len(drawn) == 16 and gone and gone <= set(drawn)
+
+
+def test_a_value_deleted_by_hand_is_quarantined_once(buffer: ReplayBuffer) -> None:
+    stocked(buffer, 1)
+    plain(buffer).delete(buffer._connection.key("t:00000001.2"))
+    with pytest.raises(RecordError, match=r"00000001\.2: its record is gone"):
+        buffer.draw(8, step=1, seed=0)
+    assert len({t.id for t in buffer.draw(8, step=1, seed=0)}) == 7
+    assert buffer.stats().quarantined_records == 1
+    buffer._quarantined("00000001.2", RecordError("again"))
+    buffer._quarantined("99999999.0", RecordError("never stored"))
+    assert buffer.stats().quarantined_records == 1
+
+
+def test_a_line_that_breaks_between_two_parts_is_read_anew(
+    buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("buffer_service.connection._PART", 16)
+    stocked(buffer)
+    expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    original, parts = Connection.read_values, list[int]()
+
+    def breaking(self: Connection, ids: Any, take: Any) -> None:
+        def first_breaks(part: Any, values: Any) -> None:
+            parts.append(len(part))
+            take(part, values)
+            if len(parts) == 2:
+                raise redis.exceptions.ConnectionError("broken")
+
+        original(self, ids, first_breaks)
+
+    buffer._connection.read_values = breaking.__get__(buffer._connection)  # type: ignore[method-assign]
+    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    assert sum(parts) > 40 and sum(parts[2:]) == 40
+
+
+def test_an_interrupt_leaves_no_stale_reply(buffer: ReplayBuffer) -> None:
+    stocked(buffer)
+    original = buffer._connection.read_values
+
+    def interrupted(part: Any, values: Any) -> None:
+        raise KeyboardInterrupt
+
+    ids = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            original(ids, interrupted)
+        assert [t.id for t in buffer.draw(40, step=12, seed=1)] == ids and buffer.stats().trained_step == 11
+
+
+def test_dead_idle_connections_are_replaced(buffer: ReplayBuffer) -> None:
+    stocked(buffer, 1)
+    barrier = threading.Barrier(6)
+
+    def hold(part: Any, values: Any) -> None:
+        barrier.wait(10)  # all six are in use at once
+
+    threads = [threading.Thread(target=buffer._connection.read_values, args=(["x"], hold)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    plain(buffer).client_kill_filter(_type="normal", skipme=True)
+    assert buffer.stats().stock == 8 and len(buffer.draw(8, step=1, seed=0)) == 8
+
+
+def test_threads_share_one_buffer(buffer: ReplayBuffer) -> None:
+    stocked(buffer)
+    buffer.push_tickets(tickets(12, 60, first=100))
+    failures: list[BaseException] = []
+    records = {t.id: encode(t) for seed in range(30) for t in buffer.draw(40, step=12, seed=seed)}
+
+    def work(number: int) -> None:
+        try:
+            for lease in buffer.lease_tickets(f"actor-{number}", 15):
+                assert buffer.add_group(make_group(lease, [0.5]), lease, tokens_generated=6).status == "fresh"
+                for t in buffer.draw(40, step=12, seed=number):
+                    assert records.setdefault(t.id, encode(t)) == encode(t)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and buffer.check_ledger().generated == 24 + 60
+
+
+def test_the_url_does_not_choose_the_protocol(server: EmbeddedRedis) -> None:
+    with ReplayBuffer.connect(CONFIG, "other", f"{server.url}?protocol=3") as buffer:
+        stocked(buffer, 1)
+        assert len(buffer.draw(8, step=1, seed=0)) == 8
