@@ -16,6 +16,7 @@ from buffer_service.server import EmbeddedRedis
 from cluster.config import RunConfig
 from cluster.judge_server import JudgeServer
 from cluster.placement import live_nodes
+from cluster.reaper import Reaper
 from cluster.resources import OVERSUBSCRIPTION, Needs, needs_of
 from cluster.shared import check_shared
 from prompts.errors import ConfigError, ResourceError
@@ -55,6 +56,7 @@ class Services:
         self.judge: JudgeServer | None = None
         self._ray_started = False
         self._session: Path | None = None
+        self._reaper: Reaper | None = None
 
     def __enter__(self) -> Services:
         try:
@@ -121,6 +123,7 @@ class Services:
                 object_store_memory=resources.object_store_bytes,
                 **common,
             )
+            self._reaper = Reaper()
         self._ray_started = True
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's: stop as orderly as on Ctrl-C
         node: Any = ray._private.worker._global_node
@@ -162,6 +165,9 @@ class Services:
 
             ray.shutdown()
             self._ray_started = False
+        if self._reaper is not None:
+            self._reaper.close()
+            self._reaper = None
         if self.redis is not None:
             self.redis.stop()
             self.redis = None
