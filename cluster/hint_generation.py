@@ -130,8 +130,8 @@ async def _hinted(client: ChatClient, prompt: Prompt, counts: Counter[str]) -> P
         counts["kept"] += 1
         return prompt
     for strict in (False, True):
-        plain, reminded = (hint_messages(prompt, strict, remind) for remind in (False, True))
-        hint = await client.ask(prompt.id, plain, reminded, one_line)
+        first, again = (hint_messages(prompt, strict, remind) for remind in (False, True))
+        hint = await client.ask(prompt.id, first, again, one_line)
         if hint is None:
             counts["failed"] += 1
             return None
