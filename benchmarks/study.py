@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.arms import ARMS, CAP, POOL, REPORT_SEEDS, SAMPLES, STOP_AT, TUNING_SEEDS
+from benchmarks.studies.arms import ARMS, CANDIDATES, CAP, POOL, REPORT_SEEDS, SAMPLES, STOP_AT, TUNING_SEEDS
 from benchmarks.studies.report import write_report
 from benchmarks.studies.runs import Records, base_recipe, digest, perform, resolve
 from cluster.config import RunConfig
@@ -31,7 +31,7 @@ def jobs(arms: Sequence[str], seeds: Sequence[int], cache: Path) -> list[tuple[s
     """(arm, seed, its checked configuration), seed by seed so that a study cut short has whole seeds."""
     base = base_recipe(POOL, cache, FOLDER)
     base = merge(base, {"evaluation": {"pool": {"every": 1, "samples": SAMPLES, "stop_at": STOP_AT}}})
-    return [(name, seed, resolve(base, ARMS[name], seed, CAP)) for seed in seeds for name in arms]
+    return [(name, seed, resolve(base, (ARMS | CANDIDATES)[name], seed, CAP)) for seed in seeds for name in arms]
 
 
 def run(todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int) -> list[str]:
@@ -62,7 +62,7 @@ def run(todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *CANDIDATES), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {REPORT_SEEDS}")
     parser.add_argument("--tune", action="store_true", help=f"the tuning seeds {TUNING_SEEDS}, no report")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -72,8 +72,9 @@ def main() -> None:
     seeds = options.seeds or list(TUNING_SEEDS if options.tune else REPORT_SEEDS)
     if options.tune and set(seeds) & set(REPORT_SEEDS):
         parser.error(f"--tune must not use the report's seeds {REPORT_SEEDS}")
+    arms = options.arms or [*ARMS, *(CANDIDATES if options.tune else ())]
     records = Records(FOLDER / "runs.jsonl")
-    todo = jobs(options.arms, seeds, options.cache)
+    todo = jobs(arms, seeds, options.cache)
     failed = [] if options.report else run(todo, records, options.workers)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed ({', '.join(failed)}): start again to repeat them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.studies.runs import Arm, Pool
-from cluster.presets import Overlay
+from cluster.presets import Overlay, merge
 
 #: Question types on which the cold start leaves room, 28 prompts: GRPO meets each every 3 or 4 steps.
 POOL = Pool(("beeps", "direction", "localise", "side", "colour_at_beep", "count_left_of"), train=28, heldout=100)
@@ -23,16 +23,47 @@ def rate(lr: float) -> Overlay:
     return {"learner": {"optimizer": {"lr": lr}}}
 
 
+#: What the report runs. A learning rate beside a name: the arm counts with its best one.
 ARMS: dict[str, Arm] = {
     "grpo@2e-4": Arm("grpo", rate(2e-4)),
     "grpo@4e-4": Arm("grpo", rate(4e-4)),
     "grpo@8e-4": Arm("grpo", rate(8e-4)),
-    "grpo4": Arm("grpo4", rate(4e-4)),
+    "grpo4@4e-4": Arm("grpo4", rate(4e-4)),
+    "grpo_updates@1e-4": Arm("grpo_updates", rate(1e-4)),
     "grpo_updates@2e-4": Arm("grpo_updates", rate(2e-4)),
     "replay_only": Arm("replay_only", rate(4e-4)),
     "avatar_no_hint": Arm("avatar_no_hint", rate(4e-4)),
     "avatar": Arm("avatar", rate(4e-4)),
     "avatar_plus": Arm("avatar_plus", rate(2e-4)),
+}
+
+_STRATIFIED: Overlay = {"buffer": {"window": 4, "strategy": "stratified"}}
+
+#: Run by --tune beside ARMS: settings among which avatar_plus and the learning rates of the others are chosen.
+CANDIDATES: dict[str, Arm] = {
+    "plus_stratified": Arm("avatar_plus", merge(rate(2e-4), _STRATIFIED)),
+    "plus_updates_8": Arm("avatar_plus", merge(rate(1.5e-4), merge(_STRATIFIED, {"learner": {"updates": 8}}))),
+    "plus_one_fresh": Arm(
+        "avatar_plus",
+        merge(rate(2e-4), {"loop": {"fresh": 1}, "buffer": {"window": 3, "strategy": "stratified"}}),
+    ),
+    "plus_four_prompts": Arm(
+        "avatar_plus", merge(rate(2e-4), {"loop": {"prompts_per_step": 4, "fresh": 4, "replayed": 6}})
+    ),
+    "plus_positive": Arm("avatar_plus", merge(rate(2e-4), {"learner": {"objective": {"replay_sign": "positive"}}})),
+    "plus_joint": Arm(
+        "avatar_plus",
+        merge(
+            rate(2e-4),
+            {
+                "buffer": {"strategy": "same_prompt"},
+                "learner": {"objective": {"fresh_advantage": "group", "replay_advantage": "joint"}},
+            },
+        ),
+    ),
+    "grpo4@8e-4": Arm("grpo4", rate(8e-4)),
+    "avatar@8e-4": Arm("avatar", rate(8e-4)),
+    "grpo_updates@4e-4": Arm("grpo_updates", rate(4e-4)),
 }
 GRPO_ARMS = tuple(name for name in ARMS if name.startswith("grpo@"))
 #: Figure: (arm above, arm below); an arm stands for its best learning rate, "grpo" for the best of GRPO_ARMS.

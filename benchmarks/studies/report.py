@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Figures
-from benchmarks.studies.arms import ARMS, CAP, GRPO_ARMS, RATIOS, TARGET, TARGETS
+from benchmarks.studies.arms import ARMS, CANDIDATES, CAP, GRPO_ARMS, RATIOS, TARGET, TARGETS
 from benchmarks.studies.figures import draw_figures
 
 DOCUMENT = Path("docs/science.md")
@@ -63,7 +63,7 @@ class Study:
     @property
     def arms(self) -> list[str]:
         """In the order of the study."""
-        return [name for name in ARMS if name in self.by_arm]
+        return [name for name in (*ARMS, *CANDIDATES) if name in self.by_arm]
 
     def passages(self, arm: str, target: float, column: int = COMPLETIONS) -> list[float]:
         return [passage(record, target, column) for record in self.by_arm[arm]]

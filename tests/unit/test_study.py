@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from benchmarks.studies.arms import ARMS, GRPO_ARMS, RATIOS, REPORT_SEEDS, TUNING_SEEDS
+from benchmarks.studies.arms import ARMS, CANDIDATES, GRPO_ARMS, RATIOS, REPORT_SEEDS, TUNING_SEEDS
 from benchmarks.studies.report import BEGIN, END, LEARNER, Study, bootstrap, insert, passage, ratio
 from benchmarks.studies.runs import Records, boil_down, digest, resolve
 from cluster.presets import Overlay
@@ -91,9 +91,9 @@ def test_the_digest_follows_what_may_change_a_run_and_nothing_else(tmp_path: Pat
     assert digest(config) != first
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, *CANDIDATES])
 def test_every_arm_resolves_to_as_many_steps_as_its_completions_take(arm: str, tmp_path: Path) -> None:
-    loop = resolve(_base(tmp_path), ARMS[arm], 0, 1000).loop
+    loop = resolve(_base(tmp_path), (ARMS | CANDIDATES)[arm], 0, 1000).loop
     assert (
         (loop.steps - 1) * loop.prompts_per_step * loop.fresh < 1000 <= loop.steps * loop.prompts_per_step * loop.fresh
     )
