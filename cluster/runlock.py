@@ -6,6 +6,8 @@ heartbeat counter moves under our eyes. In Redis the key lives while its holder 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +55,16 @@ class RunLock:
 
     def acquire(self) -> None:
         """Take the folder's lock, breaking one whose holder is gone. Raises ConfigError naming a holder that lives."""
-        while True:
-            try:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                self._break_stale()
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self._text())
-            break
+        with self._one_at_a_time():
+            while True:
+                try:
+                    descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                except FileExistsError:
+                    self._break_stale()
+                    continue
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(self._text())
+                break
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
 
@@ -99,6 +102,13 @@ class RunLock:
                 log.info("the lock of run %s in Redis is left to expire", self.run_id)
             self._redis.close()
             self._redis = None
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Contenders on this host queue: one must not break the lock that another has just taken."""
+        with self.path.with_name(f".{LOCK}.queue").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            yield
 
     # -- the parts -------------------------------------------------------------------------------------------------
 
