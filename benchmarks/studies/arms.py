@@ -29,11 +29,14 @@ ARMS: dict[str, Arm] = {
     "grpo@4e-4": Arm("grpo", rate(4e-4)),
     "grpo@8e-4": Arm("grpo", rate(8e-4)),
     "grpo4@4e-4": Arm("grpo4", rate(4e-4)),
+    "grpo4@8e-4": Arm("grpo4", rate(8e-4)),
     "grpo_updates@1e-4": Arm("grpo_updates", rate(1e-4)),
     "grpo_updates@2e-4": Arm("grpo_updates", rate(2e-4)),
+    "grpo_updates@4e-4": Arm("grpo_updates", rate(4e-4)),
     "replay_only": Arm("replay_only", rate(4e-4)),
     "avatar_no_hint": Arm("avatar_no_hint", rate(4e-4)),
-    "avatar": Arm("avatar", rate(4e-4)),
+    "avatar@4e-4": Arm("avatar", rate(4e-4)),
+    "avatar@8e-4": Arm("avatar", rate(8e-4)),
     "avatar_plus": Arm("avatar_plus", rate(2e-4)),
 }
 
@@ -61,9 +64,6 @@ CANDIDATES: dict[str, Arm] = {
             },
         ),
     ),
-    "grpo4@8e-4": Arm("grpo4", rate(8e-4)),
-    "avatar@8e-4": Arm("avatar", rate(8e-4)),
-    "grpo_updates@4e-4": Arm("grpo_updates", rate(4e-4)),
 }
 GRPO_ARMS = tuple(name for name in ARMS if name.startswith("grpo@"))
 #: Figure: (arm above, arm below); an arm stands for its best learning rate, "grpo" for the best of GRPO_ARMS.

@@ -108,9 +108,10 @@ def flat(study: Study) -> dict[str, float]:
     found: dict[str, float] = {"target": TARGET, "cap": float(CAP)}
     for name, (over, under) in RATIOS.items():
         top = best if over == "grpo" else study.best(_alike(over), TARGET)
-        if top is None or under not in study.by_arm:
+        bottom = study.best(_alike(under), TARGET)
+        if top is None or bottom is None:
             continue
-        values = study.compare(top, under, TARGET)
+        values = study.compare(top, bottom, TARGET)
         prefix = "ratio" if name == "completions_ratio" else name
         labels = (name, f"{prefix}_low", f"{prefix}_high")
         found |= {label: value for label, value in zip(labels, values, strict=True) if math.isfinite(value)}
@@ -136,10 +137,11 @@ def headline(study: Study) -> str:
     best = study.best(GRPO_ARMS, TARGET)
     for name, (over, under) in RATIOS.items():
         top = best if over == "grpo" else study.best(_alike(over), TARGET)
-        if top is None or under not in study.by_arm:
+        bottom = study.best(_alike(under), TARGET)
+        if top is None or bottom is None:
             continue
-        value, low, high = study.compare(top, under, TARGET)
-        rows.append(f"| `{name}`: {top} / {under} | {_number(value, 2)} | {_number(low, 2)} to {_number(high, 2)} |")
+        value, low, high = study.compare(top, bottom, TARGET)
+        rows.append(f"| `{name}`: {top} / {bottom} | {_number(value, 2)} | {_number(low, 2)} to {_number(high, 2)} |")
     return "\n".join(rows)
 
 
