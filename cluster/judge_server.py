@@ -1,4 +1,4 @@
-"""A judge that the run serves itself: vLLM's OpenAI server as a child process on loopback (rewards.judge.kind: managed)."""
+"""A judge that the run serves itself: vLLM's server as a child process on loopback (rewards.judge.kind: managed)."""
 
 from __future__ import annotations
 
