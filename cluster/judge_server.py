@@ -1,4 +1,4 @@
-"""A judge that the run serves itself: `vllm serve` as a child process on loopback (rewards.judge.kind: managed)."""
+"""A judge that the run serves itself: vLLM's server as a child process on loopback (rewards.judge.kind: managed)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class JudgeServer:
     """
 
     def __init__(self, config: JudgeConfig, log: Path, *, port: int, command: Sequence[str] | None = None) -> None:
-        """``command`` replaces `vllm serve ...` (it must answer /health on ``port``)."""
+        """``command`` replaces vLLM's (it must answer /health on ``port``)."""
         self.config, self.log, self.port = config, log, port
         self.key = secrets.token_urlsafe(32)
         self._command = list(command) if command is not None else self._serve()
@@ -101,7 +101,8 @@ class JudgeServer:
         ]  # fmt: skip
         parallel = ["--tensor-parallel-size", str(managed.gpus)] if managed.gpus > 1 else []
         eager = [] if managed.gpus else ["--enforce-eager"]
-        vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(managed.path)]
+        # not the `vllm` command: it looks for a distribution of that name, which the CPU build does not have
+        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(managed.path)]
         return [*vllm, *settings, *parallel, *eager, *managed.arguments]
 
     def _wait(self) -> None:

@@ -105,7 +105,7 @@ class JudgeConfig(EndpointConfig):
 
 
 class ManagedJudgeConfig(BaseModel):
-    """A `vllm serve` process beside the run, on loopback, stopped with it."""
+    """A vLLM OpenAI server beside the run, on loopback, stopped with it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,7 +117,7 @@ class ManagedJudgeConfig(BaseModel):
     threads: int = Field(default=1, ge=1, description="CPU threads of the server without GPUs.")
     max_model_len: int = Field(default=8_192, ge=256, description="Longest question and reply, in tokens.")
     start_timeout_s: float = Field(default=600.0, gt=0, description="Deadline until it answers /health.")
-    arguments: tuple[str, ...] = Field(default=(), description="Further arguments of `vllm serve`.")
+    arguments: tuple[str, ...] = Field(default=(), description="Further arguments of the server.")
 
 
 class RewardConfig(BaseModel):
