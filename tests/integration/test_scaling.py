@@ -58,7 +58,7 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) 
     finally:
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
-    assert process.returncode == 130, "".join(said) + output
+    assert process.returncode == 0, "".join(said) + output  # asked to stop, and did so in order
     with pytest.raises(ConfigError, match="is interrupted: only a run under way can be scaled"):
         scale(run, 2)
 
