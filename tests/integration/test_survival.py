@@ -218,6 +218,7 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peacef
     assert {"learner died", "learner restarted", "redis restarted"} <= set(events(job.run))
 
 
+@pytest.mark.chaos
 def test_a_learner_whose_state_nobody_holds_takes_the_run_back_to_its_checkpoint(
     folder: Path, peaceful: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Pa
     assert "is finished after 12 steps: raise loop.steps" in over.finish()
 
 
+@pytest.mark.chaos
 def test_a_rollout_actor_that_stands_still_is_replaced(folder: Path, tmp_path: Path) -> None:
     job = Job(folder, tmp_path / "stalled", "--supervision.stall_s", "4", "--loop.steps", "400")
     try:
