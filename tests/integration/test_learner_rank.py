@@ -65,7 +65,7 @@ class UnluckyRank(LearnerRank):
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
         self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, None
-        self.reference = self.buffer = self.publisher = self.cold_start = None
+        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = None
         self.skipped, self.clock = 0, Clock()
         self.committed: list[int] = []
         self.step = -1

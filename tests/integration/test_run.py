@@ -151,7 +151,8 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(
         if " step " in line:
             break
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == code, output
     deadline = time.monotonic() + 20
     while left_over(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
