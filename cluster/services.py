@@ -24,6 +24,8 @@ from rewards.config import RewardConfig
 
 log = logging.getLogger(__name__)
 
+NODE_ATTEMPTS = 3
+
 NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
 #: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the user.
 CPU_ENVIRONMENT = {
@@ -117,7 +119,7 @@ class Services:
             # Ray runs workers at nice 15, behind everything else on a laptop; here they are the work.
             os.environ.setdefault("RAY_worker_niceness", "0")
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
-            ray.init(
+            _start_node(
                 num_cpus=max(self.needs.cpus_rounded, OVERSUBSCRIPTION * (os.cpu_count() or 1)),
                 include_dashboard=False,
                 object_store_memory=resources.object_store_bytes,
@@ -185,6 +187,25 @@ class Services:
                 shutil.copy2(file, folder / file.name)
             except OSError as error:
                 log.warning("worker log %s not copied: %s", file, error)
+
+
+def _start_node(**options: Any) -> None:
+    """``ray.init`` on this machine. Ray gives its own daemons 30 s, which a busy machine exceeds now and then."""
+    import ray
+
+    for attempt in range(1, NODE_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a plain one
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if attempt == NODE_ATTEMPTS:
+                raise ResourceError(
+                    f"Ray did not start on this machine within 30 s, {attempt} times: it is too busy, stop other work"
+                ) from error
+            log.warning("Ray did not start within 30 s; trying again")
 
 
 def free_port() -> int:
