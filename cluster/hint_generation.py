@@ -18,6 +18,7 @@ from prompts.hints import hint_leaks, text_leaks
 from prompts.record import Prompt
 from rewards.chat_client import ChatClient, Messages
 from rewards.config import EndpointConfig
+from rewards.judge_prompt import known_of
 
 LONGEST = 300  # characters of a hint
 REFUSED = "hint_refused"  # in Prompt.extra: the teacher could not do without the answer
@@ -144,11 +145,7 @@ async def _hinted(client: ChatClient, prompt: Prompt, counts: Counter[str]) -> P
 
 def hint_messages(prompt: Prompt, strict: bool, remind: bool) -> Messages:
     """Instructions, then question, captions and truth as data."""
-    material: dict[str, object] = {"question": prompt.question, "true_answer": prompt.answer}
-    if prompt.options:
-        material["options"] = list(prompt.options)
-    if prompt.audio_caption:
-        material["heard"] = prompt.audio_caption
+    material = known_of(prompt)
     if prompt.caption:
         material["seen"] = prompt.caption
     asides = [text for text, wanted in ((STRICTER, strict), (REMINDER, remind)) if wanted]

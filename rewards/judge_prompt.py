@@ -34,15 +34,21 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}"
 
 
-def build_messages(
-    prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart], *, max_chars: int, remind: bool
-) -> list[dict[str, Any]]:
-    """Chat messages: our instructions, then the material as one JSON object, which a completion cannot leave."""
+def known_of(prompt: Prompt) -> dict[str, object]:
+    """What any judge or teacher is told of a prompt, JSON-ready: question, truth, options and what is heard."""
     material: dict[str, object] = {"question": prompt.question, "true_answer": prompt.answer}
     if prompt.options:
         material["options"] = list(prompt.options)
     if prompt.audio_caption:
         material["heard"] = prompt.audio_caption
+    return material
+
+
+def build_messages(
+    prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart], *, max_chars: int, remind: bool
+) -> list[dict[str, Any]]:
+    """Chat messages: our instructions, then the material as one JSON object, which a completion cannot leave."""
+    material = known_of(prompt)
     if prompt.caption:
         material["scene"] = prompt.caption
     material["submission"] = {"reasoning": shorten(think, max_chars), "answer": shorten(answer, max_chars)}

@@ -6,7 +6,6 @@ A module that uses this ends with ``if __name__ == "__main__": rank_main(work)``
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
+from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT, free_port
 from learner.engine import init_distributed
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def run_ranks(module: str, folder: Path, ranks: int, *, timeout_s: float = 280) -> None:
     """Run ``python -m module FOLDER RANK RANKS PORT`` once per rank and wait; a failed rank's log is in the error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
     command = [sys.executable, "-m", module, str(folder)]
     logs = [folder / f"rank-{ranks}-{rank}.log" for rank in range(ranks)]
