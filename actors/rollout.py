@@ -6,25 +6,22 @@ nothing but its own leases (DESIGN 2).
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.boundary import Boundary
 from actors.config import SamplingConfig
+from actors.delivery import Delivery, Work, quarantine
 from actors.spec import RolloutSpec
 from prompts.errors import AvatarError
 from prompts.record import Prompt
@@ -32,11 +29,7 @@ from prompts.record import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.engine import FinishedRequest
-    from actors.group import Scores
     from buffer_service.tickets import TicketLease
-
-log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
 BUSY_POLL_S = 0.02
@@ -45,29 +38,11 @@ BACKLOG = 4  # engine loads that may wait for their scores
 BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their encoders and prefill then share a pass
 
 
-@dataclass
-class Work:
-    """A leased prompt on its way through the engine."""
-
-    lease: TicketLease
-    prompt: Prompt
-    prepared: Any  # RolloutEngine.prepare
-
-
-@dataclass
-class Outcome:
-    """A finished group on its way through the scorer."""
-
-    finished: FinishedRequest
-    work: Work
-    scores: Future[Scores] | None = None  # None until they are asked for
-
-
 class RolloutActor:
     """Plain class; the cluster makes it a Ray actor with a thread each for ``run``, ``stop`` and the questions.
 
-    ``scorer`` answers ``score.remote(prompt_id, completions)`` with ``[(reward | None, components), ...]``;
-    ``board`` is the weight board.
+    ``scorer`` answers ``score.remote([(prompt_id, completions), ...])`` with, per group, ``[(reward | None,
+    components), ...]`` or an AvatarError; ``board`` is the weight board.
     """
 
     def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
@@ -88,7 +63,6 @@ class RolloutActor:
         self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
-        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()  # None: no more will come
         self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
@@ -112,13 +86,15 @@ class RolloutActor:
 
     def run(self) -> dict[str, Any]:
         """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what broke a thread."""
-        loops = (self._feed, self._pull, self._deliver, self._keep_alive)
+        delivery = Delivery(self.spec, self.buffer, self.scorer, self._settled)
+        deliver = partial(delivery.run, failed=lambda: self._failure is not None)
+        loops = (self._feed, self._pull, deliver, self._keep_alive)
         with ThreadPoolExecutor(len(loops), thread_name_prefix="rollout") as pool:
             helpers = [pool.submit(self._guard, loop) for loop in loops]
-            self._guard(self._generate)
+            self._guard(partial(self._generate, delivery))
             self._stop.set()
             self._look.set()
-            self._outcomes.put(None)
+            delivery.close()
             wait(helpers)
         self._stop.clear()
         self._drain.clear()
@@ -153,7 +129,7 @@ class RolloutActor:
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
-    def _generate(self) -> None:
+    def _generate(self, delivery: Delivery) -> None:
         if self.engine.device == "cpu":
             import torch
 
@@ -166,7 +142,7 @@ class RolloutActor:
                 self._submit_ready()
             requests = self.engine.in_flight
             if requests:
-                self._step(requests)
+                self._step(requests, delivery)
             now = time.perf_counter()
             spent, mark = now - mark, now
             if requests:
@@ -176,11 +152,11 @@ class RolloutActor:
                 self.boundary.prefill_follows()
                 time.sleep(IDLE_POLL_S / 2)  # or spinning would starve the thread that fetches weights
 
-    def _step(self, requests: int) -> None:
+    def _step(self, requests: int, delivery: Delivery) -> None:
         start = time.perf_counter()
         idle_share = self._free() / self.spec.max_sequences if self._incoming else 0.0
         for finished in self.engine.step():
-            self._outcomes.put(Outcome(finished, self._working.pop(finished.request_id)))
+            delivery.put(finished, self._working.pop(finished.request_id))
             self._look.set()
         self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
 
@@ -328,64 +304,14 @@ class RolloutActor:
             self.buffer.put_fact(f"rollout/{self.name}", self.stats())
 
     def _give_up(self, lease: TicketLease, error: AvatarError) -> None:
-        """A prompt that cannot be asked is quarantined with its reason; the run goes on."""
-        log.warning("prompt %s quarantined: %s", lease.ticket.prompt_id, error)
-        self.buffer.quarantine(lease, reason=type(error).__name__, detail=str(error))
+        quarantine(self.buffer, lease, error)
         self._held.pop(lease.ticket.key, None)
 
-    def _deliver(self) -> None:
-        """Have finished groups scored, many at a time, and insert each as its scores arrive."""
-        from actors.group import completion_facts
-
-        scoring, stopping = 0, False
-        while scoring or not stopping:
-            outcome = self._outcomes.get()
-            if outcome is None:
-                if self._failure is not None:
-                    return
-                stopping = True
-            elif outcome.scores is None:
-                reference = self.scorer.score.remote(outcome.work.prompt.id, completion_facts(outcome.finished))
-                outcome.scores = reference.future()
-                outcome.scores.add_done_callback(partial(self._scored, outcome))
-                scoring += 1
-            else:
-                scoring -= 1
-                self._insert(outcome)
-
-    def _scored(self, outcome: Outcome, _: Future[Scores]) -> None:
-        self._outcomes.put(outcome)
-
-    def _insert(self, outcome: Outcome) -> None:
-        import ray
-
-        from actors.group import UnusableGroupError, evaluation_payload, make_group
-
-        finished, lease = outcome.finished, outcome.work.lease
-        assert outcome.scores is not None
-        try:
-            scores = outcome.scores.result()
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, AvatarError):
-                raise
-            self._give_up(lease, error.cause)
-            return
-        generated = sum(len(completion.token_ids) for completion in finished.completions)
-        if lease.ticket.kind == "eval":
-            payload = evaluation_payload(outcome.work.prompt, finished, scores)
-            self.buffer.add_eval(lease, json.dumps(payload).encode())
-        else:
-            try:
-                group = make_group(finished, lease, scores, temperature=self.spec.sampling.temperature)
-            except UnusableGroupError as error:
-                log.warning("%s: dropped, its prompt stays", error)
-                self.buffer.drop(lease, error.reason)
-                self._held.pop(lease.ticket.key, None)
-                return
-            self.buffer.add_group(group, lease, tokens_generated=generated)
-        self._held.pop(lease.ticket.key, None)
-        self.tokens += generated
-        self.groups += 1
+    def _settled(self, key: str, tokens: int | None) -> None:
+        self._held.pop(key, None)
+        if tokens is not None:
+            self.tokens += tokens
+            self.groups += 1
 
     def _release(self) -> None:
         """Leave no lease behind, so that another actor can go on at once."""

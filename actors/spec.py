@@ -29,3 +29,4 @@ class RolloutSpec:
     max_sequences: int
     max_staleness: int
     lease_s: float
+    scores_together: bool  # scoring never waits for anything, so finished groups may share one call

@@ -156,20 +156,21 @@ class Bench:
             assert len(drawn) == DRAW
         return times
 
-    def raw_draw_times(self, n: int, first_seed: int = 0) -> Times:
-        """Plain MGET of the values that draws with the same seeds return; nothing is decoded."""
-        chosen = [self.buffer.draw(DRAW, step=self.step, seed=first_seed + i) for i in range(n)]
-        wanted = [[self.buffer._connection.key(f"t:{t.id}") for t in drawn] for drawn in chosen]
+    def chosen(self, n: int, first_seed: int) -> list[list[str]]:
+        """The ids that draws return; made long before they are read, so that they are in no cache by then."""
+        return [[t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)] for i in range(n)]
+
+    def raw_draw_times(self, chosen: list[list[str]]) -> Times:
+        """Plain MGET of the values of draws; nothing is decoded."""
         times = []
-        for keys in wanted:  # after all draws, so that no value is in the processor's cache because it was just drawn
+        for keys in [[self.buffer._connection.key(f"t:{tid}") for tid in ids] for ids in chosen]:
             begin = time.perf_counter()
             self.raw.mget(keys)
             times.append(time.perf_counter() - begin)
         return times
 
-    def wire_draw_times(self, n: int, first_seed: int = 0) -> Times:
-        """The values of such draws read by the buffer's own wire; nothing is decoded."""
-        chosen = [[t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)] for i in range(n)]
+    def wire_draw_times(self, chosen: list[list[str]]) -> Times:
+        """The values of draws read by the buffer's own wire; nothing is decoded."""
         times = []
         for ids in chosen:
             begin = time.perf_counter()
@@ -220,11 +221,12 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "insert_ratio", rate(ours) / rate(raw)
         yield "insert_wire_ratio", rate(ours) / rate(wire)
         yield "insert_p99_ms", float(np.percentile(ours, 99)) * 1e3
+        for_raw, for_wire = ([bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)] for k in (1, 2))
         ours, raw, wire = by_turns(
             [
                 lambda i: bench.draw_times(20, 20 * i),
-                lambda i: bench.raw_draw_times(20, 20 * i),
-                lambda i: bench.wire_draw_times(20, 20 * i),
+                lambda i: bench.raw_draw_times(for_raw[i]),
+                lambda i: bench.wire_draw_times(for_wire[i]),
             ],
             rounds,
         )

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.footprint import Footprint
 from benchmarks.harness import Figures
 from buffer_service.scripting import script
 from cluster.buffer_commands import open_buffer
@@ -137,8 +138,8 @@ class Observer:
 class Job:
     """`avatar train` as a scheduler runs it: started again with --resume auto when it was killed."""
 
-    def __init__(self, command: list[str], runs: Path, log: Path, observer: Observer) -> None:
-        self.command, self.runs, self.log, self.observer = command, runs, log, observer
+    def __init__(self, command: list[str], runs: Path, log: Path, observer: Observer, footprint: Footprint) -> None:
+        self.command, self.runs, self.log, self.observer, self.footprint = command, runs, log, observer, footprint
         self.lives = 0
         self.process: subprocess.Popen[bytes]
         self.start()
@@ -152,6 +153,7 @@ class Job:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         self.observer.watch(None)
+        self.footprint.watch(self.process.pid)
 
     def running(self) -> bool:
         return self.process.poll() is None
@@ -313,16 +315,19 @@ def main() -> None:
     observer = Observer(books)
     command = [*common, "--output.folder", str(work / "chaos"), "--resume", "auto"]
     started = time.monotonic()
-    job = Job(command, work / "chaos", work / "chaos.log", observer)
+    footprint = Footprint(ROLES)
+    job = Job(command, work / "chaos", work / "chaos.log", observer, footprint)
     chaos = Chaos(job, observer, random.Random(options.seed))
     try:
         chaos.run(options.kills, started + 60 * options.minutes)
     finally:
         observer.close()
+        footprint.close()
         if job.running():
             job.process.send_signal(signal.SIGTERM)
             job.process.wait(60)
     report(figures, chaos, job, started)
+    figures.add(footprint.figures())
     run = job.run_folder()
     assert run is not None
     check_books(run, books, steps, figures)

@@ -43,18 +43,17 @@ Figure = Iterator[tuple[str, float]]
 
 
 class Spent(NamedTuple):
-    """Seconds of one round: on the wall, of the actor's process on any core, of the engine's thread alone."""
+    """Seconds of one round: on the wall, and of the actor's process on any core."""
 
     wall: float
     cpu: float
-    engine: float
 
     @classmethod
     def now(cls) -> Spent:
-        return cls(time.perf_counter(), time.process_time(), time.thread_time())
+        return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: Spent) -> Spent:
-        return Spent(self.wall - start.wall, self.cpu - start.cpu, self.engine - start.engine)
+        return Spent(self.wall - start.wall, self.cpu - start.cpu)
 
 
 class MeasuredActor(RolloutActor):
@@ -64,6 +63,7 @@ class MeasuredActor(RolloutActor):
         super().__init__(*arguments)
         self.clock: dict[str, list[float]] = defaultdict(list)  # seconds per call
         self._left = 0
+        self._delivered = Spent.now()
         self._inner = {name: getattr(self.buffer, name) for name in ("lease_tickets", "add_group")}
         self.buffer.lease_tickets = self._lease  # type: ignore[method-assign]
         self.buffer.add_group = self._add  # type: ignore[method-assign]
@@ -81,6 +81,7 @@ class MeasuredActor(RolloutActor):
         self.clock["insert"].append(time.perf_counter() - start)
         self._left -= 1
         if self._left == 0:
+            self._delivered = Spent.now()  # ending takes as long as the wait for news of the weights
             self.stop()
         return receipt
 
@@ -90,11 +91,11 @@ class MeasuredActor(RolloutActor):
         self.spec = replace(self.spec, sampling=sampling)
 
     def path(self, groups: int) -> Spent:
-        """Time to take ``groups`` tickets from the stream to the buffer; they are in the stream already."""
+        """Time until ``groups`` tickets, in the stream already, are groups that the buffer has acknowledged."""
         self._left = groups
         start = Spent.now()
         self.run()
-        return Spent.now().since(start)
+        return self._delivered.since(start)
 
     def bare(self, tickets: list[Ticket]) -> Spent:
         """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed before."""
@@ -135,7 +136,7 @@ class MeasuredActor(RolloutActor):
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            ray.get(self.scorer.score.remote(ticket.prompt_id, facts))
+            ray.get(self.scorer.score.remote([(ticket.prompt_id, facts)]))
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 

@@ -21,6 +21,8 @@ from buffer_service.trajectory import Trajectory
 MAGIC = b"AVTR"
 FORMAT = 2
 _HEAD = struct.Struct("<4sHHIII")
+_SIZE = _HEAD.size
+_unpack = _HEAD.unpack_from
 _PADDING = (b"", bytes(1), bytes(2), bytes(3))
 
 
@@ -37,7 +39,7 @@ _array = np.frombuffer
 
 def checksum(body: bytes | memoryview, version: int = FORMAT) -> int:
     """32-bit checksum of what follows the head, as format ``version`` has it."""
-    return zlib.crc32(body) if version == 1 else xxh3_64_intdigest(body) & 0xFFFFFFFF
+    return xxh3_64_intdigest(body) & 0xFFFFFFFF if version != 1 else zlib.crc32(body)
 
 
 def encode(t: Trajectory) -> bytes:
@@ -74,22 +76,21 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
     Raises RecordError naming ``name`` when the record is foreign, newer than this code, truncated or corrupt.
     """
     size = len(data)
-    if size < _HEAD.size:
+    if size < _SIZE:
         raise RecordError(f"trajectory {name}: not such a record ({size} bytes); did another program write it?")
-    magic, version, zero, length, tokens, expected = _HEAD.unpack_from(data)
+    magic, version, zero, length, tokens, expected = _unpack(data)
     if magic != MAGIC:
         raise RecordError(f"trajectory {name}: not such a record ({size} bytes); did another program write it?")
     if not 1 <= version <= FORMAT or zero:
         raise RecordError(f"trajectory {name}: record format {version}, this code reads 1 to {FORMAT}; use its release")
-    end = _HEAD.size + length
+    end = _SIZE + length
     at = end + (-length % 4)
     if size != at + 8 * tokens:
         raise RecordError(f"trajectory {name}: {size} bytes, its head says {at + 8 * tokens}; it is damaged")
-    body = memoryview(data)[_HEAD.size :]
-    if checksum(body, version) != expected:
+    if checksum(memoryview(data)[_SIZE:], version) != expected:
         raise RecordError(f"trajectory {name}: checksum does not match; remove it or restore a snapshot")
     try:
-        fields = _decode(body[:length])
+        fields = _decode(data[_SIZE:end])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError included
         raise RecordError(f"trajectory {name}: fields unreadable ({error}); the record is corrupt") from error
     tid, gid, prompt, index, hinted, prompt_tokens, digest, versions, reason, temperature, reward, parts, step = fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +28,15 @@ from buffer_service.errors import (
     VersionError,
 )
 from buffer_service.scripting import script
-from buffer_service.wire import ReplyReader, Wire, Word, pack, words
+from buffer_service.wire import ReplyReader, Wire, Word, pack, pack_keys, words
 from prompts.errors import ReplayBufferError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Take = Callable[[Sequence[str], list[bytes | None]], None]
 MIN_VERSION = (6, 2)
-_PART = 64  # values asked for at once
+_PART = 16  # values asked for at once: some are decoded while others come
 _OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
 _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
     "NORUN": (BufferSetupError, "connect again, or restore a snapshot"),
@@ -122,6 +126,7 @@ class Connection:
         self._wire = open_wire(config, url)
         self._heads: dict[str, list[bytes]] = {}
         self._memory_checked = 0.0
+        self._sorts = True  # until the server says that we may not
 
     def key(self, name: str) -> str:
         return self.prefix + name
@@ -149,28 +154,66 @@ class Connection:
 
     def run(self, name: str, *args: Word) -> Any:
         """One atomic operation by name."""
-        lua = script(name)
-        head = self._heads.get(name)
-        if head is None:
-            head = self._heads[name] = words(("EVALSHA", lua.sha, 1, self.prefix))
-        packed = b"".join((b"*%d\r\n" % (4 + len(args)), *head, *words(args)))
+        packed = self._packed(name, args)
 
         def once() -> Any:
             try:
                 return self._wire.ask(packed)
             except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
-                return self._wire.ask(pack("EVAL", lua.text, 1, self.prefix, *args))
+                return self._wire.ask(pack("EVAL", script(name).text, 1, self.prefix, *args))
 
         return self.attempt(once)
 
-    def read_values(self, ids: Sequence[str], take: Callable[[Sequence[str], list[bytes | None]], None]) -> None:
+    def _packed(self, name: str, args: Sequence[Word]) -> bytes:
+        head = self._heads.get(name)
+        if head is None:
+            head = self._heads[name] = words(("EVALSHA", script(name).sha, 1, self.prefix))
+        return b"".join((b"*%d\r\n" % (4 + len(args)), *head, *words(args)))
+
+    def read_values(self, ids: Sequence[str], take: Take) -> None:
         """Hands ``take`` some ids with their stored values (None: gone), in order, until all were had: what has come is
-        decoded while the rest comes. Raises what redis-py raises; call it by ``attempt``."""
+        decoded while the next comes. Raises what redis-py raises; call it by ``attempt``."""
         parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
         start = self.key("t:")
-        commands = [pack("MGET", *[start + tid for tid in part]) for part in parts]
+        commands = [pack_keys("MGET", start, part) for part in parts]
         rest = iter(parts)
         self._wire.each(commands, lambda values: take(next(rest), values))
+
+    def draw_values(self, listed: str, count: int, take: Take, args: Sequence[Word]) -> bool:
+        """The draw ``args``, which leaves at most ``count`` ids in the list ``listed``, and their values in the same
+        round trip; ``take`` gets them as from ``read_values``. False where this login may not SORT ... GET: nothing
+        was taken. Raises what redis-py raises; call it by ``attempt``.
+        """
+        if not self._sorts:
+            return False
+        sort = ("SORT", self.key(listed), "BY", "nosort", "GET", self.key("t:*"), "LIMIT")
+        commands = [pack(*sort, first, _PART) for first in range(0, count, _PART)]
+        ids: list[str] | None = None
+        at = 0
+
+        def reply(answer: Any) -> None:
+            nonlocal ids, at
+            if ids is None:
+                ids = answer.decode().split()
+            elif ids:  # of an empty draw the list may be an old one
+                take(ids[at : at + len(answer)], answer)
+                at += len(answer)
+
+        try:
+            self._wire.each([self._packed("draw", args), *commands], reply)
+        except redis.exceptions.NoScriptError:
+            self._wire.ask(pack("SCRIPT", "LOAD", script("draw").text))
+            return self.draw_values(listed, count, take, args)
+        except redis.exceptions.ResponseError as error:
+            if ids is None or at:
+                raise
+            # Redis 7 wants a login that may read every key, a cluster never allows it, an ACL may forbid SORT.
+            log.info("%s: %s; a draw takes two round trips there", self.where, error)
+            self._sorts = False
+            return False
+        if ids and at < len(ids):  # the server stood still for so long that the list had expired
+            self.read_values(ids[at:], take)
+        return True
 
     def together(self, build: Callable[[Any], None]) -> list[Any]:
         """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from buffer_service.codec import decode
 from buffer_service.config import Strategy
-from buffer_service.connection import Connection
+from buffer_service.connection import Connection, Take
 from buffer_service.draw import seed_state
 from buffer_service.errors import RecordError
 from buffer_service.tickets import CommitReceipt, FreshShare, Tier
@@ -38,8 +38,13 @@ class ReplaySide:
 
     def _values(self, ids: Sequence[str]) -> tuple[list[Trajectory], str | None]:
         """The records of ``ids``, and the first id whose record is gone. Raises RecordError for a bad one."""
+        connection = self._connection
+        return self._taken(lambda take: connection.read_values(ids, take)) if ids else ([], None)
 
-        def read() -> tuple[list[Trajectory], str | None]:
+    def _taken(self, read: Callable[[Take], object]) -> tuple[list[Trajectory], str | None]:
+        """The records of the values that ``read`` hands out, and the first id whose record is gone."""
+
+        def once() -> tuple[list[Trajectory], str | None]:
             records: list[Trajectory] = []
             gone: list[str] = []
 
@@ -56,10 +61,10 @@ class ReplaySide:
                         raise self._quarantined(tid, error) from error
                     records.append(record)
 
-            self._connection.read_values(ids, take)
+            read(take)
             return records, gone[0] if gone else None
 
-        return self._connection.attempt(read) if ids else ([], None)
+        return self._connection.attempt(once)
 
     def _quarantined(self, tid: str, error: RecordError) -> RecordError:
         """Lists a bad record and takes it out of the buffer; returns the error to raise."""
@@ -140,10 +145,16 @@ class ReplaySide:
             return []
         x, y = seed_state(seed, step)
         extra = prompt_ids if strategy == "same_prompt" else ()
+        ask = (count, step, x, y, strategy, int(diverse), version, seed, *share)
+        listed = f"share:{seed}:{share[0]}"
+
+        def read(take: Take) -> None:
+            if not self._connection.draw_values(listed, math.ceil(count / share[1]), take, (*ask, 1, *extra)):
+                self._connection.read_values(self._run("draw", *ask, 0, *extra).decode().split(), take)
+
         last: str | None = None
         for _ in range(_DRAWS):
-            ids = self._run("draw", count, step, x, y, strategy, int(diverse), version, seed, *share, *extra)
-            records, gone = self._values(ids.decode().split())
+            records, gone = self._taken(read)
             if gone is None:
                 return records
             if gone == last:

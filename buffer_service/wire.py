@@ -13,6 +13,7 @@ import redis
 from redis.connection import DefaultParser
 
 Word = bytes | str | int | float
+_AHEAD = 2  # commands that Redis may have before it has answered the first
 _SPARE = 4  # a buffer that grew beyond this many times its size is given back
 
 
@@ -25,6 +26,14 @@ def words(args: Iterable[Word]) -> list[bytes]:
 def pack(*args: Word) -> bytes:
     """One command as RESP."""
     return b"".join((b"*%d\r\n" % len(args), *words(args)))
+
+
+def pack_keys(command: str, start: str, names: Sequence[str]) -> bytes:
+    """One command over many keys, ``start`` + name each."""
+    head = start.encode()
+    size = len(head)
+    keys = [b"$%d\r\n%b%b\r\n" % (size + len(name), head, name) for name in map(str.encode, names)]
+    return b"".join((b"*%d\r\n" % (1 + len(keys)), *words((command,)), *keys))
 
 
 class ReplyReader:
@@ -135,16 +144,19 @@ class Wire:
         return replies[0]
 
     def each(self, commands: Sequence[bytes], take: Callable[[Any], None]) -> None:
-        """Sends packed commands and hands each reply to ``take`` as it comes, while Redis works on the next: sent in
-        pieces, for Redis answers nothing before it has worked through all it has read."""
+        """Sends packed commands and hands each reply to ``take`` while Redis works on the next: two are under way at a
+        time, for Redis answers none before it has worked through all that it has read."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self._pool.make_connection()
         try:
-            connection.send_packed_command(commands, check_health=False)
-            for _ in commands:
-                take(connection.read_response(disable_decoding=True))
+            connection.send_packed_command(commands[:_AHEAD], check_health=False)
+            for sent in range(_AHEAD, len(commands) + _AHEAD):
+                reply = connection.read_response(disable_decoding=True)
+                if sent < len(commands):
+                    connection.send_packed_command((commands[sent],), check_health=False)
+                take(reply)
         except BaseException as error:
             if not isinstance(error, redis.exceptions.ResponseError) or len(commands) > 1:
                 connection.disconnect()  # replies, or half of one, may be left in it

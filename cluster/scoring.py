@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prompts.config import DataConfig, MediaConfig
 from prompts.datasets import PromptIndex
+from prompts.errors import AvatarError
 from rewards.actor import RewardActor
 from rewards.attachments import MediaAttach
 from rewards.config import RewardConfig
@@ -15,6 +16,7 @@ from rewards.record import Completion, ScoreRequest
 from rewards.suite import RewardSuite
 
 Facts = tuple[str, bool, float, int]  # text, finished, mean log-probability, tokens
+Scores = list[tuple[float | None, dict[str, float | None]]]  # see actors.group, which shares no code with us
 
 
 class Scorer:
@@ -34,8 +36,17 @@ class Scorer:
         """Raises when a judge cannot be reached, before any training."""
         await self.rewards.check()
 
-    async def score(self, prompt_id: str, facts: list[Facts]) -> list[tuple[float | None, dict[str, float | None]]]:
-        """Reward and components per completion; None where masked."""
+    async def score(self, groups: list[tuple[str, list[Facts]]]) -> list[Scores | AvatarError]:
+        """For each (prompt id, facts of its completions): reward and components per completion, None where masked; or
+        why this group cannot be scored, which is no matter of the others."""
+        answers: list[Scores | AvatarError] = []
+        for answer in await asyncio.gather(*(self._score(*group) for group in groups), return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, AvatarError):
+                raise answer
+            answers.append(answer)
+        return answers
+
+    async def _score(self, prompt_id: str, facts: list[Facts]) -> Scores:
         completions = [
             Completion(text=text, finished=finished, mean_logprob=mean_logprob, tokens=tokens)
             for text, finished, mean_logprob, tokens in facts

@@ -153,6 +153,11 @@ class RewardConfig(BaseModel):
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="The judge, if 'judge' has a weight.")
 
     @property
+    def quick(self) -> bool:
+        """No component waits for an endpoint or runs code of the user: a group takes milliseconds."""
+        return BUILTIN.keys() >= self.weights.keys() and not (self.asks_judge and self.judge.kind == "openai")
+
+    @property
     def asks_judge(self) -> bool:
         """Whether any component needs the judge."""
         return not JUDGED.isdisjoint(self.weights)

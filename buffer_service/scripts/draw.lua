@@ -1,5 +1,6 @@
--- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, prompt ids... Returns
--- the tids, separated by spaces. The caller reads the values by itself: one that is removed meanwhile lingers.
+-- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, list them 0|1, prompt
+-- ids... Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then reads
+-- the values in the same round trip (through Lua they would take longer). One that is removed meanwhile lingers.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
 local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
@@ -29,21 +30,21 @@ end
 
 -- Takes up to n untaken members of the ranges {key, first, members}, uniformly: a Fisher-Yates shuffle of positions
 -- that remembers only the swapped ones.
-local format = string.format
 local function pick(ranges, n)
-  local size, swapped, got, i = 0, {}, 0, 0
-  for _, r in ipairs(ranges) do size = size + r[3] end
+  if n == 0 then return 0 end
+  local size, swapped, got, i, last = 0, {}, 0, 0, #ranges
+  for at = 1, last do size = size + ranges[at][3] end
   while got < n and i < size do
     local j = i + below(size - i)
     local position = swapped[j] or j
     swapped[j] = swapped[i] or i
     i = i + 1
     local at, r = 1, ranges[1]
-    while position >= r[3] do
+    while at < last and position >= r[3] do
       position, at = position - r[3], at + 1
       r = ranges[at]
     end
-    local rank = format('%d', r[2] + position) -- Redis would write a number out as a float
+    local rank = r[2] + position -- below 10^8, which every Redis writes out as an integer
     local tid = call('ZRANGE', r[1], rank, rank)[1]
     if not (taken[tid] or elsewhere[tid]) then
       taken[tid], got = true, got + 1
@@ -90,9 +91,9 @@ elseif strategy == 'uniform' then
   mix(all('f'), all('s'), want, 's')
 else
   if strategy == 'same_prompt' then
-    local prompts = #ARGV - 10
+    local prompts = #ARGV - 11
     for i = 1, prompts do
-      local key = K('pt:' .. ARGV[10 + i])
+      local key = K('pt:' .. ARGV[11 + i])
       local failures = call('ZCOUNT', key, 0, 0)
       local n = floor(want / prompts) + (i <= want % prompts and 1 or 0)
       mix({ key, 0, failures }, { key, failures, call('ZCARD', key) - failures }, n, 's')
@@ -113,8 +114,15 @@ end
 if #out == 0 then return '' end
 call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out))
 
-local rank, world = tonumber(ARGV[9]), tonumber(ARGV[10])
-if world == 1 then return table.concat(out, ' ') end
-local names = {}
-for i = 1 + rank, #out, world do names[#names + 1] = out[i] end
+local rank, world, names = tonumber(ARGV[9]), tonumber(ARGV[10]), out
+if world > 1 then
+  names = {}
+  for i = 1 + rank, #out, world do names[#names + 1] = out[i] end
+end
+if ARGV[11] == '1' then
+  local list = K('share:' .. ARGV[8] .. ':' .. ARGV[9])
+  call('DEL', list)
+  many('RPUSH', list, names)
+  call('PEXPIRE', list, LINGER_MS)
+end
 return table.concat(names, ' ')

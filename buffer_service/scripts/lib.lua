@@ -301,7 +301,7 @@ end
 local function generator(x, y)
   return function(n) -- uniform integer in [0, n)
     x, y = (x * 40014) % 2147483563, (y * 40692) % 2147483399
-    local z = (x - y) % 2147483562
-    return floor(z * n / 2147483562)
+    local z = (x - y) % 2147483562 * n / 2147483562
+    return z - z % 1 -- its floor, without a call
   end
 end

@@ -1,4 +1,4 @@
-"""A draw chooses in one call and reads in the next: what may happen between the two, and while the values come."""
+"""A draw chooses and reads, in one round trip or in two: what may happen in between, and while the values come."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def plain(buffer: ReplayBuffer) -> redis.Redis:
 def after_the_choice(buffer: ReplayBuffer, then: Callable[[list[str]], None], *, times: int = 1) -> list[int]:
     """Calls ``then`` with the chosen ids, ``times`` times, before their values are read. Returns the draws' sizes."""
     original, sizes = buffer._connection.run, list[int]()
+    buffer._connection._sorts = False  # two round trips: more may happen
 
     def run(name: str, *args: Any) -> Any:
         reply = original(name, *args)
@@ -103,6 +104,7 @@ def test_a_line_that_breaks_between_two_parts_is_read_anew(
     buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("buffer_service.connection._PART", 16)
+    buffer._connection._sorts = False
     stocked(buffer)
     expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
     original, parts = Connection.read_values, list[int]()
@@ -119,6 +121,51 @@ def test_a_line_that_breaks_between_two_parts_is_read_anew(
     buffer._connection.read_values = breaking.__get__(buffer._connection)  # type: ignore[method-assign]
     assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
     assert sum(parts) > 40 and sum(parts[2:]) == 40
+
+
+def test_one_round_trip_draws_what_two_do(buffer: ReplayBuffer, server: EmbeddedRedis) -> None:
+    stocked(buffer)
+    draws = [(40, 1, (0, 1)), (40, 2, (1, 3)), (500, 3, (0, 1)), (5, 4, (0, 1)), (1, 5, (1, 2))]
+
+    def drawn() -> list[list[str]]:
+        return [[t.id for t in buffer.draw(n, step=12, seed=seed, share=share)] for n, seed, share in draws]
+
+    first = drawn()
+    assert buffer._connection._sorts and [len(ids) for ids in first] == [40, 13, 500, 5, 0]
+    client = redis.Redis.from_url(server.url)
+    client.acl_setuser(
+        "narrow", enabled=True, passwords=["+word"], keys=["avatar:*"], commands=["+@all", "-sort"], reset=True
+    )
+    buffer._connection._wire.close()
+    buffer._connection._wire._pool.connection_kwargs |= {"username": "narrow", "password": "word"}
+    assert drawn() == first and not buffer._connection._sorts
+
+
+def test_an_empty_draw_reads_no_older_list(buffer: ReplayBuffer) -> None:
+    stocked(buffer)
+    assert len(buffer.draw(8, step=12, seed=1)) == 8
+    remove(buffer, [t.id for t in buffer.draw(96, step=12, seed=2)])
+    assert buffer.stats().stock == 0 and buffer.draw(8, step=12, seed=1) == []
+
+
+def test_a_list_that_is_over_before_it_is_read_and_a_server_that_forgot_the_script(
+    buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stocked(buffer)
+    expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    original = buffer._connection._wire.each
+
+    def expiring(commands: Any, take: Any) -> None:
+        replies = list[Any]()
+        original(commands, replies.append)
+        for number, reply in enumerate(replies):
+            take([] if len(commands) == 4 and number > 1 else reply)  # the list was over after 16 of 40
+
+    plain(buffer).script_flush()
+    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    monkeypatch.setattr(buffer._connection._wire, "each", expiring)
+    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    assert buffer._connection._sorts
 
 
 def test_an_interrupt_leaves_no_stale_reply(buffer: ReplayBuffer) -> None:

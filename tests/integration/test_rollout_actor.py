@@ -261,7 +261,12 @@ class OddScorer:
     def __init__(self, how: str) -> None:
         self.how, self.now, self.most = how, 0, 0
 
-    async def score(self, prompt_id: str, facts: list[Any]) -> list[tuple[float | None, dict[str, float | None]]]:
+    async def score(
+        self, groups: list[tuple[str, list[Any]]]
+    ) -> list[list[tuple[float | None, dict[str, float | None]]]]:
+        return [await self._score(*group) for group in groups]
+
+    async def _score(self, prompt_id: str, facts: list[Any]) -> list[tuple[float | None, dict[str, float | None]]]:
         if self.how == "crash":
             raise ValueError("the scorer has a bug")
         if self.how == "masked" and prompt_id == "train-00001":
@@ -280,8 +285,8 @@ def odd_scorer(how: str) -> Any:
     return ray.remote(OddScorer).options(num_cpus=0, max_concurrency=64).remote(how)
 
 
-def test_groups_are_scored_side_by_side(stage: Stage, buffer: ReplayBuffer) -> None:
-    stage.actor.scorer = odd_scorer("slow")
+def test_groups_that_take_long_to_score_are_scored_side_by_side(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.actor.scorer, stage.actor.spec = odd_scorer("slow"), replace(stage.actor.spec, scores_together=False)
     buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]))
     with working(stage.actor):
         assert len(arrived(buffer)) == 12

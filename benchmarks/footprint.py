@@ -1,0 +1,76 @@
+"""Private memory of a job's processes over time: how much each role holds, and whether it grows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import psutil
+
+SETTLE_S = 90.0  # a process's first seconds, in which it fills its caches
+SPAN_S = 60.0  # a slope over less than this says nothing
+
+
+class Footprint:
+    """Samples every descendant of a process whose command line names a role; ``close`` ends it."""
+
+    def __init__(self, roles: Mapping[str, str], every_s: float = 5.0) -> None:
+        self._roles, self._every_s = roles, every_s
+        self._samples: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)  # (role, pid) -> (s, MiB)
+        self._root: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def watch(self, root: int) -> None:
+        """Look at this process, the driver, and what it started."""
+        self._root = root
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._every_s):
+            now = time.monotonic()
+            for role, process in self._processes():
+                try:
+                    used = process.memory_full_info().uss / 2**20  # shared memory counts for nobody here
+                except psutil.Error:
+                    continue
+                self._samples[role, process.pid].append((now, used))
+
+    def _processes(self) -> Iterator[tuple[str, psutil.Process]]:
+        if self._root is None:
+            return
+        try:
+            driver = psutil.Process(self._root)
+            children = driver.children(recursive=True)
+        except psutil.Error:
+            return
+        yield "driver", driver
+        for child in children:
+            try:
+                name = (child.cmdline() or [""])[0]
+            except psutil.Error:
+                continue
+            role = next((role for role, sign in self._roles.items() if sign and sign in name), None)
+            if role is not None:
+                yield role, child
+
+    def figures(self) -> dict[str, float]:
+        """Per role: the largest footprint in MiB, and over the longest life the slope in MiB an hour with its span."""
+        found: dict[str, float] = {}
+        for role in sorted({role for role, _ in self._samples}):
+            lives = [np.array(rows) for (name, _), rows in self._samples.items() if name == role]
+            found[f"memory_mib_{role}"] = max(float(rows[:, 1].max()) for rows in lives)
+            longest = max(lives, key=lambda rows: float(rows[-1, 0] - rows[0, 0]))
+            settled = longest[longest[:, 0] >= longest[0, 0] + SETTLE_S]
+            if len(settled) < 3 or settled[-1, 0] - settled[0, 0] < SPAN_S:
+                continue
+            found[f"memory_slope_mib_per_h_{role}"] = 3600 * float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0])
+            found[f"memory_span_s_{role}"] = float(settled[-1, 0] - settled[0, 0])
+        return found
