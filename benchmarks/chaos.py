@@ -64,6 +64,7 @@ class Observer:
         self.books = books
         self.seen: dict[str, float] = {}  # script -> when it was last run
         self.lives = 0  # connections so far: one per life of Redis
+        self.connected = False
         self.train_s = 0.3  # from the draw to the commit of a step
         self._names = {script(name).sha: name for name in SCRIPTS}
         self._socket: Path | None = None
@@ -99,9 +100,12 @@ class Observer:
                     connection.connect(str(path))
                     connection.sendall(b"MONITOR\r\n")
                     self.lives += 1
+                    self.connected = True
                     self._read(connection, path)
             except OSError:
                 time.sleep(0.05)
+            finally:
+                self.connected = False
 
     def _read(self, connection: socket.socket, path: Path) -> None:
         rest = b""
@@ -212,7 +216,7 @@ class Chaos:
 
     def _keep_alive(self) -> None:
         if self.job.running():
-            if self.observer._socket is None:
+            if not self.observer.connected:  # what it was told may be the socket that a killed Redis left behind
                 self.job.look_for_redis()
         elif self.job.process.returncode != 0:
             self.unplanned += 1

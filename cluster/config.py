@@ -194,6 +194,10 @@ class SupervisionConfig(Section):
         120, gt=0, description="A rollout actor without progress for this long while it holds prompts is replaced; "
         "keep it above the time of the longest group.",
     )  # fmt: skip
+    learner_stall_s: float = Field(
+        600, gt=0, description="Learner ranks that train and get nowhere for this long are replaced; keep it above the "
+        "time of the slowest micro-batch, and of the optimizer's step and the gathering of the weights.",
+    )  # fmt: skip
     restarts: int = Field(
         8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops."
     )

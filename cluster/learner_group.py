@@ -9,6 +9,7 @@ from typing import Any
 
 from buffer_service.store import ReplayBuffer
 from cluster.fleet import Fleet
+from cluster.learner_watch import LearnerWatch
 from cluster.pool import Pool, unwrap
 from cluster.supervision import Budget, Report
 from learner.rank import LearnerSpec
@@ -27,11 +28,11 @@ class LearnerGroup:
 
     def __init__(
         self, pool: Pool, spec: LearnerSpec, ranks: int, buffer: ReplayBuffer, scratch: Path, budget: Budget,
-        report: Report,
+        report: Report, stall_s: float = 600.0,
     ) -> None:  # fmt: skip
         self.pool, self.spec, self.ranks, self.buffer = pool, spec, ranks, buffer
         self.scratch = scratch  # for a state on its way to new ranks: on a disk that all of them see
-        self._budget, self._report = budget, report
+        self._budget, self._report, self._stall_s = budget, report, stall_s
 
     def start(self) -> list[Any]:
         """References of the ranks' readiness."""
@@ -61,8 +62,11 @@ class LearnerGroup:
         """None when all ranks are done, else how one died."""
         import ray
 
-        waiting = list(references)
+        waiting, watch = list(references), LearnerWatch(self.pool.ranks, self._stall_s)
         while waiting:
+            if (reason := watch.look()) is not None:
+                self._report("learner stalled", f"{reason}; it is killed")
+                watch.kill()  # and found dead below
             done, _ = ray.wait([*waiting, *fleet.working], num_returns=1, timeout=LOOK_S)
             for reference in done:
                 if reference in fleet.working:

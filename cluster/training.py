@@ -206,8 +206,9 @@ class Run:
         learner = learner_spec(config, self.run_id, model, datasets, url)
         budget = Budget(config.supervision.restarts, "learner ranks")
         self.learner = LearnerGroup(
-            pool, learner, config.learner.ranks, self.buffer, self.folder.path / ".held", budget, self.supervisor.report
-        )
+            pool, learner, config.learner.ranks, self.buffer, self.folder.path / ".held", budget,
+            self.supervisor.report, config.supervision.learner_stall_s,
+        )  # fmt: skip
         waiting += self.learner.start()
         waiting += [scorer.check.remote() for scorer in pool.scorers]
         ready = pool.wait_ready(waiting, "rollout, learner and reward actors")

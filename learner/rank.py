@@ -7,6 +7,8 @@ the denominators of the loss are those of the whole step without any further exc
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +35,7 @@ from learner.plan import StepPlan, StepWork, plan_step, truncated
 from learner.policy import MicroBatch, Policy, PolicyOutput
 from learner.publisher import Publisher
 from learner.reference import ReferencePolicy
+from learner.samples import sample_row
 from learner.schedule import lr_at
 from learner.sft import ColdStart
 from learner.shaping import tas_weights
@@ -89,11 +92,14 @@ class LearnerRank(DurableState):
         self.epoch = 0
         self.skipped = 0
         self.clock = Clock()
+        self.moves = 0  # grows whenever this rank gets somewhere
+
+    def progress(self) -> dict[str, Any]:
+        """How far it has come, answered while a step is trained: a rank that hangs answers the same again and again."""
+        return {"moves": self.moves, "host": socket.gethostname(), "pid": os.getpid()}
 
     def meeting_point(self) -> tuple[str, int]:
         """Rank 0: address and port where the group meets."""
-        import socket
-
         import ray
 
         with socket.socket() as probe:
@@ -102,8 +108,6 @@ class LearnerRank(DurableState):
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the policy."""
-        import os
-
         os.environ.update(
             RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.ranks), LOCAL_SIZE="1",
             MASTER_ADDR=address, MASTER_PORT=str(port),
@@ -190,8 +194,10 @@ class LearnerRank(DurableState):
                 norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
             if not np.isfinite(norm):
                 self._note_no_update(plan, health)
+            self.moves += 1
         with self.clock("hold"):
             self.hold(work.version + 1)
+        self.moves += 1
         with self.clock("publish"):
             weights = self.engine.state_dict()
             if self.rank == 0:
@@ -201,7 +207,9 @@ class LearnerRank(DurableState):
         if self.rank != 0:
             return {}
         metrics = self._metrics(work, gathered) | {"lr": rate, "grad_norm": norm}
-        return {"metrics": metrics, "samples": self._samples(work, samples)}
+        shown = [t for group in work.groups[:samples] for t in group.trajectories]
+        rows = [sample_row(t, self.prompts[t.prompt_id], self.encoder.tokenizer) for t in shown]
+        return {"metrics": metrics, "samples": rows}
 
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
@@ -218,6 +226,7 @@ class LearnerRank(DurableState):
         assert buffer is not None
         deadline = time.monotonic() + spec.step_timeout_s
         while True:
+            self.moves += 1  # waiting for groups is no standstill
             share = buffer.lease_fresh("learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch)
             if share.ready:
                 break
@@ -262,6 +271,7 @@ class LearnerRank(DurableState):
 
         def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             indices = share[number]
+            self.moves += 1
             return self._loss(plan, indices, [rows[i] for i in indices], micro_batch, output, health)
 
         with self.clock("forward_backward"):
@@ -375,25 +385,3 @@ class LearnerRank(DurableState):
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
         metrics["learner/skipped"] = float(self.skipped)
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
-
-    def _samples(self, work: StepWork, count: int) -> list[dict[str, Any]]:
-        """A few fresh groups as readable rows for the run folder."""
-        return [self._sample(trajectory) for group in work.groups[:count] for trajectory in group.trajectories]
-
-    def _sample(self, trajectory: Trajectory) -> dict[str, Any]:
-        prompt = self.prompts[trajectory.prompt_id]
-        return {
-            "prompt_id": prompt.id,
-            "category": prompt.category,
-            "needs": list(prompt.needs),
-            "question": prompt.question,
-            "answer": prompt.answer,
-            "text": self.encoder.tokenizer.decode(trajectory.token_ids.tolist()),
-            "reward": trajectory.reward,
-            "accuracy": trajectory.components.get("accuracy"),
-            "components": trajectory.components,
-            "hinted": trajectory.hinted,
-            "version": trajectory.version,
-            "finish_reason": trajectory.finish_reason,
-            "tokens": len(trajectory.token_ids),
-        }

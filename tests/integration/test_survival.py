@@ -260,3 +260,23 @@ def test_a_rollout_actor_that_stands_still_is_replaced(folder: Path, tmp_path: P
     finally:
         if job.process.poll() is None:
             job.process.kill()
+
+
+@pytest.mark.chaos
+def test_a_learner_that_hangs_is_replaced(folder: Path, tmp_path: Path) -> None:
+    job = Job(folder, tmp_path / "hanging", "--supervision.learner_stall_s", "6", "--loop.steps", "400")
+    try:
+        job.until("step   2/")
+        [rank] = [child for child in descendants(job.process.pid) if "ray::LearnerRank" in " ".join(child.cmdline())]
+        rank.suspend()
+        job.until("learner stalled")
+        job.until("learner restarted")
+        job.until(" step ")
+        job.until(" step ")
+        assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+        job.process.send_signal(signal.SIGINT)
+        output = job.finish()
+        assert job.process.returncode == 130, output[-3000:]
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()

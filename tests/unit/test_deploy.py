@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -10,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 import yaml
 
-from buffer_service.config import BufferConfig
-from buffer_service.server import find_redis_server
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
 from cluster.cli import main
 from cluster.memory import ARCHITECTURES, memory_table
 from cluster.metrics import CATALOGUE, describe
@@ -102,47 +96,3 @@ def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> 
         assert whole == pytest.approx(item.decoder * 14 + item.parameters * 4)
         assert split < item.learner_bytes(8, 2) < item.learner_bytes(8, 1) < whole
     assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), "paste `python -m cluster.memory` into it"
-
-
-def test_redis_with_our_configuration_and_users_serves_the_buffer(tmp_path: Path) -> None:
-    """TLS and paths apart, which need certificates, it is the shipped configuration."""
-    digest = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("AVATAR", "VIEWER")}
-    users = (DEPLOY / "redis" / "users.acl.template").read_text()
-    for name, value in digest.items():
-        users = users.replace(f"@{name}_SHA256@", value)
-    rules = [line for line in users.splitlines() if line.startswith("user")]
-    (tmp_path / "users.acl").write_text("\n".join(rules) + "\n")
-    socket = tmp_path / "redis.sock"
-    replaced = ("tls-", "aclfile", "dir ", "bind ")
-    shipped = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
-    lines = [line for line in shipped if not line.startswith(replaced)]
-    lines += [f"aclfile {tmp_path}/users.acl", f"dir {tmp_path}", f"unixsocket {socket}"]
-    (tmp_path / "redis.conf").write_text("\n".join(lines) + "\n")
-    server = subprocess.Popen([find_redis_server(), str(tmp_path / "redis.conf")], stdout=subprocess.DEVNULL)
-    try:
-        (tmp_path / "password").write_text("AVATAR")
-        config = BufferConfig(username="avatar", password_file=tmp_path / "password", reconnect_s=10)
-        with ReplayBuffer.connect(config, "acl", f"unix://{socket}") as buffer:
-            buffer.push_tickets([Ticket(seq=0, prompt_id="a", step=0, n=1)])
-            [lease] = buffer.lease_tickets("me", 1)
-            assert buffer.release([lease]) == 1
-            buffer.beat("rollout", "me", 1)
-            assert buffer.beats().keys() == {"rollout/me"}
-            buffer.set_desired("rollout_workers", 3)
-            assert buffer.desired("rollout_workers") == 3
-            buffer.snapshot(tmp_path / "snapshot")
-            assert buffer.stats().pending_train == 1 and buffer.check_ledger().generated == 0
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                buffer._connection.client.execute_command("CONFIG", "GET", "dir")
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                buffer._connection.client.set("other:key", "1")
-            viewer = redis.Redis(unix_socket_path=str(socket), username="viewer", password="VIEWER")
-            assert viewer.hget("avatar:{acl}:desired", "rollout_workers") == b"3"
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                viewer.hset("avatar:{acl}:desired", "rollout_workers", 9)
-            assert buffer.clear() > 0
-        with pytest.raises(redis.exceptions.AuthenticationError):
-            redis.Redis(unix_socket_path=str(socket)).ping()
-    finally:
-        server.terminate()
-        server.wait(10)
