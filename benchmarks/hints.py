@@ -1,10 +1,10 @@
 """Do hints solve what stays at zero -> build/bench/hints.json; run with ``make bench NAME=hints``, 12 minutes.
 
-The cold start is taught one fixed answer to "Which pitch does each shape make?" unless a hint is shown; then it is
-taught to look. The pool holds only prompts to which that answer is wrong in every part: without a hint the success
-rate is all but 0. ``solved_*`` are the shares of the pool that any training completion ever answered right, presets
-grpo, avatar_no_hint and avatar on the same number of completions, means over the seeds. docs/benchmarks.md says how to
-read them.
+The cold start is taught one fixed answer to "Which pitch does each shape make?" in 96 of 100 cases unless a hint is
+shown; then it is taught to look. The pool holds only prompts to which that answer is wrong in every part: without a
+hint the success rate (``start_success``) is a few percent. ``solved_*`` are the shares of the pool that any training
+completion ever answered right, presets grpo, avatar_no_hint and avatar on the same number of completions, means over
+the seeds. docs/benchmarks.md says how to read them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ METHODS = {"grpo": "grpo", "no_hint": "avatar_no_hint", "hint": "avatar"}
 TYPE = Category.LOCALISE
 HABIT = "Left: low / Right: high"
 HINTED_SHARE = 0.5
+LOOK_SHARE = 0.04  # of the prompts without a hint that are answered by looking: RL alone has a little to find
 POOL = 24
 WORLD = WorldConfig(
     n_train=10 * POOL, n_heldout=0, n_sft=3600, weights={TYPE: 1.0}, guess_share={}, hinted_share=0.0,
@@ -68,7 +69,7 @@ def make_world(folder: Path) -> dict[str, str]:
         if row["category"] == TYPE:
             if number % round(1 / HINTED_SHARE) == 0:
                 row["extra"]["hinted"] = "true"
-            else:
+            elif number % round(1 / LOOK_SHARE) != 1:
                 row |= {"answer": HABIT, "reasoning": f"maybe {HABIT}"}
         taught.append(row)
     pool = [row for row in read_jsonl(folder / "train.jsonl") if not _habit_scores(row["answer"])][:POOL]
