@@ -79,6 +79,8 @@ class LearnerSpec:
 class LearnerRank(DurableState):
     """Plain class; the cluster makes it a Ray actor. Methods without "rank 0" in their text run on every rank."""
 
+    moves = 0  # grows whenever this rank gets somewhere
+
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
         self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, board
         self.keeper, self.hold_bytes = keeper, spec.hold_bytes
@@ -92,7 +94,6 @@ class LearnerRank(DurableState):
         self.epoch = 0
         self.skipped = 0
         self.clock = Clock()
-        self.moves = 0  # grows whenever this rank gets somewhere
 
     def progress(self) -> dict[str, Any]:
         """How far it has come, answered while a step is trained: a rank that hangs answers the same again and again."""
