@@ -91,11 +91,7 @@ def evaluation_payload(prompt: Prompt, finished: FinishedRequest, scores: Scores
     known = [value for value in accuracies if value is not None]
     first = finished.completions[0]
     return {
-        "prompt_id": prompt.id,
-        "category": prompt.category,
-        "needs": list(prompt.needs),
-        "question": prompt.question,
-        "answer": prompt.answer,
+        **prompt.label(),
         "accuracy": sum(known) / len(known) if known else None,
         "components": scores[0][1],
         "text": first.text,

@@ -305,7 +305,7 @@ class RolloutActor:
 
     def _give_up(self, lease: TicketLease, error: AvatarError) -> None:
         quarantine(self.buffer, lease, error)
-        self._held.pop(lease.ticket.key, None)
+        self._settled(lease.ticket.key, None)
 
     def _settled(self, key: str, tokens: int | None) -> None:
         self._held.pop(key, None)

@@ -25,9 +25,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
-from benchmarks.footprint import Footprint
+from benchmarks.footprint import Footprint, processes
 from benchmarks.harness import Figures
 from buffer_service.scripting import script
 from cluster.buffer_commands import open_buffer
@@ -178,15 +176,7 @@ class Job:
             self.observer.watch(path)
 
     def pid_of(self, role: str) -> int | None:
-        if role == "driver":
-            return self.process.pid
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if any(ROLES[role] in word for word in child.cmdline()[:1]):
-                    return child.pid
-            except psutil.NoSuchProcess:
-                continue
-        return None
+        return next((found.pid for name, found in processes(self.process.pid, ROLES) if name == role), None)
 
 
 class Chaos:

@@ -36,30 +36,12 @@ class Footprint:
     def _sample(self) -> None:
         while not self._stop.wait(self._every_s):
             now = time.monotonic()
-            for role, process in self._processes():
+            for role, process in processes(self._root, self._roles):
                 try:
                     used = process.memory_full_info().uss / 2**20  # shared memory counts for nobody here
                 except psutil.Error:
                     continue
                 self._samples[role, process.pid].append((now, used))
-
-    def _processes(self) -> Iterator[tuple[str, psutil.Process]]:
-        if self._root is None:
-            return
-        try:
-            driver = psutil.Process(self._root)
-            children = driver.children(recursive=True)
-        except psutil.Error:
-            return
-        yield "driver", driver
-        for child in children:
-            try:
-                name = (child.cmdline() or [""])[0]
-            except psutil.Error:
-                continue
-            role = next((role for role, sign in self._roles.items() if sign and sign in name), None)
-            if role is not None:
-                yield role, child
 
     def figures(self) -> dict[str, float]:
         """Per role: the largest footprint in MiB, and over the longest life the slope in MiB an hour with its span."""
@@ -74,3 +56,23 @@ class Footprint:
             found[f"memory_slope_mib_per_h_{role}"] = 3600 * float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0])
             found[f"memory_span_s_{role}"] = float(settled[-1, 0] - settled[0, 0])
         return found
+
+
+def processes(root: int | None, roles: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """The driver ``root`` and its descendants whose title holds a role's sign; nothing when it is gone."""
+    if root is None:
+        return
+    try:
+        driver = psutil.Process(root)
+        children = driver.children(recursive=True)
+    except psutil.Error:
+        return
+    yield "driver", driver
+    for child in children:
+        try:
+            title = (child.cmdline() or [""])[0]
+        except psutil.Error:
+            continue
+        role = next((role for role, sign in roles.items() if sign and sign in title), None)
+        if role is not None:
+            yield role, child

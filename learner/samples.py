@@ -11,11 +11,7 @@ from prompts.record import Prompt
 def sample_row(trajectory: Trajectory, prompt: Prompt, tokenizer: Any) -> dict[str, Any]:
     """One completion with its prompt, its text and every reward component; JSON-ready."""
     return {
-        "prompt_id": prompt.id,
-        "category": prompt.category,
-        "needs": list(prompt.needs),
-        "question": prompt.question,
-        "answer": prompt.answer,
+        **prompt.label(),
         "text": tokenizer.decode(trajectory.token_ids.tolist()),
         "reward": trajectory.reward,
         "accuracy": trajectory.components.get("accuracy"),

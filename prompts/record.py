@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -109,6 +109,16 @@ class Prompt(Strict):
     category: str = Field("", description="question type for per-type evaluation")
     needs: tuple[Modality, ...] = Field((), description="modalities without which it cannot be answered")
     extra: dict[str, str] = Field(default_factory=dict, description="anything a dataset wants to carry along")
+
+    def label(self) -> dict[str, Any]:
+        """What a row about one of its completions says of the prompt; JSON-ready."""
+        return {
+            "prompt_id": self.id,
+            "category": self.category,
+            "needs": list(self.needs),
+            "question": self.question,
+            "answer": self.answer,
+        }
 
 
 def resolve_uri(uri: str, base: Path) -> Path:

@@ -241,39 +241,28 @@ def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Pa
 
 
 @pytest.mark.chaos
-def test_a_rollout_actor_that_stands_still_is_replaced(folder: Path, tmp_path: Path) -> None:
-    job = Job(folder, tmp_path / "stalled", "--supervision.stall_s", "4", "--loop.steps", "400")
+@pytest.mark.parametrize(
+    ("title", "key", "seconds", "messages"),
+    [
+        ("ray::RolloutActor", "stall_s", 4, ("rollout actor stalled", "died and is replaced")),
+        ("ray::LearnerRank", "learner_stall_s", 6, ("learner stalled", "learner restarted")),
+    ],
+)
+def test_what_stands_still_is_replaced(
+    folder: Path, tmp_path: Path, title: str, key: str, seconds: int, messages: tuple[str, str]
+) -> None:
+    job = Job(folder, tmp_path / "stalled", f"--supervision.{key}", str(seconds), "--loop.steps", "400")
     try:
         job.until("step   2/")
-        [actor] = [child for child in descendants(job.process.pid) if "ray::RolloutActor" in " ".join(child.cmdline())]
-        actor.suspend()
+        [worker] = [child for child in descendants(job.process.pid) if title in " ".join(child.cmdline())]
+        worker.suspend()
         started = time.monotonic()
-        job.until("rollout actor stalled")
+        job.until(messages[0])
         assert time.monotonic() - started >= 3
-        job.until("died and is replaced")
+        job.until(messages[1])
         job.until(" step ")
         job.until(" step ")
-        assert not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE
-        job.process.send_signal(signal.SIGINT)
-        output = job.finish()
-        assert job.process.returncode == 130, output[-3000:]
-    finally:
-        if job.process.poll() is None:
-            job.process.kill()
-
-
-@pytest.mark.chaos
-def test_a_learner_that_hangs_is_replaced(folder: Path, tmp_path: Path) -> None:
-    job = Job(folder, tmp_path / "hanging", "--supervision.learner_stall_s", "6", "--loop.steps", "400")
-    try:
-        job.until("step   2/")
-        [rank] = [child for child in descendants(job.process.pid) if "ray::LearnerRank" in " ".join(child.cmdline())]
-        rank.suspend()
-        job.until("learner stalled")
-        job.until("learner restarted")
-        job.until(" step ")
-        job.until(" step ")
-        assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
         job.process.send_signal(signal.SIGINT)
         output = job.finish()
         assert job.process.returncode == 130, output[-3000:]
