@@ -26,10 +26,10 @@ demo: setup
 	@$(BIN)/avatar train $(RECIPE) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unit: setup
-	@$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-chaos: setup
 	@$(BIN)/python -m pytest tests -m chaos $(ARGS)

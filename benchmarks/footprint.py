@@ -44,17 +44,25 @@ class Footprint:
                 self._samples[role, process.pid].append((now, used))
 
     def figures(self) -> dict[str, float]:
-        """Per role: the largest footprint in MiB, and over the longest life the slope in MiB an hour with its span."""
+        """Per role: the largest footprint in MiB, and how it grows within a life, in MiB an hour.
+
+        The slope is one line through all lives, each with a level of its own and without its first ``SETTLE_S``;
+        ``memory_span_s`` is what it was seen over, all lives together, ``memory_longest_s`` the longest of them.
+        """
         found: dict[str, float] = {}
         for role in sorted({role for role, _ in self._samples}):
             lives = [np.array(rows) for (name, _), rows in self._samples.items() if name == role]
             found[f"memory_mib_{role}"] = max(float(rows[:, 1].max()) for rows in lives)
-            longest = max(lives, key=lambda rows: float(rows[-1, 0] - rows[0, 0]))
-            settled = longest[longest[:, 0] >= longest[0, 0] + SETTLE_S]
-            if len(settled) < 3 or settled[-1, 0] - settled[0, 0] < SPAN_S:
+            settled = [rows[rows[:, 0] >= rows[0, 0] + SETTLE_S] for rows in lives]
+            settled = [rows for rows in settled if len(rows) > 2 and rows[-1, 0] - rows[0, 0] >= SPAN_S]
+            if not settled:
                 continue
-            found[f"memory_slope_mib_per_h_{role}"] = 3600 * float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0])
-            found[f"memory_span_s_{role}"] = float(settled[-1, 0] - settled[0, 0])
+            centred = np.concatenate([rows - rows.mean(axis=0) for rows in settled])
+            spans = [float(rows[-1, 0] - rows[0, 0]) for rows in settled]
+            slope = float(centred[:, 0] @ centred[:, 1] / (centred[:, 0] @ centred[:, 0]))
+            found[f"memory_slope_mib_per_h_{role}"] = 3600 * slope
+            found[f"memory_span_s_{role}"] = sum(spans)
+            found[f"memory_longest_s_{role}"] = max(spans)
         return found
 
 

@@ -11,18 +11,14 @@ at any time and goes on where it was. What is compared, and when a run stops, is
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from benchmarks.studies.arms import ARMS, CANDIDATES, CAP, POOL, REPORT_SEEDS, SAMPLES, STOP_AT, TUNING_SEEDS
 from benchmarks.studies.report import write_report
-from benchmarks.studies.runs import Records, base_recipe, digest, perform, resolve
+from benchmarks.studies.runs import Records, base_recipe, digest, perform_all, resolve
 from cluster.config import RunConfig
 from cluster.presets import merge
-from prompts.errors import AvatarError
 
 FOLDER = Path("build/study")
 
@@ -32,32 +28,6 @@ def jobs(arms: Sequence[str], seeds: Sequence[int], cache: Path) -> list[tuple[s
     base = base_recipe(POOL, cache, FOLDER)
     base = merge(base, {"evaluation": {"pool": {"every": 1, "samples": SAMPLES, "stop_at": STOP_AT}}})
     return [(name, seed, resolve(base, (ARMS | CANDIDATES)[name], seed, CAP)) for seed in seeds for name in arms]
-
-
-def run(todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int) -> list[str]:
-    """Perform what the records do not have; returns what failed."""
-    started = time.monotonic()
-
-    def one(job: tuple[str, int, RunConfig]) -> str | None:
-        name, seed, config = job
-        key = digest(config)
-        if records.get(name, seed, key) is not None:
-            return None
-        try:
-            found: dict[str, Any] = perform(config)
-        except AvatarError as error:
-            print(f"{name} seed {seed} FAILED: {error}", flush=True)
-            return f"{name} seed {seed}"
-        records.add({"arm": name, "seed": seed, "digest": key, **found})
-        completions, *_, accuracy = found["curve"][-1]
-        minutes = (time.monotonic() - started) / 60
-        print(
-            f"{minutes:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} completions", flush=True
-        )
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        return [failed for failed in pool.map(one, todo) if failed]
 
 
 def main() -> None:
@@ -75,7 +45,7 @@ def main() -> None:
     arms = options.arms or [*ARMS, *(CANDIDATES if options.tune else ())]
     records = Records(FOLDER / "runs.jsonl")
     todo = jobs(arms, seeds, options.cache)
-    failed = [] if options.report else run(todo, records, options.workers)
+    failed = [] if options.report else perform_all(todo, records, options.workers)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed ({', '.join(failed)}): start again to repeat them")
     found = [record for name, seed, config in todo if (record := records.get(name, seed, digest(config)))]

@@ -90,7 +90,7 @@ def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
     """Where the cold-started policy of this recipe lies: equal data, model and settings find it again."""
     assert config.cold_start is not None
     settings = {
-        "sft": config.cold_start.model_dump(mode="json", exclude={"ranks"}),
+        "sft": config.cold_start.model_dump(mode="json", exclude={"ranks", "checkpoint_every"}),
         "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
         "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
         "model": model_digest(base),

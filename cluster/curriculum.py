@@ -1,4 +1,7 @@
-"""Runs the stages of a curriculum in series, each from what the one before made; finished ones are not run again."""
+"""Runs the stages of a curriculum in series, each from what the one before made.
+
+Finished stages are not run again; one that was interrupted goes on from its last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from cluster.assets import Datasets, check_hints, prepare_datasets, read_prompts
 from cluster.disk import replace_text
 from cluster.evaluate import Kinds, PolicyResult, evaluate
 from cluster.replay_import import carry_over
+from cluster.resume import going_on
 from cluster.scoring import check_judge
 from cluster.screen import Screen
-from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, read_state
+from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, Underway, read_state
 from cluster.stage_report import write_stage_report
 from cluster.stages import Curriculum, Stage
-from cluster.training import Run
+from cluster.training import run_to_end
 from prompts.errors import AvatarError, ConfigError, DataError
 from prompts.selection import select
 
+#: What a plan says of a stage that is to be run.
+RUNS = ("run", "go on")
 #: Senses taken away after the last stage, one set at a time.
 MODALITY_CHECK: tuple[Kinds, ...] = (("audio",), ("video",))
 
@@ -59,7 +65,7 @@ class CurriculumRun:
         check_judge(config.rewards)
 
     def plan(self, *, only: str | None = None, first: str | None = None) -> list[tuple[Stage, str]]:
-        """Every stage with what will be done about it: "run", "done before" or "not asked for".
+        """Every stage with what will be done about it: "run", "go on", "done before" or "not asked for".
 
         Raises ConfigError for an unknown stage name, and for one whose predecessor has no result.
         """
@@ -81,7 +87,9 @@ class CurriculumRun:
             forced = only is not None or first == stage.name
             known = record is not None and record.digest == digest and Path(record.checkpoint).is_dir()
             fresh = fresh or forced or not known
-            plan.append((stage, "run" if fresh else "done before"))
+            after_one = any(before in RUNS for _, before in plan)  # which makes something else to start from
+            action = "go on" if not after_one and self.state.begun(stage.name, digest) is not None else "run"
+            plan.append((stage, action if fresh else "done before"))
             parent = digest
         self._check_start(plan)
         return plan
@@ -89,7 +97,7 @@ class CurriculumRun:
     def _check_start(self, plan: Sequence[tuple[Stage, str]]) -> None:
         previous: tuple[Stage, str] | None = None
         for stage, action in plan:
-            if action == "run" and stage.start is None and previous is not None and previous[1] != "run":
+            if action in RUNS and stage.start is None and previous is not None and previous[1] not in RUNS:
                 record = self.state.get(previous[0].name)
                 if record is None or not Path(record.checkpoint).is_dir():
                     raise ConfigError(
@@ -107,18 +115,22 @@ class CurriculumRun:
         for number, (stage, action) in enumerate(plan, 1):
             print(f"stage {number}/{len(plan)} {stage.name}: {action}", flush=True)
             record = self.state.get(stage.name)
-            if action == "run":
+            if action in RUNS:
                 digest = stage.digest(self._datasets[stage.name], parent)
                 self.state.drop_from([later.name for later, _ in plan[number - 1 :]])
-                record = self._run(stage, digest, before)
+                begun = self.state.begun(stage.name, digest) if action == "go on" else None
+                self.state.underway = None
+                record = self._run(stage, digest, before, begun)
                 self.state.stages.append(record)
+                self.state.underway = None
                 self._write()
             parent, before = (record.digest, record) if record is not None else ("", None)
         self._check_senses(self.curriculum.stages[-1])
         self._write()
         return self.state
 
-    def _run(self, stage: Stage, digest: str, before: StageRecord | None) -> StageRecord:
+    def _run(self, stage: Stage, digest: str, before: StageRecord | None, begun: Path | None) -> StageRecord:
+        """The stage, from its start or from the last checkpoint of the run ``begun``."""
         started = time.monotonic()
         config = stage.config
         model = stage.start or (Path(before.checkpoint) if before is not None else None)
@@ -133,7 +145,17 @@ class CurriculumRun:
         if carried is not None:
             config = config.model_copy(update={"loop": config.loop.model_copy(update={"replay_from": carried})})
         with _screen(stage, config.loop.steps) as screen:
-            result = Run(config, screen).execute()
+            resumption = None
+            if begun is not None:
+                resumption = going_on(begun, config, screen.event)
+                screen.event(str(resumption))
+
+            def note(run_id: str) -> None:
+                folder = config.output.folder / run_id
+                self.state.underway = Underway(name=stage.name, digest=digest, run=str(folder.resolve()))
+                self._write()
+
+            result = run_to_end(config, screen, resumption, note)
         if carried is not None:
             shutil.move(carried, result.run / carried.name)
         return StageRecord.of(

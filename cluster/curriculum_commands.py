@@ -56,18 +56,31 @@ def train_curriculum(raw: Overlay, options: argparse.Namespace, rest: Sequence[s
             raise ConfigError(f"--start {options.start} is not a checkpoint folder")
         stages = [replace(s, start=options.start) if s.name == named else s for s in curriculum.stages]
         curriculum = replace(curriculum, stages=tuple(stages))
+    if options.resume not in (None, "auto"):
+        raise ConfigError(
+            f"--resume {options.resume}: a recipe with stages goes on by itself, from its last checkpoint; to run one "
+            "of them again use --stage or --from-stage"
+        )
     if options.dry_run:
         return _show(curriculum, only=options.stage, first=options.from_stage)
+    from cluster.run_commands import stoppable
+    from cluster.shared import placed
+
+    where = tuple(replace(stage, config=placed(stage.config)) for stage in curriculum.stages)
+    curriculum = replace(curriculum, stages=where, folder=where[0].config.output.folder)
+    return stoppable(lambda: _train(curriculum, only=options.stage, first=options.from_stage))
+
+
+def _train(curriculum: Curriculum, *, only: str | None, first: str | None) -> None:
     from cluster.curriculum import CurriculumRun  # brings torch
     from cluster.stage_report import print_stages
 
-    state = CurriculumRun(curriculum).execute(only=options.stage, first=options.from_stage)
+    state = CurriculumRun(curriculum).execute(only=only, first=first)
     console = Console(highlight=False)
     print_stages(state, console)
     console.print(f"report       {curriculum.folder / 'report.html'}", highlight=False)
     if state.stages:
         console.print(f"checkpoint   {state.stages[-1].checkpoint}", highlight=False)
-    return 0
 
 
 def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int:
@@ -89,6 +102,8 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
     print(f"# curriculum folder {curriculum.folder}")
     for name in names:
         known = "has a result" if state.get(name) is not None else "to be run"
+        if state.underway is not None and state.underway.name == name:
+            known = f"begun: {state.underway.run}"
         print(f"#   {name:<34} {known if name in wanted else 'not asked for'}")
     return 0
 

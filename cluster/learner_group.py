@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class LearnerGroup:
             self.recover(step, death)
             if self.buffer.stats().trained_step >= step:
                 self._report("report lost", f"step {step} was committed; its metrics died with the learner")
-                return {"metrics": {}, "samples": []}
+                return {"metrics": {}, "samples": [], "distributions": {}}
 
     def _wait(self, references: list[Any], fleet: Fleet, look: Callable[[], None]) -> str | None:
         """None when all ranks are done, else how one died."""
@@ -76,30 +76,13 @@ class LearnerGroup:
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayActorError as error:
-                    return _last_line(error)
+                    return last_line(error)
                 except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, AvatarError) or (death := self._death(waiting)) is None:
+                    if isinstance(error.cause, AvatarError) or (death := death_among(waiting)) is None:
                         raise unwrap(error) from error
                     return death
             look()
             fleet.reconcile()
-        return None
-
-    def _death(self, waiting: list[Any]) -> str | None:
-        """How one of the ranks still waited for died, if one did: then what another raised was the consequence."""
-        import ray
-
-        rest = list(waiting)
-        while rest:
-            done, rest = ray.wait(rest, num_returns=1, timeout=LAST_WORDS_S)
-            if not done:
-                return None
-            try:
-                ray.get(done[0])
-            except ray.exceptions.RayActorError as error:
-                return _last_line(error)
-            except ray.exceptions.RayTaskError:
-                continue
         return None
 
     def recover(self, step: int, death: str) -> None:
@@ -140,7 +123,7 @@ class LearnerGroup:
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError as error:
-            raise StateLostError(f"the learner died while it loaded its state: {_last_line(error)}") from error
+            raise StateLostError(f"the learner died while it loaded its state: {last_line(error)}") from error
 
     def held(self, version: int) -> bool:
         """Whether the state of ``version`` lies outside the learner."""
@@ -159,7 +142,7 @@ class LearnerGroup:
             try:
                 ray.get([rank.capture_state.remote() for rank in pool.ranks])
             except ray.exceptions.RayActorError as error:
-                raise ResourceError(f"a learner rank died: {_last_line(error)}") from error
+                raise ResourceError(f"a learner rank died: {last_line(error)}") from error
 
         def write(folder: Path) -> dict[str, Any]:
             if held:
@@ -183,10 +166,28 @@ class LearnerGroup:
             except ray.exceptions.RayTaskError as error:
                 raise unwrap(error) from error
             except ray.exceptions.RayActorError as error:
-                self._budget.spend(_last_line(error))
-                self.recover(self.spec.steps, _last_line(error))
+                self._budget.spend(last_line(error))
+                self.recover(self.spec.steps, last_line(error))
 
 
-def _last_line(error: BaseException) -> str:
+def death_among(references: Sequence[Any]) -> str | None:
+    """How one of the ranks still waited for died, if one did: then what another raised was the consequence."""
+    import ray
+
+    rest = list(references)
+    while rest:
+        done, rest = ray.wait(rest, num_returns=1, timeout=LAST_WORDS_S)
+        if not done:
+            return None
+        try:
+            ray.get(done[0])
+        except ray.exceptions.RayActorError as error:
+            return last_line(error)
+        except ray.exceptions.RayTaskError:
+            continue
+    return None
+
+
+def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip()[:200] if lines else type(error).__name__

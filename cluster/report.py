@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.disk import read_jsonl, replace_text
+from cluster.distributions import draw_distributions
 from cluster.metrics import CATALOGUE, describe, members, uncatalogued
 from cluster.plots import draw_plot
 from cluster.screen import duration
-from cluster.telemetry import RunStatus, read_metrics, read_status
+from cluster.telemetry import RunStatus, read_distributions, read_metrics, read_status
 
 Row = dict[str, float | None]
 #: Pairs of held-out answers and training groups shown, and the last events listed.
@@ -49,12 +50,14 @@ def write_report(run: Path) -> Path:
     rows, status = read_metrics(run), read_status(run)
     title = headline(rows)
     plot = draw_plot(rows, run / "plot.png", title)
+    distributions = draw_distributions(read_distributions(run), run / "distributions.png")
     page = _template().render(
         status=status,
         state=STATES.get("lost" if status.lost else status.state, f"{status.state}, still under way"),
         headline=title,
         tiles=tiles(rows, status),
         plot=base64.b64encode(plot.read_bytes()).decode(),
+        distributions=base64.b64encode(distributions.read_bytes()).decode() if distributions else "",
         categories=changes(rows, "eval/accuracy/<category>"),
         needs=changes(rows, "eval/needs/<modality>"),
         ledger=ledger(rows),

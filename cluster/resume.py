@@ -26,7 +26,8 @@ from prompts.errors import ConfigError, DataError
 HARMLESS = (
     "name", "preset", "screen", "output", "evaluation", "probe", "resources", "checkpoint", "supervision",
     "loop.steps", "loop.step_timeout_s", "rollout.workers", "rollout.lease_s", "learner.lease_s", "learner.threads",
-    "learner.reference_cache", "learner.max_skipped", "data.media", "data.template.cache_bytes",
+    "learner.reference_cache", "learner.max_skipped", "cold_start.checkpoint_every",
+    "data.media", "data.template.cache_bytes",
     "buffer.url", "buffer.username", "buffer.password_env", "buffer.password_file", "buffer.tls_ca",
     "buffer.reconnect_s", "buffer.timeout_s", "buffer.memory_limit", "buffer.appendfsync", "buffer.lease_s",
 )  # fmt: skip
@@ -38,6 +39,10 @@ class Resumption:
 
     run: Path
     cut: Cut | None  # None: it ended before its first checkpoint and begins again
+
+    def __str__(self) -> str:
+        where = "from the beginning: it has no checkpoint" if self.cut is None else f"from step {self.cut.step}"
+        return f"resuming {self.run.name} {where}"
 
 
 def find_run(parent: Path, wanted: str, name: str) -> Path | None:
@@ -123,13 +128,21 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
     if run is None:
         on_message("nothing to resume: a new run is started")
         return None
-    check_recipe(run, config)
-    cut = newest_cut(run, on_message)
+    resumption = going_on(run, config, on_message)
+    cut = resumption.cut
     if cut is not None and cut.step >= config.loop.steps and read_status(run).state == "finished":
         raise ConfigError(f"run {run.name} is finished after {cut.step} steps: raise loop.steps to go on with it")
-    where = "from the beginning: it has no checkpoint" if cut is None else f"from step {cut.step}"
-    on_message(f"resuming {run.name} {where}")
-    return Resumption(run, cut)
+    on_message(str(resumption))
+    return resumption
+
+
+def going_on(run: Path, config: RunConfig, on_damage: Callable[[str], None]) -> Resumption:
+    """``run`` from its newest whole checkpoint, also when nothing but its last evaluation is left to do.
+
+    Raises ConfigError listing what of the recipe changed and must not.
+    """
+    check_recipe(run, config)
+    return Resumption(run, newest_cut(run, on_damage))
 
 
 def data_digest(datasets: Datasets) -> str:

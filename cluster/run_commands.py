@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,13 +95,19 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
 
 
 def train_and_summarise(config: RunConfig, resume: str | None) -> int:
-    """Exit codes: 0 finished, or stopped by SIGTERM and saved; 130 after Ctrl-C."""
+    """Run the recipe, then say what it reached; exit code as of ``stoppable``."""
     from cluster.summary import print_summary
-    from cluster.supervision import Stopped
     from cluster.training import train
 
+    return stoppable(lambda: print_summary(config, train(config, resume)))
+
+
+def stoppable(work: Callable[[], None]) -> int:
+    """Exit codes of a training command: 0 finished, or stopped by SIGTERM and saved; 130 after Ctrl-C."""
+    from cluster.supervision import Stopped
+
     try:
-        print_summary(config, train(config, resume))
+        work()
     except Stopped as stopped:
         print(f"avatar: {stopped}; go on with --resume auto", file=sys.stderr)
         return 0 if stopped.number == signal.SIGTERM else 130

@@ -31,6 +31,7 @@ NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # glibc has one heap per thread else, and each keeps what the largest step took
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "DS_ACCELERATOR": "cpu",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,17 @@ def check_durable(config: RunConfig) -> None:
                 f"output.{name}: {path} lies in the job's own copy of the working directory, which Ray deletes after "
                 "the job and other nodes do not see: give an absolute path on storage that all nodes mount"
             )
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The recipe as its actors need it: in a cluster with absolute paths, on storage that outlives the job.
+
+    Raises ConfigError as ``check_durable`` does.
+    """
+    if not (config.resources.address or "RAY_ADDRESS" in os.environ):
+        return config
+    check_durable(config)
+    return anchored(config)
 
 
 def anchored(config: RunConfig) -> RunConfig:

@@ -73,14 +73,30 @@ class StageRecord(Record):
         )
 
 
+class Underway(Record):
+    """A stage that has begun and has no result yet."""
+
+    name: str
+    digest: str  # as its record will have it
+    run: str  # folder
+
+
 class CurriculumState(Record):
-    """Finished stages in the order of the curriculum, and the last policy without one of its senses."""
+    """Finished stages in the order of the curriculum, the one under way, and the last policy without a sense."""
 
     stages: list[StageRecord] = []
+    underway: Underway | None = None
     senses: dict[str, Result] = {}
 
     def get(self, name: str) -> StageRecord | None:
         return next((record for record in self.stages if record.name == name), None)
+
+    def begun(self, name: str, digest: str) -> Path | None:
+        """Run folder of a stage that was interrupted, if settings, data and start are still those it began with."""
+        found = self.underway
+        if found is None or (found.name, found.digest) != (name, digest):
+            return None
+        return Path(found.run) if (Path(found.run) / "status.json").is_file() else None
 
     def drop_from(self, names: Collection[str]) -> None:
         """Forget stages that are to be made anew, and what was measured at the end."""

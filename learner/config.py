@@ -180,3 +180,6 @@ class SftConfig(BaseModel):
     ranks: int = Field(1, ge=1, description="Learner processes during the cold start.")
     micro_batch_tokens: int = Field(16_384, ge=16, description="Padded tokens per micro-batch.")
     seed: int = Field(0, ge=0, description="Order of the prompts.")
+    checkpoint_every: int = Field(
+        100, ge=0, description="Steps between checkpoints that an interrupted cold start goes on from; 0 writes none."
+    )

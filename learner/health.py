@@ -142,15 +142,18 @@ class HealthAccumulator:
             found["age/replay/max"] = float(self._age_max)
         return found
 
-    def loss_profile(self, kind: Kind) -> NDArray[np.float64]:
-        """(20,) mean absolute surrogate loss of a token by normalised position; NaN where no token fell."""
-        sums = self._kinds[kind]
-        empty = np.full(POSITION_BINS, np.nan)
-        return np.divide(sums.position_loss, sums.position_count, out=empty, where=sums.position_count > 0)
-
-    def advantage_histogram(self, kind: Kind) -> NDArray[np.int64]:
-        """Scored completions per bin of ``ADVANTAGE_EDGES``; 0 lies inside the middle one."""
-        return self._kinds[kind].advantages.astype(np.int64)
+    def distributions(self) -> dict[str, list[float]]:
+        """JSON-ready, of each kind that was trained: "advantages/<kind>", (41,) scored completions per bin of
+        ``ADVANTAGE_EDGES``, 0 inside the middle one; and by normalised position "position_loss/<kind>", (20,) sums of
+        the tokens' absolute surrogate loss, and "position_tokens/<kind>", (20,)."""
+        found: dict[str, list[float]] = {}
+        for kind in KINDS:
+            sums = self._kinds[kind]
+            if sums.sums[_TOKENS] or sums.advantages.any():
+                found[f"advantages/{kind}"] = sums.advantages.tolist()
+                found[f"position_loss/{kind}"] = sums.position_loss.tolist()
+                found[f"position_tokens/{kind}"] = sums.position_count.tolist()
+        return found
 
 
 def _means(sums: _KindSums, suffix: str) -> dict[str, float]:

@@ -178,7 +178,7 @@ class LearnerRank(DurableState):
         return answers
 
     def train_step(self, step: int, *, samples: int = 0) -> dict[str, Any]:
-        """Train ``step``, publish the next version and commit; rank 0 returns metrics and sampled groups.
+        """Train ``step``, publish the next version and commit; rank 0 returns metrics, distributions, sampled groups.
 
         Raises ReplayBufferError when the step's groups do not arrive in time.
         """
@@ -210,7 +210,7 @@ class LearnerRank(DurableState):
         metrics = self._metrics(work, gathered) | {"lr": rate, "grad_norm": norm}
         shown = [t for group in work.groups[:samples] for t in group.trajectories]
         rows = [sample_row(t, self.prompts[t.prompt_id], self.encoder.tokenizer) for t in shown]
-        return {"metrics": metrics, "samples": rows}
+        return {"metrics": metrics, "samples": rows, "distributions": gathered.distributions()}
 
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""

@@ -44,7 +44,6 @@ class ColdStart:
             np.array([*tokenizer(target_text(prompt), add_special_tokens=False)["input_ids"], self.end], dtype=np.int32)
             for prompt in self.prompts
         ]
-        self._rows: dict[int, Row] = {}
 
     def run(self, first: int, count: int) -> dict[str, Any]:
         """Updates ``first`` to ``first + count - 1``; returns the mean loss per token and the tokens seen."""
@@ -96,8 +95,6 @@ class ColdStart:
         return float(loss_sum), total
 
     def _row(self, index: int) -> Row:
-        if index not in self._rows:
-            prompt = self.prompts[index]
-            hinted = prompt.extra.get("hinted") == "true"  # rows that teach to follow a hint
-            self._rows[index] = Row((prompt.id, hinted), self.encoder.encode(prompt, hinted), self.targets[index])
-        return self._rows[index]
+        prompt = self.prompts[index]
+        hinted = prompt.extra.get("hinted") == "true"  # rows that teach to follow a hint
+        return Row((prompt.id, hinted), self.encoder.encode(prompt, hinted), self.targets[index])

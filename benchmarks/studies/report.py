@@ -17,7 +17,6 @@ from benchmarks.studies.arms import ARMS, CANDIDATES, CAP, GRPO_ARMS, RATIOS, TA
 from benchmarks.studies.figures import draw_figures
 
 DOCUMENT = Path("docs/science.md")
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 RESAMPLES = 10_000
 
 Record = Mapping[str, Any]
@@ -184,13 +183,14 @@ def _number(value: float, digits: int) -> str:
     return "not reached" if math.isinf(value) else f"{value:,.{digits}f}"
 
 
-def insert(document: Path, text: str) -> None:
-    """Replace what stands between the markers. Raises ValueError when the document has none."""
+def insert(document: Path, text: str, name: str = "study") -> None:
+    """Replace what stands between the markers ``<!-- name: begin -->`` and ``end``. ValueError when there are none."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     whole = document.read_text()
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise ValueError(f"{document} needs one {BEGIN!r} and one {END!r}")
-    head, rest = whole.split(BEGIN)
-    document.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{document} needs one {begin!r} and one {end!r}")
+    head, rest = whole.split(begin)
+    document.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
 def load(path: Path) -> list[dict[str, Any]]:

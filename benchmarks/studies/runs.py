@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ import yaml
 
 from cluster.assets import Datasets, cold_start_folder, prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
+from cluster.distributions import total
 from cluster.presets import Overlay, merge, preset
 from cluster.recipe import check, load_recipe
-from cluster.telemetry import read_metrics
-from prompts.errors import ModelError, ResourceError
+from cluster.telemetry import read_distributions, read_metrics
+from prompts.errors import AvatarError, ModelError, ResourceError
 
 RECIPE = Path("recipes/local.yaml")
 
@@ -133,15 +136,42 @@ def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
         if done.returncode:
             raise ResourceError(f"study run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
         [run] = (folder / "runs").iterdir()
-        return boil_down(read_metrics(run))
+        return boil_down(read_metrics(run), read_distributions(run))
 
 
-def boil_down(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the study keeps of ``read_metrics``' rows.
+def perform_all(todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int) -> list[str]:
+    """Perform what the records do not have; returns what failed."""
+    started = time.monotonic()
+
+    def one(job: tuple[str, int, RunConfig]) -> str | None:
+        name, seed, config = job
+        key = digest(config)
+        if records.get(name, seed, key) is not None:
+            return None
+        try:
+            found: dict[str, Any] = perform(config)
+        except AvatarError as error:
+            print(f"{name} seed {seed} FAILED: {error}", flush=True)
+            return f"{name} seed {seed}"
+        records.add({"arm": name, "seed": seed, "digest": key, **found})
+        completions, *_, accuracy = found["curve"][-1]
+        minutes = (time.monotonic() - started) / 60
+        print(
+            f"{minutes:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} completions", flush=True
+        )
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [failed for failed in pool.map(one, todo) if failed]
+
+
+def boil_down(rows: Sequence[dict[str, Any]], shapes: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What the study keeps of ``read_metrics``' and ``read_distributions``' rows.
 
     ``curve`` has per measurement of the pool [completions, tokens generated, wall s, learner s, optimiser updates,
     accuracy]; the seconds are of training, without start-up and measuring. ``dead`` and ``dead_after`` are the mean
-    shares of fresh and of mixed groups without signal; ``heldout`` is the accuracy before and after.
+    shares of fresh and of mixed groups without signal; ``heldout`` is the accuracy before and after; ``distributions``
+    are sums over all steps.
     """
     curve: list[list[float]] = []
     wall = learner = updates = completions = tokens = 0.0
@@ -166,6 +196,11 @@ def boil_down(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "hinted": sum(row.get("hints/visits") or 0.0 for row in steps),
         "kl_reference": steps[-1].get("kl/reference") if steps else None,
         "entropy": steps[-1].get("entropy") if steps else None,
+        "distributions": {
+            name: [round(value, 4) for value in values.tolist()]
+            for name in sorted({name for row in shapes for name in row} - {"step"})
+            if (values := total(shapes, name)) is not None
+        },
     }
 
 

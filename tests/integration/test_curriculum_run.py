@@ -1,15 +1,22 @@
-"""A small curriculum as a user starts it: cold start, a stage, and a stage whose judge fails for one reply in three."""
+"""A small curriculum as a user starts it: cold start, a stage, and a stage whose judge fails for one reply in three.
+
+Its first life loses a rank in the cold start and is killed in the stage; a second one goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -25,7 +32,8 @@ preset: avatar
 data:
   synthetic: {n_train: 20, n_heldout: 10, n_sft: 16}
   template: {min_pixels: 784, max_pixels: 50176, max_prompt_tokens: 256}
-cold_start: {steps: 2, batch_size: 8, ranks: 1, optimizer: {lr: 1.0e-3}}
+cold_start: {steps: 40, batch_size: 8, ranks: 1, checkpoint_every: 2, optimizer: {lr: 1.0e-4}}
+checkpoint: {every: 1}
 loop: {prompts_per_step: 4, max_staleness: 1}
 rollout:
   max_sequences: 16
@@ -43,7 +51,7 @@ stages:
   - {name: sft, kind: sft}
   - name: see
     select: {categories: [colour, side, direction]}
-    steps: 2
+    steps: 4
   - name: judged
     select: {needs: [[audio], [video, audio]]}
     steps: 3
@@ -58,6 +66,7 @@ stages:
 @dataclass
 class Finished:
     folder: Path
+    killed: str  # output of the life that was killed
     output: str
     requests: int
     again: str  # output of a second run of the same recipe
@@ -79,6 +88,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         places = ["--output.folder", str(folder / "runs"), "--output.cache", str(folder / "cache")]
         command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml"), *places]
 
+        killed = first_life(command, folder)
+
         def run() -> str:
             done = subprocess.run(
                 command,
@@ -93,7 +104,37 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
         output = run()
         asked = len(server.requests)
-        yield Finished(folder, output, asked, run())
+        yield Finished(folder, killed, output, asked, run())
+
+
+def first_life(command: list[str], folder: Path) -> str:
+    """A rank is killed once the cold start has a checkpoint, the driver once the stage ``see`` has one."""
+    log = folder / "killed.log"
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: list((folder / "cache").glob("cold-start-*.partial/step-*")), driver, log)
+        ranks = [child for child in psutil.Process(driver.pid).children(recursive=True) if rank_of(child)]
+        assert ranks
+        for rank in ranks:
+            rank.kill()
+        wait_for(lambda: list((folder / "runs" / "course").glob("see-*/checkpoints/step-*")), driver, log)
+    finally:
+        driver.kill()
+        driver.wait()
+    return log.read_text()
+
+
+def wait_for(found: Callable[[], list[Path]], driver: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not found():
+        assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def rank_of(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "LearnerRank" in " ".join(process.cmdline())
+    return False
 
 
 @pytest.mark.timeout(600)
@@ -147,10 +188,29 @@ def test_kept_replay_is_the_stage_befores_under_the_new_rewards(finished: Finish
     assert not (Path(see.run).parent / "replay-into-judged.jsonl").exists()
 
 
-def test_a_second_run_finds_everything_done(finished: Finished) -> None:
+def test_a_cold_start_goes_on_after_the_death_of_a_rank(finished: Finished) -> None:
+    assert "a cold-start rank died" in finished.killed
+    [step] = re.findall(r"cold start goes on from step (\d+)", finished.killed)
+    assert int(step) % 2 == 0 and 2 <= int(step) < 40
+    assert not list((finished.folder / "cache").glob("cold-start-*.partial"))
+
+
+def test_a_killed_stage_goes_on_from_its_checkpoint(finished: Finished) -> None:
+    see = finished.state.stages[1]
+    assert "see: run" in finished.killed and "see: go on" in finished.output
+    assert [row["step"] for row in read_metrics(Path(see.run)) if row["step"]] == [1, 2, 3, 4]
+    [folder] = (finished.folder / "runs" / "course").glob("see-*")
+    assert folder == Path(see.run)  # no second run of the stage
+    [resumed] = re.findall(r"resuming see-\S+ from step (\d)", finished.output)
+    assert int(resumed) >= 1 and finished.state.underway is None
+    assert see.completions >= 4 * 4 * 4  # of both lives: steps, prompts, completions of a group
+
+
+def test_another_run_finds_everything_done(finished: Finished) -> None:
     assert "held-out accuracy after each stage" in finished.output
+    assert "sft: done before" in finished.output and "judged: run" in finished.output
     for name in ("sft", "see", "judged"):
-        assert f"{name}: run" in finished.output and f"{name}: done before" in finished.again
+        assert f"{name}: done before" in finished.again
     report = finished.folder / "runs" / "course" / "report.html"
     assert '<th class="n">judged</th>' in report.read_text()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from learner.config import OptimizerConfig, SftConfig
@@ -14,6 +15,7 @@ from learner.engine import TrainEngine
 from learner.model import load_model
 from learner.policy import Policy
 from learner.sft import ColdStart, target_text
+from learner.state import Files, capture, restore, write_files
 from prompts.config import TemplateConfig
 from prompts.errors import DataError
 from prompts.record import Prompt
@@ -74,7 +76,20 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         config = SftConfig(steps=20, batch_size=5, warmup=2, optimizer=optimizer())
         start = cold_start(folder / "model", config)
         found["long"] = [start.run(first, 5) for first in range(0, 20, 5)]
+    # As many updates in two lives, through the files of a checkpoint.
+    write_files(
+        capture_after(cold_start(folder / "model", SHORT, rank=rank, ranks=ranks), 2, rank), folder / f"{ranks}"
+    )
+    dist.barrier()
+    later = cold_start(folder / "model", SHORT, rank=rank, ranks=ranks)
+    restore(later.engine, rank, folder / f"{ranks}")
+    found["resumed"] = {"reports": [later.run(2, 1)], "weights": later.engine.state_dict()}
     return {"sft": found}
+
+
+def capture_after(start: ColdStart, updates: int, rank: int) -> Files:
+    start.run(0, updates)
+    return capture(start.engine, rank)
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------
@@ -152,6 +167,13 @@ def test_loss_and_weights_are_those_computed_by_hand(folder: Path, by_hand: ByHa
     assert [report["update"] for report in found["reports"]] == [1, 2, 3]
     weights = dict(by_hand.model.named_parameters())
     assert difference(found["weights"], {name: p.detach() for name, p in weights.items()}) < 2e-3 * max(RATES)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_cold_start_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ranks: int) -> None:
+    whole, resumed = (rank_results(folder, "sft", ranks)[name] for name in ("16384", "resumed"))
+    assert resumed["reports"] == whole["reports"][2:]
+    assert difference(resumed["weights"], whole["weights"]) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -11,7 +11,7 @@ from rich.console import Console
 from cluster.cli import main
 from cluster.curriculum import CurriculumRun
 from cluster.recipe import load_recipe
-from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, read_state
+from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, Underway, read_state
 from cluster.stage_report import footers, markdown, print_stages
 from cluster.stages import Curriculum, resolve
 from prompts.errors import ConfigError, DataError
@@ -166,6 +166,42 @@ def test_a_changed_stage_and_all_that_follow_from_it_run_again(
     again = prepared(raw)
     again.state = run.state
     assert actions(again) == expected
+
+
+def begin(run: CurriculumRun, name: str) -> Path:
+    """Pretend that a stage was interrupted."""
+    parent = ""
+    for stage in run.curriculum.stages:
+        parent = stage.digest(run._datasets[stage.name], parent)
+        if stage.name == name:
+            folder = run.curriculum.folder / f"{name}-1"
+            folder.mkdir(parents=True)
+            (folder / "status.json").write_text("{}")
+            run.state.underway = Underway(name=name, digest=parent, run=str(folder))
+            return folder
+    raise AssertionError(name)
+
+
+def test_an_interrupted_stage_goes_on(raw: dict[str, Any]) -> None:
+    run = prepared(raw)
+    finish(run, 1)
+    folder = begin(run, "see")
+    assert actions(run) == ["done before", "go on", "run"]
+    assert actions(run, only="see") == ["not asked for", "go on", "not asked for"]
+    (folder / "status.json").unlink()  # killed before it had a folder
+    assert actions(run) == ["done before", "run", "run"]
+
+
+def test_an_interrupted_stage_that_is_another_one_now_runs_from_its_start(raw: dict[str, Any]) -> None:
+    run = prepared(raw)
+    finish(run, 2)
+    begin(run, "hear")
+    assert actions(run) == ["done before", "done before", "go on"]
+    assert actions(run, first="see") == ["not asked for", "run", "run"]  # it started from another policy
+    raw["stages"][2].update(steps=8)
+    changed = prepared(raw)
+    changed.state = run.state
+    assert actions(changed) == ["done before", "done before", "run"]
 
 
 def test_a_changed_dataset_runs_everything_again(raw: dict[str, Any]) -> None:

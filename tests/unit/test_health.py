@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.distributions import advantage_shares, loss_by_position
 from learner.advantages import Advantages, rewards_tensor, step_advantages
 from learner.config import ObjectiveConfig
 from learner.health import ADVANTAGE_EDGES, HealthAccumulator
@@ -91,7 +92,9 @@ def test_merging_parts_changes_nothing() -> None:
     assert parts.metrics() == pytest.approx(whole.metrics(), abs=1e-12)
     assert set(parts.metrics()) == set(whole.metrics())
     for kind in ("fresh", "replay"):
-        np.testing.assert_allclose(parts.loss_profile(kind), whole.loss_profile(kind), atol=1e-12)
+        left, right = (loss_by_position([health.distributions()], kind) for health in (parts, whole))
+        assert left is not None and right is not None
+        np.testing.assert_allclose(left, right, atol=1e-12)
 
 
 def test_loss_profile_shows_the_parabola() -> None:
@@ -105,13 +108,14 @@ def test_loss_profile_shows_the_parabola() -> None:
     health = HealthAccumulator()
     weights = tas_weights(mask, dtype=torch.float64)
     health.add(policy_loss(logprobs, logprobs, mask, advantages, weights, replay, None, config, totals=totals))
-    profile = health.loss_profile("fresh")
+    profile = loss_by_position([health.distributions()] * 2, "fresh")  # two steps alike
+    assert profile is not None
     position = np.arange(41) / 40
     weight = 1 + 0.3 * (2 * position - 1) ** 2
     for index in range(20):
         inside = np.minimum(np.floor(position * 20 + 1e-9), 19) == index
         assert profile[index] == pytest.approx(weight[inside].mean(), abs=1e-12)
-    assert np.isnan(health.loss_profile("replay")).all()
+    assert loss_by_position([health.distributions()], "replay") is None
     assert not {name for name in health.metrics() if "replay" in name or name.startswith(("entropy", "kl/ref"))}
 
 
@@ -129,10 +133,12 @@ def test_groups_advantages_and_ages() -> None:
     assert found["groups/dead_after"] == pytest.approx(1 / 3)
     assert found["age/replay/mean"] == 3.5
     assert found["age/replay/max"] == 5
-    fresh = health.advantage_histogram("fresh")
+    fresh = np.array(health.distributions()["advantages/fresh"])
     assert fresh.sum() == 5  # the masked reward is not counted
     assert fresh[len(fresh) // 2] == 3  # two failures of group 1 and the lone member are exactly 0
-    assert health.advantage_histogram("replay").sum() == 2
+    assert sum(health.distributions()["advantages/replay"]) == 2
+    shares = advantage_shares([health.distributions()], "fresh")
+    assert shares is not None and shares[len(shares) // 2] == pytest.approx(0.6)
 
 
 def test_advantages_outside_the_edges_are_counted_in_the_last_bins() -> None:
@@ -140,7 +146,7 @@ def test_advantages_outside_the_edges_are_counted_in_the_last_bins() -> None:
     dead = torch.zeros(1, dtype=torch.bool)
     health = HealthAccumulator()
     health.add_step(Advantages(values, torch.ones(3, dtype=torch.bool), dead, dead), dead.expand(3))
-    counts = health.advantage_histogram("fresh")
+    counts = health.distributions()["advantages/fresh"]
     assert (counts[0], counts[-1], counts[len(counts) // 2]) == (1, 1, 1)
     assert len(counts) == len(ADVANTAGE_EDGES) - 1
 

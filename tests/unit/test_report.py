@@ -63,6 +63,9 @@ def make_run(path: Path, state: str = "finished") -> Path:
             "completions/generated": 32 * step, f"mine/{EVIL}": 1.0, "ledger/generated": 8 * step,
             "ledger/trained_fresh": 8 * step - 3, "ledger/replay_only": 1, "ledger/dropped": 1, "ledger/in_flight": 1,
         })  # fmt: skip
+        run.distributions(
+            step, {"advantages/fresh": [0, 8, 0], "position_loss/fresh": [4, 1], "position_tokens/fresh": [2, 0]}
+        )
     run.samples(3, [{"prompt_id": "t", "text": EVIL, "reward": 0.5, "components": {"format": 1.0}}])
     run.metrics(3, {"eval/accuracy": 0.74, f"eval/accuracy/{EVIL}": 0.7, "eval/needs/audio": 0.25})
     run.samples(3, [answer("a", 1.0), answer("b", 1.0)], kind="eval")
@@ -92,13 +95,14 @@ def test_headline_and_tables_are_on_the_page(page: tuple[str, Page]) -> None:
 
 def test_nothing_from_a_completion_becomes_markup(page: tuple[str, Page]) -> None:
     source, parsed = page
-    assert "script" not in parsed.tags and parsed.tags.count("img") == 1 and not parsed.open
+    assert "script" not in parsed.tags and parsed.tags.count("img") == 2 and not parsed.open
     assert parsed.text.count("alert('x')") >= 8  # shown as text: category, question, answer, completion, event, config
     assert "hunter2" not in source
 
 
 def test_the_page_needs_no_other_file(page: tuple[str, Page]) -> None:
-    assert len(page[1].sources) == 1 and page[1].sources[0].startswith("data:image/png;base64,")
+    assert len(page[1].sources) == 2  # plots
+    assert all(source.startswith("data:image/png;base64,") for source in page[1].sources)
     assert "http://" not in page[0] and "https://" not in page[0]
 
 

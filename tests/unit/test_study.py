@@ -10,8 +10,11 @@ from statistics import median
 import pytest
 
 from benchmarks.studies.arms import ARMS, CANDIDATES, GRPO_ARMS, RATIOS, REPORT_SEEDS, TUNING_SEEDS
-from benchmarks.studies.report import BEGIN, END, LEARNER, Study, bootstrap, insert, passage, ratio
+from benchmarks.studies.report import LEARNER, Study, bootstrap, insert, passage, ratio
 from benchmarks.studies.runs import Records, boil_down, digest, resolve
+from benchmarks.studies.sweep_arms import ARMS as SWEPT
+from benchmarks.studies.sweep_arms import BASE, COMPLETIONS, SWEEPS, measured_every
+from benchmarks.studies.sweep_report import mean_accuracy
 from cluster.presets import Overlay
 
 INF = math.inf
@@ -91,6 +94,24 @@ def test_the_digest_follows_what_may_change_a_run_and_nothing_else(tmp_path: Pat
     assert digest(config) != first
 
 
+@pytest.mark.parametrize("arm", SWEPT)
+def test_every_arm_of_the_sweeps_is_measured_after_as_many_completions(arm: str, tmp_path: Path) -> None:
+    config = resolve(_base(tmp_path), SWEPT[arm], 0, COMPLETIONS)
+    per_step = config.loop.prompts_per_step * config.loop.fresh
+    assert config.loop.steps * per_step == COMPLETIONS == 576
+    assert measured_every(SWEPT[arm]) * per_step == max(32, per_step)
+    assert config.loop.fresh + config.loop.replayed == 8
+
+
+def test_every_panel_of_the_sweeps_shows_known_arms_around_the_same_one() -> None:
+    shown = {arm for entries in SWEEPS.values() for _, arm in entries}
+    assert shown == set(SWEPT) and all(BASE in [arm for _, arm in entries] for entries in SWEEPS.values())
+
+
+def test_the_area_under_a_curve_is_its_mean_accuracy() -> None:
+    assert mean_accuracy(record("a", 0, (0, 0.2), (64, 0.4), (192, 0.4))) == pytest.approx((64 * 0.3 + 128 * 0.4) / 192)
+
+
 @pytest.mark.parametrize("arm", [*ARMS, *CANDIDATES])
 def test_every_arm_resolves_to_as_many_steps_as_its_completions_take(arm: str, tmp_path: Path) -> None:
     loop = resolve(_base(tmp_path), (ARMS | CANDIDATES)[arm], 0, 1000).loop
@@ -121,16 +142,21 @@ def test_a_run_is_boiled_down_to_its_measurements() -> None:
         step(1, 64),
         step(2, 128, **{"pool/accuracy": 0.5}),
     ]
-    found = boil_down([*rows, {"step": 3, "eval/accuracy": 0.6}])
+    shapes = [{"step": n, "advantages/fresh": [n, 1]} for n in (1, 2)] + [{"step": 3, "advantages/replay": [4]}]
+    found = boil_down([*rows, {"step": 3, "eval/accuracy": 0.6}], shapes)
+    assert found["distributions"] == {"advantages/fresh": [3, 2], "advantages/replay": [4]}
     assert found["curve"] == [[0, 0, 0, 0, 0, 0.4], [128, 2560, 1.0, 0.5, 8, 0.5]]
     assert found["heldout"] == [0.3, 0.6] and found["dead"] == 0.5 and found["dead_after"] is None
 
 
 def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "science.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    insert(page, "new")
-    assert page.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    begin, end = "<!-- sweeps: begin -->", "<!-- sweeps: end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    insert(page, "new", "sweeps")
+    assert page.read_text() == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    with pytest.raises(ValueError, match="needs one '<!-- study: begin -->'"):
+        insert(page, "new")
     page.write_text("no markers")
     with pytest.raises(ValueError, match="needs one"):
         insert(page, "new")

@@ -1,0 +1,129 @@
+"""An hour of the local run with random kills -> build/bench/soak.json; ``make bench NAME=soak ARGS='--minutes 60'``.
+
+Every ``--every`` seconds on average (exponential), at any moment, one part of the job is killed with SIGKILL: a rollout
+actor, the reward actor, the learner, Redis or the driver. When the time is over the job is asked to stop (SIGTERM, a
+checkpoint), then ends a few steps later by itself, so that the books can be closed as in the chaos benchmark. The
+private memory of every process is sampled meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.chaos import ROLES, Books, Job, Observer, check_books
+from benchmarks.footprint import Footprint
+from benchmarks.harness import Figures
+from cluster.telemetry import read_status
+
+LAST_STEPS = 5  # of the life that ends by itself
+ENDLESS = 1_000_000
+
+
+class Soak:
+    """Keeps the job alive and kills parts of it."""
+
+    def __init__(self, job: Job, observer: Observer, rng: random.Random, every_s: float) -> None:
+        self.job, self.observer, self.rng, self.every_s = job, observer, rng, every_s
+        self.killed: Counter[str] = Counter()
+        self.unplanned = 0
+
+    def run(self, deadline: float) -> None:
+        due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
+        while time.monotonic() < deadline:
+            self._keep_alive()
+            if time.monotonic() >= due:
+                role = self.rng.choice(list(ROLES))
+                due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
+                self._kill(role)
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """As a scheduler asks a job to go away. Raises RuntimeError when it ends otherwise than saved."""
+        self._keep_alive()
+        self.job.process.send_signal(signal.SIGTERM)
+        if code := self.job.process.wait(120):
+            raise RuntimeError(f"SIGTERM ended the job with {code}: see {self.job.log}")
+
+    def _kill(self, role: str) -> None:
+        pid = self.job.pid_of(role) if self.job.running() else None
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGKILL)
+        if role == "driver":
+            self.job.process.wait()
+            self.job.start()
+        self.killed[role] += 1
+        steps = self.observer.books.commits
+        print(f"{time.strftime('%H:%M:%S')}  {role:<8} killed after {steps} commits", flush=True)
+
+    def _keep_alive(self) -> None:
+        if not self.job.running():
+            self.unplanned += 1
+            if self.unplanned > 3:
+                raise RuntimeError(f"the job ended by itself {self.unplanned} times: see {self.job.log}")
+            self.job.start()
+        elif not self.observer.connected:
+            self.job.look_for_redis()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=150, help="mean seconds between kills")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("build/soak"), help="where the run goes")
+    options, overrides = parser.parse_known_args()
+    work: Path = options.work / time.strftime("%Y%m%d-%H%M%S")
+    work.mkdir(parents=True)
+    # A small constant rate: what is asked here is not what it learns, but that it can go on for long.
+    fixed = [
+        "--learner.schedule", "constant", "--learner.warmup", "0", "--learner.optimizer.lr", "1.0e-5",
+        "--checkpoint.every", "50", "--evaluation.every", "500", "--output.export", "false",
+        "--screen", "plain", *overrides,
+    ]  # fmt: skip
+    begin = [sys.executable, "-m", "cluster.cli", "train", str(options.recipe), *fixed]
+    places = ["--output.folder", str(work / "runs"), "--resume", "auto"]
+    books, footprint = Books(), Footprint(ROLES)
+    observer = Observer(books)
+    started = time.monotonic()
+    job = Job([*begin, "--loop.steps", str(ENDLESS), *places], work / "runs", work / "soak.log", observer, footprint)
+    soak = Soak(job, observer, random.Random(options.seed), options.every)
+    try:
+        soak.run(started + 60 * options.minutes)
+        soak.stop()
+        run = job.run_folder()
+        assert run is not None
+        steps = read_status(run).step + LAST_STEPS
+        job.command = [*begin, "--loop.steps", str(steps), *places]
+        job.start()
+        while job.running():
+            if not observer.connected:
+                job.look_for_redis()
+            time.sleep(0.2)
+        if job.process.returncode:
+            raise RuntimeError(f"the last life ended with {job.process.returncode}: see {job.log}")
+    finally:
+        observer.close()
+        footprint.close()
+        if job.running():
+            job.process.send_signal(signal.SIGTERM)
+            job.process.wait(120)
+    figures = Figures("soak")
+    figures.add({"minutes": (time.monotonic() - started) / 60, "steps": steps, "lives": job.lives})
+    figures.add({"kills": sum(soak.killed.values()), "unplanned_exits": soak.unplanned})
+    figures.add({f"kills_{role}": count for role, count in sorted(soak.killed.items())})
+    check_books(run, books, steps, figures)
+    figures.add(footprint.figures())
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()
