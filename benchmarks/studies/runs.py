@@ -21,12 +21,14 @@ import yaml
 from cluster.assets import Datasets, cold_start_folder, prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.distributions import total
+from cluster.evaluate import evaluate
 from cluster.presets import Overlay, merge, preset
 from cluster.recipe import check, load_recipe
+from cluster.screen import Screen
 from cluster.telemetry import read_distributions, read_metrics
-from prompts.errors import AvatarError, ModelError, ResourceError
+from prompts.errors import AvatarError, ResourceError
 
-RECIPE = Path("recipes/local.yaml")
+RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,11 @@ class Pool:
 
 
 def base_recipe(pool: Pool, cache: Path, folder: Path) -> Overlay:
-    """The local recipe as a study run: from the cached cold start, on the pool, generation and learning in turn.
-
-    Raises ModelError when the cold start was never made.
-    """
+    """The study's recipe: from its cold start, on the pool, generation and learning in turn."""
     local = load_recipe(RECIPE, [("output.cache", str(cache))])
     datasets, base = prepare_datasets(local, print), prepare_base_model(local, print)
-    start = _cold_start(local, base, datasets, cache)
     folder.mkdir(parents=True, exist_ok=True)
+    start = _cold_start(local, base, datasets, folder)
     assert datasets.heldout is not None
     raw: Overlay = yaml.safe_load(RECIPE.read_text())
     del raw["preset"], raw["cold_start"]
@@ -79,11 +78,14 @@ def base_recipe(pool: Pool, cache: Path, folder: Path) -> Overlay:
     )
 
 
-def _cold_start(local: RunConfig, base: Path, datasets: Datasets, cache: Path) -> Path:
+def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) -> Path:
+    """From the cache; trained first (about 5 minutes) where it has none."""
     assert datasets.sft is not None
     start = cold_start_folder(local, base, datasets.sft).resolve()
     if not start.is_dir():
-        raise ModelError(f"{cache} has no cold start of {RECIPE}: run `make demo` once, or name its cache by --cache")
+        output = local.output.model_copy(update={"folder": folder / "start"})
+        with Screen(1, None, title="cold start") as screen:
+            evaluate(local.model_copy(update={"output": output}), screen)
     return start
 
 
