@@ -24,6 +24,7 @@ from actors.config import SamplingConfig
 from actors.delivery import Delivery, Work, quarantine
 from actors.spec import RolloutSpec
 from prompts.errors import AvatarError
+from prompts.heap import HeapTrimmer
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class RolloutActor:
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._drain = threading.Event()
+        self._heap = HeapTrimmer(active=self.engine.device == "cpu")
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
@@ -302,6 +304,7 @@ class RolloutActor:
                 self.buffer.renew(self.name, held, lease_s=self.spec.lease_s)
             self.buffer.beat("rollout", self.name, self.tokens)
             self.buffer.put_fact(f"rollout/{self.name}", self.stats())
+            self._heap.trim()
 
     def _give_up(self, lease: TicketLease, error: AvatarError) -> None:
         quarantine(self.buffer, lease, error)

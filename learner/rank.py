@@ -43,6 +43,7 @@ from learner.state import DurableState
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
 from prompts.datasets import PromptIndex
 from prompts.errors import ModelError, ReplayBufferError
+from prompts.heap import HeapTrimmer
 from prompts.media import MediaLoader
 from prompts.template import EncodedPrompt, PromptEncoder
 
@@ -87,6 +88,7 @@ class LearnerRank(DurableState):
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         self.encoder = PromptEncoder(spec.model, MediaLoader(spec.media, base=Path(".")), spec.template)
         self.engine: TrainEngine
+        self.heap: HeapTrimmer
         self.reference: ReferencePolicy | None = None
         self.buffer: ReplayBuffer | None = None
         self.publisher: Publisher | None = None
@@ -114,6 +116,7 @@ class LearnerRank(DurableState):
             MASTER_ADDR=address, MASTER_PORT=str(port),
         )  # fmt: skip
         spec, on_gpu = self.spec, torch.cuda.is_available()
+        self.heap = HeapTrimmer(active=not on_gpu)
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
@@ -157,6 +160,7 @@ class LearnerRank(DurableState):
     def sft(self, first: int, count: int) -> dict[str, Any]:
         """``count`` cold-start updates from ``first``: mean loss per token and tokens seen."""
         assert self.cold_start is not None
+        self.heap.trim()
         return self.cold_start.run(first, count)
 
     # -- RL --------------------------------------------------------------------------------------------------------
@@ -203,6 +207,7 @@ class LearnerRank(DurableState):
             weights = self.engine.state_dict()
             if self.rank == 0:
                 self._commit(work, weights)
+        self.heap.trim()
         gathered = self._gather(health)
         self._count_skipped(gathered)
         if self.rank != 0:

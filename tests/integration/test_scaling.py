@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from buffer_service.config import BufferConfig
+from buffer_service.store import ReplayBuffer
 from cluster.buffer_commands import open_buffer
 from cluster.scale import scale
 from cluster.telemetry import read_metrics
@@ -73,3 +77,34 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) 
         assert sum(books.dropped.values()) == books.replay_only == 0
         stats = buffer.stats()
         assert stats.leased == 0 and stats.counters.get("leases_expired", 0) == 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_asked_again(tmp_path: Path) -> None:
+    process = start(tmp_path, *LIGHT, "--rollout.workers", "2", "--rollout.drain_s", "2")
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.search(r"step +2/", line):
+                break
+        [run] = (tmp_path / "runs").iterdir()
+        redis = (run / "redis" / "lock").read_text().strip()  # names its socket
+        with ReplayBuffer.attach(BufferConfig(), run.name, redis) as buffer:
+            fact = buffer.get_fact("rollout/rollout-1")
+        assert fact is not None
+        stuck = psutil.Process(int(fact["pid"]))
+        stuck.suspend()
+        assert scale(run, 1).endswith("2 -> 1 desired")
+        until(lambda: "rollout-1 was killed" in (run / "events.jsonl").read_text(), "the end of an actor that hangs")
+        until(lambda: not stuck.is_running() or stuck.status() == psutil.STATUS_ZOMBIE, "the end of its process")
+        steps = len(sizes(run))
+        until(lambda: len(sizes(run)) > steps + 2, "steps with one actor")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    with open_buffer(str(run), url=None) as buffer:
+        books = buffer.check_ledger()
+        assert books.trained_fresh == 4 * buffer.version() and books.duplicates == 0
+        assert sum(books.dropped.values()) == books.replay_only == 0

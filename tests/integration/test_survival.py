@@ -231,6 +231,37 @@ def test_a_learner_whose_state_nobody_holds_takes_the_run_back_to_its_checkpoint
     assert_the_same(job.run, peaceful, folder / "model")
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_two_ranks_that_die_in_mid_run_change_nothing(folder: Path, tmp_path: Path) -> None:
+    """Both at once, then the second alone, which leaves the first in the middle of a collective."""
+    two = ("--learner.ranks", "2", "--learner.optimizer.zero_stage", "2")
+    peace = Job(folder, tmp_path / "peace", *two)
+    output = peace.finish()
+    assert peace.process.returncode == 0, output[-3000:]
+    job = Job(folder, tmp_path / "killed", *two)
+    try:
+        job.until("step  1/")
+        ranks = [child for child in descendants(job.process.pid) if "LearnerRank" in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.kill()
+        job.until("learner restarted")
+        job.until(" step ")
+        *_, second = sorted(
+            (child for child in descendants(job.process.pid) if "LearnerRank" in " ".join(child.cmdline())),
+            key=lambda child: child.create_time(),
+        )
+        second.kill()
+        job.until("learner restarted")
+        output = job.finish()
+        assert job.process.returncode == 0, output[-3000:]
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()
+    assert_the_same(job.run, peace.run, folder / "model")
+
+
 def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Path, tmp_path: Path) -> None:
     changed = Job(folder, peaceful.parent, "--resume", peaceful.name, "--learner.optimizer.lr", "1.0e-3")
     output = changed.finish()

@@ -1,0 +1,40 @@
+"""Memory back to the system: what is freed in the middle of glibc's heap stays with the process, unless it is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+EVERY_S = 30.0
+
+
+def _glibc_trim() -> Callable[[int], int] | None:
+    """``malloc_trim``, where the C library has it."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS
+        return None
+
+
+class HeapTrimmer:
+    """``trim`` is called often, between two pieces of work, and does something every ``every_s`` seconds.
+
+    Tensors of ever new shapes leave holes of all sizes, so that the heap of a worker on a CPU grows for hours while no
+    more of it is in use. A trim takes milliseconds; the pages that are needed again come back one fault at a time.
+    """
+
+    def __init__(self, *, active: bool, every_s: float = EVERY_S) -> None:
+        self._release = _glibc_trim() if active else None
+        self._every_s, self._last = every_s, time.monotonic()
+        self.seconds = 0.0  # spent in all trims
+        self.count = 0
+
+    def trim(self) -> None:
+        now = time.monotonic()
+        if self._release is None or now - self._last < self._every_s:
+            return
+        self._release(0)
+        self._last = time.monotonic()
+        self.seconds += self._last - now
+        self.count += 1
