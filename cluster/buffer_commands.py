@@ -15,7 +15,10 @@ from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.telemetry import Stats
+from cluster.telemetry import ENDED, read_status
 from prompts.errors import ConfigError
+
+READS = ("inspect", "export", "snapshot")  # may be done to a run under way
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,8 +49,9 @@ def run(options: argparse.Namespace) -> int:
     """Exit code 0; errors are AvatarError children."""
     command = options.run_command
     with open_buffer(
-        options.run, url=options.url, password_env=options.password_env, create=command == "import"
-    ) as buffer:
+        options.run, url=options.url, password_env=options.password_env, create=command == "import",
+        under_way=command in READS,
+    ) as buffer:  # fmt: skip
         if command == "inspect":
             buffer.check_ledger()
             Console().print(stats_table(buffer.run_id, buffer.stats()))
@@ -81,13 +85,13 @@ def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
 
 @contextmanager
 def open_buffer(
-    run: str, *, url: str | None, password_env: str | None = None, create: bool = False
+    run: str, *, url: str | None, password_env: str | None = None, create: bool = False, under_way: bool = False
 ) -> Iterator[ReplayBuffer]:
     """The run at ``url`` with the settings it has (``create``: a new one where there is none), or the embedded one of a
-    run folder, started from its append-only file.
+    run folder, started from its append-only file; ``under_way``: of a run that goes on, the server it has.
 
-    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (then give its URL), and
-    as ``ReplayBuffer.attach`` does.
+    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (unless ``under_way``),
+    and as ``ReplayBuffer.attach`` does.
     """
     if url is not None:
         with ReplayBuffer.attach(BufferConfig(password_env=password_env), run, url, create=create) as buffer:
@@ -98,11 +102,25 @@ def open_buffer(
     if not recipe.is_file() or not data.is_dir():
         raise ConfigError(f"{folder} is not a run folder with an embedded buffer: give one of `avatar runs`, or --url")
     config = BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
+    if under_way and (server_url := running_server(folder)) is not None:
+        with ReplayBuffer.attach(config, folder.resolve().name, server_url) as buffer:
+            yield buffer
+        return
     with (
         EmbeddedRedis(data, appendfsync=config.appendfsync) as server,
         ReplayBuffer.connect(config, folder.resolve().name, url=server.url) as buffer,
     ):
         yield buffer
+
+
+def running_server(folder: Path) -> str | None:
+    """URL of the embedded server of a run that is under way on this machine, as it wrote it into the lock of its data
+    folder; None when there is none."""
+    lock = folder / "redis" / "lock"
+    if not (folder / "status.json").is_file() or not lock.is_file():
+        return None
+    status = read_status(folder)
+    return None if status.lost or status.state in ENDED else lock.read_text().strip() or None
 
 
 def stats_table(run_id: str, stats: Stats) -> Table:

@@ -8,9 +8,10 @@ import yaml
 
 from buffer_service.config import BufferConfig
 from buffer_service.store import ReplayBuffer
+from cluster.buffer_commands import running_server
 from cluster.config import RolloutSection
 from cluster.fleet import DESIRED
-from cluster.telemetry import MASK, read_status
+from cluster.telemetry import ENDED, MASK, read_status
 from prompts.errors import ConfigError
 
 RECONNECT_S = 2.0  # the run is there or it is not
@@ -27,7 +28,7 @@ def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
     if not recipe.is_file():
         raise ConfigError(f"{folder} is not a run folder: give one of `avatar runs`")
     status = read_status(folder)
-    if status.lost or status.state in ("finished", "interrupted", "failed"):
+    if status.lost or status.state in ENDED:
         state = "lost" if status.lost else status.state
         raise ConfigError(f"run {status.run_id} is {state}: only a run under way can be scaled")
     settings = yaml.safe_load(recipe.read_text())
@@ -36,19 +37,12 @@ def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
         most = "any number" if rollout.max_workers is None else str(rollout.max_workers)
         raise ConfigError(f"run {status.run_id} allows {rollout.min_workers} to {most} rollout workers, not {workers}")
     config = BufferConfig.model_validate(settings["buffer"] | {"url": None, "reconnect_s": RECONNECT_S})
-    where = url or settings["buffer"]["url"] or _embedded(folder)
+    where = url or settings["buffer"]["url"] or running_server(folder)
+    if where is None:
+        raise ConfigError(f"{folder} names no Redis: give the run's with --url")
     if MASK in where:
         raise ConfigError("the run's Redis URL holds a password, which its config.yaml does not keep: give --url")
     with ReplayBuffer.attach(config, status.run_id, where) as buffer:
         before = buffer.desired(DESIRED)
         buffer.set_desired(DESIRED, workers)
     return f"rollout workers of {status.run_id}: {rollout.workers if before is None else before} -> {workers} desired"
-
-
-def _embedded(folder: Path) -> str:
-    """URL of the server that the run started, as it wrote it into the lock of its data folder."""
-    lock = folder / "redis" / "lock"
-    found = lock.read_text().strip() if lock.is_file() else ""
-    if not found:
-        raise ConfigError(f"{folder} names no Redis: give the run's with --url")
-    return found

@@ -46,6 +46,7 @@ MASK = "********"
 DISTRIBUTIONS = "distributions.jsonl"
 
 State = Literal["setting up", "training", "evaluating", "finished", "interrupted", "failed"]
+ENDED: tuple[State, ...] = ("finished", "interrupted", "failed")
 
 
 class RunStatus(BaseModel):
@@ -70,7 +71,7 @@ class RunStatus(BaseModel):
     @property
     def lost(self) -> bool:
         """True when the run claims to be under way but its process on this host is gone."""
-        if self.state in ("finished", "interrupted", "failed") or self.host != socket.gethostname():
+        if self.state in ENDED or self.host != socket.gethostname():
             return False
         try:
             return psutil.Process(self.pid).create_time() > self.started + 1  # the id was given to another process

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
 from cluster.cli import main
+from cluster.telemetry import RunStatus
 from tests.buffer_records import make_group
 
 CONFIG = BufferConfig(capacity=60, warm_up=0, appendfsync="always")  # not the default settings
@@ -114,6 +118,23 @@ def test_a_run_that_goes_on_is_not_opened_twice(folder: Path, capsys: pytest.Cap
         with pytest.raises(BufferSetupError, match="in use"):
             EmbeddedRedis(folder / "redis", start_s=0.1).start()
     assert main(["buffer", "inspect", str(folder)]) == 0  # the lock goes with the server
+
+
+def test_a_run_under_way_is_looked_at_where_it_is_and_not_replaced(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.time()
+    status = RunStatus(run_id="toy-1", started=now, updated=now, host=socket.gethostname(), pid=os.getpid())
+    (folder / "status.json").write_text(status.model_dump_json())
+    with EmbeddedRedis(folder / "redis"):
+        assert main(["buffer", "inspect", str(folder)]) == 0
+        assert "6 trajectories, 3 successes" in capsys.readouterr().out
+        assert main(["buffer", "snapshot", str(folder), str(folder / "it.snap")]) == 0
+        for command in (["clear", str(folder)], ["import", str(folder), str(folder / "it.snap")]):
+            assert main(["buffer", *command]) == 1
+            assert "is in use by another redis-server" in capsys.readouterr().err
+    (folder / "status.json").write_text(status.model_copy(update={"state": "finished"}).model_dump_json())
+    assert main(["buffer", "inspect", str(folder)]) == 0  # from its append-only file
 
 
 def test_a_crashed_server_frees_its_folder(folder: Path) -> None:

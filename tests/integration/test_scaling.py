@@ -11,8 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from buffer_service.config import BufferConfig
-from buffer_service.store import ReplayBuffer
 from cluster.buffer_commands import open_buffer
 from cluster.scale import scale
 from cluster.telemetry import read_metrics
@@ -89,8 +87,7 @@ def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_aske
             if re.search(r"step +2/", line):
                 break
         [run] = (tmp_path / "runs").iterdir()
-        redis = (run / "redis" / "lock").read_text().strip()  # names its socket
-        with ReplayBuffer.attach(BufferConfig(), run.name, redis) as buffer:
+        with open_buffer(str(run), url=None, under_way=True) as buffer:
             fact = buffer.get_fact("rollout/rollout-1")
         assert fact is not None
         stuck = psutil.Process(int(fact["pid"]))

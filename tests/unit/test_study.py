@@ -108,8 +108,11 @@ def test_every_panel_of_the_sweeps_shows_known_arms_around_the_same_one() -> Non
     assert shown == set(SWEPT) and all(BASE in [arm for _, arm in entries] for entries in SWEEPS.values())
 
 
-def test_the_area_under_a_curve_is_its_mean_accuracy() -> None:
-    assert mean_accuracy(record("a", 0, (0, 0.2), (64, 0.4), (192, 0.4))) == pytest.approx((64 * 0.3 + 128 * 0.4) / 192)
+def test_the_area_under_a_curve_is_the_mean_accuracy_of_as_many_completions() -> None:
+    area = 0.3 * 64 + 0.4 * 512
+    assert mean_accuracy(record("a", 0, (0, 0.2), (64, 0.4), (COMPLETIONS, 0.4))) == pytest.approx(area / COMPLETIONS)
+    later = record("a", 0, (0, 0.2), (64, 0.4), (512, 0.4), (640, 0.4), (1000, 9.0))
+    assert mean_accuracy(later) == pytest.approx(area / COMPLETIONS)
 
 
 @pytest.mark.parametrize("arm", [*ARMS, *CANDIDATES])
