@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import psutil
 
-SETTLE_S = 90.0  # a process's first seconds, in which it fills its caches
-SPAN_S = 60.0  # a slope over less than this says nothing
+SETTLE_S = 240.0  # a process's first minutes, in which it fills its caches and its heap finds its size
+SPAN_S = 120.0  # a slope over less than this says nothing
 
 
 class Footprint:

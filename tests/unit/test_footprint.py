@@ -25,5 +25,6 @@ def test_the_slope_is_that_within_lives() -> None:
     assert found["memory_slope_mib_per_h_learner"] == pytest.approx(36)
     assert found["memory_slope_mib_per_h_driver"] == pytest.approx(0, abs=1e-6)
     assert found["memory_mib_learner"] == pytest.approx(900 + 36 * 695 / 3600)
-    assert found["memory_span_s_learner"] == (395 - 90) + (695 - 90) and found["memory_longest_s_learner"] == 605
+    assert found["memory_span_s_learner"] == (395 - SETTLE_S) + (695 - SETTLE_S)
+    assert found["memory_longest_s_learner"] == 695 - SETTLE_S
     assert "memory_slope_mib_per_h_redis" not in found and found["memory_mib_redis"] > 20
