@@ -6,7 +6,6 @@ the denominators of the loss are those of the whole step without any further exc
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -140,10 +139,6 @@ class LearnerRank(DurableState):
             self.cold_start = ColdStart(self.engine, self.encoder, prompts, spec.sft, rank=self.rank)
         else:
             self._setup_rl(dtype)
-        # Half a million objects are here to stay. Unless they are set apart, Python looks through them so rarely that
-        # a step's tensors wait in dead cycles for minutes.
-        gc.collect()
-        gc.freeze()
         return {"rank": self.rank, "dtype": dtype, "parameters": sum(p.numel() for p in policy.parameters())}
 
     def _optimizer(self) -> OptimizerConfig:
