@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,18 @@ def read_cut(folder: Path) -> Cut:
         cut = Cut(**content, path=folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"checkpoint {folder}: {MANIFEST} is missing or damaged ({error})") from error
-    for name, proof in cut.files.items():
+    check_files(folder, cut.files)
+    return cut
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every file below ``folder`` against its proof (bytes, sha256). Raises DataError naming the one at fault."""
+    for name, proof in files.items():
         file = folder / name
         if not file.is_file():
             raise DataError(f"checkpoint {folder}: {name} is missing")
         if file.stat().st_size != proof["bytes"] or sha256(file) != proof["sha256"]:
             raise DataError(f"checkpoint {folder}: {name} is damaged (size or checksum differs)")
-    return cut
 
 
 def checkpoints(run: Path) -> list[Path]:

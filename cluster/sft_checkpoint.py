@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import sha256, sync_folder
+from cluster.checkpoint import check_files, sync_folder
 from learner.state import FileProof
+from prompts.errors import DataError
 
 MANIFEST = "manifest.json"
 Setting = Mapping[str, int]  # ranks and ZeRO stage: what the files were written by
@@ -35,11 +36,9 @@ class SftCheckpoints:
                 if manifest["setting"] != self.setting:
                     on_damage(f"{place} was written with {manifest['setting']}, this is {self.setting}: not used")
                     continue
-                for name, proof in manifest["files"].items():
-                    if (place / name).stat().st_size != proof["bytes"] or sha256(place / name) != proof["sha256"]:
-                        raise ValueError(f"{name} has another checksum")
+                check_files(place, manifest["files"])
                 return int(manifest["step"]), place
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 on_damage(f"{place} is damaged ({error}): not used")
         return None
 

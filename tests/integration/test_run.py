@@ -140,13 +140,7 @@ def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Pa
         assert buffer.stats().stock == 64
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.chaos),  # test_survival and test_scaling send it too
-    ],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
