@@ -68,11 +68,11 @@ class RolloutActor:
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._drain = threading.Event()
-        self._heap = HeapTrimmer(active=self.engine.device == "cpu")
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
         self.boundary = Boundary()
+        self._heap = HeapTrimmer(active=self.engine.device == "cpu")
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine is up."""

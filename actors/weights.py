@@ -13,12 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import unpack_weights
+from buffer_service.weights import from_parcel, unpack_weights
 from prompts.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 0.2  # one question to the board, answered as soon as there is something new
+WAIT_S = 0.2  # one look for something new, ended as soon as there is
+ASK_S = 1.0  # between questions to the board while what it offered does not come
+GONE_S = 0.05  # until the board knows of a death, too
 COMMIT_S = 5.0  # from a version's publication to its commit; far less than a learner needs to start anew
 COMMIT_POLL_S = 0.02
 RETRY_S = 0.5  # after a version that cannot be used; it may be published again
@@ -34,6 +36,8 @@ class WeightPuller:
         self.board, self.version = board, version
         self.refused = 0
         self._in_a_row = 0
+        self._offered: list[Any] | None = None  # by the board, and not there yet
+        self._asked = 0.0
 
     def updates(self, buffer: ReplayBuffer, go_on: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Committed versions and their tensors, fetched and verified meanwhile; ends once ``go_on`` is false."""
@@ -56,29 +60,51 @@ class WeightPuller:
         """
         import ray
 
-        published = ray.get(self.board.newer.remote(self.version, WAIT_S))
-        if published is None:
+        reference = self._await()
+        if reference is None:
             return None
-        version, manifest, [reference] = published
         try:
-            weights = unpack_weights(manifest, ray.get(reference))
-        except (ModelError, ray.exceptions.ObjectLostError, ray.exceptions.RayTaskError) as error:
+            version, manifest, arrays = from_parcel(ray.get(reference))
+            if version <= self.version:  # put out anew for a board that had lost it
+                return None
+            weights = unpack_weights(manifest, arrays)
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OwnerDiedError):
+            time.sleep(GONE_S)  # the learner or the board died before it was there
+            return None
+        except (ModelError, ray.exceptions.ObjectLostError) as error:
             self.refused += 1
             self._in_a_row += 1
-            log.warning("version %d refused, the engine stays at %d: %s", version, self.version, error)
+            log.warning("a version was refused, the engine stays at %d: %s", self.version, error)
             if self._in_a_row >= MAX_REFUSED:
                 raise ModelError(
-                    f"version {version} cannot be adopted after {MAX_REFUSED} attempts: {error}"
+                    f"the version after {self.version} cannot be adopted after {MAX_REFUSED} attempts: {error}"
                 ) from error
             time.sleep(RETRY_S)
             return None
         self.version, self._in_a_row = version, 0
         return version, weights
 
+    def _await(self) -> Any:
+        """The reference of a version that is there, waited for up to ``WAIT_S``, or None.
+
+        One that is still to come is waited for again; from time to time the board is asked whether it still will.
+        """
+        import ray
+
+        if self._offered is None or time.monotonic() - self._asked > ASK_S:
+            self._offered = ray.get(self.board.newer.remote(self.version, WAIT_S))
+            self._asked = time.monotonic()
+            if self._offered is None:
+                return None
+        if not ray.wait(self._offered, timeout=WAIT_S, fetch_local=False)[0]:
+            return None
+        [reference], self._offered = self._offered, None
+        return reference
+
 
 def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:
-    """Whether a published version counts, which takes milliseconds unless its learner failed in between."""
-    deadline, poll_s = time.monotonic() + COMMIT_S, 0.001
+    """Whether a published version counts, which it does already or within milliseconds unless its learner failed."""
+    deadline, poll_s = time.monotonic() + COMMIT_S, COMMIT_POLL_S / 64
     while buffer.version() < version:
         if time.monotonic() > deadline or not go_on():
             return False

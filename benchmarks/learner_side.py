@@ -71,7 +71,7 @@ class TextRank(BenchRank):
     """Its prompts are token ids, so it needs no dataset and no processor."""
 
     def __init__(self, spec: LearnerSpec, prompts: Mapping[str, EncodedPrompt]) -> None:
-        self.spec, self.rank, self.ranks, self.board = spec, 0, 1, None
+        self.spec, self.rank, self.ranks = spec, 0, 1
         self.encoded = prompts
         self.reference = self.buffer = self.publisher = self.cold_start = None
         self.skipped = 0

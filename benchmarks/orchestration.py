@@ -26,7 +26,7 @@ from actors.rollout import RolloutActor
 from benchmarks.harness import Figures
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
-from buffer_service.weights import pack_weights
+from buffer_service.weights import pack_weights, to_parcel
 from cluster.assets import prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.pool import Pool
@@ -279,10 +279,9 @@ class SimulatedTrainer:
             if done:
                 ray.get(done)
         start = time.monotonic()
-        manifest, arrays = self.stage.weights
-        reference = ray.put(arrays)
+        reference = ray.put(to_parcel(self.step + 1, *self.stage.weights))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
-        ray.get(self.stage.pool.board.publish.remote(self.step + 1, manifest, reference))
+        ray.get(self.stage.pool.board.publish.remote(reference))
         buffer.commit_step(self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch)
         self.step += 1
 

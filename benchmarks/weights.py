@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ import torch
 
 from actors.weights import WeightPuller
 from benchmarks.harness import Figures
+from buffer_service.board import WeightBoard
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import WeightBoard
+from learner.outbox import Outbox
 from learner.publisher import Publisher
 
 SIZES = {"10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
@@ -45,8 +45,8 @@ class Source:
         self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
         self.publisher = Publisher.__new__(Publisher)  # without a checkpoint on disk to take the names from
         self.publisher.mapping = {name: name for name in self.weights}
-        self.publisher.board, self.publisher.dtype, self.publisher.outgoing = board, torch.float32, {}
-        self.publisher.turn = threading.Lock()
+        self.publisher.outbox, self.publisher.dtype = Outbox(board), torch.float32
+        self.outbox = self.publisher.outbox
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
 
     def publish(self, version: int) -> tuple[float, float]:

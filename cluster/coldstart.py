@@ -12,7 +12,7 @@ from cluster.pool import Pool, unwrap
 from cluster.sft_checkpoint import SftCheckpoints
 from cluster.specs import learner_spec
 from cluster.supervision import Budget
-from learner.state import FileProof
+from learner.keeper import FileProof
 from prompts.errors import AvatarError
 
 CHUNK = 10  # updates between progress reports

@@ -8,18 +8,18 @@ from typing import Any
 
 from actors.rollout import RolloutActor
 from actors.spec import RolloutSpec
-from buffer_service.weights import WeightBoard
+from buffer_service.board import WeightBoard
 from cluster.config import RunConfig
 from cluster.placement import release, reserve, shortage
 from cluster.scoring import Scorer
 from cluster.services import Services
+from learner.keeper import StateKeeper
 from learner.rank import LearnerRank, LearnerSpec
-from learner.state import StateKeeper
 from prompts.errors import AvatarError, ResourceError
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
-#: For train_step, for the board that fetches a version meanwhile (Publisher.publish), and for questions.
+#: For train_step, for the board's standing call (Outbox), and for questions.
 LEARNER_THREADS = 4
 
 

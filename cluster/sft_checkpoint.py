@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import check_files, sync_folder
-from learner.state import FileProof
+from learner.keeper import FileProof
 from prompts.errors import DataError
 
 MANIFEST = "manifest.json"

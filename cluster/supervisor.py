@@ -129,13 +129,13 @@ class Supervisor:
         if self._board is None:
             version = self.buffer.version()
             if version > 0:
-                self._board = (version, self.pool.board.latest.remote(version - 1))
+                self._board = (version, self.pool.board.lost.remote(version))
             return
         version, reference = self._board
         if not ray.wait([reference], timeout=0)[0]:
             return
         self._board = None
-        if ray.get(reference) is None and self.pool.ranks:
+        if ray.get(reference) and self.pool.ranks:
             self.report("weight board lost", f"version {version} is published again")
             self.pool.ranks[0].publish_again.remote()
 

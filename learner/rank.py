@@ -31,6 +31,7 @@ from learner.export import export_checkpoint
 from learner.health import HealthAccumulator, reward_metrics
 from learner.model import load_model
 from learner.objective import policy_loss
+from learner.outbox import Outbox
 from learner.plan import StepPlan, StepWork, plan_step, truncated
 from learner.policy import MicroBatch, Policy, PolicyOutput
 from learner.publisher import Publisher
@@ -83,7 +84,7 @@ class LearnerRank(DurableState):
     moves = 0  # grows whenever this rank gets somewhere
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
-        self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, board
+        self.spec, self.rank, self.ranks = spec, rank, ranks
         self.keeper, self.hold_bytes = keeper, spec.hold_bytes
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         self.encoder = PromptEncoder(spec.model, MediaLoader(spec.media, base=Path(".")), spec.template)
@@ -91,6 +92,7 @@ class LearnerRank(DurableState):
         self.heap: HeapTrimmer
         self.reference: ReferencePolicy | None = None
         self.buffer: ReplayBuffer | None = None
+        self.outbox = Outbox(board)
         self.publisher: Publisher | None = None
         self.cold_start: ColdStart | None = None
         self.epoch = 0
@@ -116,7 +118,6 @@ class LearnerRank(DurableState):
             MASTER_ADDR=address, MASTER_PORT=str(port),
         )  # fmt: skip
         spec, on_gpu = self.spec, torch.cuda.is_available()
-        self.heap = HeapTrimmer(active=not on_gpu)
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
@@ -133,12 +134,13 @@ class LearnerRank(DurableState):
         self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
         names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
         if self.rank == 0:
-            self.publisher = Publisher(spec.model, names, self.board, dtype=dtype)
+            self.publisher = Publisher(spec.model, names, self.outbox, dtype=dtype)
         if spec.sft is not None:
             prompts = list(self.prompts)
             self.cold_start = ColdStart(self.engine, self.encoder, prompts, spec.sft, rank=self.rank)
         else:
             self._setup_rl(dtype)
+        self.heap = HeapTrimmer(active=not on_gpu)
         return {"rank": self.rank, "dtype": dtype, "parameters": sum(p.numel() for p in policy.parameters())}
 
     def _optimizer(self) -> OptimizerConfig:
@@ -353,7 +355,7 @@ class LearnerRank(DurableState):
         )
 
     def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
-        """Weights first, then the version that announces them: whoever sees the number can have the tensors."""
+        """Weights first, then the version that announces them: whoever sees the number has only to wait for a copy."""
         assert self.publisher is not None and self.buffer is not None
         self.publisher.publish(work.version + 1, weights)
         self.buffer.commit_step(work.step, work.version + 1, [group.id for group in work.groups], self.epoch)

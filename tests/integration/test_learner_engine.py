@@ -20,10 +20,11 @@ from learner.batch import Row, collate
 from learner.config import OptimizerConfig
 from learner.engine import TrainEngine
 from learner.export import export_checkpoint
+from learner.keeper import write_files
 from learner.model import checkpoint_names, load_model, published_names
 from learner.policy import MicroBatch, Policy, PolicyOutput
 from learner.publisher import Publisher
-from learner.state import capture, restore, write_files
+from learner.state import capture, restore
 from prompts.config import TemplateConfig
 from prompts.errors import ConfigError
 from prompts.template import EncodedPrompt, PromptEncoder

@@ -64,7 +64,7 @@ class UnluckyRank(LearnerRank):
     """Its model gives NaN where ``TROUBLE`` says so."""
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
-        self.spec, self.rank, self.ranks, self.board = spec, rank, ranks, None
+        self.spec, self.rank, self.ranks = spec, rank, ranks
         self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = None
         self.skipped, self.clock = 0, Clock()
         self.committed: list[int] = []

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from learner.config import OptimizerConfig, SftConfig
 from learner.engine import TrainEngine
+from learner.keeper import Files, write_files
 from learner.model import load_model
 from learner.policy import Policy
 from learner.sft import ColdStart, target_text
-from learner.state import Files, capture, restore, write_files
+from learner.state import capture, restore
 from prompts.config import TemplateConfig
 from prompts.errors import DataError
 from prompts.record import Prompt

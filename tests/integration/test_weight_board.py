@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,12 @@ import torch
 
 from actors import weights as pulling
 from actors.weights import MAX_REFUSED, WeightPuller
+from buffer_service.board import WeightBoard
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import WeightBoard, pack_weights
+from buffer_service.weights import pack_weights, to_parcel
+from learner.outbox import Outbox
 from learner.publisher import Publisher
 from prompts.errors import ModelError
 
@@ -31,12 +31,14 @@ class Source:
 
     def __init__(self, board: Any) -> None:
         self.publisher = Publisher.__new__(Publisher)  # without a checkpoint to take the names from
-        self.publisher.mapping, self.publisher.board = {"w": "w"}, board
-        self.publisher.dtype, self.publisher.outgoing = torch.float32, {}
-        self.publisher.turn = threading.Lock()
+        self.publisher.mapping, self.publisher.dtype = {"w": "w"}, torch.float32
+        self.publisher.outbox = self.outbox = Outbox(board)
 
     def publish(self, version: int) -> int:
         return self.publisher.publish(version, {"w": torch.full((SIZE,), float(version))})
+
+    def again(self) -> int:
+        return self.publisher.publish_again(None, None)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def source(board: Any) -> Any:
 
 def test_a_version_outlives_the_learner_that_published_it(board: Any, source: Any) -> None:
     assert ray.get(source.publish.remote(1)) == 4 * SIZE
+    assert until_fetched(WeightPuller(board, 0))[0] == 1
     ray.kill(source)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(source.publish.remote(2))
@@ -67,34 +70,44 @@ def test_a_version_outlives_the_learner_that_published_it(board: Any, source: An
 
 
 def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(board: Any, source: Any) -> None:
-    waiting = board.newer.remote(0, 60.0)
-    assert ray.wait([waiting], timeout=0.3)[0] == []
     ray.get(source.publish.remote(1))
-    assert ray.get(waiting, timeout=30)[0] == 1
-    ray.get([source.publish.remote(version) for version in (2, 3)], timeout=60)  # at once: they take turns
     puller = WeightPuller(board, 1)
-    fetched = puller.fetch()
-    assert fetched is not None and fetched[0] == 3 == puller.version
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(until_fetched, puller)
+        time.sleep(3 * pulling.WAIT_S)
+        assert not waiting.done()
+        ray.get(source.publish.remote(2))
+        assert waiting.result(30) == (2, 2.0)
+    ray.get([source.publish.remote(version) for version in (3, 4)], timeout=60)  # at once: they take turns
+    fetched = until_fetched(puller)
+    assert fetched in [(3, 3.0), (4, 4.0)]
+    if fetched[0] == 3:
+        assert until_fetched(puller) == (4, 4.0)
     assert puller.fetch() is None  # nothing newer
+    assert until_fetched(WeightPuller(board, 0)) == (4, 4.0)  # who joins late
 
 
 def test_a_damaged_version_is_refused_counted_and_taken_once_it_is_published_anew(
     board: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulling, "RETRY_S", 0.01)
-    manifest, arrays = pack_weights({"w": torch.ones(SIZE)})
-    wrong = {"w": replace(manifest["w"], xxh3=manifest["w"].xxh3 ^ 1)}
-    ray.get(board.publish.remote(1, wrong, arrays))
+    manifest, arrays = pack_weights({"w": torch.ones(SIZE), "none": torch.zeros(0, 3)})
+    wrong = {"w": manifest["w"]._replace(xxh3=manifest["w"].xxh3 ^ 1), "none": manifest["none"]}
+    ray.get(board.publish.remote(to_parcel(1, wrong, arrays)))
     puller = WeightPuller(board, 0)
     assert puller.fetch() is None and puller.fetch() is None
     assert (puller.refused, puller.version) == (2, 0)
-    ray.get(board.publish.remote(1, manifest, arrays))
+    ray.get(board.publish.remote(to_parcel(1, manifest, arrays)))
     fetched = puller.fetch()
     assert fetched is not None and fetched[0] == 1 and puller.refused == 2
-    ray.get(board.publish.remote(2, wrong, arrays))
-    for _ in range(MAX_REFUSED - 1):
+    assert fetched[1]["w"].sum() == SIZE and fetched[1]["none"].shape == (0, 3)
+    version, specs, buffers = to_parcel(2, manifest, arrays)
+    ray.get(board.publish.remote((version, specs, buffers[:1])))
+    assert puller.fetch() is None and puller.refused == 3
+    ray.get(board.publish.remote(to_parcel(2, wrong, arrays)))
+    for _ in range(MAX_REFUSED - 2):
         assert puller.fetch() is None
-    with pytest.raises(ModelError, match=r"version 2 cannot be adopted.*checksum differs"):
+    with pytest.raises(ModelError, match=r"after 1 cannot be adopted.*checksum differs"):
         puller.fetch()
 
 
@@ -102,29 +115,70 @@ def test_a_version_is_handed_on_once_it_is_committed_and_fetched_anew_when_it_ne
     board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulling, "COMMIT_S", 0.3)
+
+    def publish(value: float) -> None:
+        ray.get(board.publish.remote(to_parcel(1, *pack_weights({"w": torch.full((4,), value)}))))
+
     with (
         EmbeddedRedis(tmp_path / "redis") as redis,
         ReplayBuffer.connect(BufferConfig(), "weights", redis.url) as buffer,
         ThreadPoolExecutor(1) as pool,
     ):
         updates = WeightPuller(board, 0).updates(buffer, lambda: True)
-        ray.get(board.publish.remote(1, *pack_weights({"w": torch.full((4,), 1.0)})))
+        publish(1.0)
         waiting = pool.submit(next, updates)
         with pytest.raises(TimeoutError):
             waiting.result(1.0)  # its learner failed before the commit ...
-        ray.get(board.publish.remote(1, *pack_weights({"w": torch.full((4,), 5.0)})))  # ... and trained the step again
+        publish(5.0)  # ... and trained the step again
         time.sleep(0.5)
         buffer.publish_version(1)
         version, weights = waiting.result(30)
         assert (version, weights["w"].tolist()) == (1, [5.0] * 4)
 
 
-def test_a_publisher_that_dies_in_between_leaves_the_version_before(board: Any, source: Any) -> None:
+def test_a_publisher_that_dies_leaves_the_version_before_and_its_successor_is_heard(board: Any, source: Any) -> None:
     ray.get(source.publish.remote(1))
-    manifest, _ = pack_weights({"w": torch.zeros(SIZE)})
+    puller = WeightPuller(board, 0)
+    assert until_fetched(puller) == (1, 1.0)
+    assert puller.fetch() is None  # it waits for what the source will never publish
     ray.kill(source)
-    taking = board.take.remote(2, manifest, [source])  # announced, never handed over
-    with pytest.raises((ray.exceptions.RayError, ModelError)):
-        ray.get(taking, timeout=30)
-    version, *_ = ray.get(board.latest.remote(0))
+    assert puller.fetch() is None and puller.refused == 0
+    version, _ = ray.get(board.latest.remote(0))
     assert version == 1
+    heir = ray.remote(Source).options(num_cpus=0, max_concurrency=4).remote(board)
+    ray.get(heir.publish.remote(2))
+    assert until_fetched(puller) == (2, 2.0)
+
+
+def test_a_board_that_dies_comes_back_empty_and_is_given_the_newest_version(cluster: None) -> None:
+    board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    source = ray.remote(Source).options(num_cpus=0, max_concurrency=4).remote(board)
+    assert ray.get(source.again.remote()) == 0  # nothing yet
+    ray.get(source.publish.remote(1))
+    puller = WeightPuller(board, 1)
+    assert puller.fetch() is None
+    ray.kill(board, no_restart=False)
+    until_empty(board)
+    assert ray.get(source.again.remote(), timeout=60) == 1
+    assert until_fetched(WeightPuller(board, 0)) == (1, 1.0)
+    ray.kill(board, no_restart=False)
+    until_empty(board)
+    ray.get(source.publish.remote(2), timeout=60)  # nobody takes it ...
+    ray.get(source.publish.remote(3), timeout=60)  # ... which it finds out by itself
+    assert until_fetched(puller)[0] in (2, 3) and puller.refused == 0
+
+
+def until_fetched(puller: WeightPuller) -> tuple[int, float]:
+    """The next version and the value of its tensor, waited for as a rollout actor's thread does."""
+    deadline = time.monotonic() + 30
+    while (fetched := puller.fetch()) is None:
+        assert time.monotonic() < deadline
+    return fetched[0], float(fetched[1]["w"].mean())
+
+
+def until_empty(board: Any) -> None:
+    """A killed board has been restarted."""
+    deadline = time.monotonic() + 60
+    while not ray.get(board.lost.remote(1), timeout=60):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.checkpoint import MANIFEST, Checkpointer, Cut, checkpoints, newest_cut, read_cut
-from learner.state import Files, StateKeeper, write_files
+from learner.keeper import Files, StateKeeper, write_files
 from prompts.errors import DataError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.sft_checkpoint import MANIFEST, SftCheckpoints
-from learner.state import FileProof, write_files
+from learner.keeper import FileProof, write_files
 
 SETTING = {"ranks": 1, "zero_stage": 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ import ray
 import torch
 from torch import Tensor
 
-from buffer_service.weights import WeightBoard, pack_weights, unpack_weights
+from buffer_service.board import WeightBoard
+from buffer_service.weights import from_parcel, pack_weights, to_parcel, unpack_weights
 from prompts.errors import ModelError
 
 
@@ -46,6 +48,17 @@ def test_what_is_packed_comes_back_bit_for_bit() -> None:
     for name, tensor in weights.items():
         assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
         assert bits(again[name]) == bits(tensor)
+
+
+def test_a_parcel_travels_without_a_copy_and_comes_back_as_it_was() -> None:
+    manifest, arrays = pack_weights(tensors())
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(to_parcel(7, manifest, arrays), protocol=5, buffer_callback=buffers.append)
+    assert len(data) < 2000 and len(buffers) == len(arrays)
+    version, specs, again = from_parcel(pickle.loads(data, buffers=buffers))
+    assert (version, specs, list(again)) == (7, manifest, list(arrays))
+    assert all(np.shares_memory(again[name], arrays[name]) for name in arrays if arrays[name].size)
+    assert list(unpack_weights(specs, again)) == list(arrays)
 
 
 def test_read_only_arrays_unpack_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
@@ -100,16 +113,19 @@ def board(monkeypatch: pytest.MonkeyPatch) -> WeightBoard:
     return WeightBoard()
 
 
-def publish(board: WeightBoard, version: int) -> None:
-    board.publish(version, *pack_weights({"w": torch.full((2,), float(version))}))
+def publish(board: WeightBoard, version: int, number: float | None = None) -> None:
+    weights = {"w": torch.full((2,), float(version) if number is None else number)}
+    board.publish(to_parcel(version, *pack_weights(weights)))
 
 
 def value(board: WeightBoard, newer_than: int) -> tuple[int, list[float]] | None:
     found = board.latest(newer_than)
     if found is None:
         return None
-    version, manifest, [reference] = found
-    return version, unpack_weights(manifest, reference[1])["w"].tolist()
+    version, [reference] = found
+    inside, manifest, arrays = from_parcel(reference[1])
+    assert inside == version
+    return version, unpack_weights(manifest, arrays)["w"].tolist()
 
 
 def test_an_actor_pulls_the_newest_version_or_nothing(board: WeightBoard) -> None:
@@ -132,5 +148,5 @@ def test_versions_only_grow_and_two_are_kept(board: WeightBoard) -> None:
 
 def test_a_step_repeated_after_a_crash_replaces_its_own_version(board: WeightBoard) -> None:
     publish(board, 1)
-    board.publish(1, *pack_weights({"w": torch.full((2,), 9.0)}))
+    publish(board, 1, 9.0)
     assert value(board, 0) == (1, [9, 9])
