@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from buffer_service.trajectory import Group, Trajectory
+from prompts.digest import prompt_digest
 from prompts.errors import DataError
-from prompts.template import prompt_digest
 
 if TYPE_CHECKING:
     from actors.engine import FinishedRequest

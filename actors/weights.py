@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import from_parcel, unpack_weights
+from buffer_service.weights import Parcel, from_parcel, unpack_weights
 from prompts.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -60,18 +60,20 @@ class WeightPuller:
         """
         import ray
 
-        reference = self._await()
-        if reference is None:
-            return None
         try:
-            version, manifest, arrays = from_parcel(ray.get(reference))
+            parcel = self._await()
+            if parcel is None:
+                return None
+            version, manifest, arrays = from_parcel(parcel)
             if version <= self.version:  # put out anew for a board that had lost it
                 return None
             weights = unpack_weights(manifest, arrays)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OwnerDiedError):
+            self._offered = None
             time.sleep(GONE_S)  # the learner or the board died before it was there
             return None
         except (ModelError, ray.exceptions.ObjectLostError) as error:
+            self._offered = None
             self.refused += 1
             self._in_a_row += 1
             log.warning("a version was refused, the engine stays at %d: %s", self.version, error)
@@ -84,8 +86,8 @@ class WeightPuller:
         self.version, self._in_a_row = version, 0
         return version, weights
 
-    def _await(self) -> Any:
-        """The reference of a version that is there, waited for up to ``WAIT_S``, or None.
+    def _await(self) -> Parcel | None:
+        """A version that was offered, waited for up to ``WAIT_S``; one that is there already, until it has come.
 
         One that is still to come is waited for again; from time to time the board is asked whether it still will.
         """
@@ -96,10 +98,15 @@ class WeightPuller:
             self._asked = time.monotonic()
             if self._offered is None:
                 return None
-        if not ray.wait(self._offered, timeout=WAIT_S, fetch_local=False)[0]:
-            return None
-        [reference], self._offered = self._offered, None
-        return reference
+        [reference] = self._offered
+        try:
+            parcel = ray.get(reference, timeout=WAIT_S)
+        except ray.exceptions.GetTimeoutError:
+            if not ray.wait([reference], timeout=0, fetch_local=False)[0]:
+                return None
+            parcel = ray.get(reference)  # it lies on another node
+        self._offered = None
+        return parcel
 
 
 def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:

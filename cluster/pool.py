@@ -13,8 +13,9 @@ from cluster.config import RunConfig
 from cluster.placement import release, reserve, shortage
 from cluster.scoring import Scorer
 from cluster.services import Services
+from learner.actor import LearnerRankActor
 from learner.keeper import StateKeeper
-from learner.rank import LearnerRank, LearnerSpec
+from learner.spec import LearnerSpec
 from prompts.errors import AvatarError, ResourceError
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to repeat.
@@ -91,7 +92,7 @@ class Pool:
         places = [PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)]
         self.ranks = [
             self._remote(
-                LearnerRank, cpus=cpus, gpus=gpus, max_concurrency=LEARNER_THREADS, scheduling_strategy=place
+                LearnerRankActor, cpus=cpus, gpus=gpus, max_concurrency=LEARNER_THREADS, scheduling_strategy=place
             ).remote(spec, rank, ranks, self.board, self.keeper)
             for rank, place in enumerate(places)
         ]

@@ -119,6 +119,7 @@ class Services:
         else:
             # Ray runs workers at nice 15, behind everything else on a laptop; here they are the work.
             os.environ.setdefault("RAY_worker_niceness", "0")
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # every worker of ours has an environment
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer cores.
             _start_node(
                 num_cpus=max(self.needs.cpus_rounded, OVERSUBSCRIPTION * (os.cpu_count() or 1)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from actors.spec import RolloutSpec
 from cluster.assets import Datasets
 from cluster.config import RunConfig
-from learner.rank import LearnerSpec
+from learner.spec import LearnerSpec
 
 
 def rollout_spec(config: RunConfig, run_id: str, model: Path, datasets: Datasets, redis_url: str) -> RolloutSpec:

@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from buffer_service.config import BufferConfig
 from buffer_service.store import ReplayBuffer
 from buffer_service.trajectory import Trajectory
 from learner.batch import Row, collate, padded
 from learner.clock import Clock
-from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+from learner.config import OptimizerConfig
 from learner.engine import TrainEngine, init_distributed
 from learner.export import export_checkpoint
 from learner.health import HealthAccumulator, reward_metrics
@@ -40,8 +38,8 @@ from learner.samples import sample_row
 from learner.schedule import lr_at
 from learner.sft import ColdStart
 from learner.shaping import tas_weights
+from learner.spec import LearnerSpec
 from learner.state import DurableState
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
 from prompts.datasets import PromptIndex
 from prompts.errors import ModelError, ReplayBufferError
 from prompts.heap import HeapTrimmer
@@ -55,31 +53,8 @@ POLL_S = 0.005  # between looks for a complete step
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
-@dataclass(frozen=True)
-class LearnerSpec:
-    """All a learner rank needs to know; plain data, sent once."""
-
-    run_id: str
-    seed: int
-    model: Path
-    reference: Path
-    datasets: tuple[Path, ...]
-    data: DataConfig
-    media: MediaConfig
-    template: TemplateConfig
-    learner: LearnerConfig
-    sft: SftConfig | None  # set: this group runs the cold start and never meets the buffer
-    buffer: BufferConfig
-    redis_url: str
-    steps: int
-    replayed: int  # per group
-    max_tokens: int  # longest completion that is sampled
-    step_timeout_s: float
-    hold_bytes: int = 0  # state up to this size is held outside at every step
-
-
 class LearnerRank(DurableState):
-    """Plain class; the cluster makes it a Ray actor. Methods without "rank 0" in their text run on every rank."""
+    """Plain class behind ``learner.actor``. Methods without "rank 0" in their text run on every rank."""
 
     moves = 0  # grows whenever this rank gets somewhere
 

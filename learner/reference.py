@@ -14,7 +14,7 @@ from torch import Tensor
 from learner.batch import Row, collate, padded
 from learner.model import load_model
 from learner.policy import Policy
-from prompts.template import prompt_digest
+from prompts.digest import prompt_digest
 
 _Key = tuple[str, int, int]
 

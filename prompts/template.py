@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prompts.config import TemplateConfig
+from prompts.digest import prompt_digest
 from prompts.errors import DataError, ModelError
 from prompts.media import DecodedMedia, MediaLoader
 from prompts.record import Modality, Prompt
@@ -55,11 +53,6 @@ class EncodedPrompt:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.input_ids, self.position_ids, *self.features.values()))
-
-
-def prompt_digest(token_ids: Sequence[int] | NDArray[np.int32] | Tensor) -> int:
-    """crc32 of the expanded prompt token ids as little-endian int32 (Trajectory.prompt_digest)."""
-    return zlib.crc32(np.asarray(token_ids, dtype="<i4").tobytes())
 
 
 class PromptEncoder:

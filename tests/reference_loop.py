@@ -30,8 +30,9 @@ from learner.plan import StepPlan, StepWork, plan_step
 from learner.policy import Policy, PolicyOutput
 from learner.shaping import tas_weights
 from prompts.datasets import PromptIndex
+from prompts.digest import prompt_digest
 from prompts.media import MediaLoader
-from prompts.template import PromptEncoder, prompt_digest
+from prompts.template import PromptEncoder
 from rewards.record import Completion, ScoreRequest
 from rewards.suite import RewardSuite
 from tests.reference_buffer import ReferenceBuffer

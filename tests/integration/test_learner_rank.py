@@ -20,7 +20,8 @@ from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.health import HealthAccumulator
 from learner.plan import StepPlan, StepWork
 from learner.policy import MicroBatch, PolicyOutput
-from learner.rank import LearnerRank, LearnerSpec
+from learner.rank import LearnerRank
+from learner.spec import LearnerSpec
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
 from prompts.errors import ModelError
 from prompts.template import EncodedPrompt

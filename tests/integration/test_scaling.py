@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -15,7 +16,7 @@ from cluster.buffer_commands import open_buffer
 from cluster.scale import scale
 from cluster.telemetry import read_metrics
 from prompts.errors import ConfigError
-from tests.integration.test_run import start
+from tests.integration.test_run import assert_ended_in_order, start
 
 DEADLINE_S = 200.0
 LIGHT = ("--loop.steps", "100000", "--cold_start", "null", "--learner.ranks", "1", "--output.export", "false",
@@ -37,6 +38,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
     process = start(tmp_path, *LIGHT)
     try:
         assert process.stdout is not None
@@ -60,7 +62,8 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) 
     finally:
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, "".join(said) + output  # asked to stop, and did so in order
+    assert process.returncode == 0, "".join(said) + output
+    assert_ended_in_order(process, run, before)
     with pytest.raises(ConfigError, match="is interrupted: only a run under way can be scaled"):
         scale(run, 2)
 

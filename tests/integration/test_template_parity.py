@@ -11,8 +11,9 @@ import pytest
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import FinishedRequest, RolloutEngine
+from prompts.digest import prompt_digest
 from prompts.record import Prompt
-from prompts.template import PromptEncoder, TemplateConfig, prompt_digest
+from prompts.template import PromptEncoder, TemplateConfig
 from prompts.tiny_model import build_tiny_omni
 from tests.tiny_models import (
     ArrayLoader,

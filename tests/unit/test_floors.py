@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_the_top_level_is_the_agreed_one() -> None:
     folders = {Path(line).parts[0] for line in listed.stdout.splitlines() if len(Path(line).parts) > 1}
     assert {name for name in folders if not name.startswith(".")} <= FOLDERS
     assert set(FLOORS) <= folders
+
+
+LIGHT = ("cluster.training", "cluster.scoring", "buffer_service.board", "learner.keeper", "learner.actor")
+
+
+def test_who_computes_nothing_imports_no_torch() -> None:
+    """Driver, reward actors, weight board and state keeper: seconds of every start and 150 MiB each."""
+    code = f"import importlib, sys\nfor name in {LIGHT}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
 
 
 def test_every_package_has_its_config_section() -> None:

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from prompts.digest import prompt_digest
 from prompts.errors import DataError, ModelError
 from prompts.media import DecodedAudio
 from prompts.record import MediaItem, MediaPlan, Prompt
 from prompts.rope import PositionRule
-from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid, prompt_digest
+from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid
 from prompts.tiny_model import build_tiny_omni
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
 

@@ -1,0 +1,33 @@
+"""What a learner rank is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from buffer_service.config import BufferConfig
+from learner.config import LearnerConfig, SftConfig
+from prompts.config import DataConfig, MediaConfig, TemplateConfig
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """All a learner rank needs to know; plain data, sent once."""
+
+    run_id: str
+    seed: int
+    model: Path
+    reference: Path
+    datasets: tuple[Path, ...]
+    data: DataConfig
+    media: MediaConfig
+    template: TemplateConfig
+    learner: LearnerConfig
+    sft: SftConfig | None  # set: this group runs the cold start and never meets the buffer
+    buffer: BufferConfig
+    redis_url: str
+    steps: int
+    replayed: int  # per group
+    max_tokens: int  # longest completion that is sampled
+    step_timeout_s: float
+    hold_bytes: int = 0  # state up to this size is held outside at every step
