@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml deploy/constraints/$(EXTRA).txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing AVATAR-RL ($(EXTRA)) into $(VENV); about 2 minutes the first time ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --editable '.[$(EXTRA),dev]' -c deploy/constraints/$(EXTRA).txt
-	@# pip compiles on one core; some packages carry templates that are no Python, hence the "-"
-	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1
+	@# pip compiles on one core; some packages carry templates that are no Python, hence "|| true"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib prompts buffer_service actors learner rewards cluster >/dev/null 2>&1 || true
 	@$(BIN)/python -m cluster.install.cpu_media
 	@$(BIN)/python -m cluster.install.redis_binary
 	@touch $@

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.assets import Datasets, cold_start_folder
 from cluster.config import RunConfig
 from cluster.learner_group import death_among, last_line
-from cluster.pool import Pool, unwrap
+from cluster.pool import Pool, StartDeathError, unwrap
 from cluster.sft_checkpoint import SftCheckpoints
 from cluster.specs import learner_spec
 from cluster.supervision import Budget
@@ -59,7 +59,10 @@ class _ColdStartRun:
     def _life(self) -> None:
         """Of one rank group, to the end of the training or its own."""
         sft = self.sft
-        self.pool.wait_ready(self.pool.start_learner(self.spec, ranks=sft.ranks), "cold-start learner")
+        try:
+            self.pool.wait_ready(self.pool.start_learner(self.spec, ranks=sft.ranks), "cold-start learner")
+        except StartDeathError as error:
+            raise _RankDied(last_line(error)) from error
         step = self._restored()
         while step < sft.steps:
             count = min(CHUNK, sft.steps - step, self.every - step % self.every if self.every else CHUNK)

@@ -99,8 +99,9 @@ def _answer(
         what = f"without {' and '.join(kinds)}" if kinds else ""
         screen.phase(f"starting actors {what}".strip(), f"{config.rollout.workers} vLLM")
         try:
-            scorers = [scorer.check.remote() for scorer in pool.scorers]
-            pool.wait_ready([*fleet.start(config.rollout.workers), *scorers], "rollout and reward actors")
+            fleet.start(config.rollout.workers)
+            fleet.await_ready()
+            pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
             fleet.work()
             rounds.whole(step=0, phase=f"evaluation {what}".strip(), watch=fleet.watch)
         finally:

@@ -12,7 +12,7 @@ from buffer_service.store import ReplayBuffer
 from cluster.autoscale import Autoscaler
 from cluster.config import RolloutSection
 from cluster.placement import shortage
-from cluster.pool import Pool, unwrap
+from cluster.pool import Pool, StartDeathError, unwrap
 from cluster.screen import Screen
 from cluster.supervision import Budget
 from cluster.telemetry import RunFolder
@@ -62,6 +62,17 @@ class Fleet:
         self.members |= {name: Member(ready, deadline) for name, ready in zip(names, references, strict=True)}
         return references
 
+    def await_ready(self) -> None:
+        """Until every engine is up; an actor that dies before is replaced. Raises what ``Pool.wait_ready`` does."""
+        ready: set[str] = set()
+        while starting := sorted(self.members.keys() - ready):
+            name = starting[0]
+            try:
+                self.pool.wait_ready([self.pool.rollouts[name].ready.remote()], "rollout actors")
+                ready.add(name)
+            except StartDeathError as death:
+                self._replace(name, str(death))
+
     def work(self) -> None:
         """Set every actor going that is not; one whose engine still starts begins as soon as it is up."""
         for name in sorted(self.members.keys() - set(self.working.values())):
@@ -96,7 +107,9 @@ class Fleet:
             self._forget(name)
             self._say("rollout actor left", f"{name}: {how}")
             return
-        reason = reason or "its run ended"
+        self._replace(name, reason or "its run ended")
+
+    def _replace(self, name: str, reason: str) -> None:
         self.folder.event("rollout actor died", f"{name}: {reason}")
         self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
         self.budget.spend(f"{name}: {reason}")

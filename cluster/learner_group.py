@@ -10,7 +10,7 @@ from typing import Any
 from buffer_service.store import ReplayBuffer
 from cluster.fleet import Fleet
 from cluster.learner_watch import LearnerWatch
-from cluster.pool import Pool, unwrap
+from cluster.pool import Pool, StartDeathError, unwrap
 from cluster.supervision import Budget, Report
 from learner.spec import LearnerSpec
 from prompts.errors import AvatarError, ResourceError
@@ -35,8 +35,26 @@ class LearnerGroup:
         self._budget, self._report, self._stall_s = budget, report, stall_s
 
     def start(self) -> list[Any]:
-        """References of the ranks' readiness."""
-        return self.pool.start_learner(self.spec, ranks=self.ranks)
+        """References of the ranks' readiness, for ``await_ready``."""
+        while True:
+            try:
+                return self.pool.start_learner(self.spec, ranks=self.ranks)
+            except StartDeathError as death:
+                self._start_over(death)
+
+    def await_ready(self, references: Sequence[Any]) -> list[Any]:
+        """What the ranks answer. One that dies meanwhile costs the group a new start: then what that answers."""
+        while True:
+            try:
+                return self.pool.wait_ready(references, "learner ranks")
+            except StartDeathError as death:
+                self._start_over(death)
+                references = self.start()
+
+    def _start_over(self, death: StartDeathError) -> None:
+        self._report("learner died", f"while starting: {last_line(death)}; it is replaced")
+        self._budget.spend(last_line(death))
+        self.pool.stop_learner()
 
     def train(self, step: int, samples: int, fleet: Fleet, look: Callable[[], None]) -> dict[str, Any]:
         """One step on all ranks; meanwhile dead rollout actors are replaced and ``look`` is called.
@@ -104,7 +122,7 @@ class LearnerGroup:
                 f"the learner died in step {step} and its state of version {version} is held by nobody: it is larger "
                 "than checkpoint.hold_bytes, or its keeper died too"
             )
-        self.pool.wait_ready(self.start(), "learner ranks")
+        self.await_ready(self.start())
         if version:
             self.restore(folder, version)
         shutil.rmtree(folder, ignore_errors=True)

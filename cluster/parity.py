@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from actors.config import SamplingConfig
 from prompts.errors import ModelError
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.05}
+
+
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,19 @@ class Parity:
     tokens: int
     max_difference: float
     mean_difference: float
+
+
+def ask_both(
+    pool: Any, prompt_ids: Sequence[str], sampling: SamplingConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Completions of the first rollout actor, and the learner's view of them. Raises Ray's errors."""
+    import ray
+
+    tokens = min(PROBE_TOKENS, sampling.max_tokens)
+    asked = ray.get(next(iter(pool.rollouts.values())).probe.remote(list(prompt_ids), tokens))
+    items = [item | {"temperature": sampling.temperature} for item in asked]
+    [seen, *_] = ray.get([rank.probe.remote(items) for rank in pool.ranks])
+    return asked, seen
 
 
 def check_parity(rollout: Sequence[dict[str, Any]], learner: Sequence[dict[str, Any]], *, tolerance: float) -> Parity:

@@ -24,6 +24,10 @@ IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 LEARNER_THREADS = 4
 
 
+class StartDeathError(ResourceError):
+    """An actor's process died before it was ready, by no error of its own: another may do better."""
+
+
 class Pool:
     """Creates actors and remembers them. All handles are Ray actor handles."""
 
@@ -79,7 +83,6 @@ class Pool:
 
     def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[Any]:
         """The rank group; returns the references of its readiness. Rank 0 picks the meeting point."""
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = self.config.resources
@@ -96,7 +99,7 @@ class Pool:
             ).remote(spec, rank, ranks, self.board, self.keeper)
             for rank, place in enumerate(places)
         ]
-        address, port = ray.get(self.ranks[0].meeting_point.remote(), timeout=resources.start_timeout_s)
+        [(address, port)] = self.wait_ready([self.ranks[0].meeting_point.remote()], "learner ranks")
         return [rank.setup.remote(address, port) for rank in self.ranks]
 
     def stop_learner(self) -> None:
@@ -110,7 +113,8 @@ class Pool:
             self._learner_group = None
 
     def wait_ready(self, references: Sequence[Any], what: str) -> list[Any]:
-        """Results of readiness calls. Raises ResourceError naming what is missing when the deadline passes."""
+        """Results of readiness calls. Raises ResourceError naming what is missing when the deadline passes, and
+        StartDeathError when a process dies meanwhile."""
         import ray
 
         deadline = self.config.resources.start_timeout_s
@@ -124,7 +128,8 @@ class Pool:
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError as error:
-            raise ResourceError(f"{what} died while starting: {error}") from error
+            kind = ResourceError if error.actor_init_failed else StartDeathError
+            raise kind(f"{what} died while starting: {error}") from error
 
 
 def unwrap(error: Any) -> BaseException:

@@ -26,7 +26,7 @@ from cluster.config import RunConfig
 from cluster.evaluation import Evaluation
 from cluster.fleet import Fleet
 from cluster.learner_group import LearnerGroup, StateLostError
-from cluster.parity import DEFAULT_TOLERANCE, check_parity
+from cluster.parity import DEFAULT_TOLERANCE, ask_both, check_parity
 from cluster.pool import Pool, unwrap
 from cluster.replay_import import import_replay
 from cluster.resources import needs_of
@@ -49,7 +49,6 @@ from prompts.selection import matching, select
 log = logging.getLogger(__name__)
 
 MOVING = 8  # steps in accuracy/moving
-PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,19 @@ class Run:
         url = self.services.redis_url
         spec = rollout_spec(config, self.run_id, model, datasets, url)
         self.fleet = Fleet(pool, spec, self.buffer, self.folder, self.screen, scaling=config.rollout)
-        waiting = self.fleet.start(config.rollout.workers)
-        names = list(pool.rollouts)
+        self.fleet.start(config.rollout.workers)
         learner = learner_spec(config, self.run_id, model, datasets, url)
         budget = Budget(config.supervision.restarts, "learner ranks")
         self.learner = LearnerGroup(
             pool, learner, config.learner.ranks, self.buffer, self.folder.path / ".held", budget,
             self.supervisor.report, config.supervision.learner_stall_s,
         )  # fmt: skip
-        waiting += self.learner.start()
-        waiting += [scorer.check.remote() for scorer in pool.scorers]
-        ready = pool.wait_ready(waiting, "rollout, learner and reward actors")
-        self._dtype = ready[len(names)]["dtype"]
-        self.folder.event("actors started", f"{', '.join(names)} and {config.learner.ranks} learner rank(s)")
+        setup = self.learner.start()
+        self.fleet.await_ready()
+        [first, *_] = self.learner.await_ready(setup)
+        pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
+        self._dtype = first["dtype"]
+        self.folder.event("actors started", f"{', '.join(pool.rollouts)} and {config.learner.ranks} learner rank(s)")
 
     def _probe(self, prompt_ids: list[str]) -> None:
         import ray
@@ -221,14 +220,15 @@ class Run:
         if probe.prompts == 0:
             return
         self.screen.phase("parity probe", f"{probe.prompts} prompts on both sides")
-        chosen = prompt_ids[: probe.prompts]
-        tokens = min(PROBE_TOKENS, self.config.rollout.sampling.max_tokens)
-        try:
-            asked = ray.get(self.pool.rollouts["rollout-0"].probe.remote(chosen, tokens))
-            items = [item | {"temperature": self.config.rollout.sampling.temperature} for item in asked]
-            [seen, *_] = ray.get([rank.probe.remote(items) for rank in self.pool.ranks])
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from error
+        while True:
+            try:
+                asked, seen = ask_both(self.pool, prompt_ids[: probe.prompts], self.config.rollout.sampling)
+                break
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from error
+            except ray.exceptions.RayActorError:  # whoever died is replaced
+                self.fleet.await_ready()
+                self.learner.await_ready([rank.progress.remote() for rank in self.pool.ranks])
         parity = check_parity(asked, seen, tolerance=probe.tolerance or DEFAULT_TOLERANCE[self._dtype])
         message = f"{parity.tokens} tokens agree within {parity.max_difference:.1e}"
         self.folder.event("parity probe", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -82,13 +83,17 @@ class Job:
         rest, _ = self.process.communicate(timeout=240)
         return "".join(self.lines) + rest
 
-    def kill_worker(self, name: str) -> None:
-        """SIGKILL to the process of this job whose name begins so."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if " ".join(child.cmdline()).startswith(name) or name in child.name():
-                child.kill()
-                return
-        raise AssertionError(f"there is no {name}")
+    def kill_worker(self, name: str, within_s: float = 0.0) -> None:
+        """SIGKILL to the process of this job whose name begins so, waited for."""
+        deadline = time.monotonic() + within_s
+        while True:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if " ".join(child.cmdline()).startswith(name) or name in child.name():
+                        child.kill()
+                        return
+            assert time.monotonic() < deadline, f"there is no {name}"
+            time.sleep(0.05)
 
     @property
     def run(self) -> Path:
@@ -189,6 +194,11 @@ def test_a_killed_job_leaves_no_orphan_and_goes_on_from_its_last_whole_checkpoin
 
 def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peaceful: Path, job_to_kill: Job) -> None:
     job = job_to_kill
+    job.until("starting actors")
+    for name in ("ray::RolloutActor", "ray::LearnerRank"):
+        job.kill_worker(name, within_s=60)
+    job.until("is replaced")
+    job.until("is replaced")
     job.until("step  1/")
     job.kill_worker("ray::LearnerRank")
     job.until("learner restarted")
