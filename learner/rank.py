@@ -67,7 +67,7 @@ class LearnerRank(DurableState):
         self.heap: HeapTrimmer
         self.reference: ReferencePolicy | None = None
         self.buffer: ReplayBuffer | None = None
-        self.outbox = Outbox(board)
+        self.outbox: Outbox | None = Outbox(board)
         self.publisher: Publisher | None = None
         self.cold_start: ColdStart | None = None
         self.epoch = 0

@@ -66,7 +66,7 @@ class UnluckyRank(LearnerRank):
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = None
+        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = self.outbox = None
         self.skipped, self.clock = 0, Clock()
         self.committed: list[int] = []
         self.step = -1
