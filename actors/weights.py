@@ -69,11 +69,9 @@ class WeightPuller:
                 return None
             weights = unpack_weights(manifest, arrays)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OwnerDiedError):
-            self._offered = None
             time.sleep(GONE_S)  # the learner or the board died before it was there
             return None
         except (ModelError, ray.exceptions.ObjectLostError) as error:
-            self._offered = None
             self.refused += 1
             self._in_a_row += 1
             log.warning("a version was refused, the engine stays at %d: %s", self.version, error)
@@ -93,20 +91,20 @@ class WeightPuller:
         """
         import ray
 
-        if self._offered is None or time.monotonic() - self._asked > ASK_S:
-            self._offered = ray.get(self.board.newer.remote(self.version, WAIT_S))
+        offered, self._offered = self._offered, None  # whatever comes of it is final, but that it is not there yet
+        if offered is None or time.monotonic() - self._asked > ASK_S:
+            offered = ray.get(self.board.newer.remote(self.version, WAIT_S))
             self._asked = time.monotonic()
-            if self._offered is None:
+            if offered is None:
                 return None
-        [reference] = self._offered
+        [reference] = offered
         try:
-            parcel = ray.get(reference, timeout=WAIT_S)
+            return ray.get(reference, timeout=WAIT_S)
         except ray.exceptions.GetTimeoutError:
-            if not ray.wait([reference], timeout=0, fetch_local=False)[0]:
-                return None
-            parcel = ray.get(reference)  # it lies on another node
-        self._offered = None
-        return parcel
+            if ray.wait(offered, timeout=0, fetch_local=False)[0]:
+                return ray.get(reference)  # it lies on another node
+            self._offered = offered
+            return None
 
 
 def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:

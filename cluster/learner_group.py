@@ -52,8 +52,9 @@ class LearnerGroup:
                 references = self.start()
 
     def _start_over(self, death: StartDeathError) -> None:
-        self._report("learner died", f"while starting: {last_line(death)}; it is replaced")
-        self._budget.spend(last_line(death))
+        reason = last_line(death)
+        self._report("learner died", f"while starting: {reason}; it is replaced")
+        self._budget.spend(reason)
         self.pool.stop_learner()
 
     def train(self, step: int, samples: int, fleet: Fleet, look: Callable[[], None]) -> dict[str, Any]:

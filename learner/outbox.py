@@ -24,12 +24,12 @@ class Outbox:
         self.board = board
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # versions are taken one by one, in the order they were put out
-        self._put_out: tuple[int, Parcel] | None = None
+        self._put_out: Parcel | None = None
         self._serial = self._taken = 0  # of what was put out last, and of what the board has last
         self._call = 0  # the standing call is the newest one: a new board may ask while its predecessor's still waits
         self._followed = False
 
-    def put(self, version: int, parcel: Parcel) -> None:
+    def put(self, parcel: Parcel) -> None:
         """Returns once the board has the version before; it takes this one meanwhile, so leave its memory alone.
 
         Raises ModelError when the board does not take the version before.
@@ -38,10 +38,12 @@ class Outbox:
             deadline = time.monotonic() + TAKE_S
             while not self._await_taken(ASK_S):
                 if time.monotonic() > deadline:
-                    raise ModelError(f"the weight board did not take the version before {version} within {TAKE_S:g} s")
+                    raise ModelError(
+                        f"the weight board did not take the version before {parcel[0]} within {TAKE_S:g} s"
+                    )
                 self._ask_to_follow()
             with self._changed:
-                self._put_out = (version, parcel)
+                self._put_out = parcel
                 self._serial += 1
                 self._changed.notify_all()
             if not self._followed:
@@ -74,5 +76,4 @@ class Outbox:
             self._changed.wait_for(lambda: self._serial > taken or self._call != call)
             if self._call != call or self._put_out is None:
                 raise ModelError("another weight board took over")
-            version, parcel = self._put_out
-            return (self._serial, version), parcel
+            return (self._serial, self._put_out[0]), self._put_out

@@ -31,7 +31,7 @@ class Publisher:
         """Put ``version`` out for the board and return its bytes. The board takes it meanwhile, and then owns it."""
         assert self.outbox is not None
         manifest, arrays = pack_weights(self.rename(weights))
-        self.outbox.put(version, to_parcel(version, manifest, arrays))
+        self.outbox.put(to_parcel(version, manifest, arrays))
         return sum(array.nbytes for array in arrays.values())
 
     def publish_again(self, version: int | None, weights: dict[str, Tensor] | None) -> int:
