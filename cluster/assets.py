@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.cache import made_once
 from cluster.config import RunConfig
 from prompts.datasets import PromptIndex
 from prompts.errors import ConfigError, DataError, ModelError
@@ -42,13 +43,14 @@ def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
             if getattr(found, name) is not None:
                 _existing(name, getattr(found, name))
         return found
-    from prompts.synthetic.world import synthesize
-
     folder = config.output.cache / f"world-{key(data.synthetic.model_dump(mode='json'))}"
-    if not folder.is_dir():
-        count = data.synthetic.n_train + data.synthetic.n_heldout + data.synthetic.n_sft
-        progress("synthesising the world", f"{count} clips as .mp4 and .wav")
-        synthesize(folder, data.synthetic)
+    with made_once(folder, lambda why: progress("waiting for the world", why)) as missing:
+        if missing:
+            from prompts.synthetic.world import synthesize
+
+            count = data.synthetic.n_train + data.synthetic.n_heldout + data.synthetic.n_sft
+            progress("synthesising the world", f"{count} clips as .mp4 and .wav")
+            synthesize(folder, data.synthetic)
     return Datasets(folder / "train.jsonl", folder / "heldout.jsonl", folder / "sft.jsonl")
 
 
@@ -60,12 +62,13 @@ def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
             raise ConfigError(f"model.path {path} is not a folder: give a Hugging Face checkpoint folder, or 'tiny'")
         check_model_folder(path)
         return path.resolve()
-    from prompts.tiny_model import build_tiny_omni
-
     folder = config.output.cache / f"tiny-omni-{key(config.seed)}"
-    if not folder.is_dir():
-        progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
-        build_tiny_omni(folder, seed=config.seed)
+    with made_once(folder, lambda why: progress("waiting for the tiny model", why)) as missing:
+        if missing:
+            from prompts.tiny_model import build_tiny_omni
+
+            progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
+            build_tiny_omni(folder, seed=config.seed)
     return folder.resolve()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assets import Datasets, cold_start_folder
+from cluster.cache import made_once
 from cluster.config import RunConfig
 from cluster.learner_group import death_among, last_line
 from cluster.pool import Pool, StartDeathError, unwrap
@@ -26,8 +27,9 @@ def cold_start(config: RunConfig, pool: Pool, base: Path, datasets: Datasets, sc
     """
     assert config.cold_start is not None and datasets.sft is not None
     folder = cold_start_folder(config, base, datasets.sft).resolve()
-    if not folder.is_dir():
-        _ColdStartRun(config, pool, base, datasets, screen, folder).execute()
+    with made_once(folder, lambda why: screen.phase("waiting for the cold start", why)) as missing:
+        if missing:
+            _ColdStartRun(config, pool, base, datasets, screen, folder).execute()
     return folder
 
 
