@@ -17,7 +17,7 @@ import pytest
 
 from buffer_service.server import find_redis_server
 from cluster.telemetry import read_metrics, read_status
-from tests.integration.test_run import RECIPE
+from tests.small_run import RECIPE
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,10 @@
-"""A Redis for each test module, and a buffer on it that is empty for each test."""
+"""A Redis for each test module, a buffer on it that is empty for each test, and a cache for all small runs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -23,3 +25,10 @@ def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
     redis.Redis.from_url(server.url).flushall()
     with ReplayBuffer.connect(CONFIG, "run", server.url) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """World and tiny model for ``tests.small_run``: made by whoever comes first, of all workers of this session."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-cache"

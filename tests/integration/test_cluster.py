@@ -22,7 +22,7 @@ from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from cluster.telemetry import read_status
-from tests.integration.test_run import RECIPE
+from tests.small_run import RECIPE
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -109,12 +109,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.mark.timeout(600)
-def test_a_submitted_job_trains_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_submitted_job_trains_on_the_cluster(cluster: Cluster, tmp_path: Path, small_cache: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as redis:
         done = cluster.train(
             tmp_path, "--resources.address", "auto", "--buffer.url", redis.url,
             "--resources.learner_labels", "{pool: both}", "--resources.rollout_labels", "{pool: both}",
-            "--output.folder", str(tmp_path / "runs"), "--output.cache", str(tmp_path / "cache"),
+            "--output.folder", str(tmp_path / "runs"), "--output.cache", str(small_cache),
             "--output.upload", f"file://{tmp_path}/elsewhere",
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -128,8 +128,8 @@ def test_a_submitted_job_trains_on_the_cluster(cluster: Cluster, tmp_path: Path)
 
 
 @pytest.mark.timeout(300)
-def test_what_the_cluster_lacks_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    places = ("--output.folder", str(tmp_path / "runs"), "--output.cache", str(tmp_path / "cache"))
+def test_what_the_cluster_lacks_is_named(cluster: Cluster, tmp_path: Path, small_cache: Path) -> None:
+    places = ("--output.folder", str(tmp_path / "runs"), "--output.cache", str(small_cache))
     done = cluster.train(
         tmp_path, *places, "--resources.learner_labels", "{pool: absent}", "--resources.start_timeout_s", "5"
     )

@@ -16,7 +16,7 @@ from cluster.buffer_commands import open_buffer
 from cluster.scale import scale
 from cluster.telemetry import read_metrics
 from prompts.errors import ConfigError
-from tests.integration.test_run import assert_ended_in_order, start
+from tests.small_run import assert_ended_in_order, start
 
 DEADLINE_S = 200.0
 LIGHT = ("--loop.steps", "100000", "--cold_start", "null", "--learner.ranks", "1", "--output.export", "false",
@@ -37,9 +37,9 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) -> None:
+def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path, small_cache: Path) -> None:
     before = set(os.listdir("/dev/shm"))
-    process = start(tmp_path, *LIGHT)
+    process = start(tmp_path, *LIGHT, cache=small_cache)
     try:
         assert process.stdout is not None
         said = []
@@ -82,8 +82,10 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path) 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_asked_again(tmp_path: Path) -> None:
-    process = start(tmp_path, *LIGHT, "--rollout.workers", "2", "--rollout.drain_s", "2")
+def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_asked_again(
+    tmp_path: Path, small_cache: Path
+) -> None:
+    process = start(tmp_path, *LIGHT, "--rollout.workers", "2", "--rollout.drain_s", "2", cache=small_cache)
     try:
         assert process.stdout is not None
         for line in process.stdout:
