@@ -13,6 +13,7 @@ from typing import Any
 
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
+from cluster.allocator import jemalloc
 from cluster.config import RunConfig
 from cluster.judge_server import JudgeServer
 from cluster.placement import live_nodes
@@ -31,7 +32,7 @@ NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",  # glibc has one heap per thread else, and each keeps what the largest step took
+    "MALLOC_ARENA_MAX": "1",  # without jemalloc: glibc has a heap per thread else, each as large as the largest step
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "DS_ACCELERATOR": "cpu",
 }
@@ -78,7 +79,7 @@ class Services:
 
     def worker_environment(self) -> dict[str, str]:
         """Environment of rollout, learner and reward processes."""
-        return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT)}
+        return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT | jemalloc())}
 
     def rewards(self) -> RewardConfig:
         """The recipe's rewards; a judge that was started here is named by its address."""
