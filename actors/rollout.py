@@ -24,7 +24,7 @@ from actors.config import SamplingConfig
 from actors.delivery import Delivery, Work, quarantine
 from actors.spec import RolloutSpec
 from prompts.errors import AvatarError
-from prompts.heap import HeapTrimmer
+from prompts.heap import HeapTrimmer, no_collections
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class RolloutActor:
     components), ...]`` or an AvatarError; ``board`` is the weight board.
     """
 
+    @no_collections()
     def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
         from actors.engine import RolloutEngine
         from actors.weights import WeightPuller

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from learner.spec import LearnerSpec
+from prompts.heap import no_collections
 
 #: Methods of ``learner.rank.LearnerRank`` that are called from outside.
 METHODS = (
@@ -18,6 +19,7 @@ class LearnerRankActor:
     """Plain class; the cluster makes it a Ray actor. Ray imports the class of every handle it is given, so this one is
     light and makes the real rank in its own process."""
 
+    @no_collections()
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
         from learner.rank import LearnerRank
 

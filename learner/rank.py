@@ -42,7 +42,7 @@ from learner.spec import LearnerSpec
 from learner.state import DurableState
 from prompts.datasets import PromptIndex
 from prompts.errors import ModelError, ReplayBufferError
-from prompts.heap import HeapTrimmer
+from prompts.heap import HeapTrimmer, no_collections
 from prompts.media import MediaLoader
 from prompts.template import EncodedPrompt, PromptEncoder
 
@@ -86,6 +86,7 @@ class LearnerRank(DurableState):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    @no_collections()
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the policy."""
         os.environ.update(

@@ -1,14 +1,15 @@
-"""Freed memory goes back to the system, dead cycles are found, and only when it is due."""
+"""Freed memory goes back to the system, dead cycles are found, only when it is due, and not during set-up."""
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
 
-from prompts.heap import HeapTrimmer
+from prompts.heap import HeapTrimmer, no_collections
 
 HOLES = """
 import gc, psutil, weakref
@@ -44,3 +45,10 @@ def test_nothing_is_done_where_it_is_not_wanted() -> None:
     never = HeapTrimmer(active=False, every_s=0.0)
     never.trim()
     assert never.count == 0 and never.seconds == 0
+
+
+def test_python_does_not_collect_during_set_up_and_does_afterwards() -> None:
+    with pytest.raises(RuntimeError), no_collections():
+        assert not gc.isenabled()
+        raise RuntimeError("no such model")
+    assert gc.isenabled()
