@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 SETTLE_S = 240.0  # a process's first minutes, in which it fills its caches and its heap finds its size
+LEAVE_S = 20.0  # its last seconds: a driver that ends in order draws plots then
 SPAN_S = 120.0  # a slope over less than this says nothing
 
 
@@ -46,14 +48,14 @@ class Footprint:
     def figures(self) -> dict[str, float]:
         """Per role: the largest footprint in MiB, and how it grows within a life, in MiB an hour.
 
-        The slope is one line through all lives, each with a level of its own and without its first ``SETTLE_S``;
+        The slope is one line through all lives, each with a level of its own, without ``SETTLE_S`` and ``LEAVE_S``;
         ``memory_span_s`` is what it was seen over, all lives together, ``memory_longest_s`` the longest of them.
         """
         found: dict[str, float] = {}
         for role in sorted({role for role, _ in self._samples}):
             lives = [np.array(rows) for (name, _), rows in self._samples.items() if name == role]
             found[f"memory_mib_{role}"] = max(float(rows[:, 1].max()) for rows in lives)
-            settled = [rows[rows[:, 0] >= rows[0, 0] + SETTLE_S] for rows in lives]
+            settled = [_settled(rows) for rows in lives]
             settled = [rows for rows in settled if len(rows) > 2 and rows[-1, 0] - rows[0, 0] >= SPAN_S]
             if not settled:
                 continue
@@ -64,6 +66,11 @@ class Footprint:
             found[f"memory_span_s_{role}"] = sum(spans)
             found[f"memory_longest_s_{role}"] = max(spans)
         return found
+
+
+def _settled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Samples (s, MiB) of a life without its beginning and its end."""
+    return rows[(rows[:, 0] >= rows[0, 0] + SETTLE_S) & (rows[:, 0] <= rows[-1, 0] - LEAVE_S)]
 
 
 def processes(root: int | None, roles: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:

@@ -86,7 +86,7 @@ def main() -> None:
     # A small constant rate: what is asked here is not what it learns, but that it can go on for long.
     fixed = [
         "--learner.schedule", "constant", "--learner.warmup", "0", "--learner.optimizer.lr", "1.0e-5",
-        "--checkpoint.every", "50", "--evaluation.every", "500", "--output.export", "false",
+        "--checkpoint.every", "50", "--evaluation.every", "100", "--output.export", "false",
         "--screen", "plain", *overrides,
     ]  # fmt: skip
     begin = [sys.executable, "-m", "cluster.cli", "train", str(options.recipe), *fixed]
