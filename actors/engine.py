@@ -35,6 +35,7 @@ from actors.launch import (
 from actors.prompt_cache import PromptCache
 from actors.weights import WeightContract
 from prompts.errors import DataError, ModelError, ResourceError
+from prompts.heap import set_aside_imports
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class RolloutEngine:
 
         register()
         quieten()
+        set_aside_imports()
         try:
             arguments = EngineArgs(**engine_arguments(path, kind, config, self.device))
             self._engine = LLMEngine.from_engine_args(arguments)

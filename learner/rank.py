@@ -42,7 +42,7 @@ from learner.spec import LearnerSpec
 from learner.state import DurableState
 from prompts.datasets import PromptIndex
 from prompts.errors import ModelError, ReplayBufferError
-from prompts.heap import HeapTrimmer, no_collections
+from prompts.heap import HeapTrimmer, no_collections, set_aside_imports
 from prompts.media import MediaLoader
 from prompts.template import EncodedPrompt, PromptEncoder
 
@@ -97,6 +97,7 @@ class LearnerRank(DurableState):
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
+        set_aside_imports()
         optimizer = self._optimizer()
         dtype = optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
         model = load_model(spec.model, dtype=dtype)
