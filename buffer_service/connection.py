@@ -152,6 +152,11 @@ class Connection:
         except redis.exceptions.RedisError as error:
             raise translate(error, self.where) from error
 
+    def ask(self, *command: Word) -> Any:
+        """The reply to one plain command, by the short way."""
+        packed = pack(*command)
+        return self.attempt(lambda: self._wire.ask(packed))
+
     def run(self, name: str, *args: Word) -> Any:
         """One atomic operation by name."""
         packed = self._packed(name, args)

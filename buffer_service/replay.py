@@ -210,7 +210,7 @@ class ReplaySide:
 
     def version(self) -> int:
         """Newest policy version. O(1)."""
-        found = self._connection.attempt(lambda: self._connection.client.hget(self._connection.key("meta"), "version"))
+        found = self._connection.ask("HGET", self._connection.key("meta"), "version")
         if found is None:
             raise ReplayBufferError(f"run {self._connection.run_id} is not set up; connect to it first")
         return int(found)
