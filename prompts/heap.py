@@ -43,27 +43,28 @@ def set_aside_imports() -> None:
 class HeapTrimmer:
     """``trim`` is called often, between two pieces of work, and does something every ``every_s`` seconds.
 
-    Tensors of ever new shapes leave holes of all sizes, so that the heap of a worker on a CPU grows for hours while no
-    more of it is in use. Tensors in dead reference cycles wait there for a full collection, which Python puts off until
-    a quarter of all objects is new: with half a million of them from imports, hundreds of MiB later. Make one at the
-    end of the worker's setup: what lives then is left out of all collections, so that a full one is cheap, too.
+    glibc's heap grows for hours while no more of it is in use (``cluster.allocator``). Tensors in dead reference cycles
+    wait for a full collection, which Python puts off until a quarter of all objects is new: with half a million of them
+    from imports, hundreds of MiB later. Make one at the end of the worker's setup: what lives then is left out of all
+    collections, so that a full one is cheap, too.
     """
 
     def __init__(self, *, active: bool, every_s: float = EVERY_S) -> None:
-        self._release = _glibc_trim() if active else None
+        self._active, self._release = active, _glibc_trim()
         self._every_s, self._last = every_s, time.monotonic()
         self.seconds = 0.0  # spent in all trims
         self.count = 0
-        if self._release is not None:
+        if active:
             gc.collect()
             gc.freeze()
 
     def trim(self) -> None:
         now = time.monotonic()
-        if self._release is None or now - self._last < self._every_s:
+        if not self._active or now - self._last < self._every_s:
             return
         gc.collect()
-        self._release(0)
+        if self._release is not None:
+            self._release(0)
         self._last = time.monotonic()
         self.seconds += self._last - now
         self.count += 1
