@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from actors.group import Scores, UnusableGroupError, completion_facts, evaluation_payload, make_group
 from actors.spec import RolloutSpec
+from actors.unimodal import WHOLE
+from actors.work import Work
 from prompts.errors import AvatarError
-from prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from actors.engine import FinishedRequest
     from buffer_service.store import ReplayBuffer
     from buffer_service.tickets import TicketLease
 
@@ -28,19 +28,9 @@ Answer = Scores | BaseException
 
 
 @dataclass
-class Work:
-    """A leased prompt on its way through the engine."""
-
-    lease: TicketLease
-    prompt: Prompt
-    prepared: Any  # RolloutEngine.prepare
-
-
-@dataclass
 class Outcome:
     """A finished group on its way through the scorer."""
 
-    finished: FinishedRequest
     work: Work
     scores: Answer | None = None  # None until they have come
 
@@ -55,8 +45,8 @@ class Delivery:
         self.spec, self.buffer, self.scorer, self._settled = spec, buffer, scorer, settled
         self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()  # None: no more will come
 
-    def put(self, finished: FinishedRequest, work: Work) -> None:
-        self._outcomes.put(Outcome(finished, work))
+    def put(self, work: Work) -> None:
+        self._outcomes.put(Outcome(work))
 
     def close(self) -> None:
         self._outcomes.put(None)
@@ -92,7 +82,7 @@ class Delivery:
         together = max(1, len(outcomes)) if self.spec.scores_together else 1
         for first in range(0, len(outcomes), together):
             part = outcomes[first : first + together]
-            groups = [(outcome.work.prompt.id, completion_facts(outcome.finished)) for outcome in part]
+            groups = [asked(outcome.work) for outcome in part]
             future: Future[list[Answer]] = self.scorer.score.remote(groups).future()
             future.add_done_callback(partial(self._scored, part))
 
@@ -104,7 +94,7 @@ class Delivery:
             self._outcomes.put(outcome)
 
     def _insert(self, outcome: Outcome) -> None:
-        finished, lease, scores = outcome.finished, outcome.work.lease, outcome.scores
+        finished, lease, scores = outcome.work.whole, outcome.work.lease, outcome.scores
         if isinstance(scores, AvatarError):
             quarantine(self.buffer, lease, scores)
             self._settled(lease.ticket.key, None)
@@ -112,7 +102,7 @@ class Delivery:
         if isinstance(scores, BaseException):
             raise scores
         assert scores is not None
-        generated = sum(len(completion.token_ids) for completion in finished.completions)
+        generated = outcome.work.tokens
         if lease.ticket.kind == "eval":
             payload = evaluation_payload(outcome.work.prompt, finished, scores)
             self.buffer.add_eval(lease, json.dumps(payload).encode())
@@ -126,6 +116,14 @@ class Delivery:
                 return
             self.buffer.add_group(group, lease, tokens_generated=generated)
         self._settled(lease.ticket.key, generated)
+
+
+def asked(work: Work) -> tuple[Any, ...]:
+    """One group as the scorer takes it: prompt id, facts of its completions and, where there are any, those of its
+    unimodal parts by name."""
+    facts = {part: completion_facts(request) for part, request in work.finished.items()}
+    whole = facts.pop(WHOLE)
+    return (work.prompt.id, whole, facts) if facts else (work.prompt.id, whole)
 
 
 def quarantine(buffer: ReplayBuffer, lease: TicketLease, error: AvatarError) -> None:

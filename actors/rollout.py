@@ -21,8 +21,10 @@ import numpy as np
 
 from actors.boundary import Boundary
 from actors.config import SamplingConfig
-from actors.delivery import Delivery, Work, quarantine
+from actors.delivery import Delivery, quarantine
 from actors.spec import RolloutSpec
+from actors.unimodal import KEPT, WHOLE, parts_of
+from actors.work import Work, read_request_id
 from prompts.errors import AvatarError
 from prompts.heap import HeapTrimmer, no_collections
 from prompts.record import Prompt
@@ -159,8 +161,12 @@ class RolloutActor:
         start = time.perf_counter()
         idle_share = self._free() / self.spec.max_sequences if self._incoming else 0.0
         for finished in self.engine.step():
-            delivery.put(finished, self._working.pop(finished.request_id))
-            self._look.set()
+            key, part = read_request_id(finished.request_id)
+            work = self._working[key]
+            work.finished[part] = finished
+            if work.done:
+                delivery.put(self._working.pop(key))
+                self._look.set()
         self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
 
     def _emptied(self) -> bool:
@@ -173,7 +179,7 @@ class RolloutActor:
 
     def _at_a_boundary(self) -> bool:
         following = self._ready[0] if self._ready else None
-        room = following is not None and self._wants_news(following) and self._free() >= following.lease.ticket.n
+        room = following is not None and self._wants_news(following) and self._free() >= following.sequences
         return self.boundary.reached(len(self._working), room_for_next_step=room)
 
     def _wants_news(self, work: Work) -> bool:
@@ -185,7 +191,7 @@ class RolloutActor:
 
     def _free(self) -> int:
         """Sequences that the engine would run at once."""
-        return max(0, self.spec.max_sequences - sum(work.lease.ticket.n for work in self._working.values()))
+        return max(0, self.spec.max_sequences - sum(work.sequences for work in self._working.values()))
 
     def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
         start = time.perf_counter()
@@ -202,16 +208,18 @@ class RolloutActor:
             work = self._ready[0]
             if self._incoming and self._wants_news(work):
                 return  # submitted now it would be prefilled again when the weights come in
-            sampling, seed = self._sampling(work.lease)
             self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
             self._ready.popleft()
             try:
-                self.engine.submit(lease.ticket.key, work.prepared, sampling, seed=seed)
+                for part, prepared in work.prepared.items():
+                    sampling, seed = self._sampling(lease, part)
+                    self.engine.submit(work.request_id(part), prepared, sampling, seed=seed)
             except AvatarError as error:
+                self.engine.abort(work.request_ids)
                 del self._working[lease.ticket.key]
                 self._give_up(lease, error)
 
-    def _sampling(self, lease: TicketLease) -> tuple[SamplingConfig, int]:
+    def _sampling(self, lease: TicketLease, part: str) -> tuple[SamplingConfig, int]:
         ticket = lease.ticket
         if ticket.kind == "eval":
             update: dict[str, Any] = {"n": ticket.n}
@@ -223,7 +231,8 @@ class RolloutActor:
             seed = int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
             return self.spec.sampling.model_copy(update=update), seed
         # A ticket's seed depends on nothing but the run and its place in the stream: a retry generates the same.
-        seed = int(np.random.SeedSequence((self.spec.seed, ticket.seq)).generate_state(1)[0]) >> 1
+        place = (self.spec.seed, ticket.seq, *((1 + list(KEPT).index(part),) if part != WHOLE else ()))
+        seed = int(np.random.SeedSequence(place).generate_state(1)[0]) >> 1
         return self.spec.sampling.model_copy(update={"n": ticket.n}), seed
 
     # -- helper threads --------------------------------------------------------------------------------------------
@@ -244,11 +253,11 @@ class RolloutActor:
         return BUSY_POLL_S if self.engine.in_flight else IDLE_POLL_S
 
     def _room(self) -> int:
-        """Sequences that may be leased: half a load ahead of the engine, in all at most ``BACKLOG`` loads unscored."""
-        load = self.spec.max_sequences
-        ahead = sum(work.lease.ticket.n for work in (*self._ready, *list(self._working.values())))
-        held = sum(lease.ticket.n for lease in list(self._held.values()))
-        return min(load + load // 2 - ahead, BACKLOG * load - held)
+        """Completions that may be leased: half a load ahead of the engine, ``BACKLOG`` loads unscored at most."""
+        load, width = self.spec.max_sequences, 1 + len(KEPT) if self.spec.unimodal else 1
+        ahead = sum(work.sequences for work in (*self._ready, *list(self._working.values())))
+        held = width * sum(lease.ticket.n for lease in list(self._held.values()))
+        return min(load + load // 2 - ahead, BACKLOG * load - held) // width
 
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
@@ -274,7 +283,9 @@ class RolloutActor:
         for lease in leases:
             try:
                 prompt = self.prompts[lease.ticket.prompt_id]
-                bunch.append(Work(lease, prompt, self._rendered(prompt, lease.hinted)))
+                parts = parts_of(prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train")
+                prepared = {part: self._rendered(one, lease.hinted, part) for part, one in parts.items()}
+                bunch.append(Work(lease, prompt, prepared))
             except AvatarError as error:
                 self._give_up(lease, error)
             if time.perf_counter() - start > BUNCH_S:
@@ -282,12 +293,12 @@ class RolloutActor:
                 bunch, start = [], time.perf_counter()
         self._ready.extend(bunch)
 
-    def _rendered(self, prompt: Prompt, hinted: bool) -> Any:
+    def _rendered(self, prompt: Prompt, hinted: bool, part: str) -> Any:
         """What the engine takes, media preprocessed; a prompt that was here lately costs nothing."""
-        known = self.engine.prepared((prompt.id, hinted))
+        known = self.engine.prepared((prompt.id, hinted, part))
         if known is None:
             engine_input = self.encoder.engine_input(prompt, hinted=hinted)
-            known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted))
+            known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted, part))
         return known
 
     def _pull(self) -> None:

@@ -30,3 +30,4 @@ class RolloutSpec:
     max_staleness: int
     lease_s: float
     scores_together: bool  # scoring never waits for anything, so finished groups may share one call
+    unimodal: bool  # the rewards compare with rollouts of sight alone and of sound alone (METHOD 2.2)

@@ -168,3 +168,19 @@ def check_hints(prompts: PromptIndex, config: RunConfig) -> None:
             f"hints that give the answer away: {'; '.join(leaks[:3])}{more}; write them anew "
             "(`avatar hints generate`), drop them, or set buffer.hints.enabled: false"
         )
+
+
+def check_fusion(prompts: PromptIndex, config: RunConfig) -> None:
+    """Some prompt can be asked by sight alone and by sound alone, where a reward compares with that (METHOD 2.2).
+
+    Raises DataError else: the reward would be masked for every completion.
+    """
+    if not config.rewards.asks_unimodal:
+        return
+    from actors.unimodal import parts_of
+
+    if not any(len(parts_of(prompt, unimodal=True)) > 1 for prompt in prompts if config.data.select.takes(prompt)):
+        raise DataError(
+            "rewards.weights.fusion compares with video alone and audio alone, but no training prompt has both: add "
+            "such prompts, widen data.select or drop the reward"
+        )

@@ -242,6 +242,11 @@ class RunConfig(Section):
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
             raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
+        if self.rewards.asks_unimodal:
+            largest *= 3
         if self.rollout.max_sequences < largest:
-            raise ValueError(f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}")
+            what = " (fusion: with video alone and audio alone)" if self.rewards.asks_unimodal else ""
+            raise ValueError(
+                f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}{what}"
+            )
         return self

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.assets import Datasets, check_hints, prepare_datasets, read_prompts
+from cluster.assets import Datasets, check_fusion, check_hints, prepare_datasets, read_prompts
 from cluster.disk import replace_text
 from cluster.evaluate import Kinds, PolicyResult, evaluate
 from cluster.replay_import import carry_over
@@ -57,6 +57,7 @@ class CurriculumRun:
             return
         train = read_prompts(datasets.train, config)
         check_hints(train, config)
+        check_fusion(train, config)
         select(train, config.data.select)
         if config.loop.target_accuracy is not None:
             if datasets.heldout is None:

@@ -14,6 +14,10 @@ _TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.3}}}
 _NO_TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.0}}}
 _HINTS: Overlay = {"buffer": {"hints": {"enabled": True}}}
 _NO_HINTS: Overlay = {"buffer": {"hints": {"enabled": False}}}
+#: METHOD 2.3
+_GSPO_OMNI: Overlay = {
+    "learner": {"objective": {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.03}}
+}
 #: One baseline for all, the prompt's moving average, so that no group is dead; the ratio against the current policy,
 #: weighted by current / behaviour up to 2 (truncated importance sampling), so that stale trajectories stay sound.
 _PLUS: Overlay = {
@@ -46,9 +50,11 @@ PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
         {"learner": {"objective": {"loss_type": "dr_grpo", "scale_rewards": "none"}}})),
     "omnivideo_qi": ("GSPO with OmniVideo-R1's query-intensive rewards: format, answer, segments (METHOD 2.1)", (
         _FRESH_ONLY, _NO_TAS, _NO_HINTS,
-        {"learner": {"objective": {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.03}},
-         "rewards": {"weights": {
+        _GSPO_OMNI, {"rewards": {"weights": {
              "grounding_format": 1.0, "accuracy": 1.0, "segment_consistency": 0.5, "segment_completeness": 0.5}}})),
+    "omnivideo_ma": ("GSPO with OmniVideo-R1's modality-attentive reward: video and audio alone, too (METHOD 2.2)", (
+        _FRESH_ONLY, _NO_TAS, _NO_HINTS, _GSPO_OMNI,
+        {"rewards": {"weights": {"format": 1.0, "accuracy": 1.0, "fusion": 1.0}}})),
 }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from prompts.config import DataConfig, MediaConfig
 from prompts.datasets import PromptIndex
@@ -36,9 +38,10 @@ class Scorer:
         """Raises when a judge cannot be reached, before any training."""
         await self.rewards.check()
 
-    async def score(self, groups: list[tuple[str, list[Facts]]]) -> list[Scores | AvatarError]:
-        """For each (prompt id, facts of its completions): reward and components per completion, None where masked; or
-        why this group cannot be scored, which is no matter of the others."""
+    async def score(self, groups: list[tuple[Any, ...]]) -> list[Scores | AvatarError]:
+        """For each (prompt id, facts of its completions[, facts of those to video and to audio alone]): reward and
+        components per completion, None where masked; or why this group cannot be scored, which is no matter of the
+        others."""
         answers: list[Scores | AvatarError] = []
         for answer in await asyncio.gather(*(self._score(*group) for group in groups), return_exceptions=True):
             if isinstance(answer, BaseException) and not isinstance(answer, AvatarError):
@@ -46,16 +49,23 @@ class Scorer:
             answers.append(answer)
         return answers
 
-    async def _score(self, prompt_id: str, facts: list[Facts]) -> Scores:
-        completions = [
-            Completion(text=text, finished=finished, mean_logprob=mean_logprob, tokens=tokens)
-            for text, finished, mean_logprob, tokens in facts
-        ]
-        [group] = await self.rewards.score([ScoreRequest(prompt=self.prompts[prompt_id], completions=completions)])
+    async def _score(
+        self, prompt_id: str, facts: list[Facts], unimodal: Mapping[str, list[Facts]] = MappingProxyType({})
+    ) -> Scores:
+        parts = {f"{part}_only": _completions(facts) for part, facts in unimodal.items()}
+        request = ScoreRequest(prompt=self.prompts[prompt_id], completions=_completions(facts), **parts)
+        [group] = await self.rewards.score([request])
         return [(item.reward, item.components) for item in group.scored]
 
     async def stats(self) -> dict[str, float]:
         return await self.rewards.stats()
+
+
+def _completions(facts: list[Facts]) -> list[Completion]:
+    return [
+        Completion(text=text, finished=finished, mean_logprob=mean_logprob, tokens=tokens)
+        for text, finished, mean_logprob, tokens in facts
+    ]
 
 
 def check_judge(config: RewardConfig) -> None:

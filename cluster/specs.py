@@ -29,6 +29,7 @@ def rollout_spec(config: RunConfig, run_id: str, model: Path, datasets: Datasets
         max_staleness=config.loop.max_staleness,
         lease_s=rollout.lease_s,
         scores_together=config.rewards.quick,
+        unimodal=config.rewards.asks_unimodal,
     )
 
 

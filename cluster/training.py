@@ -14,6 +14,7 @@ from typing import Any
 from buffer_service.store import ReplayBuffer
 from cluster.assets import (
     Datasets,
+    check_fusion,
     check_hints,
     check_media,
     model_digest,
@@ -142,6 +143,7 @@ class Run:
         train = read_prompts(datasets.train, config)
         check_media(train)
         check_hints(train, config)
+        check_fusion(train, config)
         check_judge(config.rewards)
         self.stream = PromptStream(
             select(train, config.data.select), config.loop, seed=config.seed, warm_up=config.buffer.warm_up,

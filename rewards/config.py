@@ -162,6 +162,11 @@ class RewardConfig(BaseModel):
         """Whether any component needs the judge."""
         return not JUDGED.isdisjoint(self.weights)
 
+    @property
+    def asks_unimodal(self) -> bool:
+        """Whether any component compares with rollouts of video alone and of audio alone (three times the work)."""
+        return "fusion" in self.weights
+
     @field_validator("weights")
     @classmethod
     def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:

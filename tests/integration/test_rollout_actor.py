@@ -26,10 +26,12 @@ from buffer_service.weights import pack_weights, to_parcel
 from cluster.assets import prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.pool import Pool
+from cluster.scoring import Scorer
 from cluster.services import Services
 from cluster.specs import rollout_spec
 from prompts.datasets import load_prompts, media_base
 from prompts.record import resolve_uri
+from rewards.config import RewardConfig
 from tests.tiny_models import respawn
 
 BROKEN = "train-00007"
@@ -63,7 +65,7 @@ class Stage:
         self.config = RunConfig.model_validate(settings)
         self.services = Services(self.config, folder)
         self.services.__enter__()
-        datasets = prepare_datasets(self.config, lambda *_: None)
+        self.datasets = datasets = prepare_datasets(self.config, lambda *_: None)
         self.model = prepare_base_model(self.config, lambda *_: None)
         self.weights = respawn(self.model, folder / "second", seed=1)
         for prompt in load_prompts(datasets.train, self.config.data.reader):
@@ -164,6 +166,55 @@ def test_every_ticket_becomes_one_scored_group(stage: Stage, buffer: ReplayBuffe
     written = sum(len(trajectory.token_ids) for trajectory in members(groups))
     assert after["tokens"] - before["tokens"] == books.tokens == written
     assert after["groups"] - before["groups"] == 10 and after["in_flight"] == 0
+
+
+class Listener(Scorer):
+    """A scorer that remembers what it was asked."""
+
+    async def score(self, groups: list[tuple[Any, ...]]) -> Any:
+        self.asked = [*getattr(self, "asked", []), *groups]
+        return await super().score(groups)
+
+    async def heard(self) -> list[tuple[Any, ...]]:
+        return self.asked
+
+
+def test_fusion_compares_with_rollouts_of_sight_alone_and_of_sound_alone(stage: Stage, buffer: ReplayBuffer) -> None:
+    actor, both = stage.actor, [0, 1, 2, 3]
+    buffer.push_tickets(train(both))
+    with working(actor):
+        plain = arrived(buffer)
+    rewards = RewardConfig(weights={"format": 1.0, "accuracy": 1.0, "fusion": 1.0})
+    listener = ray.remote(Listener).remote(rewards, stage.datasets.asked, actor.spec.data)
+    asked = [Ticket(seq=9, prompt_id="heldout-00000", step=0, n=1, kind="eval", round=1)]
+    with stage.begin() as other:
+        actor.spec, actor.scorer = replace(actor.spec, unimodal=True), listener
+        other.push_tickets([*train(both), *asked])
+        with working(actor):
+            groups = arrived(other)
+            until(lambda: other.eval_results(1).complete, "the evaluation")
+        books = other.check_ledger()
+    assert tokens(groups) == tokens(plain)  # what is trained on is the same as without
+    assert {t.components["fusion"] for t in members(groups)} <= {0.0, 0.3}
+    heard = {prompt_id: rest for prompt_id, *rest in ray.get(listener.heard.remote())}
+    assert len(heard.pop("heldout-00000")) == 1  # an evaluation asks once
+    assert heard.keys() == {f"train-{number:05d}" for number in both}
+    spent = 0
+    for prompt_id, (whole, parts) in heard.items():
+        assert parts.keys() == {"video", "audio"}
+        texts = [tuple(text for text, *_ in facts) for facts in (whole, *parts.values())]
+        assert [len(found) for found in texts] == [4, 4, 4] and len(set(texts)) == 3
+        spent += sum(count for facts in (whole, *parts.values()) for *_, count in facts)
+        there = {part: placeholders(actor, prompt_id, part) for part in ("", "video", "audio")}
+        assert there == {"": {"video", "audio"}, "video": {"video"}, "audio": {"audio"}}
+    assert books.tokens == spent and books.completions == 16  # all that was generated; all that can be trained on
+
+
+def placeholders(actor: RolloutActor, prompt_id: str, part: str) -> set[str]:
+    """Media that the engine was shown."""
+    rendered = actor.engine.prepared((prompt_id, False, part))
+    assert rendered is not None
+    return set(rendered["mm_placeholders"])
 
 
 def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(stage: Stage, buffer: ReplayBuffer) -> None:

@@ -118,6 +118,12 @@ def test_a_hint_that_holds_the_answer_stops_a_run_where_hints_may_fire(raw: dict
     CurriculumRun(resolved(raw)).prepare()
 
 
+def test_fusion_without_prompts_that_have_both_senses_stops_everything(raw: dict[str, Any]) -> None:
+    raw["stages"][1]["rewards"] = {"weights": {"accuracy": 1, "fusion": 1}}
+    with pytest.raises(DataError, match=r"stage see: rewards\.weights\.fusion compares with video alone and audio"):
+        CurriculumRun(resolved(raw)).prepare()
+
+
 def finish(run: CurriculumRun, upto: int) -> None:
     """Pretend that the first stages have been run."""
     parent = ""

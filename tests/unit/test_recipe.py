@@ -142,6 +142,13 @@ def test_what_is_wrong_is_named_with_its_remedy(recipe: Path, override: str, mes
         load(recipe, override)
 
 
+def test_fusion_needs_room_for_its_unimodal_rollouts(recipe: Path) -> None:
+    overrides = ("--rewards.weights.fusion", "0.5", "--rollout.max_sequences")
+    assert load(recipe, *overrides, "24").rewards.asks_unimodal
+    with pytest.raises(ConfigError, match=r"max_sequences 23 is below one group of 24 \(fusion: with video alone"):
+        load(recipe, *overrides, "23")
+
+
 def test_all_mistakes_are_told_at_once(recipe: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(recipe, "--loop.steps=0", "--loop.fersh=1", "--learner.ranks=-1")
