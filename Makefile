@@ -8,8 +8,8 @@ RECIPE ?= recipes/local.yaml
 ARGS ?=
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
-# A third of what is installed, never imported here: left to be compiled by whoever does import it.
-UNUSED := /transformers/models/(?!auto|qwen|whisper|llama|gpt2|t5|gemma)[a-z]|/vllm/model_executor/models/(?!qwen|registry|interfaces|utils|vision|whisper|config)[a-zA-Z]|/ray/(rllib|tune|train|serve|data)/|/site-packages/(anthropic|numba|nltk|mypy|mypyc|pip|sentry_sdk|dns|mcp)/|/pygments/lexers/|/torch/testing/_internal/
+# A quarter of what is installed, never imported here: left to be compiled by whoever does import it.
+UNUSED := /transformers/models/(?!auto|qwen|whisper)[a-z0-9_]*/(modeling|modular|convert)_|/ray/(rllib|tune|train|serve|data)/|/site-packages/(anthropic|numba|nltk|mypy|mypyc|pip|sentry_sdk|dns|mcp)/|/pygments/lexers/|/torch/testing/_internal/
 
 .PHONY: setup demo test test-unit test-chaos lint bench clean
 
