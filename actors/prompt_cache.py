@@ -7,18 +7,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 
 class PromptCache:
-    """Least-recently-used by bytes, thread-safe. Holds processor output only, which no weight update makes stale."""
+    """Least-recently-used by bytes, thread-safe. Holds processor output only, which no weight update makes stale.
+
+    Media of equal ids are kept once (a prompt, and the same with its hint), though each prompt is counted in full.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._items: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # media by kind and id
 
     def key(self, engine_input: dict[str, Any]) -> str | None:
         """Equal for prompts that preprocess alike; None when that cannot be told (media without ids)."""
@@ -43,10 +48,19 @@ class PromptCache:
         with self._lock:
             if key in self._entries:
                 return
+            self._share(rendered)
             self._entries[key] = (rendered, size)
             self.used += size
             while self.used > self.capacity:
                 self.used -= self._entries.popitem(last=False)[1][1]
+
+    def _share(self, rendered: Any) -> None:
+        """Equal ids mean equal processor output (``PromptEncoder.engine_input``)."""
+        media = rendered.get("mm_kwargs")
+        for kind, names in (rendered.get("mm_hashes") or {}).items():
+            media[kind] = [
+                self._items.setdefault((kind, name), item) for name, item in zip(names, media[kind], strict=True)
+            ]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

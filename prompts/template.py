@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,24 @@ class PromptEncoder:
         if cached is not None:
             self._cache.move_to_end(key)
             return cached
-        encoded = self._encode(prompt, hinted)
+        encoded = self._shared(self._encode(prompt, hinted), prompt, hinted)
         if encoded.nbytes <= self.config.cache_bytes:
             self._cache[key] = encoded
             self._cached_bytes += encoded.nbytes
             while self._cached_bytes > self.config.cache_bytes:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return encoded
+
+    def _shared(self, encoded: EncodedPrompt, prompt: Prompt, hinted: bool) -> EncodedPrompt:
+        """With the media of the same prompt with or without its hint, where that is cached: they are equal."""
+        if prompt.hint is None or not encoded.features:
+            return encoded
+        twin = self._cache.get(_key(self.text(prompt, not hinted), prompt.media.model_dump_json()))
+        if twin is None or twin.features.keys() != encoded.features.keys():
+            return encoded
+        if not all(torch.equal(tensor, twin.features[name]) for name, tensor in encoded.features.items()):
+            return encoded
+        return replace(encoded, features=twin.features)
 
     def _encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
         prepared = self._prepare(prompt, hinted)

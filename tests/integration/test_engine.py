@@ -96,6 +96,23 @@ def _start_on_the_first_policy(request: pytest.FixtureRequest) -> None:
         stage.adopt(0)
 
 
+def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(stage: Stage) -> None:
+    media = [video(12, 4, 2.0), audio(13, 1.5)]
+    for name, interleaved in (("hint", False), ("hint interleaved", True)):
+        prompt = make_prompt(stage.loader, name, media, audio_in_video=interleaved, hint="count the red ones twice")
+        plain, hinted = (stage.engine.prepare(stage.encoder.engine_input(prompt, way)) for way in (False, True))
+        items = [
+            (first, second)
+            for kind, known in plain["mm_kwargs"].items()
+            for first, second in zip(known, hinted["mm_kwargs"][kind], strict=True)
+        ]
+        assert len(items) == 2 and all(first is second for first, second in items)
+        stage.engine.submit(name, hinted, GREEDY)
+        [completion] = drain(stage.engine)[name].completions
+        expected = logprobs_of(stage.references[0], stage.encoder.encode(prompt, True), completion.token_ids)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+
+
 def test_adopted_weights_decode_like_a_fresh_engine_on_the_exported_checkpoint(stage: Stage) -> None:
     before = tokens(stage.run(stage.engine, GREEDY))
     stage.adopt(1)

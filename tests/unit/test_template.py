@@ -125,6 +125,22 @@ def test_encodes_are_cached_within_bounds(folder: Path) -> None:
     assert nothing.encode(prompts[0], False) is not nothing.encode(prompts[0], False)
 
 
+def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(folder: Path) -> None:
+    loader = ArrayLoader()
+    prompt = make_prompt(loader, "p", [video(1, 4, 2.0), audio(2, 1.0)], hint="count the beeps")
+    parts = encoder(folder, loader)
+    plain, hinted = parts.encode(prompt, False), parts.encode(prompt, True)
+    alone = encoder(folder, loader).encode(prompt, True)
+    assert len(hinted.input_ids) > len(plain.input_ids) and torch.equal(hinted.input_ids, alone.input_ids)
+    for name, tensor in hinted.features.items():
+        assert tensor is plain.features[name] and torch.equal(tensor, alone.features[name])
+    loader.media[prompt.media.items[0].uri] = video(3, 4, 2.0)  # the file was replaced under way
+    parts._cache.popitem()
+    assert not torch.equal(
+        parts.encode(prompt, True).features["pixel_values_videos"], plain.features["pixel_values_videos"]
+    )
+
+
 def test_engine_ids_follow_content_and_settings(shared: tuple[PromptEncoder, ArrayLoader]) -> None:
     parts, loader = shared
 
