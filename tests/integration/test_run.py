@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from cluster.buffer_commands import open_buffer
 from cluster.telemetry import read_metrics, read_status
 from learner.model import load_model
-from tests.small_run import assert_ended_in_order, start, until_freed
+from tests.small_run import start, until_freed
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +64,6 @@ def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Pa
         books = buffer.check_ledger()
         assert books.generated == books.trained_fresh == 12
         assert buffer.stats().stock == 64
-
-
-def test_an_interrupted_run_leaves_no_process_and_no_shared_memory(tmp_path: Path, small_cache: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
-    process = start(
-        tmp_path, "--loop.steps", "10000", "--cold_start", "null", "--learner.ranks", "1", cache=small_cache
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " step " in line:
-            break
-    process.send_signal(signal.SIGINT)  # test_scaling asks with SIGTERM
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 130, output
-    [run] = (tmp_path / "runs").iterdir()
-    assert_ended_in_order(process, run, before)
 
 
 def test_a_wrong_redis_password_stops_the_run_before_it_starts(

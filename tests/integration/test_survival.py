@@ -26,6 +26,7 @@ from cluster.telemetry import list_runs, read_metrics, read_status
 from prompts.synthetic.config import WorldConfig
 from prompts.synthetic.world import synthesize
 from prompts.tiny_model import build_tiny_omni
+from tests.small_run import assert_ended_in_order
 
 STEPS, PROMPTS = 12, 4
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,7 @@ class Job:
         command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
         self.runs = runs
         self.lines: list[str] = []
+        self.before = set(os.listdir("/dev/shm"))
         self.process = subprocess.Popen(
             [*command, "--output.folder", str(runs), *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}, start_new_session=True,
@@ -209,11 +211,12 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peacef
     job.until("redis restarted")
     job.until(" step ")
     mine = descendants(job.process.pid)
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(signal.SIGTERM)  # test_scaling asks with SIGINT
     output = job.finish()
     assert job.process.returncode == 0, output[-3000:]
     assert "go on with --resume auto" in output
     assert alive(mine, within_s=20) == []
+    assert_ended_in_order(job.process, job.run, job.before)
     status = read_status(job.run)
     assert status.state == "interrupted" and 0 < status.step < STEPS
     assert int(checkpoints(job.run)[0].name[5:]) >= status.step
