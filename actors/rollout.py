@@ -23,7 +23,7 @@ from actors.boundary import Boundary
 from actors.config import SamplingConfig
 from actors.delivery import Delivery, quarantine
 from actors.spec import RolloutSpec
-from actors.unimodal import KEPT, WHOLE, parts_of
+from actors.unimodal import KEPT, MOST_PARTS, WHOLE, parts_of
 from actors.work import Work, read_request_id
 from prompts.errors import AvatarError
 from prompts.heap import HeapTrimmer, no_collections
@@ -44,7 +44,7 @@ BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their e
 class RolloutActor:
     """Plain class; the cluster makes it a Ray actor with a thread each for ``run``, ``stop`` and the questions.
 
-    ``scorer`` answers ``score.remote([(prompt_id, completions), ...])`` with, per group, ``[(reward | None,
+    ``scorer`` answers ``score.remote([delivery.asked(work), ...])`` with, per group, ``[(reward | None,
     components), ...]`` or an AvatarError; ``board`` is the weight board.
     """
 
@@ -254,7 +254,7 @@ class RolloutActor:
 
     def _room(self) -> int:
         """Completions that may be leased: half a load ahead of the engine, ``BACKLOG`` loads unscored at most."""
-        load, width = self.spec.max_sequences, 1 + len(KEPT) if self.spec.unimodal else 1
+        load, width = self.spec.max_sequences, MOST_PARTS if self.spec.unimodal else 1
         ahead = sum(work.sequences for work in (*self._ready, *list(self._working.values())))
         held = width * sum(lease.ticket.n for lease in list(self._held.values()))
         return min(load + load // 2 - ahead, BACKLOG * load - held) // width

@@ -10,6 +10,7 @@ from prompts.record import MediaPlan, Modality, Prompt
 #: By part, what it keeps. The whole prompt is the part "".
 KEPT: dict[str, frozenset[Modality]] = {"video": frozenset({"video", "image"}), "audio": frozenset({"audio"})}
 WHOLE = ""
+MOST_PARTS = 1 + len(KEPT)  # of one prompt
 
 
 def parts_of(prompt: Prompt, *, unimodal: bool) -> dict[str, Prompt]:

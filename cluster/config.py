@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import EngineConfig, SamplingConfig
+from actors.unimodal import MOST_PARTS
 from buffer_service.config import BufferConfig
 from learner.config import LearnerConfig, SftConfig
 from prompts.config import DataConfig, MediaConfig, TemplateConfig
@@ -243,7 +244,7 @@ class RunConfig(Section):
             raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
         if self.rewards.asks_unimodal:
-            largest *= 3
+            largest *= MOST_PARTS
         if self.rollout.max_sequences < largest:
             what = " (fusion: with video alone and audio alone)" if self.rewards.asks_unimodal else ""
             raise ValueError(

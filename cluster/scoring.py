@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from prompts.config import DataConfig, MediaConfig
@@ -50,9 +49,9 @@ class Scorer:
         return answers
 
     async def _score(
-        self, prompt_id: str, facts: list[Facts], unimodal: Mapping[str, list[Facts]] = MappingProxyType({})
+        self, prompt_id: str, facts: list[Facts], unimodal: Mapping[str, list[Facts]] | None = None
     ) -> Scores:
-        parts = {f"{part}_only": _completions(facts) for part, facts in unimodal.items()}
+        parts = {f"{part}_only": _completions(facts) for part, facts in (unimodal or {}).items()}
         request = ScoreRequest(prompt=self.prompts[prompt_id], completions=_completions(facts), **parts)
         [group] = await self.rewards.score([request])
         return [(item.reward, item.components) for item in group.scored]
