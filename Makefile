@@ -10,6 +10,8 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
 # A quarter of what is installed, never imported here: left to be compiled by whoever does import it.
 UNUSED := /transformers/models/(?!auto|qwen|whisper)[a-z0-9_]*/(modeling|modular|convert)_|/ray/(rllib|tune|train|serve|data)/|/site-packages/(anthropic|numba|nltk|mypy|mypyc|pip|sentry_sdk|dns|mcp)/|/pygments/lexers/|/torch/testing/_internal/
+# What is compiled while something runs is kept, or each of a run's dozen processes would compile it again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-unit test-chaos lint bench clean
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from buffer_service.store import ReplayBuffer
@@ -19,7 +19,7 @@ POOL_ROUNDS = 500_000  # above the numbers of held-out rounds
 
 
 class EvaluationRounds:
-    """One round at a time; ``results`` holds the finished ones, oldest first."""
+    """One round at a time; ``results`` holds the finished ones, oldest first, without their samples."""
 
     def __init__(
         self, config: EvaluationConfig, buffer: ReplayBuffer, prompt_ids: Sequence[str], folder: RunFolder,
@@ -56,7 +56,7 @@ class EvaluationRounds:
         evaluation = summarise(round, list(results.payloads.values()), selected=self.selected)
         self.buffer.clear_eval(round)
         self._pending = None
-        self.results.append(evaluation)
+        self.results.append(replace(evaluation, samples=[]))
         if self.pool:
             self.folder.metrics(step, evaluation.metrics("pool"))
             return True
@@ -68,7 +68,7 @@ class EvaluationRounds:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready, for a checkpoint; the answers themselves are in the buffer."""
-        results = [{**asdict(result), "samples": []} for result in self.results]
+        results = [asdict(result) for result in self.results]
         return {"round": self._round, "pending": self._pending, "results": results}
 
     def restore(self, state: Mapping[str, Any]) -> None:

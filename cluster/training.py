@@ -45,6 +45,7 @@ from cluster.supervision import Budget, Stopped
 from cluster.supervisor import Supervisor
 from cluster.telemetry import RunFolder, new_run_id
 from cluster.upload import open_target, upload
+from prompts.heap import compact_heap
 from prompts.selection import matching, select
 
 log = logging.getLogger(__name__)
@@ -378,6 +379,7 @@ def run_to_end(
 ) -> RunResult:  # fmt: skip
     """One run, told to ``on_begin`` by its id before it starts. When its learner's state is lost, it goes back to its
     last checkpoint by itself, as if it were resumed."""
+    compact_heap()
     budget = Budget(config.supervision.restarts, "learner states")
     while True:
         run = Run(config, screen, resumption)

@@ -1,17 +1,45 @@
-"""What every test process needs before torch is imported, and the order in which files are handed to the workers."""
+"""What every test process needs before torch is imported, and how test files are handed to the workers."""
 
+import gc
 import os
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # vLLM on a CPU insists on one thread count in all threads, and OpenMP reads it once; runs set it per worker too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # while test files are imported (prompts.heap.no_collections)
 
 #: Files that take longest, in that order: begun first, so that both workers of `make test` end at about the same time.
-LONG = ("test_survival", "test_run", "test_curriculum_run", "test_cluster", "test_scaling", "test_rollout_actor")
+LONG = (
+    "test_survival", "test_run", "test_curriculum_run", "test_cluster", "test_scaling", "test_rollout_actor",
+    "test_template", "test_tiny_model", "test_validate", "test_batch", "test_schedule",
+    "test_synthetic", "test_rewards_judge", "test_report",
+)  # fmt: skip
+#: Files for one worker: transformers and half of torch are imported once, and the tiny model is built once.
+TOGETHER = ("test_template.py", "test_tiny_model.py", "test_validate.py", "test_batch.py", "test_schedule.py")
+
+
+class Scheduling(LoadFileScheduling):
+    """A whole file goes to one worker, those of ``TOGETHER`` to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return "together" if scope.endswith(TOGETHER) else scope
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """Used whatever `--dist` says."""
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole files move; with `--no-loadscope-reorder` xdist hands them out in this order."""
+    """With `--no-loadscope-reorder` xdist hands files out in this order."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: no collection need look at it
+    gc.enable()

@@ -33,12 +33,33 @@ heap.trim()
 print(before - held(), heap.count, gone() is None, gc.get_freeze_count() > 1000)
 """
 
+COMPACT = """
+import sys, psutil
+from prompts.heap import compact_heap
+if sys.argv[1] == "compact":
+    assert compact_heap()
+def held(): return psutil.Process().memory_full_info().uss / 2**20
+kept = [bytearray(100_000) for _ in range(1000)]
+before = held()
+del kept[::2]
+print(before - held())
+"""
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_holes_in_the_heap_go_back_to_the_system_and_dead_cycles_with_them() -> None:
     said = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True).stdout
     freed, *rest = said.split()
     assert float(freed) > 150 and rest == ["1", "True", "True"]  # of 190 MiB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_in_a_compact_heap_holes_go_back_by_themselves() -> None:
+    freed = {
+        how: float(subprocess.check_output([sys.executable, "-c", COMPACT, how], text=True))
+        for how in ("compact", "not")
+    }
+    assert freed["compact"] > 40 and freed["not"] < 5  # of 48 MiB
 
 
 def test_nothing_is_done_where_it_is_not_wanted() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,13 @@ def all_prompts(world: Path) -> list[Prompt]:
     return [prompt for split in ("train", "heldout", "sft") for prompt in prompts_of(world, split)]
 
 
+@cache
+def one_draft(category: Category, i: int) -> Draft:
+    return draft(category, np.random.default_rng([99, i]), i)
+
+
 def drafts(category: Category, n: int = 360) -> list[Draft]:
-    return [draft(category, np.random.default_rng([99, i]), i) for i in range(n)]
+    return [one_draft(category, i) for i in range(n)]
 
 
 def meaning(question: Draft) -> str:

@@ -23,13 +23,12 @@ from prompts.media import DecodedAudio
 from prompts.record import MediaItem, MediaPlan, Prompt
 from prompts.rope import PositionRule
 from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid
-from prompts.tiny_model import build_tiny_omni
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_omni(tmp_path_factory.mktemp("template") / "model")
+def folder(tiny_omni: Path) -> Path:
+    return tiny_omni
 
 
 @pytest.fixture(scope="module")
