@@ -103,12 +103,15 @@ def train_and_summarise(config: RunConfig, resume: str | None) -> int:
 
 
 def stoppable(work: Callable[[], None]) -> int:
-    """Exit codes of a training command: 0 finished, or stopped by SIGTERM and saved; 130 after Ctrl-C."""
-    from cluster.supervision import Stopped
+    """Exit codes of a training command: 0 finished, or stopped by SIGTERM with all saved; 130 after Ctrl-C."""
+    from cluster.supervision import Stopped, stop_at_once
 
+    before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         work()
     except Stopped as stopped:
         print(f"avatar: {stopped}; go on with --resume auto", file=sys.stderr)
         return 0 if stopped.number == signal.SIGTERM else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0

@@ -114,6 +114,7 @@ class Services:
 
         resources = self.config.resources
         address = resources.address or os.environ.get("RAY_ADDRESS")
+        on_term = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "avatar"}
         if address:
             ray.init(address=address, **common)
@@ -130,7 +131,8 @@ class Services:
             )
             self._reaper = Reaper()
         self._ray_started = True
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's: stop as orderly as on Ctrl-C
+        # in place of Ray's: the command's own, or to stop as orderly as on Ctrl-C
+        signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
         node: Any = ray._private.worker._global_node
         self._session = Path(node.get_session_dir_path())
         have = ray.cluster_resources()

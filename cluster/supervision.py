@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -42,17 +42,22 @@ class Budget:
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked the run to stop and it did so in order. ``number`` is the signal."""
+    """Somebody asked the run to stop and it does so in order. ``number`` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 
+def stop_at_once(number: int, frame: Any) -> NoReturn:
+    """A handler of SIGTERM while there is nothing to save: pre-empted in its setup, a run is in order, too."""
+    raise Stopped(number)
+
+
 class StopSignals:
     """SIGTERM and the first Ctrl-C ask; the run answers at its next look. A second one interrupts at once.
 
-    Outside ``orderly`` (while there is nothing to save) every signal interrupts at once, as Ctrl-C does.
+    Outside ``orderly`` (while there is nothing to save) both act at once: SIGTERM raises Stopped, Ctrl-C interrupts.
     """
 
     def __init__(self, on_ask: Callable[[], None] = lambda: None) -> None:
@@ -81,6 +86,8 @@ class StopSignals:
         return time.monotonic() - self.asked_at if self.asked is not None else 0.0
 
     def _handle(self, number: int, frame: Any) -> None:
+        if not self.orderly and self.asked is None and number == signal.SIGTERM:
+            stop_at_once(number, frame)
         if not self.orderly or self.asked is not None:
             raise KeyboardInterrupt
         self.asked, self.asked_at = number, time.monotonic()

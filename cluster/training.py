@@ -110,7 +110,8 @@ class Run:
                     self._train_and_evaluate()
                     self._finish()
                 except Stopped:
-                    self.supervisor.save_last(self.accuracies)
+                    if hasattr(self, "supervisor") and self.supervisor.signals.asked is not None:
+                        self.supervisor.save_last(self.accuracies)
                     raise
                 finally:
                     if hasattr(self, "fleet"):

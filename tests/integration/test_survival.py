@@ -221,6 +221,15 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peacef
     assert status.state == "interrupted" and 0 < status.step < STEPS
     assert int(checkpoints(job.run)[0].name[5:]) >= status.step
 
+    early = Job(folder, job.runs, "--resume", job.run.name)
+    early.until("starting actors")
+    mine = descendants(early.process.pid)
+    early.process.send_signal(signal.SIGTERM)  # pre-empted again, before it has done anything
+    output = early.finish()
+    assert early.process.returncode == 0 and "go on with --resume auto" in output, output[-3000:]
+    assert alive(mine, within_s=20) == []
+    assert read_status(job.run).state == "interrupted"
+
     again = Job(folder, job.runs, "--resume", job.run.name)
     again.until("resuming")
     rival = Job(folder, job.runs, "--resume", job.run.name)  # two jobs, one run

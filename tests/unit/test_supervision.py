@@ -86,14 +86,17 @@ def test_the_first_signal_asks_and_the_second_interrupts() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_while_there_is_nothing_to_save_a_signal_interrupts_at_once() -> None:
+def test_while_there_is_nothing_to_save_a_signal_acts_at_once() -> None:
     stops = StopSignals()
     stops.install()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped, match="SIGTERM"):  # pre-empted: in order
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-        assert stops.asked is None
+        with pytest.raises(KeyboardInterrupt) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert not isinstance(caught.value, Stopped) and stops.asked is None
     finally:
         stops.restore()
 
