@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EVERY_S = 30.0
-#: mallopt(3): what, and how much. One arena, not one per thread; blocks from 64 KiB on are pages of their own, which
-#: glibc stops to make them as it sees larger ones freed; and what is free at the heap's end goes back at once.
+#: mallopt(3): what, and how much. One arena, not one per thread; blocks from 64 KiB on are pages of their own (by
+#: itself glibc raises that bound as large blocks are freed); and what is free at the heap's end goes back at once.
 _COMPACT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 64 << 10), "M_TRIM_THRESHOLD": (-1, 64 << 10)}
 
 
-def _glibc_trim() -> Callable[[int], int] | None:
-    """``malloc_trim``, where the C library has it."""
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's own, where the C library has it."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+        return function
     except (AttributeError, OSError, TypeError):  # musl, macOS
         return None
 
@@ -28,14 +29,11 @@ def _glibc_trim() -> Callable[[int], int] | None:
 def compact_heap() -> bool:
     """For a process that lives long and computes little: glibc's heap stays as large as what is in use.
 
-    A driver's grew by 140 MiB an hour with no more in use: holes between what several threads keep. Call it early;
+    A driver's grew for as long as it ran with no more in use: holes between what several threads keep. Call it early;
     False where the C library has no such settings.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS
-        return False
-    return all(mallopt(option, value) == 1 for option, value in _COMPACT.values())
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in _COMPACT.values())
 
 
 @contextmanager
@@ -66,7 +64,7 @@ class HeapTrimmer:
     """
 
     def __init__(self, *, active: bool, every_s: float = EVERY_S) -> None:
-        self._active, self._release = active, _glibc_trim()
+        self._active, self._release = active, _glibc("malloc_trim")
         self._every_s, self._last = every_s, time.monotonic()
         self.seconds = 0.0  # spent in all trims
         self.count = 0

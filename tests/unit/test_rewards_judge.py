@@ -91,8 +91,8 @@ def test_hang_ends_at_the_deadline() -> None:
 
 def test_retry_after_is_waited_for_and_given_up_beyond_the_deadline() -> None:
     started = time.monotonic()
-    assert ask(first(Reply(status=429, headers={"Retry-After": "0.15"})))[0] == [VERDICT]
-    assert time.monotonic() - started >= 0.15
+    assert ask(first(Reply(status=429, headers={"Retry-After": "0.4"})))[0] == [VERDICT]
+    assert time.monotonic() - started >= 0.4
     verdicts, stats, requests = ask(lambda n: Reply(status=429, headers={"Retry-After": "3600"}))
     assert verdicts == [None] and stats["deadline"] == 1 and requests == 1
 
