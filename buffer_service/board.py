@@ -11,7 +11,7 @@ from pickle import PickleBuffer
 from typing import Any
 
 
-def hand_over(source: Any, taken: int) -> tuple[tuple[int, int], Any]:
+def hand_over(source: Any, taken: int) -> tuple[Any, tuple[int, int]]:
     """Runs inside the publishing actor, whose ``outbox`` answers once it has something to give."""
     return source.outbox.hand_over(taken)
 
@@ -56,7 +56,7 @@ class WeightBoard:
         taken = 0
         try:
             while self._source is source:
-                told, parcel = source.__ray_call__.options(num_returns=2).remote(hand_over, taken)
+                parcel, told = source.__ray_call__.options(num_returns=2).remote(hand_over, taken)
                 self._coming = [parcel]
                 self._tell()
                 taken, version = await told  # says that it went well, without fetching the tensors

@@ -66,8 +66,8 @@ class Outbox:
         with self._changed:
             return self._changed.wait_for(lambda: self._taken >= self._serial, wait_s)
 
-    def hand_over(self, taken: int) -> tuple[tuple[int, int], Parcel]:
-        """The board's standing call: it has what was put out as number ``taken``; returns ((number, version), parcel)
+    def hand_over(self, taken: int) -> tuple[Parcel, tuple[int, int]]:
+        """The board's standing call: it has what was put out as number ``taken``; returns (parcel, (number, version))
         once there is more. Raises ModelError when another board has asked meanwhile."""
         with self._changed:
             self._call += 1
@@ -76,4 +76,4 @@ class Outbox:
             self._changed.wait_for(lambda: self._serial > taken or self._call != call)
             if self._call != call or self._put_out is None:
                 raise ModelError("another weight board took over")
-            return (self._serial, self._put_out[0]), self._put_out
+            return self._put_out, (self._serial, self._put_out[0])

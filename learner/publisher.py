@@ -22,7 +22,9 @@ class Publisher:
     def rename(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under their published names, in the serving dtype."""
         return {
-            self.mapping[name]: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            self.mapping[name]: tensor
+            if tensor.dtype is self.dtype or not tensor.is_floating_point()
+            else tensor.to(self.dtype)
             for name, tensor in weights.items()
             if name in self.mapping
         }
