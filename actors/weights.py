@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import Parcel, from_parcel, unpack_weights
+from buffer_service.weights import Parcel, unpack_weights
 from prompts.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class WeightPuller:
 
     def __init__(self, board: Any, version: int) -> None:
         self.board, self.version = board, version
-        self.refused = 0
+        self.refused = self.committed = 0
         self._in_a_row = 0
         self._offered: list[Any] | None = None  # by the board, and not there yet
         self._asked = 0.0
@@ -43,18 +43,18 @@ class WeightPuller:
         """Committed versions and their tensors, fetched and verified meanwhile; ends once ``go_on`` is false."""
         while go_on():
             before = self.version
-            update = self.fetch()
+            update = self.fetch(buffer)
             if update is None:
                 continue
-            if _committed(buffer, update[0], go_on):
+            if self.committed >= update[0] or _committed(buffer, update[0], go_on):
                 yield update
             else:
                 self.version = before  # ask again: another learner may publish it anew
 
-    def fetch(self) -> tuple[int, dict[str, Tensor]] | None:
+    def fetch(self, buffer: ReplayBuffer | None = None) -> tuple[int, dict[str, Tensor]] | None:
         """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the object store. It need
-        not be committed yet. None when there is none, or when it is damaged or lost with its node; then it is asked
-        for again, since a restarted learner publishes it anew.
+        not be committed yet; ``buffer`` is asked meanwhile what is (``committed``). None when there is none, or when it
+        is damaged or lost with its node; then it is asked for again, since a restarted learner publishes it anew.
 
         Raises ModelError when ``MAX_REFUSED`` attempts in a row found nothing usable.
         """
@@ -64,10 +64,18 @@ class WeightPuller:
             parcel = self._await()
             if parcel is None:
                 return None
-            version, manifest, arrays = from_parcel(parcel)
+            version = parcel[0]
             if version <= self.version:  # put out anew for a board that had lost it
                 return None
-            weights = unpack_weights(manifest, arrays)
+            weights: dict[str, Tensor] = {}
+
+            def prove() -> None:
+                weights.update(unpack_weights(parcel))
+
+            if buffer is None:
+                prove()
+            else:
+                self.committed = buffer.version(meanwhile=prove)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OwnerDiedError):
             time.sleep(GONE_S)  # the learner or the board died before it was there
             return None

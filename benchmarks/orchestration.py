@@ -26,7 +26,7 @@ from actors.rollout import RolloutActor
 from benchmarks.harness import Figures
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
-from buffer_service.weights import pack_weights, to_parcel
+from buffer_service.weights import WeightBlock
 from cluster.assets import prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.pool import Pool
@@ -210,10 +210,13 @@ class Stage:
         return self.call("path", len(tickets))
 
 
-def _published_weights(model: Path) -> Any:
+def _published_weights(model: Path) -> WeightBlock:
     from safetensors.torch import load_file
 
-    return pack_weights(load_file(model / "model.safetensors"))
+    weights = load_file(model / "model.safetensors")
+    block = WeightBlock(weights)
+    block.fill(weights)
+    return block
 
 
 def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
@@ -279,7 +282,7 @@ class SimulatedTrainer:
             if done:
                 ray.get(done)
         start = time.monotonic()
-        reference = ray.put(to_parcel(self.step + 1, *self.stage.weights))
+        reference = ray.put(self.stage.weights.parcel(self.step + 1))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
         ray.get(self.stage.pool.board.publish.remote(reference))
         buffer.commit_step(self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch)

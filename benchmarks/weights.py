@@ -43,10 +43,8 @@ class Source:
     def __init__(self, board: Any, size: int, url: str) -> None:
         torch.set_num_threads(1)
         self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
-        self.publisher = Publisher.__new__(Publisher)  # without a checkpoint on disk to take the names from
-        self.publisher.mapping = {name: name for name in self.weights}
-        self.publisher.outbox, self.publisher.dtype = Outbox(board), torch.float32
-        self.outbox = self.publisher.outbox
+        self.outbox = Outbox(board)
+        self.publisher = Publisher({name: name for name in self.weights}, self.outbox, dtype="float32")
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
 
     def publish(self, version: int) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from buffer_service.errors import (
     VersionError,
 )
 from buffer_service.scripting import script
-from buffer_service.wire import ReplyReader, Wire, Word, pack, pack_keys, words
+from buffer_service.wire import Meanwhile, ReplyReader, Wire, Word, pack, pack_keys, words
 from prompts.errors import ReplayBufferError
 
 log = logging.getLogger(__name__)
@@ -152,10 +152,11 @@ class Connection:
         except redis.exceptions.RedisError as error:
             raise translate(error, self.where) from error
 
-    def ask(self, *command: Word) -> Any:
-        """The reply to one plain command, by the short way."""
+    def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Any:
+        """The reply to one plain command, by the short way. ``meanwhile`` runs while it is under way; again if it was
+        lost."""
         packed = pack(*command)
-        return self.attempt(lambda: self._wire.ask(packed))
+        return self.attempt(lambda: self._wire.ask(packed, meanwhile))
 
     def run(self, name: str, *args: Word) -> Any:
         """One atomic operation by name."""

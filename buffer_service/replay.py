@@ -16,6 +16,7 @@ from buffer_service.errors import RecordError
 from buffer_service.tickets import CommitReceipt, FreshShare, Tier
 from buffer_service.trajectory import Group, Trajectory
 from buffer_service.validate import trajectory_id
+from buffer_service.wire import Meanwhile
 from prompts.errors import ReplayBufferError
 
 FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
@@ -208,9 +209,9 @@ class ReplaySide:
         """Begins a learner epoch and shuts out every older one."""
         return int(self._run("epoch"))
 
-    def version(self) -> int:
-        """Newest policy version. O(1)."""
-        found = self._connection.ask("HGET", self._connection.key("meta"), "version")
+    def version(self, meanwhile: Meanwhile = None) -> int:
+        """Newest policy version. O(1). ``meanwhile`` runs while Redis answers, again if the answer was lost."""
+        found = self._connection.ask("HGET", self._connection.key("meta"), "version", meanwhile=meanwhile)
         if found is None:
             raise ReplayBufferError(f"run {self._connection.run_id} is not set up; connect to it first")
         return int(found)

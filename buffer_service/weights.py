@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pickle import PickleBuffer
@@ -15,72 +16,84 @@ from xxhash import xxh3_64_intdigest as _checksum
 
 from prompts.errors import ModelError
 
-#: Of one published tensor: shape, type as torch names it without the prefix ("bfloat16"), checksum (XXH3, 64 bits:
-#: against damage, not against malice, and as fast as memory). A plain tuple, which costs least to make and to pickle.
-TensorSpec = tuple[tuple[int, ...], str, int]
-Manifest = dict[str, TensorSpec]
-Arrays = dict[str, NDArray[Any]]
-#: A version as it travels: (version, manifest, the bytes in the manifest's order). Plain tuples and bare buffers, which
-#: pickle at once; some hundred objects of classes of our own took longer than 10 MB of weights.
-Parcel = tuple[int, Manifest, list[Any]]
+#: Shape of every tensor and its type as torch names it without the prefix ("bfloat16").
+Manifest = dict[str, tuple[tuple[int, ...], str]]
+#: A version as it travels: (version, manifest, checksum, block). The block holds the bytes of all tensors in the
+#: manifest's order, each from a multiple of ``ALIGN`` on; the checksum is XXH3 of it, 64 bits: against damage, not
+#: against malice, and as fast as memory. One bare buffer, which Ray copies once: hundreds of objects took longer than
+#: 10 MB of weights.
+Parcel = tuple[int, Manifest, int, Any]
+
+ALIGN = 64
 
 _TYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 _NAMES = {kind: name for name, kind in _TYPES.items()}
-#: For types numpy does not know: another of the same size.
-_STAND_INS = {
-    kind: torch.int16 if kind.itemsize == 2 else torch.uint8
-    for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-}
 
 
-def pack_weights(weights: Mapping[str, Tensor]) -> tuple[Manifest, Arrays]:
-    """Flat byte arrays (zero-copy in the object store) and the manifest that proves them."""
-    manifest: Manifest = {}
-    arrays: Arrays = {}
-    for name, tensor in weights.items():
-        raw = arrays[name] = _raw(tensor)
-        manifest[name] = (tuple(tensor.shape), _NAMES[tensor.dtype], _checksum(raw.data))
-    return manifest, arrays
+class WeightBlock:
+    """Host memory for one version of some weights, laid out once and filled again and again."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        """Room for tensors like ``weights``, those of a floating type as ``dtype`` if one is given."""
+        kinds = {n: dtype if dtype and t.is_floating_point() else t.dtype for n, t in weights.items()}
+        sizes = [tensor.numel() * kinds[name].itemsize for name, tensor in weights.items()]
+        self._data: NDArray[np.uint8] = np.zeros(sum(map(_aligned, sizes)), dtype=np.uint8)
+        self._manifest: Manifest = {}
+        self._places: list[Tensor] = []
+        at = 0
+        for (name, tensor), size in zip(weights.items(), sizes, strict=True):
+            shape, kind = tuple(tensor.shape), kinds[name]
+            part = torch.from_numpy(self._data[at : at + size])
+            self._places.append(part.view(kind).view(shape) if size else torch.empty(shape, dtype=kind))
+            self._manifest[name] = shape, _NAMES[kind]
+            at += _aligned(size)
+
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies and casts ``weights``, the same as ever and from any device, over what was here."""
+        torch._foreach_copy_(self._places, [weights[name] for name in self._manifest])
+
+    def parcel(self, version: int) -> Parcel:
+        """What is here as ``version``, ready to travel. Nothing is copied: fill it again once nobody reads it."""
+        return version, self._manifest, _checksum(self._data.data), PickleBuffer(self._data.data)
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes
 
 
-def _raw(tensor: Tensor) -> NDArray[Any]:
-    """The bytes of ``tensor``, a view of its memory where that is possible."""
-    # Hundreds of tensors: at 10 MB, six of torch's calls for each took longer than the checksums of their bytes.
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if not tensor.is_cpu:
-        tensor = tensor.cpu()
-    if (stand_in := _STAND_INS.get(tensor.dtype)) is not None:
-        tensor = tensor.view(stand_in)
-    return tensor.numpy().ravel().view(np.uint8)  # type: ignore[no-any-return]
+def pack_weights(version: int, weights: Mapping[str, Tensor]) -> Parcel:
+    """A copy of ``weights`` as ``version``."""
+    block = WeightBlock(weights)
+    block.fill(weights)
+    return block.parcel(version)
 
 
-def unpack_weights(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """Tensors again, verified. Raises ModelError for a missing, truncated or altered tensor."""
-    if manifest.keys() != arrays.keys():
-        odd = sorted(manifest.keys() ^ arrays.keys())
-        raise ModelError(
-            f"published weights are partial: {len(odd)} tensors differ from the manifest, first {odd[0]!r}"
-        )
-    weights = {}
+def unpack_weights(parcel: Parcel) -> dict[str, Tensor]:
+    """The tensors of a parcel, verified; views of its memory. Raises ModelError for truncated or altered bytes."""
+    _, manifest, checksum, data = parcel
+    block = np.frombuffer(data, np.uint8)
+    if (size := _size(manifest)) != len(block):
+        raise ModelError(f"published weights are partial: {len(block)} bytes, {size} by their manifest")
+    if _checksum(block.data) != checksum:
+        raise ModelError("published weights are corrupt (checksum differs): the version is refused")
+    weights: dict[str, Tensor] = {}
+    at = 0
     with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
         warnings.simplefilter("ignore", UserWarning)
-        for name, (shape, kind, checksum) in manifest.items():
-            raw, dtype = arrays[name], _TYPES[kind]
-            if _checksum(raw.data) != checksum:
-                raise ModelError(f"published tensor {name!r} is corrupt (checksum differs): the version is refused")
-            tensor = torch.frombuffer(raw, dtype=dtype) if raw.size else torch.empty(0, dtype=dtype)
-            weights[name] = tensor.view(shape)
+        for name, (shape, kind) in manifest.items():
+            dtype, count = _TYPES[kind], math.prod(shape)
+            if count:
+                weights[name] = torch.frombuffer(block, dtype=dtype, count=count, offset=at).view(shape)
+            else:
+                weights[name] = torch.empty(shape, dtype=dtype)
+            at += _aligned(count * dtype.itemsize)
     return weights
 
 
-def to_parcel(version: int, manifest: Manifest, arrays: Arrays) -> Parcel:
-    """``version`` ready to travel; nothing is copied."""
-    return version, manifest, [PickleBuffer(array.data) for array in arrays.values()]
+def _size(manifest: Manifest) -> int:
+    return sum(_aligned(math.prod(shape) * _TYPES[kind].itemsize) for shape, kind in manifest.values())
 
 
-def from_parcel(parcel: Parcel) -> tuple[int, Manifest, Arrays]:
-    """What ``to_parcel`` was given, its arrays views of the parcel's memory."""
-    version, manifest, buffers = parcel
-    arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
-    return version, manifest, dict(zip(manifest, arrays, strict=False))  # `unpack_weights` says what is missing
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN

@@ -13,6 +13,7 @@ import redis
 from redis.connection import DefaultParser
 
 Word = bytes | str | int | float
+Meanwhile = Callable[[], None] | None
 _AHEAD = 2  # commands that Redis may have before it has answered the first
 _SPARE = 4  # a buffer that grew beyond this many times its size is given back
 
@@ -137,13 +138,13 @@ class Wire:
         self._pool = pool
         self._idle: list[Any] = []  # append and pop are atomic
 
-    def ask(self, packed: bytes) -> Any:
-        """The reply to one packed command. Raises what redis-py raises."""
+    def ask(self, packed: bytes, meanwhile: Meanwhile = None) -> Any:
+        """The reply to one packed command; ``meanwhile`` runs while it is awaited. Raises what redis-py raises."""
         replies: list[Any] = []
-        self.each((packed,), replies.append)
+        self.each((packed,), replies.append, meanwhile)
         return replies[0]
 
-    def each(self, commands: Sequence[bytes], take: Callable[[Any], None]) -> None:
+    def each(self, commands: Sequence[bytes], take: Callable[[Any], None], meanwhile: Meanwhile = None) -> None:
         """Sends packed commands and hands each reply to ``take`` while Redis works on the next: two are under way at a
         time, for Redis answers none before it has worked through all that it has read."""
         try:
@@ -152,6 +153,8 @@ class Wire:
             connection = self._pool.make_connection()
         try:
             connection.send_packed_command(commands[:_AHEAD], check_health=False)
+            if meanwhile is not None:
+                meanwhile()
             for sent in range(_AHEAD, len(commands) + _AHEAD):
                 reply = connection.read_response(disable_decoding=True)
                 if sent < len(commands):

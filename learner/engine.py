@@ -206,24 +206,19 @@ class TrainEngine:
         return self.engine(batch.to(self.device))
 
     @contextlib.contextmanager
-    def _whole_parameters(self) -> Iterator[None]:
-        if self.config.zero_stage < 3:
-            yield
-            return
-        import deepspeed
+    def whole_weights(self) -> Iterator[dict[str, Tensor]]:
+        """The parameters themselves, whole, by our names, inside the ``with``. Collective under ZeRO-3."""
+        with contextlib.ExitStack() as stack:
+            if self.config.zero_stage >= 3:
+                import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
-            yield
+                stack.enter_context(deepspeed.zero.GatheredParameters(list(self.policy.parameters())))
+            yield {name.removeprefix("model."): p.detach() for name, p in self.policy.named_parameters()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Full weights on the CPU, by our parameter names. Collective under ZeRO-3: call it on every rank."""
-        with self._whole_parameters():
-            return {
-                name.removeprefix("model.") if name.startswith("model.") else name: parameter.detach().to(
-                    "cpu", copy=True
-                )
-                for name, parameter in self.policy.named_parameters()
-            }
+        """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every rank."""
+        with self.whole_weights() as weights:
+            return {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
 
     def save(self, folder: Path, tag: str) -> None:
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"updates": self.updates})

@@ -23,31 +23,32 @@ class Outbox:
     def __init__(self, board: Any) -> None:
         self.board = board
         self._changed = threading.Condition()
-        self._turn = threading.Lock()  # versions are taken one by one, in the order they were put out
         self._put_out: Parcel | None = None
         self._serial = self._taken = 0  # of what was put out last, and of what the board has last
         self._call = 0  # the standing call is the newest one: a new board may ask while its predecessor's still waits
         self._followed = False
 
-    def put(self, parcel: Parcel) -> None:
-        """Returns once the board has the version before; it takes this one meanwhile, so leave its memory alone.
+    def await_taken(self) -> None:
+        """Returns once the board has what was put out last, at once where nothing was.
 
-        Raises ModelError when the board does not take the version before.
+        Raises ModelError when it does not take it.
         """
-        with self._turn:
-            deadline = time.monotonic() + TAKE_S
-            while not self._await_taken(ASK_S):
-                if time.monotonic() > deadline:
-                    raise ModelError(
-                        f"the weight board did not take the version before {parcel[0]} within {TAKE_S:g} s"
-                    )
-                self._ask_to_follow()
-            with self._changed:
-                self._put_out = parcel
-                self._serial += 1
-                self._changed.notify_all()
-            if not self._followed:
-                self._ask_to_follow()
+        deadline = time.monotonic() + TAKE_S
+        while not self._await_taken(ASK_S):
+            if time.monotonic() > deadline:
+                version = self._put_out[0] if self._put_out else 0
+                raise ModelError(f"the weight board did not take version {version} within {TAKE_S:g} s")
+            self._ask_to_follow()
+
+    def put(self, parcel: Parcel) -> None:
+        """Let the board have ``parcel``, after ``await_taken``. It takes it meanwhile, so leave its memory alone until
+        the one after it was taken: a new board may ask for this one again."""
+        with self._changed:
+            self._put_out = parcel
+            self._serial += 1
+            self._changed.notify_all()
+        if not self._followed:
+            self._ask_to_follow()
 
     def put_again(self) -> int:
         """Let a board that knows nothing have what was put out last; its version, 0 where there is none."""

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from buffer_service.weights import pack_weights, to_parcel
-from learner.model import DTYPES, checkpoint_names, published_names
+from buffer_service.weights import WeightBlock
+from learner.model import DTYPES
 from learner.outbox import Outbox
 
 
 class Publisher:
-    """Names, casts, checksums and hands over one full set of weights per version. Runs on rank 0."""
+    """Names, casts, copies, checksums and hands over one full set of weights per version. Runs on rank 0.
 
-    def __init__(self, base: Path, names: list[str], outbox: Outbox | None, *, dtype: str) -> None:
-        self.mapping = published_names(names, checkpoint_names(base))
+    ``names`` maps our parameter names to published ones (``published_names``); others are left out.
+    """
+
+    def __init__(self, names: Mapping[str, str], outbox: Outbox | None, *, dtype: str) -> None:
+        self.names = names
         self.outbox = outbox
         self.dtype = DTYPES[dtype]
+        #: The one the board may still be reading, or be asked to read again, and the one to write to.
+        self._blocks: list[WeightBlock] = []
+        self._turn = threading.Lock()
 
-    def rename(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under their published names, in the serving dtype."""
         return {
-            self.mapping[name]: tensor
-            if tensor.dtype is self.dtype or not tensor.is_floating_point()
-            else tensor.to(self.dtype)
-            for name, tensor in weights.items()
-            if name in self.mapping
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self._published(weights).items()
         }
 
-    def publish(self, version: int, weights: dict[str, Tensor]) -> int:
-        """Put ``version`` out for the board and return its bytes. The board takes it meanwhile, and then owns it."""
-        assert self.outbox is not None
-        manifest, arrays = pack_weights(self.rename(weights))
-        self.outbox.put(to_parcel(version, manifest, arrays))
-        return sum(array.nbytes for array in arrays.values())
+    def publish(self, version: int, weights: Mapping[str, Tensor]) -> int:
+        """Put ``version`` out for the board and return its bytes. ``weights`` may be the parameters themselves: they
+        are copied here, and may change as soon as this returns.
 
-    def publish_again(self, version: int | None, weights: dict[str, Tensor] | None) -> int:
-        """Publish ``weights`` as ``version``, or the last published ones; the version, 0 where there is none."""
-        if version is not None and weights is not None:
-            self.publish(version, weights)
-            return version
+        Raises ModelError when the board does not take the version before.
+        """
+        assert self.outbox is not None
+        with self._turn:
+            self.outbox.await_taken()  # so nobody reads the version before the last
+            block = self._other_block(published := self._published(weights))
+            block.fill(published)
+            self.outbox.put(block.parcel(version))
+        return block.nbytes
+
+    def put_again(self) -> int:
+        """Let a board that lost it have the last published version; its number, 0 where there is none."""
         return self.outbox.put_again() if self.outbox is not None else 0
+
+    def _published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.names[name]: tensor for name, tensor in weights.items() if name in self.names}
+
+    def _other_block(self, weights: Mapping[str, Tensor]) -> WeightBlock:
+        """The block that was not filled last."""
+        if len(self._blocks) < 2:
+            self._blocks.append(WeightBlock(weights, self.dtype))
+        else:
+            self._blocks.reverse()
+        return self._blocks[-1]

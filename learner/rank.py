@@ -27,7 +27,7 @@ from learner.config import OptimizerConfig
 from learner.engine import TrainEngine, init_distributed
 from learner.export import export_checkpoint
 from learner.health import HealthAccumulator, reward_metrics
-from learner.model import load_model
+from learner.model import checkpoint_names, load_model, published_names
 from learner.objective import policy_loss
 from learner.outbox import Outbox
 from learner.plan import StepPlan, StepWork, plan_step, truncated
@@ -111,7 +111,8 @@ class LearnerRank(DurableState):
         self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
         names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
         if self.rank == 0:
-            self.publisher = Publisher(spec.model, names, self.outbox, dtype=dtype)
+            published = published_names(names, checkpoint_names(spec.model))
+            self.publisher = Publisher(published, self.outbox, dtype=dtype)
         if spec.sft is not None:
             prompts = list(self.prompts)
             self.cold_start = ColdStart(self.engine, self.encoder, prompts, spec.sft, rank=self.rank)
@@ -182,8 +183,7 @@ class LearnerRank(DurableState):
         with self.clock("hold"):
             self.hold(work.version + 1)
         self.moves += 1
-        with self.clock("publish"):
-            weights = self.engine.state_dict()
+        with self.clock("publish"), self.engine.whole_weights() as weights:
             if self.rank == 0:
                 self._commit(work, weights)
         self.heap.trim()

@@ -124,5 +124,9 @@ class DurableState:
     def publish_again(self, version: int | None = None) -> int:
         """Rank 0 puts the newest version on a board that lost it, or after a restore, when all ranks are asked, these
         weights as ``version``; returns the version."""
-        weights = self.engine.state_dict() if version is not None else None
-        return self.publisher.publish_again(version, weights) if self.publisher is not None else 0
+        if version is None:
+            return self.publisher.put_again() if self.publisher is not None else 0
+        with self.engine.whole_weights() as weights:
+            if self.publisher is not None:
+                self.publisher.publish(version, weights)
+        return version

@@ -156,7 +156,7 @@ def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     norms = train(engine, rows, rank, ranks)
     weights = engine.state_dict()
     if rank == 0:
-        publisher = Publisher(folder / "omni", list(weights), None, dtype="float32")
+        publisher = Publisher(published_names(weights, checkpoint_names(folder / "omni")), None, dtype="float32")
         export_checkpoint(publisher.rename(weights), folder / "omni", folder / f"export-{ranks}")
     found["float32"] = {"norms": norms, "weights": weights}
     for stage in STAGES:

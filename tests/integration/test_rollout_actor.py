@@ -22,7 +22,7 @@ from actors.rollout import RolloutActor
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
 from buffer_service.trajectory import Group, Trajectory
-from buffer_service.weights import pack_weights, to_parcel
+from buffer_service.weights import pack_weights
 from cluster.assets import prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.pool import Pool
@@ -256,7 +256,7 @@ def test_evaluation_is_greedy_and_answers_each_prompt_once(stage: Stage, buffer:
 
 
 def publish(stage: Stage, buffer: ReplayBuffer, version: int) -> None:
-    ray.get(stage.pool.board.publish.remote(to_parcel(version, *pack_weights(stage.weights))))
+    ray.get(stage.pool.board.publish.remote(pack_weights(version, stage.weights)))
     buffer.publish_version(version)
 
 

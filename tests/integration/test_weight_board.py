@@ -18,7 +18,7 @@ from buffer_service.board import WeightBoard
 from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
-from buffer_service.weights import pack_weights, to_parcel
+from buffer_service.weights import pack_weights
 from learner.outbox import Outbox
 from learner.publisher import Publisher
 from prompts.errors import ModelError
@@ -30,15 +30,14 @@ class Source:
     """A learner's rank 0, as far as publishing goes."""
 
     def __init__(self, board: Any) -> None:
-        self.publisher = Publisher.__new__(Publisher)  # without a checkpoint to take the names from
-        self.publisher.mapping, self.publisher.dtype = {"w": "w"}, torch.float32
-        self.publisher.outbox = self.outbox = Outbox(board)
+        self.outbox = Outbox(board)
+        self.publisher = Publisher({"w": "w"}, self.outbox, dtype="float32")
 
     def publish(self, version: int) -> int:
         return self.publisher.publish(version, {"w": torch.full((SIZE,), float(version))})
 
     def again(self) -> int:
-        return self.publisher.publish_again(None, None)
+        return self.publisher.put_again()
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +90,20 @@ def test_a_damaged_version_is_refused_counted_and_taken_once_it_is_published_ane
     board: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulling, "RETRY_S", 0.01)
-    manifest, arrays = pack_weights({"w": torch.ones(SIZE), "none": torch.zeros(0, 3)})
-    shape, dtype, checksum = manifest["w"]
-    wrong = {"w": (shape, dtype, checksum ^ 1), "none": manifest["none"]}
-    ray.get(board.publish.remote(to_parcel(1, wrong, arrays)))
+    weights = {"w": torch.ones(SIZE), "none": torch.zeros(0, 3), "last": torch.ones(2)}
+    version, manifest, checksum, block = pack_weights(1, weights)
+    wrong = (version, manifest, checksum ^ 1, block)
+    ray.get(board.publish.remote(wrong))
     puller = WeightPuller(board, 0)
     assert puller.fetch() is None and puller.fetch() is None
     assert (puller.refused, puller.version) == (2, 0)
-    ray.get(board.publish.remote(to_parcel(1, manifest, arrays)))
+    ray.get(board.publish.remote((version, manifest, checksum, block)))
     fetched = puller.fetch()
     assert fetched is not None and fetched[0] == 1 and puller.refused == 2
     assert fetched[1]["w"].sum() == SIZE and fetched[1]["none"].shape == (0, 3)
-    version, specs, buffers = to_parcel(2, manifest, arrays)
-    ray.get(board.publish.remote((version, specs, buffers[:1])))
+    ray.get(board.publish.remote((2, manifest, checksum, memoryview(block)[:-64])))
     assert puller.fetch() is None and puller.refused == 3
-    ray.get(board.publish.remote(to_parcel(2, wrong, arrays)))
+    ray.get(board.publish.remote((2, *wrong[1:])))
     for _ in range(MAX_REFUSED - 2):
         assert puller.fetch() is None
     with pytest.raises(ModelError, match=r"after 1 cannot be adopted.*checksum differs"):
@@ -118,7 +116,7 @@ def test_a_version_is_handed_on_once_it_is_committed_and_fetched_anew_when_it_ne
     monkeypatch.setattr(pulling, "COMMIT_S", 0.3)
 
     def publish(value: float) -> None:
-        ray.get(board.publish.remote(to_parcel(1, *pack_weights({"w": torch.full((4,), value)}))))
+        ray.get(board.publish.remote(pack_weights(1, {"w": torch.full((4,), value)})))
 
     with (
         EmbeddedRedis(tmp_path / "redis") as redis,

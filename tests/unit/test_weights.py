@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from buffer_service.board import WeightBoard
-from buffer_service.weights import from_parcel, pack_weights, to_parcel, unpack_weights
+from buffer_service.weights import (
+    Manifest,
+    WeightBlock,
+    pack_weights,
+    unpack_weights,
+)
 from prompts.errors import ModelError
 
 
@@ -24,6 +29,7 @@ def tensors() -> dict[str, Tensor]:
         "float32": torch.tensor([1.5, -0.0, float("nan"), float("inf"), 1e-42]),
         "bfloat16": wide.bfloat16(),
         "float16": wide.half(),
+        "float8": wide.to(torch.float8_e4m3fn),
         "transposed": wide.T,
         "sliced": wide[:, ::2],
         "scalar": torch.tensor(3.25),
@@ -40,70 +46,96 @@ def bits(tensor: Tensor) -> bytes:
 
 def test_what_is_packed_comes_back_bit_for_bit() -> None:
     weights = tensors()
-    manifest, arrays = pack_weights(weights)
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.uint8)}
-    assert [array.nbytes for array in arrays.values()] == [t.nbytes for t in weights.values()]
-    again = unpack_weights(manifest, arrays)
+    parcel = pack_weights(7, weights)
+    assert parcel[0] == 7 and memoryview(parcel[3]).nbytes == sum(-(-t.nbytes // 64) * 64 for t in weights.values())
+    again = unpack_weights(parcel)
     assert list(again) == list(weights)
     for name, tensor in weights.items():
         assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
         assert bits(again[name]) == bits(tensor)
 
 
+def test_a_block_is_filled_again_and_casts_what_has_a_floating_type() -> None:
+    weights = tensors()
+    block = WeightBlock(weights, torch.bfloat16)
+    before = np.frombuffer(block.parcel(0)[3], np.uint8)
+    for version in (1, 2):
+        moved = {name: (tensor.detach().double() + version).to(tensor.dtype) for name, tensor in weights.items()}
+        block.fill(moved)
+        again = unpack_weights(parcel := block.parcel(version))
+        for name, tensor in moved.items():
+            assert again[name].dtype == (torch.int64 if name == "integers" else torch.bfloat16)
+            assert bits(again[name]) == bits(tensor.to(again[name].dtype))
+        assert np.shares_memory(np.frombuffer(parcel[3], np.uint8), before)
+    block.fill(weights)  # parameters themselves
+    assert not any(tensor.requires_grad for tensor in unpack_weights(block.parcel(3)).values())
+
+
 def test_a_parcel_travels_without_a_copy_and_comes_back_as_it_was() -> None:
-    manifest, arrays = pack_weights(tensors())
+    parcel = pack_weights(7, tensors())
     buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(to_parcel(7, manifest, arrays), protocol=5, buffer_callback=buffers.append)
-    assert len(data) < 2000 and len(buffers) == len(arrays)
-    version, specs, again = from_parcel(pickle.loads(data, buffers=buffers))
-    assert (version, specs, list(again)) == (7, manifest, list(arrays))
-    assert all(np.shares_memory(again[name], arrays[name]) for name in arrays if arrays[name].size)
-    assert list(unpack_weights(specs, again)) == list(arrays)
+    data = pickle.dumps(parcel, protocol=5, buffer_callback=buffers.append)
+    assert len(data) < 1000 and len(buffers) == 1
+    again = pickle.loads(data, buffers=buffers)
+    assert again[:3] == parcel[:3]
+    assert np.shares_memory(np.frombuffer(again[3], np.uint8), np.frombuffer(parcel[3], np.uint8))
+    found = unpack_weights(again)
+    start = np.frombuffer(parcel[3], np.uint8).ctypes.data
+    assert all(0 <= t.data_ptr() - start < memoryview(parcel[3]).nbytes for t in found.values() if t.numel())
 
 
-def test_read_only_arrays_unpack_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    manifest, arrays = pack_weights({"w": torch.ones(3)})
-    arrays["w"].setflags(write=False)  # as the object store hands them out
-    assert unpack_weights(manifest, arrays)["w"].tolist() == [1, 1, 1]
+def test_a_read_only_block_unpacks_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    *proof, block = pack_weights(1, {"w": torch.ones(3)})
+    read_only = memoryview(block).toreadonly()  # as the object store hands it out
+    assert unpack_weights((*proof, read_only))["w"].tolist() == [1, 1, 1]
     assert not recwarn.list
 
 
-def _flip(arrays: dict[str, Any]) -> None:
-    arrays["bfloat16"][5] ^= 1
+def _flip(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    block[64 + 5] ^= 1
+    return block
 
 
-def _truncate(arrays: dict[str, Any]) -> None:
-    arrays["float16"] = arrays["float16"][:-2]
+def _truncate(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return block[:-64]
 
 
-def _drop(arrays: dict[str, Any]) -> None:
-    del arrays["scalar"]
+def _cut_short(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return block[:-1]
 
 
-def _add(arrays: dict[str, Any]) -> None:
-    arrays["stranger"] = np.zeros(4, dtype=np.uint8)
+def _empty(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return block[:0]
 
 
-def _empty(arrays: dict[str, Any]) -> None:
-    arrays["integers"] = arrays["integers"][:0]
+def _forget(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    del manifest["float16"]
+    return block
+
+
+def _enlarge(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    manifest["integers"] = ((70,), "int64")
+    return block
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_flip, "'bfloat16' is corrupt"),
-        (_truncate, "'float16' is corrupt"),
-        (_empty, "'integers' is corrupt"),
-        (_drop, "partial: 1 tensors differ from the manifest, first 'scalar'"),
-        (_add, "partial: 1 tensors differ from the manifest, first 'stranger'"),
+        (_flip, "corrupt"),
+        (_truncate, "partial: 704 bytes, 768 by"),
+        (_cut_short, "partial: 767 bytes, 768 by"),
+        (_empty, "partial: 0 bytes, 768 by"),
+        (_forget, "partial: 768 bytes, 704 by"),
+        (_enlarge, "partial: 768 bytes, 1280 by"),
     ],
 )
-def test_corrupt_and_partial_weights_are_refused(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
-    manifest, arrays = pack_weights(tensors())
-    arrays = {name: array.copy() for name, array in arrays.items()}
-    spoil(arrays)
+def test_corrupt_and_partial_weights_are_refused(
+    spoil: Callable[[Manifest, NDArray[np.uint8]], NDArray[np.uint8]], message: str
+) -> None:
+    version, manifest, checksum, data = pack_weights(1, tensors())
+    block = spoil(manifest, np.frombuffer(data, np.uint8))
     with pytest.raises(ModelError, match=message):
-        unpack_weights(manifest, arrays)
+        unpack_weights((version, manifest, checksum, block))
 
 
 @pytest.fixture
@@ -115,7 +147,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> WeightBoard:
 
 def publish(board: WeightBoard, version: int, number: float | None = None) -> None:
     weights = {"w": torch.full((2,), float(version) if number is None else number)}
-    board.publish(to_parcel(version, *pack_weights(weights)))
+    board.publish(pack_weights(version, weights))
 
 
 def value(board: WeightBoard, newer_than: int) -> tuple[int, list[float]] | None:
@@ -123,9 +155,8 @@ def value(board: WeightBoard, newer_than: int) -> tuple[int, list[float]] | None
     if found is None:
         return None
     version, [reference] = found
-    inside, manifest, arrays = from_parcel(reference[1])
-    assert inside == version
-    return version, unpack_weights(manifest, arrays)["w"].tolist()
+    assert reference[1][0] == version
+    return version, unpack_weights(reference[1])["w"].tolist()
 
 
 def test_an_actor_pulls_the_newest_version_or_nothing(board: WeightBoard) -> None:
