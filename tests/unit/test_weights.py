@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from torch import Tensor
 from buffer_service.board import WeightBoard
 from buffer_service.weights import (
     Manifest,
+    Parcel,
     WeightBlock,
     pack_weights,
     unpack_weights,
 )
+from learner.outbox import Outbox
+from learner.publisher import Publisher
 from prompts.errors import ModelError
 
 
@@ -136,6 +140,37 @@ def test_corrupt_and_partial_weights_are_refused(
     block = spoil(manifest, np.frombuffer(data, np.uint8))
     with pytest.raises(ModelError, match=message):
         unpack_weights((version, manifest, checksum, block))
+
+
+class Offered:
+    """Stands in for the outbox: what was put out, and how much of it the board had before."""
+
+    def __init__(self) -> None:
+        self.parcels: list[Parcel] = []
+        self.awaited = 0
+
+    def await_taken(self) -> None:
+        self.awaited = len(self.parcels)
+
+    def put(self, parcel: Parcel) -> None:
+        assert self.awaited == len(self.parcels)  # or the block that is written to might still be read
+        self.parcels.append(parcel)
+
+
+def test_a_version_stays_as_it_was_published_until_the_one_after_was_taken() -> None:
+    outbox = Offered()
+    publisher = Publisher({"ours": "published"}, cast("Outbox", outbox), dtype="bfloat16")
+    weight = torch.nn.Parameter(torch.zeros(3))
+    for version in (1, 2, 3):
+        with torch.no_grad():
+            weight += 1
+        assert publisher.publish(version, {"ours": weight, "head": torch.zeros(9)}) == 64
+        for parcel in outbox.parcels[-2:]:
+            found = unpack_weights(parcel)
+            assert list(found) == ["published"] and found["published"].tolist() == [parcel[0]] * 3
+            assert found["published"].dtype == torch.bfloat16
+    where = [np.frombuffer(parcel[3], np.uint8).ctypes.data for parcel in outbox.parcels]
+    assert where[0] == where[2] != where[1]
 
 
 @pytest.fixture
