@@ -1,4 +1,4 @@
-"""What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``, 2 minutes.
+"""What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``, 5 minutes.
 
 A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the version's commit in
 Redis); readers do what a rollout actor's pull thread does, then copy the tensors into a state dict of their own. The
@@ -28,7 +28,7 @@ from buffer_service.store import ReplayBuffer
 from learner.outbox import Outbox
 from learner.publisher import Publisher
 
-SIZES = {"10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
+SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")

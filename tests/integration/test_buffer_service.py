@@ -36,6 +36,22 @@ def test_admission_is_by_policy_version(buffer: ReplayBuffer) -> None:
     assert [x.ticket.step for x in buffer.lease_tickets("a", 9, max_staleness=1)] == [2, 2]
 
 
+def test_work_goes_on_while_the_version_is_asked_for_and_may_fail(buffer: ReplayBuffer) -> None:
+    buffer.publish_version(3)
+    done: list[int] = []
+
+    def work() -> None:
+        done.append(1)
+        assert buffer.version() == 3  # by another connection: this one has an answer coming
+        raise KeyError("work")
+
+    with pytest.raises(KeyError, match="work"):
+        buffer.version(meanwhile=work)
+    assert buffer.version(meanwhile=lambda: done.append(2)) == 3 and done == [1, 2]
+    buffer.publish_version(4)
+    assert buffer.version() == 4  # not what the failed one had asked for
+
+
 def test_a_lease_is_bounded_by_completions_and_keeps_the_order(buffer: ReplayBuffer) -> None:
     asked = [Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=n) for seq, n in enumerate((4, 8, 1))]
     buffer.push_tickets(asked)
