@@ -26,7 +26,7 @@ from actors.rollout import RolloutActor
 from benchmarks.harness import Figures
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
-from buffer_service.weights import WeightBlock
+from buffer_service.weights import pack_weights
 from cluster.assets import prepare_base_model, prepare_datasets
 from cluster.config import RunConfig
 from cluster.pool import Pool
@@ -210,13 +210,10 @@ class Stage:
         return self.call("path", len(tickets))
 
 
-def _published_weights(model: Path) -> WeightBlock:
+def _published_weights(model: Path) -> Any:
     from safetensors.torch import load_file
 
-    weights = load_file(model / "model.safetensors")
-    block = WeightBlock(weights)
-    block.fill(weights)
-    return block
+    return pack_weights(0, load_file(model / "model.safetensors"))[1:]
 
 
 def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
@@ -282,7 +279,7 @@ class SimulatedTrainer:
             if done:
                 ray.get(done)
         start = time.monotonic()
-        reference = ray.put(self.stage.weights.parcel(self.step + 1))
+        reference = ray.put((self.step + 1, *self.stage.weights))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
         ray.get(self.stage.pool.board.publish.remote(reference))
         buffer.commit_step(self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch)

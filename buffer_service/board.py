@@ -36,9 +36,9 @@ class WeightBoard:
         """Keep a ``Parcel`` of somebody who is no actor: copied into an object of our own, since his dies with him."""
         import ray
 
-        *proof, block = parcel
-        if not self._stale(version := parcel[0]):
-            self._keep(version, ray.put((*proof, PickleBuffer(block))))
+        version, manifest, checksum, block = parcel
+        if not self._stale(version):
+            self._keep(version, ray.put((version, manifest, checksum, PickleBuffer(block))))
 
     async def follow(self, source: list[Any]) -> None:
         """Take what the actor ``source[0]`` publishes from now on, until it dies or another is followed.

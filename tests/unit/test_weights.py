@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from buffer_service.board import WeightBoard
-from buffer_service.weights import (
-    Manifest,
-    Parcel,
-    WeightBlock,
-    pack_weights,
-    unpack_weights,
-)
+from buffer_service.weights import Manifest, Parcel, WeightBlock, pack_weights, unpack_weights
 from learner.outbox import Outbox
 from learner.publisher import Publisher
 from prompts.errors import ModelError
@@ -125,7 +119,7 @@ def _enlarge(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_flip, "corrupt"),
+        (_flip, r"weights are corrupt \(checksum differs\)"),
         (_truncate, "partial: 704 bytes, 768 by"),
         (_cut_short, "partial: 767 bytes, 768 by"),
         (_empty, "partial: 0 bytes, 768 by"),
