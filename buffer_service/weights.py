@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pickle import PickleBuffer
 from typing import Any
 
@@ -35,18 +35,13 @@ class WeightBlock:
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         """Room for tensors like ``weights``, those of a floating type as ``dtype`` if one is given."""
-        kinds = {n: dtype if dtype and t.is_floating_point() else t.dtype for n, t in weights.items()}
-        sizes = [tensor.numel() * kinds[name].itemsize for name, tensor in weights.items()]
-        self._data: NDArray[np.uint8] = np.zeros(sum(map(_aligned, sizes)), dtype=np.uint8)
-        self._manifest: Manifest = {}
-        self._places: list[Tensor] = []
-        at = 0
-        for (name, tensor), size in zip(weights.items(), sizes, strict=True):
-            shape, kind = tuple(tensor.shape), kinds[name]
-            part = torch.from_numpy(self._data[at : at + size])
-            self._places.append(part.view(kind).view(shape) if size else torch.empty(shape, dtype=kind))
-            self._manifest[name] = shape, _NAMES[kind]
-            at += _aligned(size)
+        self._manifest: Manifest = {
+            name: (tuple(tensor.shape), _NAMES[dtype if dtype and tensor.is_floating_point() else tensor.dtype])
+            for name, tensor in weights.items()
+        }
+        offsets, size = _layout(self._manifest)
+        self._data: NDArray[np.uint8] = np.zeros(size, dtype=np.uint8)
+        self._places = list(_views(self._manifest, offsets, self._data).values())
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
@@ -73,27 +68,32 @@ def unpack_weights(parcel: Parcel) -> dict[str, Tensor]:
     """The tensors of a parcel, verified; views of its memory. Raises ModelError for truncated or altered bytes."""
     _, manifest, checksum, data = parcel
     block = np.frombuffer(data, np.uint8)
-    if (size := _size(manifest)) != len(block):
+    offsets, size = _layout(manifest)
+    if size != len(block):
         raise ModelError(f"published weights are partial: {len(block)} bytes, {size} by their manifest")
     if _checksum(block.data) != checksum:
         raise ModelError("published weights are corrupt (checksum differs): the version is refused")
-    weights: dict[str, Tensor] = {}
-    at = 0
     with warnings.catch_warnings():  # the store's pages are read-only; nobody writes to these tensors
         warnings.simplefilter("ignore", UserWarning)
-        for name, (shape, kind) in manifest.items():
-            dtype, count = _TYPES[kind], math.prod(shape)
-            if count:
-                weights[name] = torch.frombuffer(block, dtype=dtype, count=count, offset=at).view(shape)
-            else:
-                weights[name] = torch.empty(shape, dtype=dtype)
-            at += _aligned(count * dtype.itemsize)
-    return weights
+        return _views(manifest, offsets, block)
 
 
-def _size(manifest: Manifest) -> int:
-    return sum(_aligned(math.prod(shape) * _TYPES[kind].itemsize) for shape, kind in manifest.values())
+def _layout(manifest: Manifest) -> tuple[list[int], int]:
+    """Where each tensor begins in a block, and how long the block is, in bytes."""
+    offsets, at = [], 0
+    for shape, kind in manifest.values():
+        offsets.append(at)
+        at += -(-math.prod(shape) * _TYPES[kind].itemsize // ALIGN) * ALIGN
+    return offsets, at
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
+def _views(manifest: Manifest, offsets: Sequence[int], block: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """The tensors that lie in ``block``, without a copy."""
+    views: dict[str, Tensor] = {}
+    for (name, (shape, kind)), offset in zip(manifest.items(), offsets, strict=True):
+        dtype, count = _TYPES[kind], math.prod(shape)
+        if count:
+            views[name] = torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
+        else:  # torch makes no view of nothing
+            views[name] = torch.empty(shape, dtype=dtype)
+    return views
