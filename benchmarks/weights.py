@@ -2,7 +2,8 @@
 
 A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the version's commit in
 Redis); readers do what a rollout actor's pull thread does, then copy the tensors into a state dict of their own. The
-floor is the same bytes through a file in /dev/shm: written over by one process, then read by as many processes at once.
+floor is the same bytes through a file in /dev/shm, written by one process, then read by as many processes at once: a
+file that is written over, whose pages are there; and beside it a new one, as versions that others still read need.
 docs/benchmarks.md says how to read the figures.
 """
 
@@ -56,8 +57,10 @@ class Source:
         self.buffer.publish_version(version)
         return start, time.monotonic() - start
 
-    def write_file(self) -> float:
-        """Seconds to write the same bytes over a file in /dev/shm."""
+    def write_file(self, anew: bool) -> float:
+        """Seconds to write the same bytes over a file in /dev/shm, or into a new one."""
+        if anew:
+            SHM.unlink(missing_ok=True)
         with open(SHM, "r+b" if SHM.exists() else "w+b", buffering=0) as file:
             start = time.monotonic()
             for tensor in self.weights.values():
@@ -100,25 +103,28 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
     source = ray.remote(Source).options(**make).remote(board, size, url)
     actors = [ray.remote(Reader).options(**make).remote(board, size, url) for _ in range(readers)]
     version = ray.get(source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S)
-    latencies, pauses, floors = [], [], []
+    latencies, pauses = [], []
+    floors: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(WARM_UP + rounds):
         version += 1
         waiting = [actor.adopt.remote(version) for actor in actors]
         time.sleep(STEP_S)
         start, pause = ray.get(source.publish.remote(version), timeout=DEADLINE_S)
         done = max(ray.get(waiting, timeout=DEADLINE_S))
-        written = ray.get(source.write_file.remote(), timeout=DEADLINE_S)
-        spans = ray.get([actor.read_file.remote() for actor in actors], timeout=DEADLINE_S)
         if turn >= WARM_UP:
             latencies.append(done - start)
             pauses.append(pause)
-            floors.append(written + max(end for _, end in spans) - min(begin for begin, _ in spans))
+        for anew in (False, True):
+            written = ray.get(source.write_file.remote(anew), timeout=DEADLINE_S)
+            spans = ray.get([actor.read_file.remote() for actor in actors], timeout=DEADLINE_S)
+            if turn >= WARM_UP:
+                floors[anew].append(written + max(end for _, end in spans) - min(begin for begin, _ in spans))
     for actor in [*actors, source, board]:
         ray.kill(actor)
     SHM.unlink()
     key = f"{name}_{readers}reader"
-    latency, floor = statistics.median(latencies), statistics.median(floors)
-    ratios = [floor / latency for floor, latency in zip(floors, latencies, strict=True)]
+    latency, floor, new_file = map(statistics.median, (latencies, floors[False], floors[True]))
+    ratios = [floor / latency for floor, latency in zip(floors[False], latencies, strict=True)]
     figures.add(
         {
             f"ratio_{key}": floor / latency,
@@ -127,6 +133,8 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
             f"adopted_ms_{key}": 1000 * latency,
             f"gb_per_s_{key}": size / 1e9 / latency,
             f"floor_ms_{key}": 1000 * floor,
+            f"ratio_new_file_{key}": new_file / latency,
+            f"new_file_ms_{key}": 1000 * new_file,
             f"learner_pause_ms_{key}": 1000 * statistics.median(pauses),
         }
     )

@@ -186,7 +186,7 @@ class Checkpointer:
                     sync_folder(folder)
             self._replace(scratch, whole.path)
             self.last = whole
-            self._prune()
+            self._prune(whole.path)
             size = sum(proof["bytes"] for proof in files.values())
             self._report(
                 "checkpoint written", f"step {cut.step}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
@@ -199,14 +199,18 @@ class Checkpointer:
             fixed.set()
 
     def _replace(self, scratch: Path, target: Path) -> None:
-        if target.exists():  # of a life before that came this far; what is damaged may be here too
-            shutil.rmtree(target)
+        before = scratch.with_name(f"{scratch.name}-before")
+        if target.exists():  # of a life before that came this far: out of the way first, for removing it takes long
+            target.rename(before)
         scratch.rename(target)
         sync_folder(self.folder)
+        shutil.rmtree(before, ignore_errors=True)
 
     def _unfinished(self) -> Iterator[Path]:
         return self.folder.glob(".step-*.tmp-*")
 
-    def _prune(self) -> None:
-        for old in checkpoints(self.folder.parent)[self.keep :]:
+    def _prune(self, newest: Path) -> None:
+        """What lies beyond ``newest`` was passed over by this life, as damaged say: it takes nobody's place."""
+        ours = [path for path in checkpoints(self.folder.parent) if path.name <= newest.name]
+        for old in ours[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)

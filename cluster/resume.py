@@ -40,6 +40,11 @@ class Resumption:
     run: Path
     cut: Cut | None  # None: it ended before its first checkpoint and begins again
 
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.cut.step if self.cut is not None else 0
+
     def __str__(self) -> str:
         where = "from the beginning: it has no checkpoint" if self.cut is None else f"from step {self.cut.step}"
         return f"resuming {self.run.name} {where}"

@@ -152,6 +152,7 @@ class Supervisor:
 
     def checkpoint(self, step: int, accuracies: Sequence[float]) -> None:
         """Between two steps: begin to write a cut; training goes on meanwhile."""
+        self.checkpoints.wait()  # what the ranks have captured for the one before is theirs until it is written
         version = self.buffer.version()
         try:
             write_learner = self.learner.writer(version)
@@ -167,7 +168,9 @@ class Supervisor:
         """
         grace = self.config.supervision.grace_s
         try:
-            self.checkpoints.wait(max(1.0, grace - self.signals.waited))
+            if not self.checkpoints.wait(max(1.0, grace - self.signals.waited)):
+                self.report("checkpoint left out", f"the one before is still written after grace_s {grace:g}")
+                return
             self.buffer.new_epoch()
             stats = self.buffer.stats()
             done = self.checkpoints.last is not None and self.checkpoints.last.version == stats.version

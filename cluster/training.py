@@ -390,6 +390,9 @@ def run_to_end(
         except StateLostError as error:
             if config.checkpoint.every == 0:
                 raise
-            budget.spend(str(error))
             screen.event(f"{error}; the run goes back to its last checkpoint")
+            before = resumption.step if resumption is not None else 0
             resumption = prepare(config, str(run.folder.path), screen.event)
+            if resumption is not None and resumption.step > before:
+                budget.progress()
+            budget.spend(str(error))

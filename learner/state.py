@@ -95,7 +95,7 @@ class DurableState:
     keeper: Any
     hold_bytes: int
     publisher: Publisher | None
-    _captured: Files
+    _captured: Files | None = None
 
     def hold(self, version: int) -> None:
         """Leave a copy of the state that is about to become ``version`` with the keeper. Returns once all ranks have:
@@ -113,8 +113,11 @@ class DurableState:
         self._captured = capture(self.engine, self.rank)
 
     def write_state(self, folder: Path) -> dict[str, FileProof]:
-        """Write what ``capture_state`` copied below ``folder``; runs beside a training step."""
-        files, self._captured = self._captured, {}
+        """Write what ``capture_state`` copied below ``folder``; runs beside a training step. Once for each copy: raises
+        ModelError when there is none."""
+        files, self._captured = self._captured, None
+        if files is None:
+            raise ModelError(f"learner rank {self.rank} has captured no state to write: it is a new one")
         return write_files(files, folder)
 
     def restore_state(self, folder: Path) -> None:

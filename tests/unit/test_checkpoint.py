@@ -91,6 +91,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, n
     assert "step-000008" in message and name in message
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_displace_newer_work(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    (tmp_path / "checkpoints" / "step-000008" / "buffer.snap").unlink()
+    write(tmp_path, 2, 4, keep=1)  # of the life that began before it
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000008", "step-000004"]
+    found = newest_cut(tmp_path, lambda _: None)
+    assert found is not None and found.step == 4
+    write(tmp_path, 8, keep=1)
+    found = newest_cut(tmp_path, pytest.fail)
+    assert found is not None and found.step == 8
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000008"]
+
+
 def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert newest_cut(tmp_path, pytest.fail) is None
     write(tmp_path, 4)

@@ -1,0 +1,101 @@
+"""Cuts are of one moment, however slowly they are written, and an order to stop is answered in time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.checkpoint import checkpoints, read_cut
+from cluster.supervisor import Supervisor
+from learner.keeper import write_files
+
+
+class Ranks:
+    """A learner whose state nobody holds: captured by the ranks themselves, one copy at a time."""
+
+    def __init__(self) -> None:
+        self.captured = np.zeros(0, dtype=np.uint8)
+
+    def held(self, version: int) -> bool:
+        return True
+
+    def writer(self, version: int) -> Callable[[Path], dict[str, Any]]:
+        self.captured = np.full(10, version, dtype=np.uint8)
+        return lambda folder: write_files({"model.pt": self.captured}, folder)
+
+
+class Buffer:
+    """A replay buffer whose snapshots take until ``release``."""
+
+    def __init__(self) -> None:
+        self.at, self.release = 0, threading.Event()
+
+    def version(self) -> int:
+        return self.at
+
+    def new_epoch(self) -> None: ...
+
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(version=self.at, trained_step=self.at - 1)
+
+    def snapshot(self, path: Path, fixed: Callable[[], None]) -> None:
+        path.write_bytes(bytes([self.at]))
+        fixed()
+        assert self.release.wait(30)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Supervisor:
+    (tmp_path / "metrics.jsonl").touch()
+    config: Any = SimpleNamespace(
+        supervision=SimpleNamespace(restarts=1, stall_s=60.0, grace_s=1.0),
+        checkpoint=SimpleNamespace(keep=3, every=1),
+    )
+    events: list[tuple[str, str]] = []
+    folder: Any = SimpleNamespace(path=tmp_path, event=lambda kind, message: events.append((kind, message)), all=events)
+    lock: Any = SimpleNamespace(run_id="run-1")
+    screen: Any = SimpleNamespace(event=lambda message: None)
+    buffer: Any = Buffer()
+    found = Supervisor(config, folder, lock, SimpleNamespace(redis=None), buffer, screen)  # type: ignore[arg-type]
+    found.signals.restore()
+    nothing: Any = None
+    found.attach(nothing, nothing, Ranks(), {}, ("model", "data"))  # type: ignore[arg-type]
+    return found
+
+
+def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(supervisor: Supervisor, tmp_path: Path) -> None:
+    buffer: Any = supervisor.buffer
+    buffer.at = 1
+    supervisor.checkpoint(1, [])  # its snapshot is on its way; the learner's part comes after it
+    buffer.at = 2
+    threading.Timer(0.3, buffer.release.set).start()
+    supervisor.checkpoint(2, [])
+    supervisor.checkpoints.wait()
+    for path, step in zip(checkpoints(tmp_path), (2, 1), strict=True):
+        cut = read_cut(path)
+        assert (cut.step, cut.version) == (step, step)
+        assert cut.buffer.read_bytes() == bytes([step])
+        assert (cut.learner / "state" / "model.pt").read_bytes() == bytes([step] * 10)
+
+
+def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(supervisor: Supervisor) -> None:
+    buffer: Any = supervisor.buffer
+    folder: Any = supervisor.folder
+    buffer.at = 1
+    supervisor.checkpoint(1, [])
+    buffer.at = 2
+    supervisor.signals.asked, supervisor.signals.asked_at = signal.SIGTERM, time.monotonic()
+    threading.Timer(10.0, buffer.release.set).start()
+    supervisor.save_last([])
+    assert not buffer.release.is_set(), "it was waited for"
+    assert folder.all[-1][0] == "checkpoint left out"
+    buffer.release.set()
+    supervisor.checkpoints.wait()

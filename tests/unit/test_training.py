@@ -1,0 +1,56 @@
+"""A run whose learner's state is lost goes back to its checkpoint, as often as it gets further than that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import training
+from cluster.checkpoint import Cut
+from cluster.learner_group import StateLostError
+from cluster.resume import Resumption
+from prompts.errors import ResourceError
+
+CONFIG: Any = SimpleNamespace(supervision=SimpleNamespace(restarts=1), checkpoint=SimpleNamespace(every=20))
+
+
+def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
+    """Runs that lose their state once for each of ``cuts``, which is what each goes back to; where each began."""
+    began: list[int] = []
+    checkpoints: Iterator[int] = iter(cuts)
+
+    class Run:
+        def __init__(self, config: Any, screen: Any, resumption: Resumption | None) -> None:
+            began.append(resumption.step if resumption is not None else 0)
+            self.run_id, self.folder = "run-1", SimpleNamespace(path=Path("run-1"))
+
+        def execute(self) -> str:
+            if len(began) <= len(cuts):
+                raise StateLostError("held by nobody")
+            return "finished"
+
+    def prepare(config: Any, wanted: str, on_message: Any) -> Resumption:
+        return Resumption(Path(wanted), Cut("run-1", next(checkpoints), 0, "model", "data", 0, {}, []))
+
+    monkeypatch.setattr(training, "Run", Run)
+    monkeypatch.setattr(training, "prepare", prepare)
+    monkeypatch.setattr(training, "compact_heap", lambda: None)
+    return began
+
+
+def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = lose_states(monkeypatch, [20, 60, 80])
+    result: Any = training.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+    assert result == "finished"
+    assert began == [0, 20, 60, 80]
+
+
+def test_it_ends_when_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = lose_states(monkeypatch, [20, 20, 20])
+    with pytest.raises(ResourceError, match="learner states died 2 times"):
+        training.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+    assert began == [0, 20]
