@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
@@ -15,7 +15,8 @@ from buffer_service.config import BufferConfig
 from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.telemetry import Stats
-from cluster.telemetry import ENDED, read_status
+from cluster.runlock import RunLock
+from cluster.telemetry import ENDED, MASK, read_status
 from prompts.errors import ConfigError
 
 READS = ("inspect", "export", "snapshot")  # may be done to a run under way
@@ -85,13 +86,15 @@ def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
 
 @contextmanager
 def open_buffer(
-    run: str, *, url: str | None, password_env: str | None = None, create: bool = False, under_way: bool = False
-) -> Iterator[ReplayBuffer]:
-    """The run at ``url`` with the settings it has (``create``: a new one where there is none), or the embedded one of a
-    run folder, started from its append-only file; ``under_way``: of a run that goes on, the server it has.
+    run: str, *, url: str | None, password_env: str | None = None, create: bool = False, under_way: bool = False,
+    login: BufferConfig | None = None,
+) -> Iterator[ReplayBuffer]:  # fmt: skip
+    """The run at ``url`` with the settings it has (``create``: a new one where there is none), or that of a run folder:
+    at the server its recipe names (``login``: with these secrets), or the embedded one, started from its append-only
+    file; ``under_way``: of a run that goes on, the server it has.
 
-    Raises ConfigError when the folder is not a run's, BufferSetupError while its run goes on (unless ``under_way``),
-    and as ``ReplayBuffer.attach`` does.
+    Raises ConfigError when the folder is not a run's or hides a password, ConfigError or BufferSetupError while its run
+    goes on (unless ``under_way``), and as ``ReplayBuffer.attach`` does.
     """
     if url is not None:
         with ReplayBuffer.attach(BufferConfig(password_env=password_env), run, url, create=create) as buffer:
@@ -99,9 +102,15 @@ def open_buffer(
         return
     folder = Path(run)
     recipe, data = folder / "config.yaml", folder / "redis"
-    if not recipe.is_file() or not data.is_dir():
-        raise ConfigError(f"{folder} is not a run folder with an embedded buffer: give one of `avatar runs`, or --url")
-    config = BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
+    if not recipe.is_file():
+        raise ConfigError(f"{folder} is not a run folder: give one of `avatar runs`, or --url")
+    config = login or BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
+    if config.url is not None:
+        with nullcontext() if under_way else _held(folder), _served(config, folder) as buffer:
+            yield buffer
+        return
+    if not data.is_dir():
+        raise ConfigError(f"{folder} has no embedded buffer: its run ended before it had one, or name its --url")
     if under_way and (server_url := running_server(folder)) is not None:
         with ReplayBuffer.attach(config, folder.resolve().name, server_url) as buffer:
             yield buffer
@@ -111,6 +120,24 @@ def open_buffer(
         ReplayBuffer.connect(config, folder.resolve().name, url=server.url) as buffer,
     ):
         yield buffer
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The run's lock, so that no job goes on with it meanwhile."""
+    lock = RunLock(folder, on_warning=print)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _served(config: BufferConfig, folder: Path) -> ReplayBuffer:
+    assert config.url is not None
+    if MASK in config.url:
+        raise ConfigError(f"{folder / 'config.yaml'} has the password in buffer.url masked: give --url")
+    return ReplayBuffer.attach(config, folder.resolve().name, config.url)
 
 
 def running_server(folder: Path) -> str | None:

@@ -200,8 +200,9 @@ class SupervisionConfig(Section):
         "time of the slowest micro-batch, and of the optimizer's step and the gathering of the weights.",
     )  # fmt: skip
     restarts: int = Field(
-        8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops."
-    )
+        8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops; rollout "
+        "actors may each die once more.",
+    )  # fmt: skip
     grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.assets import Datasets, check_fusion, check_hints, prepare_datasets, read_prompts
 from cluster.disk import replace_text
 from cluster.evaluate import Kinds, PolicyResult, evaluate
+from cluster.lives import run_to_end
 from cluster.replay_import import carry_over
 from cluster.resume import going_on
 from cluster.scoring import check_judge
@@ -20,7 +21,6 @@ from cluster.screen import Screen
 from cluster.stage_record import STATE, CurriculumState, Result, StageRecord, Underway, read_state
 from cluster.stage_report import write_stage_report
 from cluster.stages import Curriculum, Stage
-from cluster.training import run_to_end
 from prompts.errors import AvatarError, ConfigError, DataError
 from prompts.selection import select
 
@@ -171,7 +171,8 @@ class CurriculumRun:
         datasets = self._datasets[stage.name]
         known = {prompt_id for file in datasets.asked for prompt_id in read_prompts(file, stage.config).ids}
         out = self.curriculum.folder / f"replay-into-{stage.name}.jsonl"
-        carry_over(Path(before.run), out, prompt_ids=known, weights=stage.config.rewards.weights)
+        config = stage.config
+        carry_over(Path(before.run), out, prompt_ids=known, weights=config.rewards.weights, login=config.buffer)
         return out.resolve()
 
     def _check_senses(self, last: Stage) -> None:

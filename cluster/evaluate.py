@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,10 @@ def evaluate(
     folder = RunFolder(config.output.folder / run_id, on_warning=screen.event)
     folder.config(config.model_dump(mode="json"))
     try:
-        with Services(config, folder.path) as services:
+        services = Services(config, folder.path)
+        trains = config.cold_start if model is None else None
+        services.needs = replace(services.needs, learners=trains.ranks if trains is not None else 0)
+        with services:
             try:
                 pool = Pool(config, services)
                 pool.start_board()

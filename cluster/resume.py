@@ -25,7 +25,8 @@ from prompts.errors import ConfigError, DataError
 #: ``loop.steps``, to go on longer; a learning-rate schedule that depends on it then follows the new length.
 HARMLESS = (
     "name", "preset", "screen", "output", "evaluation", "probe", "resources", "checkpoint", "supervision",
-    "loop.steps", "loop.step_timeout_s", "rollout.workers", "rollout.lease_s", "learner.lease_s", "learner.threads",
+    "loop.steps", "loop.step_timeout_s", "rollout.workers", "rollout.min_workers", "rollout.max_workers",
+    "rollout.autoscale", "rollout.drain_s", "rollout.lease_s", "learner.lease_s", "learner.threads",
     "learner.reference_cache", "learner.max_skipped", "cold_start.checkpoint_every",
     "data.media", "data.template.cache_bytes",
     "buffer.url", "buffer.username", "buffer.password_env", "buffer.password_file", "buffer.tls_ca",

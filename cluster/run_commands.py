@@ -96,8 +96,8 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
 
 def train_and_summarise(config: RunConfig, resume: str | None) -> int:
     """Run the recipe, then say what it reached; exit code as of ``stoppable``."""
+    from cluster.lives import train
     from cluster.summary import print_summary
-    from cluster.training import train
 
     return stoppable(lambda: print_summary(config, train(config, resume)))
 

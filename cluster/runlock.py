@@ -127,7 +127,7 @@ class RunLock:
         while not self._stop.wait(self._beat_s):
             self._beats += 1
             try:
-                found = _read(self.path)
+                found = _parsed(self.path)
                 if found.get("token") != self.token:
                     self.lost = f"process {found.get('pid')} on {found.get('host')}" if found else "nobody"
                     return
@@ -167,10 +167,18 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The lock's content; empty when it is gone or half-written."""
+    """The lock's content; empty when it is gone, half-written or cannot be read."""
+    try:
+        return _parsed(path)
+    except OSError:
+        return {}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The lock's content; empty when it is gone or half-written. Raises OSError when storage fails to say."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

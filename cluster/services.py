@@ -60,6 +60,7 @@ class Services:
         self.judge: JudgeServer | None = None
         self._ray_started = False
         self._session: Path | None = None
+        self._workers = "*"  # of this run, by the names of their logs: worker id, job, pid
         self._reaper: Reaper | None = None
 
     def __enter__(self) -> Services:
@@ -135,6 +136,8 @@ class Services:
         signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
         node: Any = ray._private.worker._global_node
         self._session = Path(node.get_session_dir_path())
+        if address:  # the node has had other jobs
+            self._workers = f"*-{ray.get_runtime_context().get_job_id()}-*"
         have = ray.cluster_resources()
         self.on_gpu = have.get("GPU", 0) > 0
         if address:
@@ -185,11 +188,10 @@ class Services:
         if source is None or not source.is_dir():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for file in [*source.glob("worker-*.err"), *source.glob("worker-*.out")]:
-            if file.stat().st_size == 0:
-                continue
+        for file in [*source.glob(f"worker-{self._workers}.err"), *source.glob(f"worker-{self._workers}.out")]:
             try:
-                shutil.copy2(file, folder / file.name)
+                if file.stat().st_size > 0:
+                    shutil.copy2(file, folder / file.name)
             except OSError as error:
                 log.warning("worker log %s not copied: %s", file, error)
 

@@ -14,11 +14,13 @@ from cluster.assets import Datasets, key, model_digest
 from cluster.config import RunConfig, Section
 from cluster.presets import Overlay, merge, preset
 from cluster.recipe import check, explain, override
+from cluster.resume import HARMLESS
 from prompts.errors import ConfigError
 from prompts.selection import SelectionConfig
 
-#: Where a stage starts from, by digest: what it does not depend on.
-_IRRELEVANT = {"name", "output", "screen", "resources", "probe", "checkpoint", "supervision"}
+#: What a stage's result does not depend on: what may change when a run goes on, but for how long it trains and when it
+#: stops.
+_IRRELEVANT = (*(name for name in HARMLESS if name not in ("loop.steps", "evaluation")), "evaluation.timeout_s")
 
 
 class StageConfig(Section):
@@ -55,12 +57,11 @@ class Stage:
     def digest(self, datasets: Datasets, parent: str) -> str:
         """Changes when anything the stage's result depends on does: settings, data, and ``parent``, the digest of the
         stage before (ignored with a checkpoint of its own)."""
-        settings = self.config.model_dump(mode="json", exclude=_IRRELEVANT)
-        settings["rollout"].pop("workers")
+        settings = self.config.model_dump(mode="json")
         if not self.is_sft:
-            settings.pop("cold_start")
-        else:
-            settings["cold_start"].pop("checkpoint_every")
+            settings["cold_start"] = None
+        for name in _IRRELEVANT:
+            _drop(settings, name)
         files = [file for file in (datasets.train, datasets.heldout, datasets.sft) if file is not None]
         settings["data"] |= {"train": None, "heldout": None, "sft": None, "synthetic": None}
         return key([self.name, settings, [_content(file) for file in files], self.origin(parent), self.keeps_replay])
@@ -157,6 +158,15 @@ def _entry(item: Any, number: int, source: str) -> StageConfig:
         lines = [explain(fault, root=StageConfig) for fault in error.errors()]
         name = item.get("name", number) if isinstance(item, dict) else number
         raise ConfigError(f"recipe {source}, stage {name}:\n  " + "\n  ".join(lines)) from error
+
+
+def _drop(settings: Any, name: str) -> None:
+    """Without the dotted key, if it is there."""
+    head, _, rest = name.partition(".")
+    if rest and isinstance(settings, dict):
+        _drop(settings.get(head), rest)
+    elif isinstance(settings, dict):
+        settings.pop(head, None)
 
 
 def _content(file: Path) -> str:

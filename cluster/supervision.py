@@ -129,21 +129,27 @@ class RedisKeeper:
 class StallWatch:
     """Tells actors that stand still: no sign of life, or the same progress while they hold work, for ``stall_s``.
 
-    Changes are timed by our own clock, so neither hosts' clocks nor a pause of Redis matter.
+    Changes are timed by our own clock, so neither hosts' clocks nor a pause of Redis matter. Time in which nobody
+    looked (a learner was restarted, a checkpoint waited for) counts as ``GAP_S`` at most: nobody saw what came in it.
     """
+
+    GAP_S = 10.0
 
     def __init__(self, stall_s: float) -> None:
         self.stall_s = stall_s
         self._seen: dict[str, tuple[int, float, float, float]] = {}  # name -> progress, age, moved at, beaten at
+        self._looked = time.monotonic()
 
     def stalled(self, names: Iterable[str], beats: dict[str, Beat], holding: Callable[[str], bool]) -> dict[str, str]:
         """Name -> what is wrong with it. Actors that have never beaten are still starting and are left alone."""
         now, found = time.monotonic(), {}
+        unseen, self._looked = max(0.0, now - self._looked - self.GAP_S), now
         for name in names:
             beat = beats.get(f"rollout/{name}")
             if beat is None:
                 continue
             progress, age, moved, beaten = self._seen.get(name, (beat.progress, beat.age_s, now, now))
+            moved, beaten = min(now, moved + unseen), min(now, beaten + unseen)
             if beat.age_s < age or beat.progress != progress:
                 beaten = now
             if beat.progress != progress or not holding(name):

@@ -93,12 +93,12 @@ class Supervisor:
         nothing = version == 0 or self.config.checkpoint.every == 0
         return nothing or self.signals.waited > self.config.supervision.grace_s / 2 or self.learner.held(version)
 
-    def between_steps(self, step: int, accuracies: Sequence[float]) -> None:
-        """``step`` steps are done: checkpoint if one is due; stop if that was asked."""
+    def between_steps(self, step: int, accuracies: Sequence[float], *, last: bool = False) -> None:
+        """``step`` steps are done: checkpoint if one is due, as after the ``last`` one; stop if that was asked."""
         for budget in (self.fleet.budget, self.redis_budget):
             budget.progress()
         every = self.config.checkpoint.every
-        due = every > 0 and (step % every == 0 or step == self.config.loop.steps)
+        due = every > 0 and (step % every == 0 or step == self.config.loop.steps or last)
         if due or (self.signals.asked is not None and every > 0):
             self.checkpoint(step, accuracies)
         if self.signals.asked is not None:

@@ -1,4 +1,4 @@
-"""One run from recipe to report. The loop itself is `Run.train`; everything it calls is named after what it does."""
+"""One run from recipe to report. The loop itself is in `Run`; everything it calls is named after what it does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,17 @@ from cluster.coldstart import cold_start
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluation
 from cluster.fleet import Fleet
-from cluster.learner_group import LearnerGroup, StateLostError
+from cluster.learner_group import LearnerGroup
 from cluster.parity import DEFAULT_TOLERANCE, ask_both, check_parity
 from cluster.pool import Pool, unwrap
 from cluster.replay_import import import_replay
 from cluster.resources import needs_of
-from cluster.resume import Resumption, check_assets, data_digest, open_folder, prepare
+from cluster.resume import Resumption, check_assets, data_digest, open_folder
 from cluster.rounds import EvaluationRounds
 from cluster.runlock import RunLock
 from cluster.scoring import check_judge
 from cluster.screen import Screen
 from cluster.services import Services
-from cluster.shared import placed
 from cluster.sinks import PrometheusSink
 from cluster.specs import learner_spec, rollout_spec
 from cluster.stream import PromptStream
@@ -45,7 +44,6 @@ from cluster.supervision import Budget, Stopped
 from cluster.supervisor import Supervisor
 from cluster.telemetry import RunFolder, new_run_id
 from cluster.upload import open_target, upload
-from prompts.heap import compact_heap
 from prompts.selection import matching, select
 
 log = logging.getLogger(__name__)
@@ -264,11 +262,9 @@ class Run:
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.loop.steps:
                 self.rounds.begin(step + 1)
             self.rounds.collect()
-            self.supervisor.between_steps(step + 1, self.accuracies)
-            if self._pool_is_learnt(step + 1):
-                break
-            if self.rounds.reached(config.loop.target_accuracy):
-                self.folder.event("target reached", f"{config.loop.target_accuracy} held-out at step {step + 1}")
+            learnt = self._pool_is_learnt(step + 1) or self._is_target_reached(step + 1)
+            self.supervisor.between_steps(step + 1, self.accuracies, last=learnt)
+            if learnt:
                 break
         self.rounds.whole(step=step + 1, phase="evaluation after training", watch=self.supervisor.watch)
         self.supervisor.checkpoints.wait()
@@ -288,6 +284,12 @@ class Run:
             return False
         self.folder.event("pool accuracy reached", f"{accuracy:.3f} at step {step}, stop_at {pool.stop_at:g}")
         return True
+
+    def _is_target_reached(self, step: int) -> bool:
+        target = self.config.loop.target_accuracy
+        if reached := self.rounds.reached(target):
+            self.folder.event("target reached", f"{target} held-out at step {step}")
+        return reached
 
     def _log_step(self, step: int, report: Mapping[str, Any], seconds: float) -> None:
         metrics = dict(report["metrics"])
@@ -360,39 +362,3 @@ class Run:
             write_report(self.folder.path)
         except Exception as error:  # a report must never hide how the run ended
             log.warning("no report for %s: %s", self.folder.path, error, exc_info=True)
-
-
-def train(config: RunConfig, resume: str | None = None) -> RunResult:
-    """Run a recipe, or go on with the run ``resume`` ("auto", an id or a folder).
-
-    Raises AvatarError children for everything a user can cure, and Stopped when it was asked to stop and saved itself.
-    """
-    is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
-    with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
-        config = placed(config)
-        resumption = prepare(config, resume, screen.event) if resume is not None else None
-        return run_to_end(config, screen, resumption)
-
-
-def run_to_end(
-    config: RunConfig, screen: Screen, resumption: Resumption | None = None,
-    on_begin: Callable[[str], None] = lambda run_id: None,
-) -> RunResult:  # fmt: skip
-    """One run, told to ``on_begin`` by its id before it starts. When its learner's state is lost, it goes back to its
-    last checkpoint by itself, as if it were resumed."""
-    compact_heap()
-    budget = Budget(config.supervision.restarts, "learner states")
-    while True:
-        run = Run(config, screen, resumption)
-        on_begin(run.run_id)
-        try:
-            return run.execute()
-        except StateLostError as error:
-            if config.checkpoint.every == 0:
-                raise
-            screen.event(f"{error}; the run goes back to its last checkpoint")
-            before = resumption.step if resumption is not None else 0
-            resumption = prepare(config, str(run.folder.path), screen.event)
-            if resumption is not None and resumption.step > before:
-                budget.progress()
-            budget.spend(str(error))

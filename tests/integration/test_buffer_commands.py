@@ -18,6 +18,8 @@ from buffer_service.server import EmbeddedRedis
 from buffer_service.store import ReplayBuffer
 from buffer_service.tickets import Ticket
 from cluster.cli import main
+from cluster.replay_import import carry_over
+from cluster.runlock import RunLock
 from cluster.telemetry import RunStatus
 from tests.buffer_records import make_group
 
@@ -53,6 +55,42 @@ def folder(tmp_path: Path) -> Path:
     ):
         fill(buffer)
     return run
+
+
+@pytest.fixture
+def served(tmp_path: Path, url: str) -> Path:
+    """The folder of a run whose buffer is at a URL, as on a cluster."""
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    settings = CONFIG.model_copy(update={"url": url}).model_dump(mode="json")
+    (run / "config.yaml").write_text(yaml.safe_dump({"buffer": settings}))
+    return run
+
+
+def test_a_run_folder_leads_to_the_server_that_its_recipe_names(
+    served: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["buffer", "inspect", str(served)]) == 0
+    assert "6 trajectories, 3 successes" in capsys.readouterr().out
+    out = served.parent / "into-next.jsonl"
+    carried = carry_over(served, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=open_config(served))
+    assert carried == len(out.read_text().splitlines()) > 0
+
+
+def test_what_changes_a_served_buffer_waits_for_its_run_to_end(
+    served: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = RunLock(served, on_warning=print)
+    lock.acquire()
+    assert main(["buffer", "inspect", str(served)]) == 0
+    assert main(["buffer", "clear", str(served)]) == 1
+    assert "is under way" in capsys.readouterr().err
+    lock.release()
+    assert main(["buffer", "clear", str(served)]) == 0
+
+
+def open_config(run: Path) -> BufferConfig:
+    return BufferConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())["buffer"])
 
 
 def test_inspect_by_url_shows_a_run_whatever_its_settings(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +144,7 @@ def test_snapshot_clear_and_import_of_a_run_folder(folder: Path, capsys: pytest.
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["buffer", "inspect", str(tmp_path)]) == 1
-    assert "is not a run folder with an embedded buffer" in capsys.readouterr().err
+    assert "is not a run folder: give one of `avatar runs`" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_not_opened_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

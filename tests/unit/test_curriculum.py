@@ -161,6 +161,11 @@ def test_finished_stages_are_not_run_again(raw: dict[str, Any]) -> None:
         (lambda raw: raw["stages"][2].update(steps=8), ["done before", "done before", "run"]),
         (lambda raw: raw["cold_start"].update(steps=3), ["run", "run", "run"]),
         (lambda raw: raw.update(rollout={"workers": 3}), ["done before"] * 3),
+        (lambda raw: raw.update(rollout={"max_workers": 9, "autoscale": True, "lease_s": 60}), ["done before"] * 3),
+        (lambda raw: raw.setdefault("buffer", {}).update(url="redis://elsewhere:6379"), ["done before"] * 3),
+        (lambda raw: raw.setdefault("loop", {}).update(step_timeout_s=9), ["done before"] * 3),
+        (lambda raw: raw.setdefault("evaluation", {}).update(timeout_s=9), ["done before"] * 3),
+        (lambda raw: raw.setdefault("evaluation", {}).update(limit=1), ["run"] * 3),
     ],
 )
 def test_a_changed_stage_and_all_that_follow_from_it_run_again(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from cluster.memory import ARCHITECTURES, memory_table
+from cluster.memory import ARCHITECTURES, BOARD_VERSIONS, memory_table
 from cluster.metrics import CATALOGUE, describe
 from cluster.recipe import load_recipe, parse_overrides
 from cluster.sinks import prometheus_name
@@ -34,28 +36,50 @@ def test_the_ray_job_runs_a_recipe_that_exists_with_overrides_that_are_known() -
     config = load_recipe(ROOT / words[4], parse_overrides(words[5:]))
     assert config.buffer.url and config.resources.address == "auto"
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    labels = {group["groupName"]: group["rayStartParams"]["labels"] for group in groups}
-    assert labels == {
-        "learner": f"pool={config.resources.learner_labels['pool']}",
-        "rollout": f"pool={config.resources.rollout_labels['pool']}",
-    }
+    labels = {group["groupName"]: group["labels"] for group in groups}
+    assert labels == {"learner": config.resources.learner_labels, "rollout": config.resources.rollout_labels}
+    assert not any("labels" in group["rayStartParams"] for group in groups)  # KubeRay 1.5 refuses these
 
 
 def test_the_ray_job_has_the_gpus_its_recipe_asks_for_and_the_ray_we_pin() -> None:
     spec = ray_job()["spec"]
     cluster = spec["rayClusterSpec"]
     config = load_recipe(ROOT / spec["entrypoint"].split()[4])
-    gpus = {}
+    gpus, shared_memory = {}, {}
     for group in cluster["workerGroupSpecs"]:
         [container] = group["template"]["spec"]["containers"]
-        gpus[group["groupName"]] = group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+        [shm] = [volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm"]
+        shared_memory[group["groupName"]] = int(shm["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+        # What the autoscaler may take away while it idles is not there when the run looks for its GPUs.
+        gpus[group["groupName"]] = group["minReplicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
         assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/shared", "/dev/shm"}
     assert gpus["learner"] >= config.learner.ranks and gpus["rollout"] >= config.rollout.workers
+    [omni] = [item for item in ARCHITECTURES if item.name == "Qwen2.5-Omni-7B"]
+    version = omni.parameters * 2 / 2**30
+    assert shared_memory["learner"] * 0.95 > BOARD_VERSIONS * version and shared_memory["rollout"] * 0.95 > version
     assert f'"ray[default]=={cluster["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_slurm_script_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", str(DEPLOY / "slurm" / "train.sbatch")], check=True)
+
+
+def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: Path) -> None:
+    """The script's own end, with a training that takes a second to save itself and a cluster that is `sleep`."""
+    script = (DEPLOY / "slurm" / "train.sbatch").read_text()
+    start, end = script.index("steps=()"), script.index("training=$!")
+    training = "trap 'sleep 1; echo saved; exit 0' TERM; echo began; while :; do sleep 0.1; done"
+    (tmp_path / "token").touch()
+    (tmp_path / "job.sh").write_text(
+        f"set -euo pipefail\nRAY_AUTH_TOKEN_PATH={tmp_path}/token\n{script[start : script.index('srun', start)]}"
+        f"sleep 60 & steps+=($!)\nbash -c {shlex.quote(training)} &\n{script[end:]}"
+    )
+    with subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None and job.stdout.readline() == "began\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout.readline() == "saved\n"
+        assert job.wait(timeout=10) == 0
+    assert not (tmp_path / "token").exists()
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:

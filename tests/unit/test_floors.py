@@ -86,7 +86,7 @@ def test_the_top_level_is_the_agreed_one() -> None:
     assert set(FLOORS) <= folders
 
 
-LIGHT = ("cluster.training", "cluster.scoring", "buffer_service.board", "learner.keeper", "learner.actor")
+LIGHT = ("cluster.lives", "cluster.scoring", "buffer_service.board", "learner.keeper", "learner.actor")
 
 
 def test_who_computes_nothing_imports_no_torch() -> None:

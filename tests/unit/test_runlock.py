@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +108,24 @@ def test_who_loses_its_lock_learns_it(held: RunLock, tmp_path: Path) -> None:
     assert (tmp_path / LOCK).exists()  # it is not ours to remove
 
 
+def test_storage_that_fails_for_a_moment_takes_no_lock_away(
+    held: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failed = Path.read_text, []
+
+    def stale(path: Path, *arguments: Any, **named: Any) -> str:
+        if path.name == LOCK and len(failed) < 3:
+            failed.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    beats, deadline = held._beats, time.monotonic() + 10
+    while held._beats < beats + 6 and held.lost is None and time.monotonic() < deadline:
+        time.sleep(BEAT)
+    assert len(failed) == 3 and held.lost is None
+
+
 def test_one_of_many_contenders_gets_it(tmp_path: Path) -> None:
     leave_behind(tmp_path, pid=2**22 + 1)
     locks, winners = [a_lock(tmp_path) for _ in range(8)], []
@@ -139,7 +159,9 @@ def test_in_redis_too_there_is_one_holder(tmp_path: Path, monkeypatch: pytest.Mo
         second.acquire()
         with pytest.raises(ConfigError, match=f"held by process {os.getpid()}"):
             second.acquire_redis(BufferConfig(), server.url)
+        assert first._thread is not None
         first._stop.set()  # it dies: nobody renews the key
+        first._thread.join()
         second.acquire_redis(BufferConfig(), server.url)
         first.release()
         assert server.pid is not None

@@ -60,6 +60,23 @@ def test_an_idle_actor_is_not_stalled_while_it_beats(monkeypatch: pytest.MonkeyP
         assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
 
 
+def test_what_happened_while_nobody_looked_is_held_against_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver was busy for minutes; a beat is 0 to 1 s old whenever one looks."""
+    clock, watch = Clock(monkeypatch), StallWatch(60)
+
+    def look(age: float, holds: bool) -> dict[str, str]:
+        return watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(7, age)}, lambda _: holds)
+
+    assert look(0.2, holds=False) == {}
+    clock.now += 300
+    assert look(0.9, holds=True) == {}  # idle all the while, and just given work
+    for _ in range(24):
+        clock.now += 2
+        assert look(0.5, holds=True) == {}
+    clock.now += 3
+    assert "no progress for 61 s" in look(0.5, holds=True)["rollout-0"]
+
+
 def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
     for seconds in range(0, 12):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.checkpoint import checkpoints, read_cut
+from cluster.supervision import Budget
 from cluster.supervisor import Supervisor
 from learner.keeper import write_files
 
@@ -57,7 +58,8 @@ def supervisor(tmp_path: Path) -> Supervisor:
     (tmp_path / "metrics.jsonl").touch()
     config: Any = SimpleNamespace(
         supervision=SimpleNamespace(restarts=1, stall_s=60.0, grace_s=1.0),
-        checkpoint=SimpleNamespace(keep=3, every=1),
+        checkpoint=SimpleNamespace(keep=3, every=20),
+        loop=SimpleNamespace(steps=100),
     )
     events: list[tuple[str, str]] = []
     folder: Any = SimpleNamespace(path=tmp_path, event=lambda kind, message: events.append((kind, message)), all=events)
@@ -67,7 +69,8 @@ def supervisor(tmp_path: Path) -> Supervisor:
     found = Supervisor(config, folder, lock, SimpleNamespace(redis=None), buffer, screen)  # type: ignore[arg-type]
     found.signals.restore()
     nothing: Any = None
-    found.attach(nothing, nothing, Ranks(), {}, ("model", "data"))  # type: ignore[arg-type]
+    fleet: Any = SimpleNamespace(budget=Budget(1, "rollout actors"))
+    found.attach(nothing, fleet, Ranks(), {}, ("model", "data"))  # type: ignore[arg-type]
     return found
 
 
@@ -99,3 +102,15 @@ def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(supe
     assert folder.all[-1][0] == "checkpoint left out"
     buffer.release.set()
     supervisor.checkpoints.wait()
+
+
+def test_a_checkpoint_is_taken_when_due_and_after_the_last_step_however_early(
+    supervisor: Supervisor, tmp_path: Path
+) -> None:
+    buffer: Any = supervisor.buffer
+    buffer.release.set()
+    for step, last in ((19, False), (20, False), (21, False), (22, True)):
+        buffer.at = step
+        supervisor.between_steps(step, [], last=last)
+    supervisor.checkpoints.wait()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000022", "step-000020"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster import training
+from cluster import lives
 from cluster.checkpoint import Cut
 from cluster.learner_group import StateLostError
 from cluster.resume import Resumption
@@ -36,15 +36,15 @@ def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
     def prepare(config: Any, wanted: str, on_message: Any) -> Resumption:
         return Resumption(Path(wanted), Cut("run-1", next(checkpoints), 0, "model", "data", 0, {}, []))
 
-    monkeypatch.setattr(training, "Run", Run)
-    monkeypatch.setattr(training, "prepare", prepare)
-    monkeypatch.setattr(training, "compact_heap", lambda: None)
+    monkeypatch.setattr(lives, "Run", Run)
+    monkeypatch.setattr(lives, "prepare", prepare)
+    monkeypatch.setattr(lives, "compact_heap", lambda: None)
     return began
 
 
 def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 60, 80])
-    result: Any = training.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+    result: Any = lives.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
     assert result == "finished"
     assert began == [0, 20, 60, 80]
 
@@ -52,5 +52,5 @@ def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) 
 def test_it_ends_when_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 20, 20])
     with pytest.raises(ResourceError, match="learner states died 2 times"):
-        training.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+        lives.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
     assert began == [0, 20]

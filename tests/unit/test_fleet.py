@@ -1,0 +1,45 @@
+"""How many rollout actors may be lost before a run gives up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.config import RolloutSection
+from cluster.fleet import Fleet
+from prompts.errors import ResourceError
+
+
+def a_fleet(workers: int, restarts: int) -> Fleet:
+    rollouts: dict[str, Any] = {}
+
+    def start_rollouts(spec: Any, names: list[str]) -> list[str]:
+        rollouts.update(dict.fromkeys(names))
+        return names
+
+    config = SimpleNamespace(
+        supervision=SimpleNamespace(restarts=restarts), resources=SimpleNamespace(start_timeout_s=60)
+    )
+    pool: Any = SimpleNamespace(config=config, rollouts=rollouts, start_rollouts=start_rollouts)
+    quiet: Any = SimpleNamespace(event=lambda *said: None, abandon=lambda name: None, drop_beat=lambda *name: None)
+    fleet = Fleet(pool, quiet, quiet, quiet, quiet, scaling=RolloutSection(workers=workers))
+    fleet.start(workers)
+    return fleet
+
+
+def test_a_node_that_takes_all_its_actors_along_does_not_end_a_run() -> None:
+    fleet = a_fleet(workers=12, restarts=2)
+    for name in list(fleet.members):
+        fleet._replace(name, "its node is gone")
+    assert fleet.size == 12 and fleet.budget.spent == 12
+
+
+def test_actors_that_die_again_and_again_do() -> None:
+    for workers in (1, 3):
+        fleet = a_fleet(workers, restarts=2)
+        for _ in range(2 + workers - 1):
+            fleet._replace(next(iter(fleet.members)), "no memory")
+        with pytest.raises(ResourceError, match=f"rollout actors died {2 + workers} times"):
+            fleet._replace(next(iter(fleet.members)), "no memory")
