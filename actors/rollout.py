@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from actors.boundary import Boundary
@@ -67,6 +68,7 @@ class RolloutActor:
         self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
+        self._holding = threading.Lock()  # lest a lease that comes back is noted after its group was acknowledged
         self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
@@ -173,8 +175,9 @@ class RolloutActor:
         """Draining: give back what has not begun; whether everything else is delivered."""
         while self._ready:
             lease = self._ready.popleft().lease
+            with self._holding:
+                lease = self._held.pop(lease.ticket.key, lease)
             self.buffer.release([lease])
-            self._held.pop(lease.ticket.key)
         return not self._held
 
     def _at_a_boundary(self) -> bool:
@@ -267,9 +270,11 @@ class RolloutActor:
             leases = self.buffer.lease_tickets(
                 self.name, room, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness, completions=room
             ) if room >= narrowest else []  # fmt: skip
-            for lease in leases:
-                self._held[lease.ticket.key] = lease
-            self._prepare(leases)
+            with self._holding:
+                # After a standstill our own expired leases come back: their work goes on, under the new attempt.
+                new = [lease for lease in leases if lease.ticket.key not in self._held]
+                self._held.update((lease.ticket.key, lease) for lease in leases)
+            self._prepare(new)
             if leases:
                 narrowest = min(lease.ticket.n for lease in leases)
             else:
@@ -283,6 +288,8 @@ class RolloutActor:
         for lease in leases:
             try:
                 prompt = self.prompts[lease.ticket.prompt_id]
+                if lease.hinted and not prompt.hint:  # the gate knows no data set; asked plainly it counts as plain
+                    lease = msgspec.structs.replace(lease, hinted=False)
                 parts = parts_of(prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train")
                 prepared = {part: self._rendered(one, lease.hinted, part) for part, one in parts.items()}
                 bunch.append(Work(lease, prompt, prepared))
@@ -299,6 +306,8 @@ class RolloutActor:
         if known is None:
             engine_input = self.encoder.engine_input(prompt, hinted=hinted)
             known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted, part))
+        # The learner refuses longer ones, which would end the run. A cached one may be of a lease refused before.
+        self.encoder.check_length(prompt, len(known["prompt_token_ids"]))
         return known
 
     def _pull(self) -> None:
@@ -323,7 +332,8 @@ class RolloutActor:
         self._settled(lease.ticket.key, None)
 
     def _settled(self, key: str, tokens: int | None) -> None:
-        self._held.pop(key, None)
+        with self._holding:
+            self._held.pop(key, None)
         if tokens is not None:
             self.tokens += tokens
             self.groups += 1

@@ -244,10 +244,13 @@ class RunConfig(Section):
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
             raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
+        measured = self.evaluation.pool.samples if self.evaluation.pool.every else 0
+        what = " (evaluation.pool.samples)" if measured > largest else ""
+        largest = max(largest, measured)  # an actor without room for it would lease nothing more
         if self.rewards.asks_unimodal:
             largest *= MOST_PARTS
+            what += " (fusion: with video alone and audio alone)"
         if self.rollout.max_sequences < largest:
-            what = " (fusion: with video alone and audio alone)" if self.rewards.asks_unimodal else ""
             raise ValueError(
                 f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}{what}"
             )

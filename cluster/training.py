@@ -143,6 +143,8 @@ class Run:
         train = read_prompts(datasets.train, config)
         check_media(train)
         check_hints(train, config)
+        if config.buffer.hints.enabled and not any(prompt.hint for prompt in train):
+            self.screen.event("no training prompt has a hint, so none comes on; `avatar hints generate` writes them")
         check_fusion(train, config)
         check_judge(config.rewards)
         self.stream = PromptStream(

@@ -66,15 +66,23 @@ def media_base(path: Path, config: DataConfig) -> Path:
 
 
 def anchored(prompt: Prompt, base: Path) -> Prompt:
-    """The prompt with relative media paths made absolute, so that it means the same in every process."""
+    """The prompt with relative media paths made absolute, so that it means the same in every process.
+
+    Raises InputError for remote media.
+    """
     items = tuple(item.model_copy(update={"uri": str(resolve_uri(item.uri, base))}) for item in prompt.media.items)
     return prompt.model_copy(update={"media": prompt.media.model_copy(update={"items": items})})
 
 
-def _with_base(path: Path, config: DataConfig) -> Iterator[tuple[Path, Prompt]]:
+def _anchored_rows(path: Path, config: DataConfig) -> Iterator[Prompt]:
     base = media_base(path, config).resolve()
-    for prompt in iter_prompts(path, config):
-        yield base, prompt
+    reader = RowReader(config)
+    for row in iter_rows(path, config):
+        prompt = reader.read(row)
+        try:
+            yield anchored(prompt, base)
+        except InputError as error:
+            raise InputError(row.where, f"{error.where}: {error.what}", error.remedy) from error
 
 
 class PromptIndex:
@@ -89,8 +97,11 @@ class PromptIndex:
 
     @classmethod
     def read(cls, paths: Iterable[Path], config: DataConfig) -> PromptIndex:
-        """The prompts of several datasets, their media paths made absolute. Raises as ``load_prompts`` does."""
-        return cls(anchored(prompt, base) for path in paths for base, prompt in _with_base(path, config))
+        """The prompts of several datasets, their media paths made absolute.
+
+        Raises as ``load_prompts`` does, and for remote media.
+        """
+        return cls(prompt for path in paths for prompt in _anchored_rows(path, config))
 
     def __getitem__(self, prompt_id: str) -> Prompt:
         try:

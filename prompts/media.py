@@ -12,17 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prompts.config import MediaConfig
+from prompts.errors import AvatarError
 from prompts.input_error import InputError
 from prompts.media_cache import DiskCache, Entry, MemoryCache
 from prompts.media_decode import Sampling, decode_audio, decode_image, decode_video
@@ -30,8 +29,7 @@ from prompts.record import MediaItem, MediaPlan, resolve_uri
 
 log = logging.getLogger(__name__)
 
-_DECODER_VERSION = 1  # part of every cache key: raise it when decoding gives other values
-_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
+_DECODER_VERSION = 2  # part of every cache key: raise it when decoding gives other values
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def local_path(uri: str, base: Path) -> Path:
-    """Path of a media URI. Raises DataError for remote schemes, which are never fetched."""
-    scheme = _SCHEME.match(uri)
-    if scheme is None:
-        return resolve_uri(uri, base)
-    if scheme[1].lower() != "file":
-        raise InputError(
-            uri, "media are opened by path only", "download them first, or mount the bucket and use the mounted path"
-        )
-    return resolve_uri(unquote(uri[len("file://") :]), base)
-
-
 class MediaLoader:
     """Decodes media items through a bounded, content-addressed cache. Safe to use from several threads.
 
@@ -115,14 +101,23 @@ class MediaLoader:
 
     def load(self, item: MediaItem) -> Decoded:
         """The decoded item. Raises DataError naming the file: missing, empty, corrupt, changed, out of its bounds."""
-        path = local_path(item.uri, self.base)
+        path = resolve_uri(item.uri, self.base)
         key = self._key(self._digest(path, item), item)
         entry = self.memory.get(key)
         if entry is None:
             disk = self.disk  # another thread may give it up meanwhile
             entry = disk.get(key) if disk is not None else None
             if entry is None:
-                entry = self._decode(path, item)
+                try:
+                    entry = self._decode(path, item)
+                except AvatarError:
+                    raise
+                except Exception as error:  # the decoders meet files that nobody foresaw, and fail in as many ways
+                    raise InputError(
+                        path,
+                        f"cannot be decoded ({type(error).__name__}: {error})",
+                        "correct the item's settings (clip, frames, fps, sample_rate), or re-encode the file",
+                    ) from error
                 if disk is not None:
                     self._write(disk, key, entry)
             self.memory.put(key, entry)

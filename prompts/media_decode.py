@@ -26,6 +26,10 @@ _INDEXED_FORMATS = {"mp4", "mov", "matroska", "webm"}  # seeking is exact in the
 _TICKS_BY_INDEX = 1_000_000  # ticks per second where the container has no time stamps
 
 
+class PastEndError(InputError):
+    """A clip window that runs past the end of its file, or holds no sound because the track ends before it."""
+
+
 class Sampling(NamedTuple):
     """How many frames of a clip are taken."""
 
@@ -59,6 +63,7 @@ def decode_video(
     The clip is cut into F equal parts and the frame on screen at the middle of each is taken, so F / length is the
     exact rate. F is ``sampling.frames``, or what its rate gives but no more than the file holds or
     ``max_frames``; F is rounded up to even (a temporal patch is two frames). Larger frames shrink to ``max_pixels``.
+    Raises InputError for a file that cannot be decoded, a clip past its end, or frames that change their size.
     """
     with _open(path) as container:
         line = _timeline(container, path)
@@ -73,6 +78,13 @@ def decode_video(
     picked = [max(0, bisect_right(times, start + (i + 0.5) * step) - 1) for i in range(count)]
     targets = [line.ticks[index] for index in picked]
     images = _decode_at(path, line, sorted(set(targets)), max_pixels, threads)
+    if len(sizes := {image.shape[1::-1] for image in images.values()}) > 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise InputError(
+            path,
+            f"changes its frame size half-way (sampled frames of {shown})",
+            "re-encode it to one size (ffmpeg -i IN OUT.mp4), or choose a clip window with one size",
+        )
     return np.stack([images[target] for target in targets]), count / (end - start), end - start
 
 
@@ -82,12 +94,13 @@ def decode_audio(
     """Mono samples float32 (S,) at ``sample_rate`` Hz (mean of the channels) and their length in seconds.
 
     A sound track that starts late in its file is padded with silence in front, so that it stays aligned with the
-    video; one that ends early is simply shorter.
+    video; one that ends early is simply shorter. Raises PastEndError where nothing of it is left, InputError for what
+    cannot be decoded.
     """
     native = _read_soundfile(path, clip, slack) if path.suffix.lower() in _SOUNDFILE_SUFFIXES else None
     samples, rate = native if native is not None else _read_audio_stream(path, clip, slack)
     if samples.size == 0:
-        raise InputError(path, f"no sound in {_span(clip)}", "choose another clip window or drop the item")
+        raise PastEndError(path, f"no sound in {_span(clip)}", "choose another clip window or drop the item")
     if not np.isfinite(samples).all():
         raise InputError(path, "holds samples that are not finite numbers", "re-encode it (ffmpeg -i IN -c:a flac)")
     samples = resample(samples, rate, sample_rate)
@@ -95,14 +108,27 @@ def decode_audio(
 
 
 def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
-    """RGB image uint8 (H, W, 3), upright, shrunk to ``max_pixels``."""
+    """RGB image uint8 (H, W, 3), upright, on white where it is transparent, shrunk to ``max_pixels``.
+
+    Raises InputError for a file that is not a readable image.
+    """
     try:
         with Image.open(path) as image:
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            rgb = _on_white(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(path, f"not a readable image ({error})", "replace the file or drop the row") from error
     size = _shrunk(rgb.width, rgb.height, max_pixels)
     return np.asarray(rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)).copy()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, composed as vLLM's own loader does; converting alone would show what colour lies under transparency."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    rgb = Image.new("RGB", image.size, "white")
+    rgb.paste(layer, mask=layer.getchannel("A"))
+    return rgb
 
 
 def resample(samples: NDArray[np.float32], rate: int, target: int) -> NDArray[np.float32]:
@@ -123,13 +149,13 @@ def resample(samples: NDArray[np.float32], rate: int, target: int) -> NDArray[np
 
 
 def window(path: Path, clip: tuple[float, float] | None, duration: float, slack: float) -> tuple[float, float]:
-    """[start, end) in seconds, ``clip`` cut at ``duration``. Raises DataError when it lies beyond the end."""
+    """[start, end) in seconds, ``clip`` cut at ``duration``. Raises PastEndError when it lies beyond the end."""
     if duration <= 0:
         raise InputError(path, "lasts 0 s", "replace the file or drop the row")
     if clip is None:
         return 0.0, duration
     if clip[0] >= duration or clip[1] > duration + slack:
-        raise InputError(
+        raise PastEndError(
             path,
             f"clip {_span(clip)} runs past the end at {duration:.3f} s",
             f"correct the window, or raise media.window_slack (now {slack:g} s)",
@@ -145,7 +171,7 @@ def _span(clip: tuple[float, float] | None) -> str:
 def _open(path: Path) -> Iterator[InputContainer]:
     """The opened file; what libav says about it becomes a DataError."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # titles need not be UTF-8
             yield container
     except av.FFmpegError as error:
         raise InputError(
@@ -166,16 +192,20 @@ def _timeline(container: InputContainer, path: Path) -> Timeline:
     if not container.streams.video:
         raise InputError(path, "has no video stream", "give the item kind 'audio' or 'image', or correct its path")
     stream = container.streams.video[0]
-    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    packets = [  # their headers alone: kept whole they would hold the file in memory
+        (packet.pts, packet.is_keyframe, packet.duration)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
+    ]
     if not packets:
         raise InputError(path, "its video stream has no frames", "replace the file or drop the row")
-    if stream.time_base is None or any(packet.pts is None for packet in packets):
+    if stream.time_base is None or any(pts is None for pts, _, _ in packets):
         return _counted_timeline(path)
-    ticks = sorted({int(packet.pts) for packet in packets if packet.pts is not None})
-    keys = sorted(int(packet.pts) for packet in packets if packet.is_keyframe and packet.pts is not None)
+    ticks = sorted({int(pts) for pts, _, _ in packets if pts is not None})
+    keys = sorted(int(pts) for pts, is_key, _ in packets if is_key and pts is not None)
     seconds = float(stream.time_base)
     # the last frame's own length can be missing or wrong, the usual spacing is there as soon as there are two
-    last = float(np.median(np.diff(ticks))) if len(ticks) > 1 else float(packets[-1].duration or 0)
+    last = float(np.median(np.diff(ticks))) if len(ticks) > 1 else float(packets[-1][2] or 0)
     if last <= 0:
         last = 1 / (float(stream.average_rate or 1) * seconds)
     origin = min(_origin(container), ticks[0] * seconds)
@@ -274,8 +304,8 @@ def _read_soundfile(
     with file:
         start, end = window(path, clip, file.frames / file.samplerate, slack)
         first = round(start * file.samplerate)
-        file.seek(first)
         try:
+            file.seek(first)
             samples = file.read(round(end * file.samplerate) - first, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise InputError(path, f"cannot be decoded ({error})", "copy the file again or drop the row") from error

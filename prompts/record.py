@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prompts.input_error import InputError
 
 Modality = Literal["video", "audio", "image"]
 
@@ -121,7 +125,18 @@ class Prompt(Strict):
         }
 
 
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
+
+
 def resolve_uri(uri: str, base: Path) -> Path:
-    """Local path of a media URI; relative ones are relative to ``base`` (the dataset's folder)."""
-    path = Path(uri.removeprefix("file://"))
+    """Local path of a media URI; relative ones are relative to ``base`` (the dataset's folder).
+
+    Raises InputError for remote schemes, which are never fetched.
+    """
+    scheme = _SCHEME.match(uri)
+    if scheme is not None and scheme[1].lower() != "file":
+        raise InputError(
+            uri, "media are opened by path only", "download them first, or mount the bucket and use the mounted path"
+        )
+    path = Path(uri if scheme is None else unquote(uri[scheme.end() :]))
     return path if path.is_absolute() else base / path

@@ -91,12 +91,13 @@ class PromptEncoder:
     def engine_input(self, prompt: Prompt, hinted: bool) -> dict[str, Any]:
         """vLLM prompt: token ids with one placeholder per medium, decoded media, their processor settings and ids.
 
-        Raises DataError as ``text`` and the media loader do.
+        Raises DataError as ``text`` and the media loader do, and for text that is too long; with media only the engine
+        knows the length: ``check_length`` is for what it made of them.
         """
         prepared = self._prepare(prompt, hinted)
         token_ids = self.tokenizer(prepared.text, add_special_tokens=False)["input_ids"]
         if not prompt.media.items:
-            self._check_length(prompt, len(token_ids))
+            self.check_length(prompt, len(token_ids))
             return {"prompt_token_ids": token_ids}
         media = prepared.media
         data: dict[Modality, list[Any]] = {}
@@ -169,7 +170,7 @@ class PromptEncoder:
         else:
             output = {}
             ids = self.tokenizer(prepared.text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        self._check_length(prompt, len(ids))
+        self.check_length(prompt, len(ids))
         features = {name: output[name] for name in FEATURES if name in output}
         seconds = torch.tensor(prepared.seconds, dtype=torch.float32) if prepared.seconds else None
         positions = self.positions(ids, features, seconds_per_grid=seconds, audio_in_video=prompt.media.audio_in_video)
@@ -210,7 +211,9 @@ class PromptEncoder:
         if self.kind in OMNI and len(set(seconds)) > 1:
             raise DataError(
                 f"prompt {prompt.id!r}: videos sampled at different rates ({[video.fps for video in media.videos]} per "
-                "second), but the Omni processor knows one rate per prompt; give the items the same fps"
+                "second), but the Omni processor knows one rate per prompt; give the items the same fps and clips for "
+                "which length x fps is an even number (frames are rounded to one), or even `frames` in proportion to "
+                "the lengths of their clips"
             )
         metadata = [
             {
@@ -272,7 +275,8 @@ class PromptEncoder:
                     f"{extractor.n_samples / extractor.sampling_rate:.0f} s; set a shorter clip window"
                 )
 
-    def _check_length(self, prompt: Prompt, tokens: int) -> None:
+    def check_length(self, prompt: Prompt, tokens: int) -> None:
+        """Raises DataError when ``tokens``, media placeholders expanded, are more than max_prompt_tokens."""
         if tokens > self.config.max_prompt_tokens:
             raise DataError(
                 f"prompt {prompt.id!r} has {tokens} tokens, max_prompt_tokens is {self.config.max_prompt_tokens}: "

@@ -17,8 +17,8 @@ from prompts.datasets import RowReader, iter_rows, media_base
 from prompts.errors import DataError
 from prompts.hints import hint_leaks
 from prompts.input_error import InputError
-from prompts.media import MediaLoader, local_path
-from prompts.record import Prompt
+from prompts.media import MediaLoader
+from prompts.record import Prompt, resolve_uri
 
 if TYPE_CHECKING:
     from prompts.template import PromptEncoder
@@ -135,7 +135,7 @@ def _faults(
             if decode:
                 loader.load(item)
             else:
-                path = local_path(item.uri, loader.base)
+                path = resolve_uri(item.uri, loader.base)
                 if not path.is_file() or path.stat().st_size == 0:
                     loader.load(item)  # says what is wrong with it
         except InputError as error:

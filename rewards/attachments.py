@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prompts.config import MediaConfig
 from prompts.media import DecodedAudio, DecodedImage, DecodedVideo, MediaLoader
+from prompts.media_decode import PastEndError
 from prompts.record import MediaItem, Modality, Prompt
 from rewards.grounding import Segment
 from rewards.judge import ContentPart
@@ -52,12 +53,20 @@ class MediaAttach:
         self._kinds, self._frames = tuple(kinds), frames
 
     def __call__(self, prompt: Prompt) -> list[ContentPart]:
-        """Parts in the order of the prompt's media; kinds that are not attached are left out."""
+        """Parts in the order of the prompt's media; kinds that are not attached are left out.
+
+        So is sound that ends before its window, as tracks may, where there are frames to go by.
+        """
         items = [item for item in prompt.media.items if item.kind in self._kinds]
         videos = sum(item.kind == "video" for item in items)
         parts: list[ContentPart] = []
         for item in items:
-            media = self._loader.load(item)
+            try:
+                media = self._loader.load(item)
+            except PastEndError:
+                if item.kind == "audio" and videos:
+                    continue
+                raise
             if isinstance(media, DecodedVideo):
                 parts += [image_part(frame) for frame in _spread(media.frames, max(1, self._frames // videos))]
             elif isinstance(media, DecodedImage):

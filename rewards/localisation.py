@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from rewards.text import normalise
 
 _SEPARATOR = re.compile(r"[/;|\n,]")
+_BULLET = re.compile(r"\s*(?:[-–—•·*]+(?!\d)\s*)?(?:\(?\d{1,2}[.)]\s*(?=[^\W\d]|\*))?")  # "-30" is a slot
 _SAME = {"centre": "center", "middle": "center", "left side": "left", "right side": "right"}
 
 
@@ -14,12 +16,13 @@ def parse_slots(text: str) -> dict[str, str | None]:
     """Slot -> normalised value. A slot given twice with different values is None: it matches nothing.
 
     Slots are separated by "/", ";", "|", "," or a new line; a piece without a colon continues the value before it.
+    Bullets and list numbers before a slot ("- Left", "1. Left") are no part of its name.
     """
     pieces: list[tuple[str, str]] = []
-    for piece in _SEPARATOR.split(text):
+    for piece in _SEPARATOR.split(unicodedata.normalize("NFKC", text)):
         name, colon, value = piece.partition(":")
         if colon:
-            slot = normalise(name)
+            slot = normalise(_BULLET.sub("", name, count=1))
             pieces.append((_SAME.get(slot, slot), value))
         elif pieces and piece.strip():
             pieces[-1] = (pieces[-1][0], f"{pieces[-1][1]}, {piece.strip()}")

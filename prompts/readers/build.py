@@ -43,8 +43,8 @@ def build_prompt(fields: dict[str, Any], config: DataConfig, where: str) -> Prom
     }
     if config.system is not None:
         values.setdefault("system", config.system)
-    if values.get("reasoning"):
-        values["reasoning"] = thought(str(values["reasoning"])) or values["reasoning"].strip()
+    if isinstance(reasoning := values.get("reasoning"), str):
+        values["reasoning"] = thought(reasoning) or reasoning.strip()
     if values.get("id") in (None, ""):
         values["id"] = content_id(values)
     values["id"] = str(values["id"])

@@ -28,12 +28,12 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
     """The user turn's text and media; media without a path of their own come from the row's lists in turn."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise InputError(where, "messages are not a list of {role, content}", "correct the messages")
-    waiting = {kind: _listed(row, kind) for kind in KINDS}
+    waiting = _listed(row, where)
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     items: list[MediaItem] = []
     for message in messages:
         role = message["role"]
-        if role not in turns:
+        if not isinstance(role, str) or role not in turns:
             raise InputError(where, f"message of the role {role!r}", "only system, user and assistant are read")
         text, found = _content(message.get("content"), waiting, config, where)
         turns[role].append(text)
@@ -47,26 +47,28 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
     for kind, rest in waiting.items():
         if rest:
             raise InputError(
-                where, f"{len(rest)} more {kind}s than <{kind}> places in the messages", "add the tag, or drop the file"
+                where, f"{len(rest)} more {kind}s than <{kind}> places in the text", "add the tag, or drop the file"
             )
     system = "\n".join(turns["system"]).strip() or None
     return Chat(turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items)
 
 
-def listed_media(row: dict[str, Any], config: DataConfig, where: str) -> list[MediaItem]:
-    """Media of rows that name them beside the question, not inside messages."""
-    return [media_item(entry, kind, config, where) for kind in KINDS for entry in _listed(row, kind)]
-
-
-def _listed(row: dict[str, Any], kind: Modality) -> list[Any]:
-    """Entries of ``videos``/``video``/``video_path`` or of Video-R1's ``path`` with ``data_type``."""
-    entries: list[Any] = []
-    for key in (f"{kind}s", kind, f"{kind}_path"):
-        value = row.get(key)
-        if value:
-            entries += value if isinstance(value, list) else [value]
-    if row.get("path") and row.get("data_type") == kind:
-        entries.append(row["path"])
+def _listed(row: dict[str, Any], where: str) -> dict[Modality, list[Any]]:
+    """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``, by kind."""
+    entries: dict[Modality, list[Any]] = {}
+    for kind in KINDS:
+        given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
+        entries[kind] = [entry for value in given for entry in (value if isinstance(value, list) else [value])]
+    if row.get("path"):
+        folded = str(row.get("data_type")).strip().lower()
+        named = next((kind for kind in KINDS if kind == folded), None)
+        if named is None:  # leaving it out would ask without the medium
+            raise InputError(
+                where,
+                f"path with the data_type {row.get('data_type')!r}",
+                f"set data_type to one of {', '.join(KINDS)} (data.audio_in_video adds a video's sound), or drop path",
+            )
+        entries[named].append(row["path"])
     return entries
 
 
@@ -98,6 +100,6 @@ def _content(
 def _next(waiting: dict[Modality, list[Any]], kind: Modality, where: str) -> Any:
     if not waiting[kind]:
         raise InputError(
-            where, f"a {kind} place in the messages without a file", f"add it to the row's {kind}s, or drop the tag"
+            where, f"a {kind} place in the text without a file", f"add it to the row's {kind}s, or drop the tag"
         )
     return waiting[kind].pop(0)

@@ -8,7 +8,7 @@ from typing import Any
 from prompts.config import DataConfig, DatasetFormat
 from prompts.input_error import InputError
 from prompts.readers.build import build_prompt, thought
-from prompts.readers.chat import listed_media, read_chat
+from prompts.readers.chat import read_chat
 from prompts.record import Prompt
 
 _IDS = ("id", "problem_id", "question_id", "uid")
@@ -58,7 +58,10 @@ def _chat(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]
     answer = _first(row, _ANSWERS)
     messages = next((row[key] for key in _MESSAGES if isinstance(row.get(key), list)), None)
     if messages is None:
-        fields |= {"question": _first(row, _QUESTIONS), "media": {"items": listed_media(row, config, where)}}
+        question = _first(row, _QUESTIONS)
+        text = question if isinstance(question, str) else ""
+        chat = read_chat([{"role": "user", "content": text}], row, config, where)  # its tags are places, too
+        fields |= {"question": chat.question if text else question, "media": {"items": chat.items}}
     else:
         chat = read_chat(messages, row, config, where)
         fields |= {"question": chat.question, "media": {"items": chat.items}}
@@ -73,8 +76,8 @@ def _chat(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]
 
 
 def _verl(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]:
-    chat = read_chat(row["prompt"], row, config, where)
-    info = row.get("extra_info") or {}
+    chat = read_chat(row.get("prompt"), row, config, where)
+    info, judged = (_object(row, key, where) for key in ("extra_info", "reward_model"))
     source = row.get("data_source")
     index = info.get("index")
     place = (source, info.get("split"), str(index))
@@ -82,7 +85,7 @@ def _verl(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]
     return fields | {
         "id": _first(row, _IDS) or (None if index is None else "/".join(str(part) for part in place if part)),
         "question": chat.question,
-        "answer": (row.get("reward_model") or {}).get("ground_truth"),
+        "answer": judged.get("ground_truth"),
         "system": fields["system"] or chat.system,
         "media": {"items": chat.items},
         "category": fields["category"] or row.get("ability") or "",
@@ -96,6 +99,13 @@ _FIELDS: dict[str, Callable[[dict[str, Any], DataConfig, str], dict[str, Any]]] 
     "swift": _chat,
     "verl": _verl,
 }
+
+
+def _object(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = row.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(where, f"{key} is a {type(value).__name__}", f"give {key} as an object, as verl does")
+    return value
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -105,7 +105,7 @@ def _json_array(path: Path) -> Iterator[Row]:
         where = f"{path}:{line}"
         try:
             value, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (RecursionError, ValueError) as error:  # as in _parsed
             place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
             column = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
             raise InputError(place, f"malformed JSON{column}", remedy) from error

@@ -32,6 +32,7 @@ from cluster.specs import rollout_spec
 from prompts.datasets import load_prompts, media_base
 from prompts.record import resolve_uri
 from rewards.config import RewardConfig
+from tests.buffer_records import make_group
 from tests.tiny_models import respawn
 
 BROKEN = "train-00007"
@@ -418,6 +419,63 @@ def test_leases_are_renewed_while_groups_take_longer_than_a_lease(stage: Stage, 
             time.sleep(1.5)
             assert buffer.lease_tickets("thief", 2) == []
             arrived(buffer)
+
+
+def expire(buffer: ReplayBuffer, keys: list[str]) -> None:
+    """As if the actor had stood still for longer than a lease."""
+    buffer._connection.client.zadd(buffer._connection.key("leased"), dict.fromkeys(keys, 1), xx=True)
+
+
+def test_an_actor_goes_on_with_work_whose_own_expired_lease_comes_back(stage: Stage, buffer: ReplayBuffer) -> None:
+    stage.fixed_length(150)
+    actor = stage.actor
+    buffer.push_tickets(train([0, 1]))
+    with working(actor):
+        until(lambda: actor.engine.in_flight == 2, "both prompts in the engine")
+        expire(buffer, ["t:00000000", "t:00000001"])
+        until(lambda: all(lease.attempt == 2 for lease in list(actor._held.values())), "the leases again")
+        assert [group.seq for group in arrived(buffer)] == [0, 1]
+    assert buffer.quarantined() == {}
+    books = buffer.check_ledger()
+    assert (books.generated, books.completions, books.duplicates) == (2, 8, 0)  # and nothing was generated twice
+    assert buffer.stats().counters["leases_expired"] == 2
+
+
+def test_a_draining_actor_gives_back_leases_that_had_come_back_to_it(stage: Stage, buffer: ReplayBuffer) -> None:
+    actor, version = stage.actor, stage.actor.engine.version
+    buffer.publish_version(version + 1)  # which the engine never gets: the prompts wait before it
+    buffer.push_tickets(train([0, 1], step=version + 2))
+    with working(actor) as running:
+        until(lambda: len(actor._ready) == 2, "both prompts prepared")
+        expire(buffer, ["t:00000000", "t:00000001"])
+        until(lambda: all(lease.attempt == 2 for lease in list(actor._held.values())), "the leases again")
+        actor.drain()
+        assert running.result(DEADLINE_S)["in_flight"] == 0
+    assert [lease.attempt for lease in buffer.lease_tickets("another", 8)] == [3, 3]
+
+
+def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(stage: Stage, buffer: ReplayBuffer) -> None:
+    actor = stage.actor
+    plain = actor.prompts["train-00000"].model_copy(update={"hint": None})
+    epoch = buffer.new_epoch()
+    zero = train([0, 0, 0, 1, 1, 1])  # visits at zero accuracy: the gate fires for both prompts
+    buffer.push_tickets(zero)
+    for lease in buffer.lease_tickets("test", 9):
+        buffer.add_group(make_group(lease, [0.0] * 4), lease, tokens_generated=1)
+    buffer.commit_step(0, 0, [f"{ticket.seq:08d}" for ticket in zero], epoch)
+    buffer.push_tickets(train([0, 1], first=6, step=1))
+    known = {**{id: actor.prompts[id] for id in ("train-00000", "train-00001")}, "train-00000": plain}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actor, "prompts", known)
+        with working(actor):
+            groups = arrived(buffer, 1)
+    assert buffer.quarantined() == {}
+    assert [group.hinted for group in groups] == [False, True]
+    assert [{t.hinted for t in group.trajectories} for group in groups] == [{False}, {True}]
+    buffer.commit_step(1, 1, [group.id for group in groups], epoch)
+    rewards = [sum(t.reward for t in group.trajectories) for group in groups]
+    plainly, hinted = buffer.baselines(["train-00000", "train-00001"], [False, True])
+    assert plainly == pytest.approx(rewards[0] / 16) and hinted == pytest.approx(rewards[1] / 4)
 
 
 def test_a_helper_that_breaks_ends_the_run_and_loses_no_ticket(stage: Stage, buffer: ReplayBuffer) -> None:

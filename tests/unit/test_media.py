@@ -19,10 +19,10 @@ from PIL import Image
 
 from prompts.config import MediaConfig
 from prompts.errors import DataError
-from prompts.media import DecodedAudio, DecodedImage, DecodedVideo, MediaLoader, local_path
+from prompts.media import DecodedAudio, DecodedImage, DecodedVideo, MediaLoader
 from prompts.media_cache import DiskCache, Entry, MemoryCache
 from prompts.media_decode import resample
-from prompts.record import MediaItem, MediaPlan
+from prompts.record import MediaItem, MediaPlan, resolve_uri
 from tests.unit.media_files import mean_colours, tone, write_video, write_wav
 
 # 24 colours that differ by far more than H.264 changes them (about 3 levels)
@@ -185,8 +185,8 @@ def test_a_plan_comes_back_by_kind_and_in_order(folder: Path) -> None:
 
 
 def test_file_urls_are_unescaped() -> None:
-    assert local_path("file:///data/a%20b.mp4", Path("/base")) == Path("/data/a b.mp4")
-    assert local_path("a%20b.mp4", Path("/base")) == Path("/base/a%20b.mp4")
+    assert resolve_uri("file:///data/a%20b.mp4", Path("/base")) == Path("/data/a b.mp4")
+    assert resolve_uri("a%20b.mp4", Path("/base")) == Path("/base/a%20b.mp4")
 
 
 @pytest.mark.parametrize("uri", ["https://host/clip.mp4", "s3://bucket/clip.mp4", "gs://bucket/clip.mp4"])

@@ -28,6 +28,7 @@ from rewards.rule_segments import completeness, consistency
 from rewards.segment_prompt import COMPLETENESS, CONSISTENCY
 from rewards.segment_rewards import SegmentCompleteness, SegmentConsistency
 from rewards.suite import RewardSuite
+from tests.unit.media_files import tone, write_video, write_wav
 from tests.unit.test_rewards_judge_server import Reply, judge_server
 
 # Four slots of 0.5 s: a red disc stays left, then goes right; beeps in slots 1 (low) and 3 (high).
@@ -175,6 +176,34 @@ def test_frames_and_sound_are_sent_as_a_judge_reads_them(clip: Prompt) -> None:
     assert len(samples) == pytest.approx(0.32 * 16_000, abs=2)
     with pytest.raises(DataError):
         MediaAttach(MediaConfig(), ("audio",), frames=3)(cut(clip, Segment(50.0, 60.0, "x")).prompt)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_segment_behind_the_end_of_the_sound_is_judged_by_its_frames(tmp_path: Path, separate: bool) -> None:
+    sound = tone(440, 1, 48_000)
+    write_video(tmp_path / "clip.mp4", [(200, 30, 10)] * 24, sound=sound)  # 3 s to see, 1 s to hear
+    track = write_wav(tmp_path / "sound.wav", sound, 48_000) if separate else tmp_path / "clip.mp4"
+    seen = MediaItem(kind="video", uri=str(tmp_path / "clip.mp4"))
+    media = MediaPlan(items=(MediaItem(kind="audio", uri=str(track)), seen))
+    prompt = PROMPT.model_copy(update={"media": media})
+    attach = MediaAttach(MediaConfig(), ("video", "audio"), frames=2)
+
+    def kinds(start: float, end: float) -> list[str]:
+        return [part["type"] for part in attach(cut(prompt, Segment(start, end, "x")).prompt)]
+
+    assert kinds(0.0, 1.0) == ["input_audio", "image_url", "image_url"]
+    assert kinds(2.0, 3.0) == ["image_url", "image_url"]
+    judge = Stub([0.5])
+    asked = ScoreRequest(prompt=prompt, completions=request(seg("2.0-3.0", "a red disc") + TAIL).completions)
+    reward = SegmentConsistency(judge, attach)  # type: ignore[arg-type]
+    assert asyncio.run(reward.score(asked))[0].value == 0.5 and judge.shown == [2]
+    with pytest.raises(DataError):  # nothing to see either
+        kinds(7.0, 9.0)
+    with pytest.raises(DataError):  # a judge that only hears
+        MediaAttach(MediaConfig(), ("audio",), frames=2)(cut(prompt, Segment(2.0, 3.0, "x")).prompt)
+    deaf = prompt.model_copy(update={"media": MediaPlan(items=(MediaItem(kind="audio", uri="absent.wav"), seen))})
+    with pytest.raises(DataError, match="no such file"):  # a fault of the data is none of the segment's
+        attach(deaf)
 
 
 def test_an_endpoint_sees_the_clip_of_each_segment(clip: Prompt) -> None:

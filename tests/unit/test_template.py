@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,17 @@ import numpy as np
 import pytest
 import torch
 
+from actors.rollout import RolloutActor
+from buffer_service.tickets import Ticket, TicketLease
+from prompts.config import MediaConfig
 from prompts.digest import prompt_digest
 from prompts.errors import DataError, ModelError
-from prompts.media import DecodedAudio
+from prompts.media import DecodedAudio, MediaLoader
 from prompts.record import MediaItem, MediaPlan, Prompt
 from prompts.rope import PositionRule
 from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
+from tests.unit.media_files import write_video
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def shared(folder: Path) -> Iterator[tuple[PromptEncoder, ArrayLoader]]:
 _LOADED: dict[Path, PromptEncoder] = {}
 
 
-def encoder(folder: Path, loader: ArrayLoader, **config: Any) -> PromptEncoder:
+def encoder(folder: Path, loader: MediaLoader, **config: Any) -> PromptEncoder:
     """A fresh encoder; the processor, slow to load and never changed, is read once per folder."""
     if folder not in _LOADED:
         _LOADED[folder] = PromptEncoder(folder, loader, TemplateConfig())
@@ -179,6 +183,47 @@ def test_what_the_model_cannot_take_is_refused(folder: Path) -> None:
     inverted = mixed.media.items[0].model_copy(update={"max_pixels": 100})
     with pytest.raises(DataError, match="above max_pixels"):
         parts.encode(mixed.model_copy(update={"media": MediaPlan(items=(inverted,))}), False)
+
+
+def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path) -> None:
+    loader = ArrayLoader()
+    prompts: Any = {name: make_prompt(loader, name, [video(1, n, 2.0)]) for name, n in (("short", 4), ("long", 16))}
+    whole = encoder(folder, loader)
+    limit = len(whole.encode(prompts["short"], False).input_ids)
+    strict = encoder(folder, loader, max_prompt_tokens=limit)
+    assert len(strict.engine_input(prompts["long"], False)["prompt_token_ids"]) < limit  # one placeholder per video
+    kept: dict[Any, Any] = {}
+
+    def prepare(engine_input: Any, name: str, key: tuple[str, bool, str]) -> Any:  # expands as the processor does
+        return kept.setdefault(key, {"prompt_token_ids": whole.encode(prompts[name], False).input_ids.tolist()})
+
+    refused: list[tuple[TicketLease, str]] = []
+    actor: Any = RolloutActor.__new__(RolloutActor)  # without services and engine
+    actor.prompts, actor.encoder, actor.spec, actor._ready = prompts, strict, SimpleNamespace(unimodal=False), deque()
+    actor.engine = SimpleNamespace(prepared=kept.get, prepare=prepare)
+    actor._give_up = lambda lease, error: refused.append((lease, str(error)))  # quarantine
+    tickets = [Ticket(seq=i, prompt_id=name, step=0, n=1) for i, name in enumerate(("short", "long", "long"))]
+    leases = [TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False) for ticket in tickets]
+    actor._prepare(leases)  # the last finds its prompt in the engine's cache
+    assert [work.lease for work in actor._ready] == leases[:1]
+    assert [lease for lease, _ in refused] == leases[1:]
+    assert all(f"tokens, max_prompt_tokens is {limit}" in why for _, why in refused)
+
+
+def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", [(200, 30, 10)] * 24)  # 3 s
+    parts = encoder(folder, MediaLoader(MediaConfig(), tmp_path))
+
+    def steps(*items: dict[str, Any]) -> list[int]:
+        media = MediaPlan(items=tuple(MediaItem(kind="video", uri="a.mp4", **item) for item in items))
+        prompt = make_prompt(ArrayLoader(), "p", []).model_copy(update={"media": media})
+        return [int(grid[0]) for grid in parts.encode(prompt, False).features["video_grid_thw"]]
+
+    # at 2 per second 1.5 s have three frames, made four
+    with pytest.raises(DataError, match=r"same fps and clips for which length x fps is an even .* or even `frames`"):
+        steps({"fps": 2.0, "clip": (0.0, 1.5)}, {"fps": 2.0, "clip": (0.0, 2.0)})
+    assert steps({"fps": 2.0, "clip": (0.0, 1.0)}, {"fps": 2.0, "clip": (0.0, 3.0)}) == [1, 3]
+    assert steps({"frames": 4, "clip": (0.5, 1.5)}, {"frames": 8, "clip": (1.0, 3.0)}) == [2, 4]
 
 
 @pytest.mark.parametrize(
