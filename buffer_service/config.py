@@ -75,6 +75,8 @@ class BufferConfig(Section):
     def _check(self) -> BufferConfig:
         if self.quantile_low >= self.quantile_high:
             raise ValueError(f"quantile_low {self.quantile_low} must be below quantile_high {self.quantile_high}")
+        if self.warm_up > self.capacity:
+            raise ValueError(f"warm_up {self.warm_up} is above capacity {self.capacity}: replay would never start")
         if self.password_env and self.password_file:
             raise ValueError("password_env and password_file are both set: keep one")
         if self.strategy == "recent" and self.reward_diverse:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,11 +17,15 @@ from buffer_service.errors import RecordError
 from buffer_service.tickets import CommitReceipt, FreshShare, Tier
 from buffer_service.trajectory import Group, Trajectory
 from buffer_service.validate import trajectory_id
-from buffer_service.wire import Meanwhile
+from buffer_service.wire import Meanwhile, Word
 from prompts.errors import ReplayBufferError
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
 _DRAWS = 8  # a removed value lingers for 10 s; a client that stood still for longer draws again
+_DAMAGED = 8  # bad records that one call goes on without; more are no accident
 _unpack = msgspec.msgpack.Decoder().decode
 
 
@@ -67,6 +72,16 @@ class ReplaySide:
 
         return self._connection.attempt(once)
 
+    @staticmethod
+    def _despite_damage(ask: Callable[[], T]) -> T:
+        """``ask``, again when it met a bad record, which is in quarantine by then. Raises RecordError for too many."""
+        for _ in range(_DAMAGED):
+            try:
+                return ask()
+            except RecordError as error:
+                log.warning("%s (which is done)", error)
+        return ask()
+
     def _quarantined(self, tid: str, error: RecordError) -> RecordError:
         """Lists a bad record and takes it out of the buffer; returns the error to raise."""
         self._run("corrupt", tid, str(error))
@@ -87,11 +102,16 @@ class ReplaySide:
         """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is in. O(groups).
 
         Asking again with the same consumer gives the same groups. Raises StepTrainedError, FencedError (``epoch`` is
-        over), LeaseHeldError (another consumer has this share), RecordError.
+        over), LeaseHeldError (another consumer has this share), RecordError (more than a few damaged records: a group
+        with one is dropped).
         """
         rank, world = _checked(share)
         lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
-        reply = self._run("fresh", consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
+        ask = (consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
+        return self._despite_damage(lambda: self._fresh(step, ask))
+
+    def _fresh(self, step: int, ask: tuple[Word, ...]) -> FreshShare:
+        reply = self._run("fresh", *ask)
         expected, arrived = int(reply[0]), int(reply[1])
         ready = expected >= 0 and arrived >= expected
         missing = 0 if ready else max(expected - arrived, 1)
@@ -131,7 +151,8 @@ class ReplaySide:
 
         Empty below ``warm_up`` stored. No trajectory twice unless the stock is smaller than ``count``. Equal contents,
         seed and step give equal draws. Reuse is counted when the step is committed, once per step. ``same_prompt``
-        spreads the count over ``prompt_ids``. Raises StepTrainedError, RecordError.
+        spreads the count over ``prompt_ids``. Raises StepTrainedError, RecordError (more than a few damaged records:
+        they leave the stock).
         """
         config = self._connection.config
         strategy = strategy or config.strategy
@@ -153,6 +174,9 @@ class ReplaySide:
             if not self._connection.draw_values(listed, math.ceil(count / share[1]), take, (*ask, 1, *extra)):
                 self._connection.read_values(self._run("draw", *ask, 0, *extra).decode().split(), take)
 
+        return self._despite_damage(lambda: self._drawn(read))
+
+    def _drawn(self, read: Callable[[Take], object]) -> list[Trajectory]:
         last: str | None = None
         for _ in range(_DRAWS):
             records, gone = self._taken(read)

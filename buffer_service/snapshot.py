@@ -2,12 +2,15 @@
 
 The file is a sequence of frames: kind u8, length u32, crc32 u32, msgpack. From ``begin`` to ``end`` the scripts keep
 the old value of whatever they overwrite, so small pages read one after the other still show the moment of ``begin``.
+They keep it for one snapshot, and a page follows the one before only in the same server process: both are checked.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ HASHES = ("prompts", "trajs", "reuse", "groups", "tickets")
 _FRAME = struct.Struct("<BII")
 _STATE, _HASH, _VALUES, _END = range(4)
 _PAGE, _SCAN_PAGE, _VALUE_PAGE = 1000, 200, 64  # a scanned page holds writers up for about 0.3 ms
+_PATIENCE_S, _POLL_S = 30.0, 0.1  # one that was cut short looks as if it were still being taken
 _TABLES = (
     "meta",
     "ledger",
@@ -96,11 +100,31 @@ def _scan(connection: Connection, name: str) -> dict[bytes, bytes]:
             return found
 
 
-def save(connection: Connection, path: Path, on_begin: Callable[[], None] = lambda: None) -> SnapshotReport:
+def _process(connection: Connection) -> Any:
+    """Which process the server is: a cursor means nothing to another."""
+    return connection.attempt(lambda: connection.client.info("server")).get("run_id")
+
+
+def _wait_for_another(connection: Connection) -> None:
+    """Lets a snapshot that is being taken end, for a while."""
+    deadline, key = time.monotonic() + _PATIENCE_S, connection.key("meta")
+    while time.monotonic() < deadline and int(connection.attempt(lambda: connection.client.hget(key, "snap")) or 0):
+        time.sleep(_POLL_S)
+
+
+def save(connection: Connection, path: Path, on_begin: Callable[[], None] | None = None) -> SnapshotReport:
     """Writes a snapshot to ``path`` (by way of a temporary file and a rename). Writers are held up for one short script
-    at a time; ``on_begin`` is called once the moment it shows is fixed. O(contents)."""
-    state = dict(zip(_TABLES, connection.run("snapshot", "begin"), strict=True))
-    on_begin()
+    at a time; ``on_begin`` is called once the moment it shows is fixed. O(contents).
+
+    One at a time: without ``on_begin`` (any moment will do) it waits for one under way, else it ends that one.
+    Raises RecordError when another began or Redis restarted meanwhile; then ``path`` is as before.
+    """
+    if on_begin is None:
+        _wait_for_another(connection)
+    process, token = _process(connection), secrets.randbelow(2**53 - 1) + 1
+    state = dict(zip(_TABLES, connection.run("snapshot", "begin", token), strict=True))
+    if on_begin is not None:
+        on_begin()
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -131,10 +155,12 @@ def save(connection: Connection, path: Path, on_begin: Callable[[], None] = lamb
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        if not connection.run("snapshot", "end", token) or _process(connection) != process:
+            raise RecordError(f"{path}: another snapshot began or Redis restarted while it was taken; take it again")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-        connection.run("snapshot", "end")
+        connection.run("snapshot", "end", token)
     meta = dict(_pairs(state["meta"]))
     return SnapshotReport(
         sizes["prompts"], sizes["trajs"], sizes["tickets"], int(meta[b"version"]), int(meta[b"trained"]), size

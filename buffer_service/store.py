@@ -86,9 +86,9 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     def config(self) -> BufferConfig:
         return self._connection.config
 
-    def snapshot(self, path: Path, on_begin: Callable[[], None] = lambda: None) -> SnapshotReport:
+    def snapshot(self, path: Path, on_begin: Callable[[], None] | None = None) -> SnapshotReport:
         """Writes the state of this moment to ``path`` while others go on writing; ``on_begin`` is called once it
-        is fixed. O(contents)."""
+        is fixed. O(contents). Raises RecordError when another snapshot began or Redis restarted meanwhile."""
         return save(self._connection, path, on_begin)
 
     def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:

@@ -151,8 +151,9 @@ class PromptStream:
         Each group counts as one visit of its prompt: statistics, tiers and hint streaks are rebuilt from what the file
         holds, so not from what was evicted before the export; a repeat changes nothing. Groups keep their seq, or are
         numbered from ``first_seq``: do so in a run whose own prompt stream will use those seqs (one bit per seq up to
-        the highest is kept). The file is checked first: RecordError names the row at fault, or the group whose seq a
-        ticket of this run waits for (then the groups before it stay).
+        the highest is kept). The lowest seq is the oldest, in the stock and in a prompt's average. The file is checked
+        first: RecordError names the row at fault, or the group whose seq a ticket of this run waits for (then the
+        groups before it stay).
         """
         for _ in read_groups(path, first_seq):
             pass

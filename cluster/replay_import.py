@@ -16,15 +16,24 @@ from cluster.telemetry import RunFolder
 from prompts.errors import ConfigError
 from rewards.suite import combine
 
+_FIRST_SEQ = "stream/first_seq"
+
 
 def import_replay(buffer: ReplayBuffer, loop: LoopConfig, folder: RunFolder) -> None:
-    """Make the trajectories of ``loop.replay_from`` replayable, numbered behind the run's own prompt stream.
+    """Make the trajectories of ``loop.replay_from`` replayable, numbered before the run's own prompt stream: the lowest
+    seq is the oldest, the first to leave the stock and a prompt's moving average.
 
     Raises ConfigError (no such file) and RecordError (a row that is none).
     """
     assert loop.replay_from is not None
-    report = buffer.import_trajectories(loop.replay_from, first_seq=loop.steps * loop.prompts_per_step)
+    report = buffer.import_trajectories(loop.replay_from, first_seq=0)
+    buffer.put_fact(_FIRST_SEQ, report.groups + report.duplicates)  # travels with a checkpoint
     folder.event("replay imported", f"{report.trajectories} trajectories of {loop.replay_from}")
+
+
+def first_seq(buffer: ReplayBuffer) -> int:
+    """Where the run's own prompt stream begins: behind the replay that it began with."""
+    return int(buffer.get_fact(_FIRST_SEQ) or 0)
 
 
 def carry_over(

@@ -24,28 +24,32 @@ class PromptStream:
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.loop, self.seed, self.warm_up, self.full_reward = loop, seed, warm_up, full_reward
+        self.first_seq = 0  # of step 0; imported replay is numbered below it
         self._orders: dict[int, list[int]] = {}
 
     def tickets(self, step: int, averages: Averages | None = None) -> list[Ticket]:
         """The tickets of one step, in order. Schedule ``open`` needs Rbar of the prompts that were asked before."""
         count = self.loop.prompts_per_step
         completions = self.loop.fresh_at(step, self.warm_up)
-        seqs = range(step * count, (step + 1) * count)
+        places = range(step * count, (step + 1) * count)
         if self.loop.schedule == "open":
             missing = {prompt_id: self.full_reward - rbar for prompt_id, rbar in (averages or {}).items()}
             chosen = open_prompts(self.prompt_ids, missing, count, seed=self.seed, step=step)
         else:
-            chosen = [self._in_turn(seq) for seq in seqs]
+            chosen = [self._in_turn(place) for place in places]
         return [
-            Ticket(seq=seq, prompt_id=prompt_id, step=step, epoch=self._epoch(seq), kind="train", n=completions)
-            for seq, prompt_id in zip(seqs, chosen, strict=True)
-        ]
+            Ticket(
+                seq=self.first_seq + place, prompt_id=prompt_id, step=step, epoch=self._epoch(place), kind="train",
+                n=completions,
+            )
+            for place, prompt_id in zip(places, chosen, strict=True)
+        ]  # fmt: skip
 
-    def _epoch(self, seq: int) -> int:
-        return seq // len(self.prompt_ids)
+    def _epoch(self, place: int) -> int:
+        return place // len(self.prompt_ids)
 
-    def _in_turn(self, seq: int) -> str:
-        return self.prompt_ids[self._order(self._epoch(seq))[seq % len(self.prompt_ids)]]
+    def _in_turn(self, place: int) -> str:
+        return self.prompt_ids[self._order(self._epoch(place))[place % len(self.prompt_ids)]]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

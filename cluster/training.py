@@ -29,7 +29,7 @@ from cluster.fleet import Fleet
 from cluster.learner_group import LearnerGroup
 from cluster.parity import DEFAULT_TOLERANCE, ask_both, check_parity
 from cluster.pool import Pool, unwrap
-from cluster.replay_import import import_replay
+from cluster.replay_import import first_seq, import_replay
 from cluster.resources import needs_of
 from cluster.resume import Resumption, check_assets, data_digest, open_folder
 from cluster.rounds import EvaluationRounds
@@ -178,6 +178,7 @@ class Run:
         )
         if config.loop.replay_from is not None and self.cut is None:
             import_replay(self.buffer, config.loop, self.folder)
+        self.stream.first_seq = first_seq(self.buffer)
         pool = self.stream.prompt_ids if config.evaluation.pool.every else []
         self.pool_rounds = EvaluationRounds(config.evaluation, self.buffer, pool, self.folder, self.screen, pool=True)
         model = base

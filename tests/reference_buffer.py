@@ -17,7 +17,7 @@ from buffer_service.tickets import CommitReceipt, FreshShare, InsertReceipt, Led
 from buffer_service.trajectory import Group, Trajectory
 from buffer_service.validate import check_group, is_success, zero_accuracy
 
-REPAIR, SCAN, FIXED = 512, 128, 1 << 28
+REPAIR, FIXED = 512, 1 << 28
 
 
 @dataclass
@@ -45,10 +45,6 @@ def mean_of_last(visits: list[tuple[int, list[float]]], window: int, since: int 
     for r in rewards:
         total += r
     return math.floor(total / len(rewards) * FIXED + 0.5) / FIXED if rewards else None
-
-
-def bin_of(rbar: float) -> int:
-    return max(-64, min(64, math.floor(rbar * 16)))
 
 
 def age(tid: str) -> tuple[int, str]:
@@ -263,48 +259,23 @@ class ReferenceBuffer:
         del self.stock[tid]
         self.reuse.pop(tid, None)
 
-    def _oldest(self, tier: Tier, success: bool, need: int) -> list[str]:
-        q = self.thresholds()
-        inside = self._members(tier, success)
-        if q is None or not inside:
-            return []
-        scores = {pid: r for r, pid in self._ranked()}
-        low = None if tier == "hard" else q[0] if tier == "medium" else q[1]
-        high = q[0] if tier == "hard" else q[1] if tier == "medium" else None
-        member = set(inside)
-        bins: dict[int, list[str]] = {}
-        for tid in sorted(self.stock):
-            if self._success(self.stock[tid]) == success:
-                bins.setdefault(bin_of(scores[self.stock[tid].prompt_id]), []).append(tid)
-        cut = {bin_of(edge) for edge in (low, high) if edge is not None} | {-64, 64}
-        spread = [bin_of(scores[self.stock[tid].prompt_id]) for tid in inside]
-        found: list[str] = []
-        for b in range(min(spread), max(spread) + 1):
-            limit = max(need, SCAN) if b in cut else need
-            found += [tid for tid in bins.get(b, [])[:limit] if tid in member]
-        return sorted(found, key=age)[:need]
-
-    def _evict(self) -> int:
+    def _evict(self, added: int) -> int:
         easy, medium, hard = self.config.capacities()
         gone = 0
         caps: list[tuple[Tier, int]] = [("hard", hard), ("medium", medium), ("easy", easy)]
-        sizes = {(tier, s): len(self._members(tier, s)) for tier, _ in caps for s in (False, True)}
         for tier, cap in caps:
-            need = min(sizes[tier, False] + sizes[tier, True] - cap, REPAIR)
-            for success in (False, True):
-                if need > 0:
-                    victims = self._oldest(tier, success, min(need, sizes[tier, success]))
-                    for tid in victims:
-                        self._remove(tid)
-                    need -= len(victims)
-                    gone += len(victims)
+            failures, successes = (sorted(self._members(tier, success), key=age) for success in (False, True))
+            over = min(len(failures) + len(successes) - cap, REPAIR + added)
+            for tid in (failures + successes)[: max(over, 0)]:
+                self._remove(tid)
+                gone += 1
         self._count("evicted", gone)
         return gone
 
-    def _expire_old(self, version: int) -> None:
+    def _expire_old(self, version: int, added: int = 0) -> None:
         if self.config.max_age_versions:
             old = [(t.version, tid) for tid, t in self.stock.items()]
-            for v, tid in sorted(old)[:REPAIR]:
+            for v, tid in sorted(old)[: REPAIR + added]:
                 if v < version - self.config.max_age_versions:
                     self._remove(tid)
 
@@ -342,7 +313,7 @@ class ReferenceBuffer:
         self._count("replay_only")
         if group.step > self.trained:
             self.steps[group.step] -= 1
-        return InsertReceipt("late", self._evict())
+        return InsertReceipt("late", self._evict(len(group.trajectories)))
 
     def _make_replayable(self, group: Group) -> None:
         for t in group.trajectories:
@@ -431,8 +402,9 @@ class ReferenceBuffer:
             if t.kind == "train" and t.step <= step and key not in self.held:
                 self._settle(key)
         self.steps = {s: n for s, n in self.steps.items() if s > step}
-        self._expire_old(self.current)
-        evicted = self._evict() if self.prompts else 0
+        added = sum(len(g.trajectories) for g in due)
+        self._expire_old(self.current, added)
+        evicted = self._evict(added) if self.prompts else 0
         return CommitReceipt(
             committed=True, version=new_version, trained=len(named), replay_only=len(due) - len(named), evicted=evicted
         )

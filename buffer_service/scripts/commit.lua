@@ -17,9 +17,11 @@ end
 
 call('HSET', K('meta'), 'trained', step, 'version', version)
 m.trained, m.version = step, version
-local q, rest = thresholds(m), 0
+local q, rest, added = thresholds(m), 0, 0
 for _, gid in ipairs(call('ZRANGEBYSCORE', K('fresh'), '-inf', '(' .. (step + 1) * STEP)) do
-  make_replayable(m, q, gid, cmsgpack.unpack(call('HGET', K('groups'), gid)))
+  local group = cmsgpack.unpack(call('HGET', K('groups'), gid))
+  make_replayable(m, q, gid, group)
+  added = added + group[4]
   del(m, 'groups', gid)
   call('ZREM', K('fresh'), gid)
   if not trained[gid] then rest = rest + 1 end
@@ -52,5 +54,5 @@ end
 for _, s in ipairs(call('HKEYS', K('steps'))) do
   if tonumber(s) <= step then call('HDEL', K('steps'), s) end
 end
-expire_old(m)
-return { 1, version, named, rest, q and evict(m, q) or 0 }
+expire_old(m, added)
+return { 1, version, named, rest, q and evict(m, q, added) or 0 }

@@ -8,7 +8,7 @@ if step <= m.trained then fail('TRAINED', 'step ' .. ARGV[2] .. ' is already tra
 m.version = math.max(m.version, tonumber(ARGV[7]))
 local stored = call('ZCARD', K('stock:v'))
 if stored < m.warm_up then return '' end
-stored = stored - expire_old(m)
+stored = stored - expire_old(m, 0)
 if stored == 0 then return '' end
 local below = generator(tonumber(ARGV[3]), tonumber(ARGV[4]))
 local q, taken, out = thresholds(m), {}, {}

@@ -36,4 +36,4 @@ local q = thresholds(m)
 make_replayable(m, q, gid, cmsgpack.unpack(ARGV[2]))
 count('replay_only', 1)
 if imported then count('imported', 1) elseif step > m.trained then call('HINCRBY', K('steps'), step, -1) end
-return { 'late', evict(m, q) }
+return { 'late', evict(m, q, n) }

@@ -4,8 +4,8 @@
 local P = KEYS[1]
 local STEP = 100000000 -- a sequence number is below this, so step * STEP + seq orders tickets and stays under 2^53
 local FIXED = 268435456 -- Rbar is a multiple of 2^-28
-local REPAIR = 512 -- most evictions of one kind in one call
-local SCAN = 128 -- oldest entries looked at in an age bin that a threshold cuts
+local REPAIR = 512 -- evictions at once, within Lua's stack; a call may add this many to what it has to make room for
+local SCAN = 128 -- fewest entries looked at at once in an age bin that a threshold cuts
 local LINGER_MS, SNAPSHOT_LINGER_MS = 10000, 3600000 -- a deleted value stays readable for who has just drawn it
 
 local function K(name) return P .. name end
@@ -170,8 +170,7 @@ local function rescore(pid, old, new)
   end
 end
 
--- The `need` oldest members of one kind in the score range (low, high]; oldest = lowest seq. Exact but for a bin cut by
--- a threshold, where the SCAN oldest of the bin are looked at.
+-- The `need` oldest members of one kind in the score range (low, high]; oldest = lowest seq.
 local function oldest(kind, low, high, need)
   local key, found = K('stock:' .. kind), {}
   local from, to = low and '(' .. string.format('%.17g', low) or '-inf', high or '+inf'
@@ -180,16 +179,20 @@ local function oldest(kind, low, high, need)
   local most = call('ZREVRANGEBYSCORE', key, to, from, 'WITHSCORES', 'LIMIT', 0, 1)
   for bin = bin_of(tonumber(least[2])), bin_of(tonumber(most[2])) do
     local cut = (low and bin == bin_of(low)) or (high and bin == bin_of(high)) or bin == 64 or bin == -64
-    local members = call('ZRANGE', age_key(kind, bin), 0, (cut and math.max(need, SCAN) or need) - 1)
-    if cut and #members > 0 then
-      local scores = call('ZMSCORE', key, unpack(members))
-      for i, tid in ipairs(members) do
-        local s = tonumber(scores[i])
-        if (not low or s > low) and (not high or s <= high) then found[#found + 1] = tid end
+    local page, first, before = cut and math.max(need, SCAN) or need, 0, #found
+    repeat -- pages, for the oldest of a cut bin may all be of another tier
+      local members = call('ZRANGE', age_key(kind, bin), first, first + page - 1)
+      if cut and #members > 0 then
+        local scores = call('ZMSCORE', key, unpack(members))
+        for i, tid in ipairs(members) do
+          local s = tonumber(scores[i])
+          if (not low or s > low) and (not high or s <= high) then found[#found + 1] = tid end
+        end
+      else
+        for _, tid in ipairs(members) do found[#found + 1] = tid end
       end
-    else
-      for _, tid in ipairs(members) do found[#found + 1] = tid end
-    end
+      first = first + page
+    until #found - before >= need or #members < page
   end
   table.sort(found, function(a, b)
     local x, y = tonumber(string.sub(a, 1, 8)), tonumber(string.sub(b, 1, 8))
@@ -200,18 +203,21 @@ local function oldest(kind, low, high, need)
   return found
 end
 
--- Brings every tier under its capacity, at most REPAIR removals each; returns how many went.
-local function evict(m, q)
+-- Brings every tier under its capacity, at most REPAIR removals more in each than the call has `added` to the stock, so
+-- that it never grows beyond and a lowered capacity holds nobody up. Returns how many went.
+local function evict(m, q, added)
   local seg, gone = segments(q), 0
   local caps = { m.cap_hard, m.cap_medium, m.cap_easy }
   for tier = 1, 3 do
     local low, high = tier > 1 and q[tier - 1] or nil, tier < 3 and q[tier] or nil
-    local need = math.min(seg[tier].f[2] + seg[tier].s[2] - caps[tier], REPAIR)
+    local need = math.min(seg[tier].f[2] + seg[tier].s[2] - caps[tier], REPAIR + added)
     for _, kind in ipairs({ 'f', 's' }) do
-      if need > 0 then
-        local victims = oldest(kind, low, high, math.min(need, seg[tier][kind][2]))
+      local left = math.min(need, seg[tier][kind][2])
+      need = need - left
+      while left > 0 do
+        local victims = oldest(kind, low, high, math.min(left, REPAIR))
         for _, tid in ipairs(victims) do stock_remove(m, tid) end
-        need, gone = need - #victims, gone + #victims
+        left, gone = #victims > 0 and left - #victims or 0, gone + #victims
       end
     end
   end
@@ -219,9 +225,10 @@ local function evict(m, q)
   return gone
 end
 
-local function expire_old(m)
+local function expire_old(m, added)
   if m.max_age == 0 then return 0 end
-  local old = call('ZRANGEBYSCORE', K('stock:v'), '-inf', '(' .. (m.version - m.max_age), 'LIMIT', 0, REPAIR)
+  local limit = REPAIR + added
+  local old = call('ZRANGEBYSCORE', K('stock:v'), '-inf', '(' .. (m.version - m.max_age), 'LIMIT', 0, limit)
   for _, tid in ipairs(old) do stock_remove(m, tid) end
   if #old > 0 then count('aged_out', #old) end
   return #old

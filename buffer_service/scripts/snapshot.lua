@@ -1,12 +1,15 @@
--- ARGV: "begin" | "end". From begin to end the first write of a field keeps the field's old value in snap:<hash>, so that
--- the hashes can be read in small pages and still give the state of this moment. Begin returns the small state.
-for _, hash in ipairs({ 'prompts', 'trajs', 'reuse', 'groups', 'tickets' }) do call('UNLINK', K('snap:' .. hash)) end
+-- ARGV: "begin" | "end", token (a number above 0). From begin to end the first write of a field keeps its old value in
+-- snap:<hash>, so that the hashes can be read in small pages and still give the state of this moment. Begin returns the
+-- small state; a later one takes the old values over. End returns whether they were still kept for this token, and
+-- clears only those.
 meta()
+if ARGV[1] == 'end' and call('HGET', K('meta'), 'snap') ~= ARGV[2] then return 0 end
+for _, hash in ipairs({ 'prompts', 'trajs', 'reuse', 'groups', 'tickets' }) do call('UNLINK', K('snap:' .. hash)) end
 if ARGV[1] == 'end' then
   call('HSET', K('meta'), 'snap', 0)
-  return {}
+  return 1
 end
-call('HSET', K('meta'), 'snap', 1)
+call('HSET', K('meta'), 'snap', ARGV[2])
 local evals = {}
 for _, round in ipairs(call('HKEYS', K('rounds'))) do evals[#evals + 1] = { round, call('HGETALL', K('eval:' .. round)) } end
 return { call('HGETALL', K('meta')), call('HGETALL', K('ledger')), call('HGETALL', K('steps')), call('HGETALL', K('rounds')),

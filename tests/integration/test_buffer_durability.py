@@ -149,6 +149,57 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
     buffer.check_ledger()
 
 
+def test_a_snapshot_that_another_began_upon_is_refused(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    epoch = buffer.new_epoch()
+    run_step(buffer, 0, epoch)
+    path, key = tmp_path / "cut.avsnap", buffer._connection.key("meta")
+    buffer.snapshot(path)
+    before, client = path.read_bytes(), redis.Redis.from_url(buffer._connection.url)
+
+    def another() -> None:
+        buffer._connection.run("snapshot", "begin", 77)
+        run_step(buffer, 1, epoch)
+
+    with pytest.raises(RecordError, match="another snapshot began or Redis restarted while it was taken"):
+        buffer.snapshot(path, another)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["cut.avsnap"]
+    assert client.hget(key, "snap") == b"77" and client.hlen(buffer._connection.key("snap:groups")) == 2  # left alone
+    assert buffer._connection.run("snapshot", "end", 77) == 1 and client.hget(key, "snap") == b"0"
+    buffer.snapshot(path, lambda: None)
+    assert path.read_bytes() != before
+
+
+def test_a_snapshot_by_hand_waits_for_a_checkpoint_and_spares_it(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    run_step(buffer, 0, buffer.new_epoch())
+    by_hand = threading.Thread(target=lambda: buffer.snapshot(tmp_path / "hand.avsnap"))
+
+    def meanwhile() -> None:
+        by_hand.start()
+        time.sleep(0.3)
+        assert not (tmp_path / "hand.avsnap").exists()
+
+    buffer.snapshot(tmp_path / "checkpoint.avsnap", meanwhile)
+    by_hand.join()
+    assert (tmp_path / "hand.avsnap").exists() and (tmp_path / "checkpoint.avsnap").exists()
+
+
+def test_a_snapshot_across_a_restart_of_redis_is_refused(tmp_path: Path) -> None:
+    with (
+        EmbeddedRedis(tmp_path / "aof", appendfsync="always") as server,
+        ReplayBuffer.connect(CONFIG, "run", server.url) as buffer,
+    ):
+        run_step(buffer, 0, buffer.new_epoch())
+
+        def restart() -> None:
+            server.kill()
+            server.start()
+
+        with pytest.raises(RecordError, match="Redis restarted while it was taken; take it again"):
+            buffer.snapshot(tmp_path / "cut.avsnap", restart)
+        assert not list(tmp_path.glob("cut.avsnap*"))
+        assert buffer.snapshot(tmp_path / "cut.avsnap").trajectories == 8
+
+
 def test_a_damaged_snapshot_is_refused_and_the_run_kept(buffer: ReplayBuffer, tmp_path: Path) -> None:
     epoch = buffer.new_epoch()
     run_step(buffer, 0, epoch)

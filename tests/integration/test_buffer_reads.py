@@ -91,8 +91,6 @@ def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
 def test_a_value_deleted_by_hand_is_quarantined_once(buffer: ReplayBuffer) -> None:
     stocked(buffer, 1)
     plain(buffer).delete(buffer._connection.key("t:00000001.2"))
-    with pytest.raises(RecordError, match=r"00000001\.2: its record is gone"):
-        buffer.draw(8, step=1, seed=0)
     assert len({t.id for t in buffer.draw(8, step=1, seed=0)}) == 7
     assert buffer.stats().quarantined_records == 1
     buffer._quarantined("00000001.2", RecordError("again"))

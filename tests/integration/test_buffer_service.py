@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from buffer_service.codec import encode
-from buffer_service.config import HintGateConfig
+from buffer_service.config import HintGateConfig, TierShares
 from buffer_service.errors import (
     BufferSetupError,
     FencedError,
@@ -241,6 +241,55 @@ def test_uniform_draws_are_uniform(buffer: ReplayBuffer) -> None:
     expected = draws * 8 / 32
     chi2 = sum((counts.get(f"{s:08d}.{i}", 0) - expected) ** 2 / expected for s in range(8) for i in range(4))
     assert chi2 < 61.1  # 31 degrees of freedom, p = 0.001
+
+
+def big_step(buffer: ReplayBuffer, step: int, epoch: int) -> int:
+    """256 groups of 8 of prompts whose averages are spread over [0, 1], committed; how many were evicted."""
+    asked = [Ticket(seq=step * 256 + i, prompt_id=f"p{i % 97}", step=step, n=8) for i in range(256)]
+    buffer.push_tickets(asked)
+    for lease in buffer.lease_tickets("a", 256, max_staleness=0):
+        hits = int(lease.ticket.prompt_id[1:]) % 9
+        group = make_group(lease, [1.0] * hits + [0.0] * (8 - hits), version=step)
+        buffer.add_group(group, lease, tokens_generated=1)
+    return buffer.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], epoch).evicted
+
+
+def test_capacity_holds_whatever_a_step_adds(server: EmbeddedRedis) -> None:
+    redis.Redis.from_url(server.url).flushall()
+    small = CONFIG.model_copy(update={"capacity": 1000})
+    with ReplayBuffer.connect(small, "run", server.url) as buffer:
+        epoch = buffer.new_epoch()
+        for step in range(5):
+            big_step(buffer, step, epoch)
+            stats = buffer.stats()
+            assert stats.stock <= 1000 and stats.tiers["hard"] <= 400 and stats.tiers["medium"] <= 350
+        assert stats.ledger.evicted == 5 * 2048 - stats.stock
+
+
+def test_what_is_too_old_goes_however_much_a_step_adds(server: EmbeddedRedis) -> None:
+    redis.Redis.from_url(server.url).flushall()
+    ageing = CONFIG.model_copy(update={"capacity": 100_000, "max_age_versions": 1})
+    with ReplayBuffer.connect(ageing, "run", server.url) as buffer:
+        epoch = buffer.new_epoch()
+        for step in range(4):
+            big_step(buffer, step, epoch)
+            assert buffer.stats().stock == 2048  # version is step + 1: only the last step's own is young enough
+
+
+def test_a_tier_beside_an_older_one_of_nearly_the_same_average_is_cut_too(server: EmbeddedRedis) -> None:
+    redis.Redis.from_url(server.url).flushall()
+    shares = TierShares(easy=0.2, medium=0.1, hard=0.7)
+    config = CONFIG.model_copy(update={"capacity": 1000, "tier_shares": shares})
+    with ReplayBuffer.connect(config, "run", server.url) as b:
+        epoch = b.new_epoch()
+        # Hard 0.500 and Medium 0.505 share an age bin; all of Hard's 320 trajectories are older than Medium's.
+        for step, (name, count, reward) in enumerate((("h", 40, 0.5), ("m", 35, 0.505), ("e", 25, 0.9))):
+            asked = [Ticket(seq=40 * step + i, prompt_id=f"{name}{i}", step=step, n=8) for i in range(count)]
+            b.push_tickets(asked)
+            for lease in b.lease_tickets("a", 99, max_staleness=0):
+                b.add_group(make_group(lease, [reward] * 8, accuracy=False), lease, tokens_generated=1)
+            b.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], epoch)
+        assert b.stats().tiers == {"hard": 320, "medium": 100, "easy": 200}
 
 
 def test_reuse_limit_counts_steps(server: EmbeddedRedis) -> None:

@@ -200,7 +200,7 @@ def test_config_refuses_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("capacity", [4, 7, 100, 10_000, 9_999])
 def test_tier_capacities_add_up(capacity: int) -> None:
-    easy, medium, hard = BufferConfig(capacity=capacity).capacities()
+    easy, medium, hard = BufferConfig(capacity=capacity, warm_up=0).capacities()
     assert easy + medium + hard == capacity and easy <= 0.25 * capacity and medium <= 0.35 * capacity
     if capacity == 10_000:
         assert (easy, medium, hard) == (2500, 3500, 4000)

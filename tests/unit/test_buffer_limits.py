@@ -1,0 +1,41 @@
+"""Settings that would hold a run up in silence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from buffer_service.config import BufferConfig
+from cluster.config import RunConfig
+
+
+def config(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"data": {"train": "x.jsonl"}, **sections})
+
+
+def test_a_warm_up_that_the_capacity_cannot_hold_is_refused() -> None:
+    assert BufferConfig(capacity=128, warm_up=128).warm_up == 128
+    with pytest.raises(ValidationError, match="warm_up 128 is above capacity 127: replay would never start"):
+        BufferConfig(capacity=127)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "room", "said"),
+    [
+        ({"format": 1.0}, 20, r"20 \(evaluation\.pool\.samples\)$"),
+        ({"format": 1.0, "fusion": 1.0}, 60, r"60 \(evaluation\.pool\.samples\) \(fusion: "),
+    ],
+)
+def test_a_measurement_of_the_pool_needs_room_in_an_actor(rewards: dict[str, float], room: int, said: str) -> None:
+    def measured(sequences: int, every: int) -> RunConfig:
+        pool = {"every": every, "samples": 20}
+        return config(rewards={"weights": rewards}, rollout={"max_sequences": sequences}, evaluation={"pool": pool})
+
+    assert measured(room, 5).evaluation.pool.samples == measured(room - 1, 0).evaluation.pool.samples == 20
+    with pytest.raises(ValidationError) as caught:
+        measured(room - 1, 5)
+    [error] = caught.value.errors()
+    assert re.search(said, error["msg"])
