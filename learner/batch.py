@@ -140,6 +140,27 @@ def collate(rows: Sequence[Row], *, share_prefix: bool) -> MicroBatch:
     )
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A micro-batch that is collated in its turn: all of a step's at once would hold their media in memory twice."""
+
+    rows: Sequence[Row]
+    share_prefix: bool
+
+    @property
+    def features(self) -> set[str]:
+        """Names of the media tensors that the micro-batch will have."""
+        return {name for row in self.rows for name in row.prompt.features if name in MODEL_FEATURES}
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens without padding."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+    def collate(self) -> MicroBatch:
+        return collate(self.rows, share_prefix=self.share_prefix)
+
+
 def padded(values: Sequence[NDArray[np.float32]]) -> Tensor:
     """(B, T) float tensor of per-token values, left-aligned, 0 where padded."""
     return _pad([torch.from_numpy(np.array(value, dtype=np.float32)) for value in values])

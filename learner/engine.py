@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.policy import MicroBatch, Policy, PolicyOutput, freeze
+from learner.batch import Pending
+from learner.policy import MicroBatch, Policy, PolicyOutput, freeze, logit_chunks
 from prompts.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
 
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
+#: What ranks must agree on before a backward: encoders, under ZeRO 3 one entry for each of their runs; logit chunks.
+Needs = tuple[tuple[str, ...], int]
 
 #: Features of a micro-batch and the part of the model (a word of its parameters' names) that only they use.
 ENCODERS = {"pixel_values": "visual", "pixel_values_videos": "visual", "input_features": "audio_tower"}
+#: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those of a tiny model do.
+WHOLE_BELOW = 100_000
 
 
 def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
@@ -39,6 +44,8 @@ def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
 def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> dict[str, Any]:
     """DeepSpeed's own configuration for one optimiser step per training step (STACK "DeepSpeed")."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -130,47 +137,71 @@ class TrainEngine:
     def policy(self) -> Policy:
         return self.engine.module
 
-    def forward(self, batch: MicroBatch) -> PolicyOutput:
+    def forward(self, batch: MicroBatch, chunks: int) -> PolicyOutput:
         """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the ratio."""
-        return self.engine(batch.to(self.device))
+        return self.engine(batch.to(self.device), chunks)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction, spare: MicroBatch) -> None:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch | Pending], loss: LossFunction, spare: MicroBatch | Pending
+    ) -> None:
         """Add the gradients of ``loss(i, micro_batch, output)`` over this rank's micro-batches.
 
         Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
-        many: the missing ones are run on ``spare`` with weight zero. A loss that is not finite adds nothing.
+        many: the missing ones are run on ``spare`` with weight zero. A loss that is not finite adds nothing. What is
+        ``Pending`` is collated in its turn. Raises ConfigError, on all ranks, where ranks cannot run side by side.
         """
         self._flags = []
-        most = self._agree(micro_batches, spare)  # before the first backward: ranks must meet in one order
-        for number, micro_batch in enumerate(micro_batches):
+        plan = self._agree(micro_batches, spare)  # before the first backward: ranks must meet in one order
+        for number, chunks in enumerate(plan):
+            pending = micro_batches[number] if number < len(micro_batches) else spare
+            micro_batch = pending.collate() if isinstance(pending, Pending) else pending
+            output = self.forward(micro_batch, chunks)
+            if number >= len(micro_batches):
+                self._backward(output.logprobs.sum() * 0.0)
+                continue
             self._bad = torch.zeros_like(self._bad)
-            value = loss(number, micro_batch, self.forward(micro_batch))
+            value = loss(number, micro_batch, output)
             self._backward(value)
             self._flags.append(self._bad & torch.isfinite(value.detach()))
-        for _ in range(most - len(micro_batches)):
-            self._backward(self.forward(spare).logprobs.sum() * 0.0)
 
-    def _agree(self, micro_batches: Sequence[MicroBatch], spare: MicroBatch) -> int:
-        """Backwards that every rank runs. Raises ConfigError, on all ranks, where they would wait for each other."""
+    def _agree(self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending) -> list[int]:
+        """Logit chunks of each backward that this rank runs.
+
+        Raises ConfigError, on all ranks, where they would wait for each other.
+        """
         stage = self.config.zero_stage
-        mine = [self._encoders(batch) for batch in micro_batches or [spare]]
+        mine, fill = [self._needs(batch) for batch in micro_batches or [spare]], self._needs(spare)
         if self.world_size == 1 or stage == 0:
-            return len(mine)
-        ranks: list[Any] = [None] * self.world_size
-        dist.all_gather_object(ranks, (mine, self._encoders(spare)))
-        # ZeRO 1 exchanges gradients once per step, 2 and 3 do so in every backward.
-        most = max(len(used) for used, _ in ranks) if stage > 1 else len(mine)
-        rows = [used + [fill] * (most - len(used)) if stage > 1 else [set().union(*used)] for used, fill in ranks]
-        if any(len(set(map(frozenset, meeting))) > 1 for meeting in zip(*rows, strict=True)):
-            raise ConfigError(
-                f"zero_stage {stage} needs all ranks to use the same encoders at the same time, but this step mixes "
-                "prompts with different media: set learner.optimizer.zero_stage 0, freeze the encoders (zero_stage 1 "
-                "and 2), or train on one kind of media at a time"
-            )
-        return most
+            return [chunks for _, chunks in mine]
+        ranks: list[tuple[list[Needs], Needs]] = [([], ((), 0))] * self.world_size
+        dist.all_gather_object(ranks, (mine, fill))
+        if stage == 1:  # exchanges gradients once per step, 2 and 3 do so in every backward
+            self._compare([sorted({word for words, _ in needs for word in words}) for needs, _ in ranks])
+            return [chunks for _, chunks in mine]
+        most = max(len(needs) for needs, _ in ranks)
+        meetings = list(zip(*(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True))
+        for meeting in meetings:
+            self._compare([words for words, _ in meeting])
+        if stage == 2:
+            return [chunks for _, chunks in mine + [fill] * (most - len(mine))]
+        return [max(chunks for _, chunks in meeting) for meeting in meetings]
 
-    def _encoders(self, batch: MicroBatch) -> set[str]:
-        return {ENCODERS[name] for name in batch.features if name in ENCODERS} & self._shared
+    def _compare(self, used: Sequence[Sequence[str]]) -> None:
+        """Encoders that the ranks use at one time."""
+        if any(words != used[0] for words in used):
+            stage = self.config.zero_stage
+            raise ConfigError(
+                f"zero_stage {stage} needs all ranks to use the same encoders"
+                f"{', equally often (images and videos are two runs),' if stage == 3 else ''} at the same time, but "
+                "this step mixes prompts with different media: set learner.optimizer.zero_stage 0, freeze the encoders "
+                "(zero_stage 1 and 2), or train on prompts with the same kinds of media"
+            )
+
+    def _needs(self, batch: MicroBatch | Pending) -> Needs:
+        runs = [word for name, word in ENCODERS.items() if name in batch.features and word in self._shared]
+        # A gradient is exchanged once, however often its encoder ran; weights are gathered for each run.
+        words = runs if self.config.zero_stage == 3 else sorted(set(runs))
+        return tuple(words), logit_chunks(batch.tokens)
 
     def _backward(self, loss: Tensor) -> None:
         hooks = []
@@ -196,10 +227,25 @@ class TrainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        self._forget_gradients()
         self.updates += 1
         norm = self.engine.get_global_grad_norm()
         found = float(self._norm if norm is None else norm)
         return found if math.isfinite(found) else math.inf
+
+    def _forget_gradients(self) -> None:
+        """DeepSpeed keeps the gradient of a parameter until there is another; in a step that does not use it, it would
+        be applied again, and one whose first micro-batch does not use it would add to it."""
+        zero, offload = self.optimizer, self.config.offload_optimizer
+        stale: list[Tensor] = []
+        if self.config.zero_stage == 3:
+            stale = [zero.grad_partitions_flat_buffer]
+            stale += [part.grad for part in zero.fp32_partitioned_groups_flat if offload]
+        elif offload:
+            stale = [part.grad for part in zero.single_partition_of_fp32_groups]
+            stale += zero.accumulated_grads_in_cpu.values()
+        for gradient in stale:
+            gradient.zero_()
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> PolicyOutput:
@@ -215,10 +261,11 @@ class TrainEngine:
                 stack.enter_context(deepspeed.zero.GatheredParameters(list(self.policy.parameters())))
             yield {name.removeprefix("model."): p.detach() for name, p in self.policy.named_parameters()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every rank."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every rank, with ``keep``
+        where the copy is wanted; it is empty on the others."""
         with self.whole_weights() as weights:
-            return {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+            return {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
 
     def save(self, folder: Path, tag: str) -> None:
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"updates": self.updates})

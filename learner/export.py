@@ -16,8 +16,9 @@ from torch import Tensor
 
 from prompts.errors import ModelError
 
-#: Files of the base folder that are copied as they are: config, tokenizer, processor, chat template.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+#: Files of the base folder that are copied as they are: config, tokenizer, processor, chat template, the voices that
+#: Qwen2.5-Omni does not load without.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "spk_dict.pt")
 SHARD_BYTES = 4 << 30
 
 

@@ -111,8 +111,9 @@ def policy_loss(
     the trainer's own score of the completions: then the ratio is taken against it, and ``config.mismatch`` weighs
     each token by old / behaviour. ``truncated`` (B,) bool is needed by mask_truncated_completions. Padding may hold
     anything. J_on and J_off are averaged over their own sequences or tokens, KL over all; logarithms are natural. A
-    NaN in ``logprobs`` passes on to the loss and shows in ``rows``. Raises DataError for shapes that disagree, an empty
-    completion, NaN inputs, totals too small; ConfigError when an input that an option needs is missing.
+    NaN that a model computed (``logprobs``, ``old_logprobs``, the reference where beta > 0) passes on to the loss and
+    shows in ``rows``. Raises DataError for shapes that disagree, an empty completion, other NaN inputs, totals too
+    small; ConfigError when an input that an option needs is missing.
     """
     keep, replay = mask.bool(), is_replay.bool()
     _check(logprobs, keep, replay, totals, {"advantages": advantages, "tas": tas, "behaviour": behaviour_logprobs,
@@ -122,7 +123,7 @@ def policy_loss(
         keep = keep & ~_truncated(truncated)[:, None]
     current = torch.where(keep, logprobs, 0)
     behaviour = torch.where(keep, behaviour_logprobs, 0)
-    old = behaviour if old_logprobs is None else torch.where(keep, old_logprobs.detach(), 0)
+    old = behaviour if old_logprobs is None else _computed(old_logprobs.detach(), keep)
     lengths = keep.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
 
     ratio = _ratio(current, old, lengths, config)
@@ -133,7 +134,7 @@ def policy_loss(
 
     policy_scale, kl_scale = _scales(lengths, replay, config, totals, logprobs.dtype)
     policy_rows = (policy_scale * torch.where(keep, surrogate, 0)).sum(1)
-    kl = None if reference_logprobs is None else _k3(current, torch.where(keep, reference_logprobs, 0))
+    kl = None if reference_logprobs is None else _k3(current, _computed(reference_logprobs, keep))
     kl_rows = torch.zeros_like(policy_rows)
     if kl is not None and config.beta > 0:
         kl_rows = config.beta * (kl_scale * torch.where(keep, kl, 0)).sum(1)
@@ -149,6 +150,11 @@ def policy_loss(
     )
     rows = policy_rows + kl_rows
     return LossOutput(rows.sum(), policy_rows.sum().detach(), kl_rows.sum().detach(), rows.detach(), tokens)
+
+
+def _computed(logprobs: Tensor, keep: Tensor) -> Tensor:
+    """Log-probabilities that a model has just computed, 0 where padded; NaN for infinite, which clamps would hide."""
+    return torch.where(keep, logprobs.masked_fill(~logprobs.isfinite(), torch.nan), 0)
 
 
 def _ratio(current: Tensor, old: Tensor, lengths: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -246,6 +252,8 @@ def _check(
             continue
         if tensor.shape != (logprobs.shape[:1] if name in ("advantages", "is_replay") else logprobs.shape):
             raise DataError(f"{name} has shape {tuple(tensor.shape)} beside logprobs {tuple(logprobs.shape)}")
+        if name in ("reference", "old"):
+            continue  # a model's NaN costs its micro-batch, not the run
         bad = ~tensor.isfinite() if tensor.dim() == 1 else (~tensor.isfinite() & keep).any(1)
         if bad.any():
             raise DataError(f"{name} of rows {bad.nonzero().flatten().tolist()} is NaN or infinite: drop these rows")

@@ -44,6 +44,11 @@ class MicroBatch:
             )
         return MicroBatch(**moved)
 
+    @property
+    def tokens(self) -> int:
+        """Completion tokens without padding."""
+        return int(self.mask.sum())
+
 
 class PolicyOutput(NamedTuple):
     logprobs: (
@@ -70,9 +75,10 @@ class Policy(nn.Module):
         #: Every micro-batch runs the model equally often. ZeRO 3 needs it: ranks gather weights in each run, together.
         self.uniform = False
 
-    def forward(self, batch: MicroBatch) -> PolicyOutput:
+    def forward(self, batch: MicroBatch, chunks: int | None = None) -> PolicyOutput:
+        """Scores of a micro-batch; the head runs ``chunks`` times, by default as often as its tokens need."""
         hidden = self._shared(batch) if self.share_prefix else self._copied(batch)
-        return self._score(hidden, batch)
+        return self._score(hidden, batch, logit_chunks(batch.tokens) if chunks is None else chunks)
 
     def _shared(self, batch: MicroBatch) -> Tensor:
         """Hidden states that predict each completion token, (B, T, H), with one pass over the distinct prompts."""
@@ -138,15 +144,14 @@ class Policy(nn.Module):
         index = lengths[:, None] - 1 + torch.arange(completion, device=ids.device)  # (B, T)
         return output.logits.gather(1, index[..., None].expand(-1, -1, output.logits.shape[-1]))
 
-    def _score(self, hidden: Tensor, batch: MicroBatch) -> PolicyOutput:
+    def _score(self, hidden: Tensor, batch: MicroBatch, chunks: int) -> PolicyOutput:
         keep = batch.mask.bool()
         tokens, temperature = batch.token_ids[keep], batch.temperature[:, None].expand_as(batch.mask)[keep]
         flat = hidden[keep]  # (N, H) real tokens only
         pieces = []
-        for start in range(0, len(flat), LOGIT_CHUNK):
-            part = slice(start, start + LOGIT_CHUNK)
-            arguments = (flat[part], tokens[part], temperature[part])
-            if len(flat) > LOGIT_CHUNK and torch.is_grad_enabled():
+        # Some chunks may be empty: the head runs all the same, as other ranks gather its weights at the same time.
+        for arguments in zip(*(whole.tensor_split(chunks) for whole in (flat, tokens, temperature)), strict=True):
+            if chunks > 1 and torch.is_grad_enabled():
                 pieces.append(checkpoint(self._token_scores, *arguments, use_reentrant=False))
             else:
                 pieces.append(self._token_scores(*arguments))
@@ -161,6 +166,11 @@ class Policy(nn.Module):
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, tokens[:, None])[:, 0], entropy
+
+
+def logit_chunks(tokens: int) -> int:
+    """Chunks of at most ``LOGIT_CHUNK`` completion tokens."""
+    return max(1, -(-tokens // LOGIT_CHUNK))
 
 
 def length_runs(lengths: Sequence[int]) -> list[list[int]]:

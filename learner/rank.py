@@ -21,7 +21,7 @@ from torch import Tensor
 
 from buffer_service.store import ReplayBuffer
 from buffer_service.trajectory import Trajectory
-from learner.batch import Row, collate, padded
+from learner.batch import Pending, Row, collate, padded
 from learner.clock import Clock
 from learner.config import OptimizerConfig
 from learner.engine import TrainEngine, init_distributed
@@ -198,7 +198,7 @@ class LearnerRank(DurableState):
 
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
-        weights = self.engine.state_dict()
+        weights = self.engine.state_dict(keep=self.rank == 0)
         if self.publisher is not None:
             export_checkpoint(self.publisher.rename(weights), self.spec.model, path)
         return str(path)
@@ -251,8 +251,8 @@ class LearnerRank(DurableState):
         share = plan.shares[self.rank]
         with self.clock("encode"):
             rows = {i: self._row(plan.trajectories[i]) for indices in share for i in indices}
-            micro_batches = [self._collate([rows[i] for i in indices]) for indices in share]
-            spare = micro_batches[0] if micro_batches else self._collate([self._row(plan.trajectories[0])])
+            micro_batches = [self._pending([rows[i] for i in indices]) for indices in share]
+            spare = micro_batches[0] if micro_batches else self._pending([self._row(plan.trajectories[0])])
 
         def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             indices = share[number]
@@ -309,6 +309,7 @@ class LearnerRank(DurableState):
             )
 
     def _row(self, trajectory: Trajectory) -> Row:
+        self.moves += 1
         encoded = self._encode(trajectory)
         return Row((trajectory.prompt_id, trajectory.hinted), encoded, trajectory.token_ids, trajectory.temperature)
 
@@ -322,8 +323,8 @@ class LearnerRank(DurableState):
             )
         return encoded
 
-    def _collate(self, rows: list[Row]) -> MicroBatch:
-        return collate(rows, share_prefix=self.spec.learner.share_prefix)
+    def _pending(self, rows: list[Row]) -> Pending:
+        return Pending(rows, self.spec.learner.share_prefix)
 
     def _lr(self, step: int) -> float:
         config, steps = self.spec.learner, self.spec.steps

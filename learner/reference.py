@@ -51,6 +51,9 @@ class ReferencePolicy:
         for key in keys:
             self._cache.move_to_end(key)
         result = padded([self._cache[key] for key in keys])
+        for key in {keys[i] for i in missing}:
+            if not np.isfinite(self._cache[key]).all():
+                del self._cache[key]  # what spoilt it may not do so the next time
         while len(self._cache) > max(self.cached, len(keys)):
             self._cache.popitem(last=False)
         return result.to(self.device)

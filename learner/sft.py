@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.batch import Row, Size, collate, pack
+from learner.batch import Pending, Row, Size, pack
 from learner.policy import MicroBatch, PolicyOutput
 from learner.schedule import lr_at
 from prompts.errors import DataError
@@ -71,18 +71,18 @@ class ColdStart:
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         share_prefix = self.engine.policy.share_prefix
         micro_batches = [
-            collate([rows[i] for i in indices], share_prefix=share_prefix)
+            Pending([rows[i] for i in indices], share_prefix)
             for indices in pack(sizes, self.config.micro_batch_tokens, share_prefix=share_prefix)
         ]
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)  # nccl takes no CPU tensor
 
         def cross_entropy(_: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             loss = -output.logprobs.sum() / total  # padded positions are 0
-            loss_sum.add_(loss.detach().double().cpu())
+            loss_sum.add_(loss.detach())
             return loss
 
         # A rank without a share (fewer prompts than ranks) still takes part in the collectives.
-        spare = micro_batches[0] if micro_batches else collate([self._row(batch[0])], share_prefix=share_prefix)
+        spare = micro_batches[0] if micro_batches else Pending([self._row(batch[0])], share_prefix)
         self.engine.accumulate(micro_batches, cross_entropy, spare)
         config = self.config
         rate = lr_at(

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import learner.batch
 from buffer_service.config import BufferConfig
 from buffer_service.trajectory import Group, Trajectory
 from learner.clock import Clock
@@ -69,15 +72,19 @@ class UnluckyRank(LearnerRank):
         self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = self.outbox = None
         self.skipped, self.clock = 0, Clock()
         self.committed: list[int] = []
+        self.events: list[str] = []  # of the last step
+        self.encoded_at: list[int] = []  # `moves` at every encoding
         self.step = -1
 
     def _setup_rl(self, dtype: str) -> None:
         pass
 
     def _collect(self, step: int) -> StepWork:
+        self.events.clear()
         return step_work(step)
 
     def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
+        self.encoded_at.append(self.moves)
         return encoded(int(trajectory.prompt_id[1:]))
 
     def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
@@ -87,6 +94,7 @@ class UnluckyRank(LearnerRank):
         self, plan: StepPlan, indices: list[int], rows: Any, batch: MicroBatch, output: PolicyOutput,
         health: HealthAccumulator,
     ) -> Tensor:  # fmt: skip
+        self.events.append("loss")
         what, culprit = TROUBLE.get(plan.trajectories[0].step, ("", ""))
         names = [plan.trajectories[i].id for i in indices]
         if what == "loss" and culprit in names:
@@ -99,21 +107,46 @@ class UnluckyRank(LearnerRank):
         return value
 
 
+def watch_collation(events: list[str]) -> None:
+    """Have every micro-batch that is made noted."""
+
+    def made(**fields: Any) -> MicroBatch:
+        events.append("collate")
+        return MicroBatch(**fields)
+
+    learner.batch.MicroBatch = made  # type: ignore[assignment,misc]
+
+
+def exported(rank: LearnerRank, out: Path) -> int:
+    """Copies of weights that an export made on this rank."""
+    copies, plain = 0, Tensor.to
+
+    def to(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        nonlocal copies
+        copies += options.get("copy", False)
+        return plain(tensor, *arguments, **options)
+
+    with mock.patch.object(Tensor, "to", to):
+        rank.export(out)
+    return copies
+
+
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     """Steps until an error, with the run's patience at one and at ten."""
     found = {}
-    for patience in (1, 10):
-        learner = LearnerConfig(
-            objective=ObjectiveConfig(beta=0), optimizer=OptimizerConfig(lr=1e-2, dtype="float32"),
+    for patience, mismatch in ((1, "none"), (10, "token_truncate")):
+        config = LearnerConfig(
+            objective=ObjectiveConfig(beta=0, mismatch=mismatch), optimizer=OptimizerConfig(lr=1e-2, dtype="float32"),
             micro_batch_tokens=16, max_skipped=patience, warmup=0,
         )  # fmt: skip
         spec = LearnerSpec(
             run_id="r", seed=0, model=folder / "text", reference=folder / "text", datasets=(), data=DataConfig(),
-            media=MediaConfig(), template=TemplateConfig(), learner=learner, sft=None, buffer=BufferConfig(),
+            media=MediaConfig(), template=TemplateConfig(), learner=config, sft=None, buffer=BufferConfig(),
             redis_url="", steps=5, replayed=0, max_tokens=8, step_timeout_s=1.0,
         )  # fmt: skip
         unlucky = UnluckyRank(spec, rank, ranks)
         unlucky.setup("127.0.0.1", 1)  # the group has met already
+        watch_collation(unlucky.events)
         weights, metrics, error = [unlucky.engine.state_dict()], [], ""
         for step in range(5):
             try:
@@ -125,6 +158,7 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
                 break
         found[f"patience-{patience}"] = {
             "weights": weights, "metrics": metrics, "error": error, "committed": unlucky.committed,
+            "events": unlucky.events, "encoded_at": unlucky.encoded_at, "copies": exported(unlucky, folder / "export"),
         }  # fmt: skip
     return found
 
@@ -164,6 +198,24 @@ def test_every_rank_stops_at_the_same_step_and_names_the_trajectories(folder: Pa
         assert len(found["metrics"]) == 2
         assert "learner.max_skipped = 1" in found["error"] and "00000006.0" in found["error"]
     assert rank_results(folder, "patience-1", ranks)["committed"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_media_are_collated_one_micro_batch_at_a_time(folder: Path, ranks: int) -> None:
+    events = rank_results(folder, "patience-10", ranks)["events"]
+    assert events == ["collate", "loss"] * (len(events) // 2)
+    assert len(events) > 2
+
+
+def test_encoding_counts_as_progress(folder: Path) -> None:
+    """A step's media may take minutes to decode, before the first forward."""
+    moves = rank_results(folder, "patience-10", 1)["encoded_at"]
+    assert len(set(moves)) == len(moves) == 6 * 4
+
+
+def test_an_export_copies_the_weights_on_the_rank_that_writes_them(folder: Path) -> None:
+    copies = [rank_results(folder, "patience-10", 2, rank)["copies"] for rank in (0, 1)]
+    assert copies == [len(load_file(folder / "export" / "model.safetensors")), 0]
 
 
 if __name__ == "__main__":

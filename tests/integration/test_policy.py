@@ -155,6 +155,21 @@ def test_scores_and_gradients_equal_plain_forwards(
     assert {"visual.patch_embed.proj.weight", "audio_tower.conv1.weight", "lm_head.weight"} <= found.keys()
 
 
+@pytest.mark.parametrize("chunks", [1, 3, 90])
+def test_the_head_runs_as_often_as_it_is_told_to(stage: Stage, plain: Any, chunks: int) -> None:
+    """Twice that under gradients and with several chunks; 90 are more than there are tokens."""
+    policy = policy_of(stage, share_prefix=True)
+    runs: list[int] = []
+    policy.lm_head.register_forward_pre_hook(lambda _, hidden: runs.append(len(hidden[0])))
+    batch = collate(stage.rows[:3], share_prefix=True)
+    output = policy(batch, chunks)
+    output.logprobs.sum().backward()
+    assert len(runs) == chunks * (2 if chunks > 1 else 1)
+    assert (0 in runs) == (chunks == 90)
+    for row, (logprobs, _) in zip(output.logprobs, plain[0][:3], strict=True):
+        torch.testing.assert_close(row[: len(logprobs)], logprobs, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_a_batch_of_single_token_completions(stage: Stage, plain: Any, uniform: bool) -> None:
     chosen = [i for i, row in enumerate(stage.rows) if len(row.token_ids) == 1]
@@ -220,6 +235,17 @@ def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Sta
     check(list(range(10, 21)))  # more than fits beside them: the oldest leave
     check([9, 0])
     assert computed == [8, 1, 11, 1]
+
+
+def test_reference_log_probabilities_that_are_nan_are_not_kept(stage: Stage) -> None:
+    reference = ReferencePolicy(stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
+    broken = reference.policy.register_forward_hook(
+        lambda _, batch, output: output._replace(logprobs=output.logprobs.index_fill(0, torch.tensor([1]), torch.nan))
+    )
+    names, rows = ["a", "b"], stage.rows[:2]
+    assert reference.logprobs(names, rows).isnan().any(1).tolist() == [False, True]
+    broken.remove()
+    assert reference.logprobs(names, rows).isfinite().all()
 
 
 def test_another_reference_or_other_tokens_under_a_known_id_are_computed_anew(stage: Stage, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batch import Row, Size, collate, pack, padded, share_out
+from learner.batch import Pending, Row, Size, collate, pack, padded, share_out
 from learner.policy import RUN_GAIN, length_runs
 from prompts.template import EncodedPrompt
 
@@ -142,6 +142,10 @@ def test_collate_lays_out_prompts_once_and_completions_left_aligned() -> None:
     assert batch.features["feature_attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
     assert batch.features["input_features"][1, 0].tolist() == [2, 2, 2, 0, 0]
     assert batch.features["pixel_values"].shape == (6, 2)
+    pending = Pending(rows, share_prefix=True)
+    assert pending.features == batch.features.keys()
+    assert pending.tokens == batch.tokens == 5
+    assert torch.equal(pending.collate().token_ids, batch.token_ids)
     copied = collate(rows, share_prefix=False)
     assert copied.rows.tolist() == [0, 1, 2]
     assert copied.prompt_ids.tolist() == [[7, 8, 0], [1, 2, 3], [7, 8, 0]]

@@ -31,7 +31,7 @@ def base(tmp_path: Path) -> Path:
     folder.mkdir()
     old = {name: torch.zeros_like(value).contiguous() for name, value in WEIGHTS.items()}
     save_file({**old, "talker.w": torch.full((2,), 7.0)}, folder / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "notes.md"):
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "spk_dict.pt", "notes.md"):
         (folder / name).write_text(name)
     (folder / "model.safetensors.index.json").write_text("{}")
     return folder
@@ -46,7 +46,7 @@ def test_the_folder_is_complete(base: Path, tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
     assert found["talker.w"].tolist() == [7, 7]
     assert {file.name for file in out.iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"
+        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "spk_dict.pt"
     }  # fmt: skip
     assert (out / "merges.txt").read_text() == "merges.txt"
     assert [file.name for file in out.parent.iterdir()] == ["out"]

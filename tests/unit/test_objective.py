@@ -281,6 +281,22 @@ def test_nan_of_the_model_names_its_row() -> None:
     assert (~output.rows.isfinite()).nonzero().flatten().tolist() == [1]
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("name", ["old_logprobs", "reference_logprobs"])
+def test_nan_of_the_reference_or_of_the_old_policy_names_its_row(name: str, loss_type: str, value: float) -> None:
+    """Whatever a model computes costs its micro-batch, not the run."""
+    step = make(9, [3, 4, 2], [0, 0, 1])
+    step["old_logprobs"] = step["logprobs"].detach()
+    step[name] = step[name].clone()
+    step[name][1, 2] = value
+    step[name][0, 3] = torch.nan  # padding
+    for mismatch in ("token_mask", "sequence_truncate"):
+        output = run(step, config_of(loss_type=loss_type, mismatch=mismatch))
+        assert output.loss.isnan()
+        assert (~output.rows.isfinite()).nonzero().flatten().tolist() == [1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),

@@ -1,0 +1,177 @@
+"""What a tiny model hides of ZeRO: ranks that need another number of logit chunks, or runs of an encoder, and the
+gradients that DeepSpeed keeps of parameters a step does not use.
+
+Ranks are processes of this module (`tests.ranks`); they write what they got and the tests compare.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import learner.engine
+import learner.policy
+from learner.batch import Pending, Row
+from learner.engine import TrainEngine
+from learner.policy import MicroBatch, PolicyOutput
+from prompts.config import TemplateConfig
+from prompts.errors import ConfigError
+from prompts.template import PromptEncoder
+from prompts.tiny_model import build_tiny_omni
+from tests.integration.test_learner_engine import RATES, TOLERANCE, difference, make_engine, settings, text_rows, train
+from tests.ranks import rank_main, rank_results, run_ranks
+from tests.tiny_models import ArrayLoader, audio, build_vision_language, image, make_prompt, video
+
+pytestmark = pytest.mark.timeout(600)
+MODULE = "tests.integration.test_zero3"
+STAGES = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
+
+
+class StandIn(torch.optim.AdamW):
+    """For the optimiser that offloads run on, which takes minutes to compile."""
+
+    def __init__(self, groups: Any, *, adamw_mode: bool, **options: Any) -> None:
+        assert adamw_mode
+        super().__init__(groups, **options)
+
+
+def rows_of(model: Path, *kinds: str) -> list[Row]:
+    """A completion each of prompts with the media that ``kinds`` name, "image+video" say; "" for none."""
+    loader = ArrayLoader()
+    encoder = PromptEncoder(model, loader, TemplateConfig())
+    rng, rows = np.random.default_rng(1), []
+    for number, kind in enumerate(kinds):
+        made = {"image": image(number), "video": video(number, 4, 2.0), "audio": audio(number, 1.0)}
+        prompt = make_prompt(loader, f"p{number}", [made[word] for word in kind.split("+") if word])
+        tokens = rng.integers(30, 400, 6).astype(np.int32)
+        rows.append(Row((prompt.id, False), encoder.encode(prompt, hinted=False), tokens))
+    return rows
+
+
+def step_of(engine: TrainEngine, rows: list[Row]) -> float:
+    """A step with one micro-batch per row; returns the gradient's norm."""
+    batches = [Pending([row], share_prefix=True) for row in rows]
+
+    def loss(_: int, batch: MicroBatch, output: PolicyOutput) -> Tensor:
+        return (0.1 / len(rows)) * output.logprobs.sum()
+
+    engine.accumulate(batches, loss, batches[0])
+    return engine.step(0.01)
+
+
+# -- what a rank does --------------------------------------------------------------------------------------------------
+
+
+def chunks(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Norms and weights after three steps in which ranks have unequally many completion tokens."""
+    found: dict[str, Any] = {}
+    for stage in (0, 3):
+        engine = make_engine(folder / "text", settings(stage), ranks)
+        norms = train(engine, text_rows(), rank, ranks)
+        found[f"{stage}"] = {"norms": norms, "weights": engine.state_dict()}
+    return found
+
+
+def visual_runs(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Ranks with an image here and a video there, or with both here and one there: weights, or what was said."""
+    found: dict[str, Any] = {}
+    for name, kinds in {"one": ("image", "video"), "two": ("image+video", "video")}.items():
+        rows = rows_of(folder / "omni", *kinds)
+        for stage in (0, 2, 3):
+            engine = make_engine(folder / "omni", settings(stage, eps=1e-3), ranks)
+            try:
+                step_of(engine, rows[rank : rank + 1])
+                found[f"{name}-{stage}"] = engine.state_dict()
+            except ConfigError as error:
+                found[f"{name}-{stage}"] = str(error)
+    return found
+
+
+def unused(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Weights after a step with sound, one without, and one whose first micro-batch has none.
+
+    AdamW without memory: what a parameter does in a step comes from that step's gradient alone.
+    """
+    found: dict[str, Any] = {}
+    sound, silent = rows_of(folder / "omni", "audio", "")
+    for stage, offload in STAGES:
+        config = settings(stage, betas=(0.0, 0.0), eps=1e-3, weight_decay=0.0, offload_optimizer=offload)
+        engine = make_engine(folder / "omni", config, ranks)
+        weights, norms = [engine.state_dict()], []
+        for rows in ([sound], [silent], [silent, sound]):
+            norms.append(step_of(engine, rows))
+            weights.append(engine.state_dict())
+        found[f"{stage}-{offload}"] = {"weights": weights, "norms": norms}
+    return found
+
+
+def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    import deepspeed.ops.adam
+
+    learner.engine.WHOLE_BELOW = 0
+    deepspeed.ops.adam.DeepSpeedCPUAdam = StandIn
+    found = {"unused": unused(folder, rank, ranks)}
+    if ranks > 1:
+        found["visual_runs"] = visual_runs(folder, rank, ranks)
+        learner.policy.LOGIT_CHUNK = 4
+        found["chunks"] = chunks(folder, rank, ranks)
+    return found
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one rank alone and of two together."""
+    folder = tmp_path_factory.mktemp("zero")
+    build_vision_language(folder / "text", "qwen3")
+    build_tiny_omni(folder / "omni")
+    for ranks in (1, 2):
+        run_ranks(MODULE, folder, ranks)
+    return folder
+
+
+def test_ranks_that_need_unequally_many_logit_chunks_train_alike(folder: Path) -> None:
+    """Each chunk gathers the head's weights, forwards and again backwards: all ranks must run equally many."""
+    found = rank_results(folder, "chunks", 2)
+    assert found["3"]["norms"] == pytest.approx(found["0"]["norms"], rel=1e-4)
+    assert difference(found["3"]["weights"], found["0"]["weights"]) < TOLERANCE * max(RATES)
+
+
+def test_an_image_here_and_a_video_there_are_one_run_of_the_encoder_each(folder: Path) -> None:
+    found = rank_results(folder, "visual_runs", 2)
+    for name in ("one-2", "one-3", "two-2"):
+        assert difference(found[name], found[f"{name[:3]}-0"]) < TOLERANCE * 0.01
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_zero_3_says_at_once_that_an_encoder_runs_twice_on_one_rank_only(folder: Path, rank: int) -> None:
+    found = rank_results(folder, "visual_runs", 2, rank)["two-3"]
+    assert "equally often (images and videos are two runs)" in found
+    assert "zero_stage 0" in found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("stage", "offload"), STAGES)
+def test_a_parameter_that_a_step_does_not_use_stays_as_it_is(
+    folder: Path, stage: int, offload: bool, ranks: int
+) -> None:
+    results = rank_results(folder, "unused", ranks)
+    found, expected = results[f"{stage}-{offload}"], results["0-False"]
+    sound = [{n: w for n, w in weights.items() if "audio_tower" in n} for weights in found["weights"]]
+    assert difference(sound[1], sound[0]) > 1e-3
+    assert difference(sound[2], sound[1]) == 0
+    assert difference(sound[3], sound[2]) > 1e-3
+    for weights, others in zip(found["weights"], expected["weights"], strict=True):
+        assert difference(weights, others) < TOLERANCE
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+
+
+if __name__ == "__main__":
+    rank_main(work)
