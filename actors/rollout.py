@@ -292,6 +292,9 @@ class RolloutActor:
                     lease = msgspec.structs.replace(lease, hinted=False)
                 parts = parts_of(prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train")
                 prepared = {part: self._rendered(one, lease.hinted, part) for part, one in parts.items()}
+                if lease.ticket.kind == "train":  # the learner refuses longer ones, which would end the run
+                    for known in prepared.values():
+                        self.encoder.check_length(prompt, len(known["prompt_token_ids"]))
                 bunch.append(Work(lease, prompt, prepared))
             except AvatarError as error:
                 self._give_up(lease, error)
@@ -306,8 +309,6 @@ class RolloutActor:
         if known is None:
             engine_input = self.encoder.engine_input(prompt, hinted=hinted)
             known = self.engine.prepare(engine_input, prompt.id, key=(prompt.id, hinted, part))
-        # The learner refuses longer ones, which would end the run. A cached one may be of a lease refused before.
-        self.encoder.check_length(prompt, len(known["prompt_token_ids"]))
         return known
 
     def _pull(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,9 @@ from buffer_service.store import ReplayBuffer
 from buffer_service.telemetry import Stats
 from cluster.runlock import RunLock
 from cluster.telemetry import ENDED, MASK, read_status
-from prompts.errors import ConfigError
+from prompts.errors import ConfigError, ReplayBufferError
+
+log = logging.getLogger(__name__)
 
 READS = ("inspect", "export", "snapshot")  # may be done to a run under way
 
@@ -104,9 +107,9 @@ def open_buffer(
     recipe, data = folder / "config.yaml", folder / "redis"
     if not recipe.is_file():
         raise ConfigError(f"{folder} is not a run folder: give one of `avatar runs`, or --url")
-    config = login or BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
+    config = BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
     if config.url is not None:
-        with nullcontext() if under_way else _held(folder), _served(config, folder) as buffer:
+        with nullcontext() if under_way else _held(folder), _served(folder, config.url, login or config) as buffer:
             yield buffer
         return
     if not data.is_dir():
@@ -133,11 +136,20 @@ def _held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _served(config: BufferConfig, folder: Path) -> ReplayBuffer:
-    assert config.url is not None
-    if MASK in config.url:
+def _served(folder: Path, url: str, login: BufferConfig) -> ReplayBuffer:
+    """Where ``login`` leads, to a server that may have moved, or else at the URL that the run had."""
+    if MASK in url and login.url in (None, url):
         raise ConfigError(f"{folder / 'config.yaml'} has the password in buffer.url masked: give --url")
-    return ReplayBuffer.attach(config, folder.resolve().name, config.url)
+    run_id = folder.resolve().name
+    if login.url in (None, url):
+        return ReplayBuffer.attach(login, run_id, url)
+    try:
+        return ReplayBuffer.attach(login, run_id, login.url)
+    except ReplayBufferError as error:
+        if MASK in url:
+            raise
+        log.info("the buffer of run %s is not at buffer.url (%s): its own URL is tried", run_id, error)
+        return ReplayBuffer.attach(login, run_id, url)
 
 
 def running_server(folder: Path) -> str | None:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "runs", "evaluate"):
+    if rest and options.command not in ("train", "runs", "evaluate", "doctor"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if options.command == "buffer":
@@ -78,13 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.set_defaults(run=_synthesize)
 
     scale = commands.add_parser("scale", help="change how many rollout actors a run under way has")
-    scale.add_argument("run", type=Path, help="run folder")
+    scale.add_argument("scaled", metavar="run", help="run folder, or the id of a run below --folder")
+    scale.add_argument("--folder", type=Path, default=Path("runs"), help="parent of the run folders")
     scale.add_argument("--rollout-workers", type=int, required=True, metavar="N")
     scale.add_argument("--url", help="the run's Redis, where config.yaml does not say it")
     scale.set_defaults(run=_scale)
 
     doctor = commands.add_parser("doctor", help="check this machine, and what a recipe needs of it")
-    doctor.add_argument("recipe", type=Path, nargs="?")
+    doctor.add_argument("recipe", type=Path, nargs="?", help="overrides may follow, as with `train`")
     doctor.set_defaults(run=_doctor)
 
     from cluster import buffer_commands
@@ -145,14 +146,18 @@ def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
 def _scale(options: argparse.Namespace, rest: list[str]) -> int:
     from cluster.scale import scale
 
-    print(scale(options.run, options.rollout_workers, url=options.url))
+    folder = Path(options.scaled)
+    if not folder.is_dir():
+        folder = options.folder / options.scaled
+    print(scale(folder, options.rollout_workers, url=options.url))
     return 0
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
     from cluster.doctor import examine, print_findings
+    from cluster.recipe import parse_overrides
 
-    return print_findings(examine(options.recipe))
+    return print_findings(examine(options.recipe, parse_overrides(rest)))
 
 
 if __name__ == "__main__":

@@ -243,6 +243,11 @@ class RunConfig(Section):
             raise ValueError("cold_start needs `data.sft: FILE` (prompts with reasoning)")
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
             raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
+        split, gpus = self.rollout.engine.tensor_parallel_size, self.resources.rollout_gpus
+        if split > 1 and gpus != split:
+            raise ValueError(
+                f"rollout.engine.tensor_parallel_size {split} needs resources.rollout_gpus {split}, which is {gpus}"
+            )
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
         measured = self.evaluation.pool.samples if self.evaluation.pool.every else 0
         what = " (evaluation.pool.samples)" if measured > largest else ""

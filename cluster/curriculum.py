@@ -142,7 +142,7 @@ class CurriculumRun:
                 made: PolicyResult = evaluate(config, screen)
             after = made.evaluations[-1] if made.evaluations else None
             return StageRecord.of(stage, digest, made.run, made.model, None, after, seconds=time.monotonic() - started)
-        carried = self._carry(stage, before) if stage.keeps_replay and before is not None else None
+        carried = self._carry(stage, before, begun) if stage.keeps_replay and before is not None else None
         if carried is not None:
             config = config.model_copy(update={"loop": config.loop.model_copy(update={"replay_from": carried})})
         with _screen(stage, config.loop.steps) as screen:
@@ -164,15 +164,17 @@ class CurriculumRun:
             completions=result.completions, seconds=time.monotonic() - started,
         )  # fmt: skip
 
-    def _carry(self, stage: Stage, before: StageRecord) -> Path | None:
-        """Trajectories of the stage before, as this one replays them; None where that was supervised."""
+    def _carry(self, stage: Stage, before: StageRecord, begun: Path | None) -> Path | None:
+        """Trajectories of the stage before, as this one replays them; None where that was supervised. A stage that has
+        ``begun`` has them already."""
         if before.kind == "sft":
             return None
         datasets = self._datasets[stage.name]
         known = {prompt_id for file in datasets.asked for prompt_id in read_prompts(file, stage.config).ids}
         out = self.curriculum.folder / f"replay-into-{stage.name}.jsonl"
         config = stage.config
-        carry_over(Path(before.run), out, prompt_ids=known, weights=config.rewards.weights, login=config.buffer)
+        if begun is None or not out.is_file():
+            carry_over(Path(before.run), out, prompt_ids=known, weights=config.rewards.weights, login=config.buffer)
         return out.resolve()
 
     def _check_senses(self, last: Stage) -> None:

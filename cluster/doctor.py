@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,16 +43,14 @@ class Finding:
     remedy: str = ""
 
 
-def examine(recipe: Path | None = None) -> list[Finding]:
-    """All findings, in a fixed order. A check that breaks is itself a finding; nothing is raised and nothing is left
-    behind."""
+def examine(recipe: Path | None = None, overrides: Sequence[tuple[str, str]] = ()) -> list[Finding]:
+    """All findings, in a fixed order; of a curriculum those of its last stage. A check that breaks is itself a finding;
+    nothing is raised and nothing is left behind."""
     config: RunConfig | None = None
     findings: list[Finding] = []
     if recipe is not None:
-        from cluster.recipe import load_recipe
-
         try:
-            config = load_recipe(recipe)
+            config = _resolved(recipe, overrides)
             findings.append(Finding("recipe", "ok", f"{recipe} is valid"))
         except AvatarError as error:
             findings.append(
@@ -70,6 +68,16 @@ def examine(recipe: Path | None = None) -> list[Finding]:
             name = getattr(check, "__name__", "check").strip("_<>")
             findings.append(Finding(name, "fail", f"could not be looked at: {error}", "see the message"))
     return findings
+
+
+def _resolved(recipe: Path, overrides: Sequence[tuple[str, str]]) -> RunConfig:
+    from cluster.recipe import load_recipe, read_recipe
+    from cluster.stages import resolve
+
+    raw = read_recipe(recipe)
+    if "stages" in raw:
+        return resolve(raw, overrides, preset_name=None, source=str(recipe)).stages[-1].config
+    return load_recipe(recipe, overrides)
 
 
 def print_findings(findings: list[Finding]) -> int:
@@ -267,6 +275,10 @@ def _folders(config: RunConfig | None) -> Iterator[Finding]:
         path: Path = getattr(config.output, name)
         subject = f"output.{name}"
         nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+        if config.resources.address and nearest == Path(path.absolute().anchor):
+            remedy = f"is the shared storage mounted on this machine? else set {subject}"
+            yield Finding(subject, "fail", f"nothing of {path} is here", remedy)
+            continue
         try:
             with tempfile.TemporaryFile(dir=nearest):
                 pass

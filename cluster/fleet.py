@@ -112,8 +112,9 @@ class Fleet:
     def _replace(self, name: str, reason: str) -> None:
         self.folder.event("rollout actor died", f"{name}: {reason}")
         self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
-        # A node takes all its actors along, which is one misfortune and not many.
-        self.budget.limit = self.pool.config.supervision.restarts + self.size - 1
+        restarts = self.pool.config.supervision.restarts
+        if self.working and restarts:  # a node takes all its actors along, which is one misfortune and not many
+            self.budget.limit = restarts + self.size - 1
         self.budget.spend(f"{name}: {reason}")
         self._forget(name)
         self.start(1)

@@ -135,4 +135,13 @@ class Pool:
 def unwrap(error: Any) -> BaseException:
     """The typed error inside a Ray task error, or the Ray error with its remote traceback."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, AvatarError) else error
+    if isinstance(cause, AvatarError):
+        return cause
+    if type(cause).__name__ == "OutOfMemoryError" or "torch.OutOfMemoryError" in str(error):
+        last = str(error).strip().splitlines()[-1][:300]
+        return ResourceError(
+            f"out of GPU memory ({last}): for the learner lower learner.micro_batch_tokens, or set "
+            "learner.share_prefix: false and learner.gradient_checkpointing: true; for rollout actors lower "
+            "rollout.engine.gpu_memory_utilization or max_num_seqs. Then go on with --resume"
+        )
+    return error

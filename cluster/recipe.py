@@ -34,9 +34,7 @@ def resolve_recipe(
         raw = merge(preset(str(raw["preset"])), raw)
     if preset_name:
         raw = merge(raw, {**preset(preset_name), "preset": preset_name})
-    for key, text in overrides:
-        raw = merge(raw, override(key, text))
-    return check(raw, source=source)
+    return check(overridden(raw, overrides), source=source)
 
 
 def read_recipe(path: Path) -> Overlay:
@@ -83,15 +81,23 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def override(key: str, text: str) -> Overlay:
-    """A dotted key and its YAML value as an overlay."""
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
+def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
+    """``raw`` under dotted keys with YAML values; a mapping is merged into what is there, and {} empties it."""
+    for key, text in overrides:
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
+        if value == {}:
+            raw = merge(raw, _nested(key, None))
+        raw = merge(raw, _nested(key, value))
+    return raw
+
+
+def _nested(key: str, value: Any) -> Overlay:
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:

@@ -14,21 +14,27 @@ from typing import Any
 import yaml
 
 from cluster.assets import Datasets, model_digest
-from cluster.checkpoint import Cut, newest_cut
+from cluster.checkpoint import Cut, checkpoints, newest_cut
 from cluster.config import RunConfig
 from cluster.runlock import RunLock
 from cluster.sinks import Sink
 from cluster.telemetry import MASK, RunFolder, list_runs, mask_secrets, read_status
 from prompts.errors import ConfigError, DataError
 
-#: Keys that may differ from those the run began with: they change how it runs, not what it computes. So may
-#: ``loop.steps``, to go on longer; a learning-rate schedule that depends on it then follows the new length.
+#: When a run ends.
+UNTIL = ("loop.steps", "loop.target_accuracy", "evaluation")
+#: Keys that may differ from those the run began with: they change how it runs, not what it computes. So may ``UNTIL``,
+#: to go on longer; a learning-rate schedule that depends on the number of steps then follows the new length.
 HARMLESS = (
     "name", "preset", "screen", "output", "evaluation", "probe", "resources", "checkpoint", "supervision",
-    "loop.steps", "loop.step_timeout_s", "rollout.workers", "rollout.min_workers", "rollout.max_workers",
-    "rollout.autoscale", "rollout.drain_s", "rollout.lease_s", "learner.lease_s", "learner.threads",
+    "loop.steps", "loop.target_accuracy", "loop.step_timeout_s", "rollout.workers", "rollout.min_workers",
+    "rollout.max_workers", "rollout.autoscale", "rollout.drain_s", "rollout.lease_s", "rollout.max_sequences",
+    "rollout.engine.gpu_memory_utilization", "rollout.engine.max_num_seqs", "rewards.judge.base_url",
+    "learner.micro_batch_tokens", "learner.share_prefix", "learner.gradient_checkpointing", "learner.lease_s",
+    "learner.threads",
     "learner.reference_cache", "learner.max_skipped", "cold_start.checkpoint_every",
-    "data.media", "data.template.cache_bytes",
+    "data.media.threads", "data.media.memory_cache_bytes", "data.media.disk_cache", "data.media.disk_cache_bytes",
+    "data.template.cache_bytes",
     "buffer.url", "buffer.username", "buffer.password_env", "buffer.password_file", "buffer.tls_ca",
     "buffer.reconnect_s", "buffer.timeout_s", "buffer.memory_limit", "buffer.appendfsync", "buffer.lease_s",
 )  # fmt: skip
@@ -53,16 +59,16 @@ class Resumption:
 
 def find_run(parent: Path, wanted: str, name: str) -> Path | None:
     """The folder of ``wanted``: a path, a run id below ``parent``, or "auto" for the newest unfinished run of ``name``
-    (of any, where that is empty).
+    (of any, where that is empty); one that failed before its first step only where there is no other.
 
     None when "auto" finds nothing to go on with. Raises ConfigError when a named run does not exist.
     """
     if wanted == "auto":
         ours = re.compile(re.escape(name) + r"-[0-9-]+" if name else ".*")
-        for status in list_runs(parent):
-            if ours.fullmatch(status.run_id) and status.state != "finished":
-                return parent / status.run_id
-        return None
+        open_ones = [s for s in list_runs(parent) if ours.fullmatch(s.run_id) and s.state != "finished"]
+        begun = [s for s in open_ones if s.state != "failed" or s.step > 0 or checkpoints(parent / s.run_id)]
+        found = [*begun, *open_ones]
+        return parent / found[0].run_id if found else None
     for path in (Path(wanted), parent / wanted):
         if (path / "status.json").is_file():
             return path

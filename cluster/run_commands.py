@@ -50,7 +50,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def list_all(folder: Path) -> int:
     from cluster.telemetry import list_runs
 
-    for status in list_runs(folder):
+    found = list_runs(folder)
+    if not found:
+        print(f"there are no runs below {folder} (--folder says where to look)")
+    for status in found:
         now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
         before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
         state = "lost" if status.lost else status.state
@@ -85,12 +88,11 @@ def show(run: Path) -> int:
 def resume(run: Path, overrides: Sequence[str]) -> int:
     """Go on with ``run`` by its own recipe."""
     from cluster.presets import merge
-    from cluster.recipe import check, override, parse_overrides
+    from cluster.recipe import check, overridden, parse_overrides
     from cluster.resume import reusable_config
 
     raw = merge(reusable_config(run), {"output": {"folder": str(run.parent)}})
-    for key, text in parse_overrides(overrides):
-        raw = merge(raw, override(key, text))
+    raw = overridden(raw, parse_overrides(overrides))
     return train_and_summarise(check(raw, source=str(run / "config.yaml")), str(run))
 
 

@@ -126,16 +126,23 @@ class RunLock:
     def _keep(self) -> None:
         while not self._stop.wait(self._beat_s):
             self._beats += 1
+            self._renew()
             try:
                 found = _parsed(self.path)
                 if found.get("token") != self.token:
                     self.lost = f"process {found.get('pid')} on {found.get('host')}" if found else "nobody"
                     return
                 replace_text(self.path, self._text())
-                if self._redis is not None:
-                    self._redis.set(self._key, self._holder(), px=int(SILENCE_S * 1000))
-            except (OSError, redis.exceptions.RedisError) as error:
-                log.info("heartbeat of run %s not written: %s", self.run_id, error)  # a full disk, Redis away: go on
+            except OSError as error:
+                log.info("heartbeat of run %s not written: %s", self.run_id, error)  # a full disk, say: go on
+
+    def _renew(self) -> None:
+        if self._redis is None:
+            return
+        try:
+            self._redis.set(self._key, self._holder(), px=int(SILENCE_S * 1000))
+        except redis.exceptions.RedisError as error:
+            log.info("lock of run %s in Redis not renewed: %s", self.run_id, error)
 
     def _break_stale(self) -> None:
         """Returns once the lock is out of the way. Raises ConfigError when its holder lives."""

@@ -13,14 +13,14 @@ from pydantic import Field, ValidationError
 from cluster.assets import Datasets, key, model_digest
 from cluster.config import RunConfig, Section
 from cluster.presets import Overlay, merge, preset
-from cluster.recipe import check, explain, override
-from cluster.resume import HARMLESS
+from cluster.recipe import check, explain, overridden
+from cluster.resume import HARMLESS, UNTIL
 from prompts.errors import ConfigError
 from prompts.selection import SelectionConfig
 
 #: What a stage's result does not depend on: what may change when a run goes on, but for how long it trains and when it
 #: stops.
-_IRRELEVANT = (*(name for name in HARMLESS if name not in ("loop.steps", "evaluation")), "evaluation.timeout_s")
+_IRRELEVANT = (*(name for name in HARMLESS if name not in UNTIL), "evaluation.timeout_s")
 
 
 class StageConfig(Section):
@@ -139,9 +139,7 @@ def _stage_raw(
 def _laid(raw: Overlay, overrides: Sequence[tuple[str, str]], preset_name: str | None) -> Overlay:
     if preset_name:
         raw = merge(raw, {**preset(preset_name), "preset": preset_name})
-    for name, text in overrides:
-        raw = merge(raw, override(name, text))
-    return raw
+    return overridden(raw, overrides)
 
 
 def _listed(raw: Overlay, source: str) -> list[Any]:

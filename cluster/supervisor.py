@@ -21,6 +21,7 @@ from cluster.telemetry import RunFolder
 from prompts.errors import ReplayBufferError, ResourceError
 
 LOOK_EVERY_S = 2.0
+LOOK_S = 0.2
 
 
 class Supervisor:
@@ -152,7 +153,10 @@ class Supervisor:
 
     def checkpoint(self, step: int, accuracies: Sequence[float]) -> None:
         """Between two steps: begin to write a cut; training goes on meanwhile."""
-        self.checkpoints.wait()  # what the ranks have captured for the one before is theirs until it is written
+        # What the ranks have captured for the one before is theirs until it is written.
+        while not self.checkpoints.wait(LOOK_S):
+            if self.signals.waited > self.config.supervision.grace_s:
+                return  # save_last says so
         version = self.buffer.version()
         try:
             write_learner = self.learner.writer(version)

@@ -83,6 +83,7 @@ class Run:
         self.heldout: list[str] = []
         self.selected: list[str] = []  # held-out prompts of the types that are trained
         self.accuracies: deque[float] = deque(maxlen=MOVING)
+        self._quarantined: set[str] = set()  # said so in the events
         self._last: dict[str, float] = {}
         self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
 
@@ -253,7 +254,8 @@ class Run:
         step = first - 1
         if first == 0:
             self._pool_is_learnt(0)
-        for step in range(first, config.loop.steps):
+        learnt = first > 0 and self._has_learnt()  # then only the end of the run is left to do
+        for step in range(first, first if learnt else config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
                 self.buffer.push_tickets(self.stream.tickets(pushed, self._averages()))
                 pushed += 1
@@ -288,6 +290,13 @@ class Run:
         self.folder.event("pool accuracy reached", f"{accuracy:.3f} at step {step}, stop_at {pool.stop_at:g}")
         return True
 
+    def _has_learnt(self) -> bool:
+        """Whether what was measured last, before the run went on, is what it stops at."""
+        config = self.config
+        return self.rounds.reached(config.loop.target_accuracy) or self.pool_rounds.reached(
+            config.evaluation.pool.stop_at
+        )
+
     def _is_target_reached(self, step: int) -> bool:
         target = self.config.loop.target_accuracy
         if reached := self.rounds.reached(target):
@@ -310,8 +319,16 @@ class Run:
         if report["samples"]:
             self.folder.samples(step, report["samples"])
 
+    def _report_quarantine(self) -> None:
+        new = {name: why for name, why in self.buffer.quarantined().items() if name not in self._quarantined}
+        self._quarantined |= new.keys()
+        for name, why in new.items():
+            self.folder.event("prompt quarantined", f"{name}: {why}")
+
     def _buffer_metrics(self) -> dict[str, float]:
         stats = self.buffer.stats()
+        if stats.quarantined_prompts > len(self._quarantined):
+            self._report_quarantine()
         ledger = stats.ledger
         return {
             **{f"tiers/{name}": float(count) for name, count in stats.tiers.items()},

@@ -94,7 +94,7 @@ class MediaLoader:
             except OSError as error:
                 what = f"the media cache cannot be made there ({error.strerror})"
                 raise InputError(
-                    config.disk_cache, what, "set media.disk_cache to a writable folder or null"
+                    config.disk_cache, what, "set data.media.disk_cache to a writable folder or null"
                 ) from error
         self._digests: dict[tuple[str, int, int, int], str] = {}
         self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class MediaLoader:
             if entry is None:
                 try:
                     entry = self._decode(path, item)
-                except AvatarError:
+                except (AvatarError, MemoryError):  # a machine short of memory says nothing about the file
                     raise
                 except Exception as error:  # the decoders meet files that nobody foresaw, and fail in as many ways
                     raise InputError(
@@ -155,7 +155,7 @@ class MediaLoader:
             raise InputError(
                 path,
                 "no such file",
-                f"{item.uri!r} is taken relative to {self.base}: fetch the media, or set data.media_root",
+                f"{item.uri!r} is taken relative to {self.base}: fetch the media, or set data.reader.media_root",
             ) from error
         except OSError as error:
             raise InputError(path, f"cannot be read ({error.strerror})", "check the file's permissions") from error

@@ -32,7 +32,8 @@ _NAME = re.compile(
 _ALTERED = re.compile(
     r"[√∛∜π∞¼½¾⅐-⅞]|(?<![a-z\\])(?:sqrt|pi|(?:square|cube) root)(?![a-z])"
     r"|\\(?:[a-z]?frac|sqrt|pi|log|ln|lg|exp|sin|cos|tan)(?![a-z])"
-    r"|\^(?!\s*\{?\s*\\)|\0[⁰¹²³⁴-⁹]|/\s*\0|\0[.,:][\0\d]"  # powers but 45^\circ; x/4; 1.000.000, 10:10
+    r"|\^(?!\s*\{?\s*(?:\\|°|(?:o|th|st|nd|rd)\b))"  # powers but 45^\circ, 5^{th}
+    r"|\0[⁰¹²³⁴-⁹]|/\s*\0|\0[.,:][\0\d]"  # x/4; 1.000.000, 10:10
     r"|\0\s*(?:[-+*/×÷·⋅x]|\\times|\\cdot|\\div|point)\s*[\0\d]"
     r"|\b(?:minus|negative)\s+\0|\0[\s-]+(?:half|halves|thirds?|and\s+a\s+(?:half|quarter))\b"
     rf"|\b(?:{'|'.join(_SCALES)})\b"

@@ -28,7 +28,7 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
     """The user turn's text and media; media without a path of their own come from the row's lists in turn."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise InputError(where, "messages are not a list of {role, content}", "correct the messages")
-    waiting = _listed(row, where)
+    waiting = _listed(row)
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     items: list[MediaItem] = []
     for message in messages:
@@ -44,6 +44,7 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
         )
     if not items:  # ms-swift also takes lists without tags, and puts the media first
         items = [media_item(waiting[kind].pop(0), kind, config, where) for kind in KINDS for _ in list(waiting[kind])]
+    _claim_path(row, bool(items), where)
     for kind, rest in waiting.items():
         if rest:
             raise InputError(
@@ -53,23 +54,33 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
     return Chat(turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items)
 
 
-def _listed(row: dict[str, Any], where: str) -> dict[Modality, list[Any]]:
+def _listed(row: dict[str, Any]) -> dict[Modality, list[Any]]:
     """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``, by kind."""
     entries: dict[Modality, list[Any]] = {}
     for kind in KINDS:
         given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
         entries[kind] = [entry for value in given for entry in (value if isinstance(value, list) else [value])]
-    if row.get("path"):
-        folded = str(row.get("data_type")).strip().lower()
-        named = next((kind for kind in KINDS if kind == folded), None)
-        if named is None:  # leaving it out would ask without the medium
-            raise InputError(
-                where,
-                f"path with the data_type {row.get('data_type')!r}",
-                f"set data_type to one of {', '.join(KINDS)} (data.audio_in_video adds a video's sound), or drop path",
-            )
-        entries[named].append(row["path"])
+    kind_of_path = _data_type(row)
+    if row.get("path") and kind_of_path is not None:
+        entries[kind_of_path].append(row["path"])
     return entries
+
+
+def _data_type(row: dict[str, Any]) -> Modality | None:
+    folded = str(row.get("data_type")).strip().lower()
+    return next((kind for kind in KINDS if kind == folded), None)
+
+
+def _claim_path(row: dict[str, Any], has_media: bool, where: str) -> None:
+    """Raises InputError for a path that may be a medium and is of no kind: left out, the question would be blind.
+    Beside other media and without a data_type it is any column."""
+    if row.get("path") and _data_type(row) is None and (row.get("data_type") is not None or not has_media):
+        raise InputError(
+            where,
+            f"path with the data_type {row.get('data_type')!r}",
+            f"set data_type to one of {', '.join(KINDS)} (data.reader.audio_in_video adds a video's sound), "
+            "or drop path",
+        )
 
 
 def _content(

@@ -89,6 +89,17 @@ def test_what_changes_a_served_buffer_waits_for_its_run_to_end(
     assert main(["buffer", "clear", str(served)]) == 0
 
 
+def test_a_buffer_is_found_where_its_run_had_it_though_the_recipe_has_changed(served: Path, folder: Path) -> None:
+    """The next stage's recipe: no URL any more, or one of a server that has no such run; or one at last."""
+    for run, login in (
+        (served, CONFIG),
+        (served, open_config(served).model_copy(update={"url": "redis://127.0.0.1:9", "reconnect_s": 0.1})),
+        (folder, CONFIG.model_copy(update={"url": "redis://127.0.0.1:9"})),
+    ):
+        out = run.parent / "into-next.jsonl"
+        assert carry_over(run, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=login) > 0
+
+
 def open_config(run: Path) -> BufferConfig:
     return BufferConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())["buffer"])
 

@@ -166,6 +166,9 @@ def test_finished_stages_are_not_run_again(raw: dict[str, Any]) -> None:
         (lambda raw: raw.setdefault("loop", {}).update(step_timeout_s=9), ["done before"] * 3),
         (lambda raw: raw.setdefault("evaluation", {}).update(timeout_s=9), ["done before"] * 3),
         (lambda raw: raw.setdefault("evaluation", {}).update(limit=1), ["run"] * 3),
+        (lambda raw: raw["data"].update(media={"max_frames": 8}), ["run"] * 3),
+        (lambda raw: raw["data"].update(media={"blank": ["video"]}), ["run"] * 3),
+        (lambda raw: raw["data"].update(media={"threads": 2}), ["done before"] * 3),
     ],
 )
 def test_a_changed_stage_and_all_that_follow_from_it_run_again(

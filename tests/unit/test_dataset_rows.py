@@ -55,6 +55,17 @@ def test_a_path_that_no_data_type_claims_is_refused(tmp_path: Path, update: dict
         read(tmp_path, COUNT | {"path": "a.mp4"} | update)
 
 
+def test_a_path_beside_other_media_is_any_column(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": [{"type": "audio", "audio": "x.wav"}, {"type": "text", "text": "?"}]}
+    rows: list[tuple[dict[str, Any], str]] = [
+        (COUNT | {"videos": ["a.mp4"]}, "video"),
+        (VERL, "image"),
+        ({"messages": [turn], "solution": "2", "problem_type": "numerical"}, "audio"),
+    ]
+    for row, kind in rows:
+        assert [found for found, _ in media(read(tmp_path, row | {"path": "/data/shard/1"}))] == [kind]
+
+
 def test_an_empty_path_needs_no_data_type(tmp_path: Path) -> None:
     assert media(read(tmp_path, COUNT | {"path": "", "data_type": "text"})) == []
 

@@ -26,6 +26,7 @@ def a_fleet(workers: int, restarts: int) -> Fleet:
     quiet: Any = SimpleNamespace(event=lambda *said: None, abandon=lambda name: None, drop_beat=lambda *name: None)
     fleet = Fleet(pool, quiet, quiet, quiet, quiet, scaling=RolloutSection(workers=workers))
     fleet.start(workers)
+    fleet.working = dict.fromkeys(fleet.members, "")
     return fleet
 
 
@@ -34,6 +35,14 @@ def test_a_node_that_takes_all_its_actors_along_does_not_end_a_run() -> None:
     for name in list(fleet.members):
         fleet._replace(name, "its node is gone")
     assert fleet.size == 12 and fleet.budget.spent == 12
+
+
+def test_a_fleet_that_cannot_start_gives_up_soon() -> None:
+    fleet = a_fleet(workers=12, restarts=2)
+    fleet.working.clear()
+    with pytest.raises(ResourceError, match="rollout actors died 3 times"):
+        for name in list(fleet.members):
+            fleet._replace(name, "no memory")
 
 
 def test_actors_that_die_again_and_again_do() -> None:

@@ -13,6 +13,7 @@ from cluster import lives
 from cluster.checkpoint import Cut
 from cluster.learner_group import StateLostError
 from cluster.resume import Resumption
+from cluster.training import Run
 from prompts.errors import ResourceError
 
 CONFIG: Any = SimpleNamespace(supervision=SimpleNamespace(restarts=1), checkpoint=SimpleNamespace(every=20))
@@ -54,3 +55,27 @@ def test_it_ends_when_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match="learner states died 2 times"):
         lives.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
     assert began == [0, 20]
+
+
+def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> None:
+    done: list[str] = []
+    run: Any = Run.__new__(Run)
+    run.config = SimpleNamespace(
+        loop=SimpleNamespace(steps=9, target_accuracy=0.5),
+        evaluation=SimpleNamespace(pool=SimpleNamespace(stop_at=None)),
+    )
+    run.cut = SimpleNamespace(step=5)
+    run.fleet = SimpleNamespace(work=lambda: None)
+    run.screen = SimpleNamespace(phase=lambda *said: None)
+    run.folder = SimpleNamespace(status=lambda **said: None)
+    run.rounds = SimpleNamespace(
+        results=[0.1, 0.6],
+        reached=lambda target: target == 0.5,
+        whole=lambda step, **_: done.append(f"whole at {step}"),
+    )
+    run.pool_rounds = SimpleNamespace(reached=lambda target: target is not None)
+    run.supervisor = SimpleNamespace(
+        signals=SimpleNamespace(orderly=False), watch=None, checkpoints=SimpleNamespace(wait=lambda: None)
+    )
+    run._train_and_evaluate()  # there is no learner to train with
+    assert done == ["whole at 5"]

@@ -23,7 +23,7 @@ from cluster.resume import (
     reusable_config,
 )
 from cluster.runlock import RunLock
-from cluster.telemetry import MASK, RunFolder, read_metrics
+from cluster.telemetry import MASK, RunFolder, read_metrics, read_status
 from prompts.errors import ConfigError, DataError
 
 RAW: dict[str, Any] = {"name": "local", "data": {"synthetic": {}}}
@@ -57,6 +57,19 @@ def test_auto_takes_the_newest_unfinished_run_of_the_recipe(tmp_path: Path) -> N
         a_run(tmp_path, run_id, state)
     assert find_run(tmp_path, "auto", "local") == tmp_path / "local-2"
     assert find_run(tmp_path, "auto", "nobody") is None
+
+
+def test_auto_passes_over_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:
+    """A mistyped restart, say; but where there is nothing else, it is that run's turn again."""
+    assert find_run(tmp_path, "auto", "local") is None
+    mistyped = a_run(tmp_path, "local-2", "failed")
+    assert find_run(tmp_path, "auto", "local") == mistyped
+    older = RunFolder(tmp_path / "local-1", total_steps=100)
+    older.status(state="interrupted", step=7, started=read_status(mistyped).started - 60)
+    older.close()
+    assert find_run(tmp_path, "auto", "local") == older.path
+    (mistyped / "checkpoints" / "step-000002").mkdir(parents=True)
+    assert find_run(tmp_path, "auto", "local") == mistyped
 
 
 def test_a_run_is_found_by_id_or_folder(tmp_path: Path) -> None:

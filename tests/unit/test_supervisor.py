@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.checkpoint import checkpoints, read_cut
-from cluster.supervision import Budget
+from cluster.supervision import Budget, Stopped
 from cluster.supervisor import Supervisor
 from learner.keeper import write_files
 
@@ -100,6 +100,24 @@ def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(supe
     supervisor.save_last([])
     assert not buffer.release.is_set(), "it was waited for"
     assert folder.all[-1][0] == "checkpoint left out"
+    buffer.release.set()
+    supervisor.checkpoints.wait()
+
+
+def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(supervisor: Supervisor) -> None:
+    buffer: Any = supervisor.buffer
+    buffer.at = 20
+    supervisor.between_steps(20, [])
+    buffer.at = 40
+
+    def ask() -> None:
+        supervisor.signals.asked, supervisor.signals.asked_at = signal.SIGTERM, time.monotonic()
+
+    threading.Timer(0.3, ask).start()
+    threading.Timer(10.0, buffer.release.set).start()
+    with pytest.raises(Stopped):
+        supervisor.between_steps(40, [])
+    assert not buffer.release.is_set(), "it was waited for"
     buffer.release.set()
     supervisor.checkpoints.wait()
 

@@ -208,6 +208,9 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
     assert [work.lease for work in actor._ready] == leases[:1]
     assert [lease for lease, _ in refused] == leases[1:]
     assert all(f"tokens, max_prompt_tokens is {limit}" in why for _, why in refused)
+    held_out = Ticket(seq=3, prompt_id="long", step=0, n=1, kind="eval")  # the learner never sees it
+    actor._prepare([TicketLease(ticket=held_out, attempt=1, consumer="a", hinted=False)])
+    assert len(refused) == 2 and actor._ready[-1].lease.ticket is held_out
 
 
 def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path: Path) -> None:
