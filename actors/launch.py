@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import EngineConfig
+from prompts.device import sees_gpu
 from prompts.errors import ModelError, ResourceError
 from prompts.rope import MULTIMODAL, OMNI
 
@@ -27,7 +28,7 @@ def pick_device(config: EngineConfig) -> str:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("engine.device is cuda but torch sees no GPU: check the driver, or set device to cpu")
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device if config.device != "auto" else ("cuda" if sees_gpu() else "cpu")
     if device == "cpu" and config.tensor_parallel_size > 1:
         raise ResourceError(f"tensor_parallel_size {config.tensor_parallel_size} needs GPUs: set it to 1 on a CPU")
     return device

@@ -316,6 +316,7 @@ class RolloutActor:
         self.puller.version = self.engine.version
         for update in self.puller.updates(self.buffer, self._running):
             self._incoming.append(update)
+            del update  # its tensors are pages of the object store, which the next version needs
             self._look.set()  # a newer version admits more tickets
 
     def _keep_alive(self) -> None:

@@ -48,6 +48,7 @@ class WeightPuller:
                 continue
             if self.committed >= update[0] or _committed(buffer, update[0], go_on):
                 yield update
+                del update  # or the store would hold it until the next one has come
             else:
                 self.version = before  # ask again: another learner may publish it anew
 

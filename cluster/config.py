@@ -193,7 +193,7 @@ class SupervisionConfig(Section):
 
     stall_s: float = Field(
         120, gt=0, description="A rollout actor without progress for this long while it holds prompts is replaced; "
-        "keep it above the time of the longest group.",
+        "keep it above the time of the longest group. A judge's deadline is added.",
     )  # fmt: skip
     learner_stall_s: float = Field(
         600, gt=0, description="Learner ranks that train and get nowhere for this long are replaced; keep it above the "

@@ -71,6 +71,8 @@ def check_parity(rollout: Sequence[dict[str, Any]], learner: Sequence[dict[str, 
     if not together.max() <= tolerance:  # also true for NaN
         raise ModelError(
             f"prompt {rollout[worst]['prompt_id']!r}: log-probabilities of engine and learner differ by up to "
-            f"{together.max():.2e} (allowed {tolerance:.0e}): media inputs, positions or weights are not the same"
+            f"{together.max():.2e} (allowed {tolerance:.0e}), by {together.mean():.2e} on average: media inputs, "
+            "positions or weights are not the same. A single token far off beside a small average can be rounding in "
+            "bfloat16: then raise probe.tolerance"
         )
     return Parity(len(rollout), together.size, float(together.max()), float(together.mean()))

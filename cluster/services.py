@@ -151,7 +151,8 @@ class Services:
         if short:
             raise ResourceError(
                 f"the {'cluster' if address else 'machine'} cannot hold this run: {'; '.join(short)}. "
-                "Lower rollout.workers, learner.ranks or the per-actor resources, or add nodes"
+                "Lower rollout.workers, learner.ranks (cold_start.ranks) or the per-actor resources, such as "
+                "resources.rollout_gpus 0.4 and learner_gpus 0.4 to share one GPU, or add nodes"
             )
 
     def _check_cluster(self) -> None:

@@ -38,7 +38,8 @@ class Supervisor:
         self.redis_budget = Budget(restarts, "redis-server")
         self.redis = RedisKeeper(services.redis, self.redis_budget, self.report) if services.redis is not None else None
         self.checkpoints = Checkpointer(folder.path, keep=config.checkpoint.keep, report=self.report)
-        self._stalls = StallWatch(config.supervision.stall_s)
+        patience = config.rewards.judge.deadline_s if config.rewards.asks_judge else 0.0  # for actors that wait for it
+        self._stalls = StallWatch(config.supervision.stall_s + patience)
         self._looked = time.monotonic()
         self._told = False
         self._board: tuple[int, Any] | None = None  # version asked for, reference of the answer

@@ -41,6 +41,7 @@ from learner.shaping import tas_weights
 from learner.spec import LearnerSpec
 from learner.state import DurableState
 from prompts.datasets import PromptIndex
+from prompts.device import sees_gpu
 from prompts.errors import ModelError, ReplayBufferError
 from prompts.heap import HeapTrimmer, no_collections, set_aside_imports
 from prompts.media import MediaLoader
@@ -93,7 +94,7 @@ class LearnerRank(DurableState):
             RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.ranks), LOCAL_SIZE="1",
             MASTER_ADDR=address, MASTER_PORT=str(port),
         )  # fmt: skip
-        spec, on_gpu = self.spec, torch.cuda.is_available()
+        spec, on_gpu = self.spec, sees_gpu()
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)

@@ -25,8 +25,9 @@ def register() -> bool:
             CHECKED[0],
         )
         return False
-    from actors.vllm_plugin import media, omni
+    from actors.vllm_plugin import media, omni, seconds
 
     omni.install()
+    seconds.install()
     media.install()
     return True

@@ -60,6 +60,7 @@ def supervisor(tmp_path: Path) -> Supervisor:
         supervision=SimpleNamespace(restarts=1, stall_s=60.0, grace_s=1.0),
         checkpoint=SimpleNamespace(keep=3, every=20),
         loop=SimpleNamespace(steps=100),
+        rewards=SimpleNamespace(asks_judge=False),
     )
     events: list[tuple[str, str]] = []
     folder: Any = SimpleNamespace(path=tmp_path, event=lambda kind, message: events.append((kind, message)), all=events)
