@@ -33,7 +33,7 @@ from actors.launch import (
     stop_token_ids,
 )
 from actors.prompt_cache import PromptCache
-from actors.weights import WeightContract
+from actors.weights import ProvenWeights, WeightContract
 from prompts.errors import DataError, ModelError, ResourceError
 from prompts.heap import set_aside_imports
 
@@ -187,6 +187,11 @@ class RolloutEngine:
     def can_adopt(self) -> bool:
         """``adopt`` would be accepted now."""
         return self.adopts_in_flight or not self._pending
+
+    def prove(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
+        """``weights`` checked for ``adopt``, which does so itself otherwise; another thread may while this one steps.
+        Raises ModelError."""
+        return self._contract.check(weights)
 
     def adopt(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load ``version`` in place; ``weights`` are (published name, tensor) pairs, all of them.

@@ -31,8 +31,7 @@ from prompts.heap import HeapTrimmer, no_collections
 from prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from actors.weights import ProvenWeights
     from buffer_service.tickets import TicketLease
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
@@ -69,7 +68,7 @@ class RolloutActor:
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
         self._holding = threading.Lock()  # lest a lease that comes back is noted after its group was acknowledged
-        self._incoming: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=1)  # newest weights, not yet adopted
+        self._incoming: deque[tuple[int, ProvenWeights]] = deque(maxlen=1)  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._drain = threading.Event()
@@ -196,9 +195,9 @@ class RolloutActor:
         """Sequences that the engine would run at once."""
         return max(0, self.spec.max_sequences - sum(work.sequences for work in self._working.values()))
 
-    def _adopt(self, version: int, weights: dict[str, Tensor]) -> None:
+    def _adopt(self, version: int, weights: ProvenWeights) -> None:
         start = time.perf_counter()
-        self.engine.adopt(version, weights.items())
+        self.engine.adopt(version, weights)
         self.adopt_s += time.perf_counter() - start
         self.boundary.prefill_follows()
 
@@ -314,9 +313,9 @@ class RolloutActor:
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
         self.puller.version = self.engine.version
-        for update in self.puller.updates(self.buffer, self._running):
-            self._incoming.append(update)
-            del update  # its tensors are pages of the object store, which the next version needs
+        for version, weights in self.puller.updates(self.buffer, self._running):
+            self._incoming.append((version, self.engine.prove(weights.items())))
+            del weights  # its tensors are pages of the object store, which the next version needs
             self._look.set()  # a newer version admits more tickets
 
     def _keep_alive(self) -> None:

@@ -127,6 +127,10 @@ def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) ->
     return True
 
 
+class ProvenWeights(list[tuple[str, Tensor]]):
+    """Pairs that a ``WeightContract`` has checked."""
+
+
 class WeightContract:
     """Names and shapes of the checkpoint an engine was started from.
 
@@ -146,11 +150,14 @@ class WeightContract:
                     self.shapes[name] = tuple(header.get_shape())
                     self.floats[name] = header.get_dtype().startswith(("F", "BF"))
 
-    def check(self, weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """The update as a list, proven complete. Names are those of the published checkpoint.
+    def check(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
+        """The update as a list, proven complete; one that is proven already as it is. Reads every value, which takes
+        seconds for a large model. Names are those of the published checkpoint.
 
         Raises ModelError for a missing, unknown, doubled, misshapen, wrongly typed or non-finite tensor.
         """
+        if isinstance(weights, ProvenWeights):
+            return weights
         given: dict[str, Tensor] = {}
         for name, tensor in weights:
             if name in given:
@@ -175,7 +182,7 @@ class WeightContract:
                 raise ModelError(f"weight update refused: {name!r} is {tensor.dtype}, the checkpoint has {kind} type")
             if self.floats[name] and not _finite(tensor):
                 raise ModelError(f"weight update refused: {name!r} holds NaN or infinity; look at the learner's loss")
-        return list(given.items())
+        return ProvenWeights(given.items())
 
 
 def _finite(tensor: Tensor) -> bool:
