@@ -90,7 +90,7 @@ async def _generate(
     prompts: list[Prompt], file: IO[str], teacher: EndpointConfig, report: HintReport, total: int,
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    client = ChatClient(teacher, role="hint teacher", section="hints")
+    client = ChatClient(teacher, role="hint teacher", named=lambda field: "--" + field.replace("_", "-"))
     try:
         await client.check()
         queue = iter(prompts)

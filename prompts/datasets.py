@@ -109,7 +109,7 @@ class PromptIndex:
         except KeyError:
             raise DataError(
                 f"no prompt with the id {prompt_id!r} among {len(self)}: this worker read another dataset than the one "
-                "that asked; compare data.path, data.limit and the fingerprints"
+                "that asked; compare data.train, data.heldout, data.reader.limit and the fingerprints"
             ) from None
 
     def __contains__(self, prompt_id: object) -> bool:

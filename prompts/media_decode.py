@@ -158,7 +158,7 @@ def window(path: Path, clip: tuple[float, float] | None, duration: float, slack:
         raise PastEndError(
             path,
             f"clip {_span(clip)} runs past the end at {duration:.3f} s",
-            f"correct the window, or raise media.window_slack (now {slack:g} s)",
+            f"correct the window, or raise data.media.window_slack (now {slack:g} s)",
         )
     return clip[0], min(clip[1], duration)
 

@@ -40,18 +40,19 @@ class ChatClient:
     """Asks each distinct question once; equal questions in flight share one request. Belongs to one event loop.
 
     What cannot be had within its attempts and deadline is None, and is counted (``stats``). ``role`` ("judge") and
-    ``section`` ("rewards.judge") are for messages. Raises ConfigError for a missing URL, model or key.
+    ``named`` ("base_url" -> "rewards.judge.base_url") are for messages. Raises ConfigError for a missing URL, model or
+    key.
     """
 
-    def __init__(self, config: EndpointConfig, *, role: str, section: str) -> None:
+    def __init__(self, config: EndpointConfig, *, role: str, named: Callable[[str], str]) -> None:
         for field in ("base_url", "model"):
             if not getattr(config, field):
-                raise ConfigError(f"{section}.{field} is empty: name the {role}'s endpoint and model")
+                raise ConfigError(f"{named(field)} is empty: name the {role}'s endpoint and model")
         self.counts: Counter[str] = Counter()
-        self._config, self._role, self._section = config, role, section
+        self._config, self._role, self._named = config, role, named
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
-            api_key=_api_key(config, section),
+            api_key=_api_key(config, named),
             max_retries=0,  # retries are ours: they share one deadline and are counted
             timeout=config.request_timeout_s,
         )
@@ -95,7 +96,7 @@ class ChatClient:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ConfigError(
                 f"{role} at {config.base_url} refused the key (HTTP {error.status_code}); "
-                f"put a valid one into the variable that {self._section}.api_key_env names ({config.api_key_env})"
+                f"put a valid one into the variable that {self._named('api_key_env')} names ({config.api_key_env})"
             ) from error
         except openai.NotFoundError:
             log.info("%s at %s does not list its models; its model name is not checked", role, config.base_url)
@@ -103,7 +104,7 @@ class ChatClient:
         except (openai.APIError, ValueError, TimeoutError) as error:
             raise ResourceError(
                 f"{role} at {config.base_url} does not answer ({type(error).__name__}: {error}); "
-                f"start it, or correct {self._section}.base_url"
+                f"start it, or correct {self._named('base_url')}"
             ) from error
         if config.model not in served:
             raise ConfigError(f"{role} at {config.base_url} has no model {config.model!r}; it serves {served}")
@@ -205,12 +206,12 @@ class ChatClient:
         return text
 
 
-def _api_key(config: EndpointConfig, section: str) -> str:
+def _api_key(config: EndpointConfig, named: Callable[[str], str]) -> str:
     if config.api_key_env is None:
         return "none"
     key = os.environ.get(config.api_key_env)
     if not key:
-        raise ConfigError(f"{section}.api_key_env names {config.api_key_env}, which is not set in the environment")
+        raise ConfigError(f"{named('api_key_env')} names {config.api_key_env}, which is not set in the environment")
     return key
 
 

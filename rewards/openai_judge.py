@@ -22,7 +22,7 @@ class OpenAIJudge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
-        self._client = ChatClient(config, role="judge", section="rewards.judge")
+        self._client = ChatClient(config, role="judge", named="rewards.judge.{}".format)
 
     async def verdict(self, prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart]) -> Verdict | None:
         """The four scores; None if they could not be had."""

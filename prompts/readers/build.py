@@ -99,7 +99,9 @@ def _problem_type(given: Any, options: tuple[str, ...], answer: str, config: Dat
             return config.problem_type
         if options and _chosen(answer, options) is not None:
             return ProblemType.MULTIPLE_CHOICE
-        raise InputError(where, "no problem type", "add problem_type to the row, or set data.problem_type for all rows")
+        raise InputError(
+            where, "no problem type", "add problem_type to the row, or set data.reader.problem_type for all rows"
+        )
     folded = re.sub(r"[\s\-/]+", "_", str(given).strip().lower())
     if folded not in PROBLEM_TYPE_SPELLINGS:
         known = ", ".join(sorted(PROBLEM_TYPE_SPELLINGS))
@@ -173,7 +175,9 @@ def _plan(given: Any, config: DataConfig, where: str) -> MediaPlan:
         return plan.model_copy(update={"items": tuple(items)})
     if plan.of("audio"):
         raise InputError(
-            where, "has audio of its own beside its video", "set data.audio_in_video: false, or the row's own flag"
+            where,
+            "has audio of its own beside its video",
+            "set data.reader.audio_in_video: false, or the row's own flag",
         )
     tracks = [
         with_defaults(MediaItem(kind="audio", uri=item.uri, clip=item.clip, digest=item.digest), config)

@@ -38,7 +38,7 @@ def detect(row: dict[str, Any], where: str) -> DatasetFormat:
     raise InputError(
         where,
         f"layout not recognised from the keys {sorted(row)}",
-        "set data.format to native, conversational, swift or verl, or convert the rows (docs/data.md)",
+        "set data.reader.format to native, conversational, swift or verl, or convert the rows (docs/data.md)",
     )
 
 

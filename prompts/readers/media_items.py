@@ -88,7 +88,9 @@ def _uri(values: dict[str, Any], kind: Modality, config: DataConfig, where: str)
 def _extract(content: Any, kind: Modality, config: DataConfig, where: str) -> str:
     """Writes media embedded in a row to a file named by its content; returns the path."""
     if config.extract_to is None:
-        raise InputError(where, f"{kind} is embedded in the row", "set data.extract_to to a folder to write it to")
+        raise InputError(
+            where, f"{kind} is embedded in the row", "set data.reader.extract_to to a folder to write it to"
+        )
     if not isinstance(content, bytes):
         raise InputError(where, f"{kind} has its bytes as a {type(content).__name__}", "give a path, or use parquet")
     suffix = next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), ".bin")

@@ -37,7 +37,7 @@ def iter_rows(path: Path, split: str) -> Iterator[Row]:
     ``data`` raise.
     """
     if not path.exists():
-        raise InputError(path, "no such dataset", "correct data.path, or write one with `avatar data synthesize`")
+        raise InputError(path, "no such dataset", "correct the path, or write one with `avatar data synthesize`")
     empty = True
     for row in _folder(path, split) if path.is_dir() else _file(path):
         empty = False
@@ -155,7 +155,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise InputError(path, f"has no split {split!r}", f"set data.split to one of {sorted(loaded)}")
+            raise InputError(path, f"has no split {split!r}", f"set data.reader.split to one of {sorted(loaded)}")
         loaded = loaded[split]
     number = 0
     # as Arrow tables: media columns stay paths or bytes instead of being decoded

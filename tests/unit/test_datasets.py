@@ -204,7 +204,7 @@ def test_native_rows_from_parquet_and_saved_datasets(tmp_path: Path) -> None:
     saved = datasets.Dataset(pyarrow.Table.from_pylist(rows, schema=_schema()))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "saved"))
     assert load_prompts(tmp_path / "saved", DataConfig()) == expected
-    with pytest.raises(InputError, match=r"no split 'test'; set data\.split to one of \['train'\]"):
+    with pytest.raises(InputError, match=r"no split 'test'; set data\.reader\.split to one of \['train'\]"):
         load_prompts(tmp_path / "saved", DataConfig(split="test"))
 
 
@@ -300,7 +300,7 @@ def test_rows_without_an_id_get_one_from_their_content(tmp_path: Path) -> None:
             changed(problem_type="riddle"),
             r"data\.jsonl:2: unknown problem type 'riddle'; use one of: .*mcq",
         ),
-        (changed(problem_type=None, options=None, answer="7"), r":2: no problem type; .*data\.problem_type"),
+        (changed(problem_type=None, options=None, answer="7"), r":2: no problem type; .*data\.reader\.problem_type"),
         (changed(answer=None), r":2: no answer; give the answer"),
         (changed(answer="<answer> </answer>"), r":2: the answer is empty"),
         (changed(answer=["B"]), r":2: the answer is a list"),
@@ -312,7 +312,7 @@ def test_rows_without_an_id_get_one_from_their_content(tmp_path: Path) -> None:
         (changed(id="first"), r":2: the id 'first' is also that of .*data\.jsonl:1; make ids unique"),
         (changed(hnt="x"), r":2: field 'hnt': Extra inputs are not permitted; correct or remove"),
         (changed(media={"items": [{"kind": "video", "uri": "a", "clip": [3, 1]}]}), r"'media\.items\.0': .*clip"),
-        ({"foo": 1}, r":2: layout not recognised from the keys \['foo'\]; set data\.format"),
+        ({"foo": 1}, r":2: layout not recognised from the keys \['foo'\]; set data\.reader\.format"),
         (
             {"messages": [{"role": "user", "content": "<video>?"}], "solution": "x"},
             r":2: a video place .*without",

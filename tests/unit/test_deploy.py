@@ -72,10 +72,12 @@ def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: 
     (tmp_path / "token").touch()
     (tmp_path / "job.sh").write_text(
         f"set -euo pipefail\nRAY_AUTH_TOKEN_PATH={tmp_path}/token\n{script[start : script.index('srun', start)]}"
-        f"sleep 60 & steps+=($!)\nbash -c {shlex.quote(training)} &\n{script[end:]}"
+        f"sleep 60 & steps+=($!)\nbash -c {shlex.quote(training)} &\n"
+        + script[end:].replace("code=0", "echo trapped; code=0", 1)
     )
     with subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdout is not None and job.stdout.readline() == "began\n"
+        assert job.stdout is not None
+        assert {job.stdout.readline() for _ in range(2)} == {"began\n", "trapped\n"}
         job.send_signal(signal.SIGTERM)
         assert job.stdout.readline() == "saved\n"
         assert job.wait(timeout=10) == 0
