@@ -140,7 +140,8 @@ def unwrap(error: Any) -> BaseException:
     if type(cause).__name__ == "OutOfMemoryError" or "torch.OutOfMemoryError" in str(error):
         last = str(error).strip().splitlines()[-1][:300]
         return ResourceError(
-            f"out of GPU memory ({last}): for the learner lower learner.micro_batch_tokens, or set "
+            f"out of GPU memory ({last}): for the learner lower learner.micro_batch_tokens (in a cold start "
+            "cold_start.micro_batch_tokens), or set "
             "learner.share_prefix: false and learner.gradient_checkpointing: true; for rollout actors lower "
             "rollout.engine.gpu_memory_utilization or max_num_seqs. Then go on with --resume"
         )

@@ -32,7 +32,7 @@ HARMLESS = (
     "rollout.engine.gpu_memory_utilization", "rollout.engine.max_num_seqs", "rewards.judge.base_url",
     "learner.micro_batch_tokens", "learner.share_prefix", "learner.gradient_checkpointing", "learner.lease_s",
     "learner.threads",
-    "learner.reference_cache", "learner.max_skipped", "cold_start.checkpoint_every",
+    "learner.reference_cache", "learner.max_skipped", "cold_start.checkpoint_every", "cold_start.micro_batch_tokens",
     "data.media.threads", "data.media.memory_cache_bytes", "data.media.disk_cache", "data.media.disk_cache_bytes",
     "data.template.cache_bytes",
     "buffer.url", "buffer.username", "buffer.password_env", "buffer.password_file", "buffer.tls_ca",

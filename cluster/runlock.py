@@ -126,7 +126,6 @@ class RunLock:
     def _keep(self) -> None:
         while not self._stop.wait(self._beat_s):
             self._beats += 1
-            self._renew()
             try:
                 found = _parsed(self.path)
                 if found.get("token") != self.token:
@@ -135,6 +134,7 @@ class RunLock:
                 replace_text(self.path, self._text())
             except OSError as error:
                 log.info("heartbeat of run %s not written: %s", self.run_id, error)  # a full disk, say: go on
+            self._renew()
 
     def _renew(self) -> None:
         if self._redis is None:

@@ -135,8 +135,9 @@ class StallWatch:
 
     GAP_S = 10.0
 
-    def __init__(self, stall_s: float) -> None:
+    def __init__(self, stall_s: float, patience_s: float = 0.0) -> None:
         self.stall_s = stall_s
+        self.patience_s = patience_s  # more for those that hold work: somebody else may keep them waiting so long
         self._seen: dict[str, tuple[int, float, float, float]] = {}  # name -> progress, age, moved at, beaten at
         self._looked = time.monotonic()
 
@@ -157,7 +158,7 @@ class StallWatch:
             self._seen[name] = (beat.progress, beat.age_s, moved, beaten)
             if now - beaten > self.stall_s:
                 found[name] = f"no sign of life for {now - beaten:.0f} s"
-            elif now - moved > self.stall_s and holding(name):
+            elif now - moved > self.stall_s + self.patience_s and holding(name):
                 found[name] = f"no progress for {now - moved:.0f} s while it holds prompts"
         return found
 

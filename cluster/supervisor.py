@@ -38,8 +38,9 @@ class Supervisor:
         self.redis_budget = Budget(restarts, "redis-server")
         self.redis = RedisKeeper(services.redis, self.redis_budget, self.report) if services.redis is not None else None
         self.checkpoints = Checkpointer(folder.path, keep=config.checkpoint.keep, report=self.report)
-        patience = config.rewards.judge.deadline_s if config.rewards.asks_judge else 0.0  # for actors that wait for it
-        self._stalls = StallWatch(config.supervision.stall_s + patience)
+        rewards = config.rewards
+        waits = rewards.asks_judge and rewards.judge.kind != "rule"
+        self._stalls = StallWatch(config.supervision.stall_s, rewards.judge.deadline_s if waits else 0.0)
         self._looked = time.monotonic()
         self._told = False
         self._board: tuple[int, Any] | None = None  # version asked for, reference of the answer

@@ -255,6 +255,8 @@ class Run:
         if first == 0:
             self._pool_is_learnt(0)
         learnt = first > 0 and self._has_learnt()  # then only the end of the run is left to do
+        if learnt:
+            self.supervisor.report("target was met", f"by step {first}: the run only ends; raise the target to go on")
         for step in range(first, first if learnt else config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
                 self.buffer.push_tickets(self.stream.tickets(pushed, self._averages()))

@@ -17,6 +17,6 @@ def sees_gpu() -> bool:
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         raise ResourceError(
             "Ray has given this process a GPU, but torch sees none: its environment has the CPU stack (`make setup "
-            "EXTRA=gpu` installs the other), or the driver is missing"
+            "EXTRA=gpu` installs the other), or the driver is missing; for the CPU start it with CUDA_VISIBLE_DEVICES="
         )
     return False

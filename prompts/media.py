@@ -110,7 +110,7 @@ class MediaLoader:
             if entry is None:
                 try:
                     entry = self._decode(path, item)
-                except (AvatarError, MemoryError):  # a machine short of memory says nothing about the file
+                except AvatarError:
                     raise
                 except Exception as error:  # the decoders meet files that nobody foresaw, and fail in as many ways
                     raise InputError(

@@ -75,7 +75,8 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
     )
     run.pool_rounds = SimpleNamespace(reached=lambda target: target is not None)
     run.supervisor = SimpleNamespace(
-        signals=SimpleNamespace(orderly=False), watch=None, checkpoints=SimpleNamespace(wait=lambda: None)
-    )
+        signals=SimpleNamespace(orderly=False), watch=None, checkpoints=SimpleNamespace(wait=lambda: None),
+        report=lambda kind, message: done.append(kind),
+    )  # fmt: skip
     run._train_and_evaluate()  # there is no learner to train with
-    assert done == ["whole at 5"]
+    assert done == ["target was met", "whole at 5"]
