@@ -144,12 +144,11 @@ def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _scale(options: argparse.Namespace, rest: list[str]) -> int:
+    from cluster.resume import named_run
     from cluster.scale import scale
 
-    folder = Path(options.scaled)
-    if not folder.is_dir():
-        folder = options.folder / options.scaled
-    print(scale(folder, options.rollout_workers, url=options.url))
+    folder = named_run(options.folder, options.scaled)
+    print(scale(folder or Path(options.scaled), options.rollout_workers, url=options.url))
     return 0
 
 

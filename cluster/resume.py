@@ -57,6 +57,11 @@ class Resumption:
         return f"resuming {self.run.name} {where}"
 
 
+def named_run(parent: Path, wanted: str) -> Path | None:
+    """The folder of a run by its path or by its id below ``parent``."""
+    return next((path for path in (Path(wanted), parent / wanted) if (path / "status.json").is_file()), None)
+
+
 def find_run(parent: Path, wanted: str, name: str) -> Path | None:
     """The folder of ``wanted``: a path, a run id below ``parent``, or "auto" for the newest unfinished run of ``name``
     (of any, where that is empty); one that failed before its first step only where there is no other.
@@ -69,9 +74,8 @@ def find_run(parent: Path, wanted: str, name: str) -> Path | None:
         begun = [s for s in open_ones if s.state != "failed" or s.step > 0 or checkpoints(parent / s.run_id)]
         found = [*begun, *open_ones]
         return parent / found[0].run_id if found else None
-    for path in (Path(wanted), parent / wanted):
-        if (path / "status.json").is_file():
-            return path
+    if (run := named_run(parent, wanted)) is not None:
+        return run
     known = ", ".join(status.run_id for status in list_runs(parent)[:5]) or "none"
     raise ConfigError(f"--resume {wanted}: there is no such run below {parent} (newest: {known})")
 
@@ -193,9 +197,7 @@ def open_folder(
     sweep_socket(path)
     cut = resumption.cut
     cut_metrics(path, cut.metrics_bytes if cut else 0)
-    return RunFolder(
-        path, resume_step=cut.step if cut else 0, total_steps=total_steps, on_warning=on_warning, sinks=sinks
-    )
+    return RunFolder(path, resume_step=resumption.step, total_steps=total_steps, on_warning=on_warning, sinks=sinks)
 
 
 def sweep_socket(path: Path) -> None:
