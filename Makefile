@@ -25,9 +25,9 @@ $(STAMP): pyproject.toml deploy/constraints/$(EXTRA).txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=26' || true
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --editable '.[$(EXTRA),dev]' -c deploy/constraints/$(EXTRA).txt
 	@# pip compiles on one core, and all of it; some packages carry templates that are no Python, hence "|| true"
-	@$(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' $(VENV)/lib prompts buffer_service actors learner rewards cluster >/dev/null 2>&1 || true
-	@$(BIN)/python -m cluster.install.cpu_media
-	@$(BIN)/python -m cluster.install.redis_binary
+	@$(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' $(VENV)/lib avatar_rl >/dev/null 2>&1 || true
+	@$(BIN)/python -m avatar_rl.cluster.install.cpu_media
+	@$(BIN)/python -m avatar_rl.cluster.install.redis_binary
 	@touch $@
 
 demo: setup

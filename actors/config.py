@@ -13,16 +13,30 @@ class SamplingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int = Field(1, ge=1, description="Completions per prompt.")
-    temperature: float = Field(1.0, ge=0, le=2, description="Softmax temperature; 0 picks the most likely token.")
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="Softmax temperature; 0 picks the most likely token."
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Nucleus mass; below 1 tokens are drawn from a truncated distribution."
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus mass; below 1 tokens are drawn from a truncated distribution.",
     )
     top_k: int = Field(
-        0, ge=0, description="Draw among the k most likely tokens only; 0 means all. Truncates as top_p does."
+        0,
+        ge=0,
+        description="Draw among the k most likely tokens only; 0 means all. Truncates as top_p "
+        "does.",
     )
-    max_tokens: int = Field(2048, ge=1, description="Longest completion, end-of-turn token included.")
-    min_tokens: int = Field(0, ge=0, description="End of turn is suppressed before this many tokens.")
-    ignore_eos: bool = Field(False, description="Generate max_tokens whatever comes; for benchmarks.")
+    max_tokens: int = Field(
+        2048, ge=1, description="Longest completion, end-of-turn token included."
+    )
+    min_tokens: int = Field(
+        0, ge=0, description="End of turn is suppressed before this many tokens."
+    )
+    ignore_eos: bool = Field(
+        False, description="Generate max_tokens whatever comes; for benchmarks."
+    )
 
     @property
     def greedy(self) -> bool:
@@ -31,7 +45,10 @@ class SamplingConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"temperature 0 gives {self.n} equal completions: set n to 1 or a temperature above 0")
+            raise ValueError(
+                f"temperature 0 gives {self.n} equal completions: set n to 1 or a temperature "
+                "above 0"
+            )
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
@@ -46,31 +63,52 @@ class EngineConfig(BaseModel):
         "auto", description="Where the engine runs; auto takes a GPU if any."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and activations; auto is bfloat16 on a GPU, float32 on a CPU (faster there)."
+        "auto",
+        description="Weights and activations; auto is bfloat16 on a GPU, float32 on a CPU (faster "
+        "there).",
     )
-    max_model_len: int = Field(16_384, ge=16, description="Longest prompt plus completion, in tokens.")
+    max_model_len: int = Field(
+        16_384, ge=16, description="Longest prompt plus completion, in tokens."
+    )
     max_num_seqs: int = Field(64, ge=1, description="Completions that are decoded together.")
     max_num_batched_tokens: int | None = Field(
-        None, ge=16, description="Tokens of one engine step; null is vLLM's choice on a GPU, max_model_len on a CPU."
+        None,
+        ge=16,
+        description="Tokens of one engine step; null is vLLM's choice on a GPU, max_model_len on "
+        "a CPU.",
     )
     kv_cache_memory_bytes: int | None = Field(
-        None, ge=1 << 20, description="KV cache size; null is what gpu_memory_utilization leaves, 256 MiB on a CPU."
+        None,
+        ge=1 << 20,
+        description="KV cache size; null is what gpu_memory_utilization leaves, 256 MiB on a CPU.",
     )
-    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="Share of the GPU's memory the engine may use.")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, lt=1, description="Share of the GPU's memory the engine may use."
+    )
     enforce_eager: bool | None = Field(
-        None, description="No CUDA graphs and no compilation; null is false on a GPU, true on a CPU."
+        None,
+        description="No CUDA graphs and no compilation; null is false on a GPU, true on a CPU.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs the model is split over.")
     block_size: int | None = Field(
-        None, ge=8, description="Tokens per KV block, the grain of prefix sharing; null is vLLM's choice, 32 on a CPU."
+        None,
+        ge=8,
+        description="Tokens per KV block, the grain of prefix sharing; null is vLLM's choice, 32 "
+        "on a CPU.",
     )
-    media_per_prompt: int = Field(8, ge=1, description="Most images, videos or audios of one prompt, each kind.")
+    media_per_prompt: int = Field(
+        8, ge=1, description="Most images, videos or audios of one prompt, each kind."
+    )
     prompt_cache_bytes: int = Field(
-        1 << 30, ge=0, description="Preprocessed prompts kept for their next visit, in bytes; 0 preprocesses each time."
+        1 << 30,
+        ge=0,
+        description="Preprocessed prompts kept for their next visit, in bytes; 0 preprocesses "
+        "each time.",
     )
     adopt_mode: Literal["drain", "keep"] = Field(
         "keep",
-        description="keep: requests in flight go on with new weights (their context is prefilled again); drain: new "
+        description="keep: requests in flight go on with new weights (their context is prefilled "
+        "again); drain: new "
         "weights wait until the engine is idle.",
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine; ignored on a GPU.")

@@ -1,4 +1,5 @@
-"""The engine's side of the parity probe: completions outside the stream, for the learner to compare with."""
+"""The engine's side of the parity probe: completions outside the stream, for the learner to compare
+with."""
 
 from __future__ import annotations
 
@@ -7,23 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.config import SamplingConfig
-from prompts.record import Prompt
+from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from actors.engine import RolloutEngine
-    from prompts.template import PromptEncoder
+    from avatar_rl.actors.engine.engine import RolloutEngine
+    from avatar_rl.prompts.encoding.template import PromptEncoder
 
 
 def probe(
-    engine: RolloutEngine, encoder: PromptEncoder, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int
+    engine: RolloutEngine,
+    encoder: PromptEncoder,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """One completion of each prompt, in order: token ids (T,), log-probabilities (T,), prompt ids, text.
+    """One completion of each prompt, in order: token ids (T,), log-probabilities (T,), prompt ids,
+    text.
 
     The engine must be idle.
     """
     for number, prompt in enumerate(prompts):
-        engine.submit(prompt.id, encoder.engine_input(prompt, hinted=False), sampling, seed=seed + number)
+        engine.submit(
+            prompt.id, encoder.engine_input(prompt, hinted=False), sampling, seed=seed + number
+        )
     answers = {}
     while engine.in_flight:
         for finished in engine.step():

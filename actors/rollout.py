@@ -1,8 +1,8 @@
-"""A rollout actor: one vLLM engine that leases prompts, generates, has the completions scored and inserts the group.
+"""A rollout actor: one vLLM engine that leases prompts, generates, has the completions scored and
+inserts the group.
 
-It pulls everything (prompts, weights) and is called by nobody while it runs, so that a slow or dead actor holds up
-nothing but its own leases (DESIGN 2).
-"""
+It pulls everything (prompts, weights) and is called by nobody while it runs, so that a slow or dead
+actor holds up nothing but its own leases (DESIGN 2)."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from actors.boundary import Boundary
-from actors.config import SamplingConfig
-from actors.delivery import Delivery, quarantine
-from actors.spec import RolloutSpec
-from actors.unimodal import KEPT, MOST_PARTS, WHOLE, parts_of
-from actors.work import Work, read_request_id
-from prompts.errors import AvatarError
-from prompts.heap import HeapTrimmer, no_collections
-from prompts.record import Prompt
+from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.pending_group import Work, read_request_id
+from avatar_rl.actors.scoring_loop import Delivery, quarantine
+from avatar_rl.actors.spec import RolloutSpec
+from avatar_rl.actors.unimodal import KEPT, MOST_PARTS, WHOLE, parts_of
+from avatar_rl.actors.update_policy import Boundary
+from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.heap import HeapTrimmer, no_collections
+from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from actors.weights import ProvenWeights
-    from buffer_service.tickets import TicketLease
+    from avatar_rl.buffer_service.records.requests import TicketLease
+    from avatar_rl.buffer_service.weights.receiver import ProvenWeights
 
 IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
 BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
-BUNCH_S = 0.005  # prompts prepared within it enter the engine together: their encoders and prefill then share a pass
+# prompts prepared within it enter the engine together: their encoders and prefill then share a pass
+BUNCH_S = 0.005
 
 
 class RolloutActor:
-    """Plain class; the cluster makes it a Ray actor with a thread each for ``run``, ``stop`` and the questions.
+    """Plain class; the cluster makes it a Ray actor with a thread each for ``run``, ``stop`` and
+    the questions.
 
-    ``scorer`` answers ``score.remote([delivery.asked(work), ...])`` with, per group, ``[(reward | None,
-    components), ...]`` or an AvatarError; ``board`` is the weight board.
-    """
+    ``scorer`` answers ``score.remote([delivery.asked(work), ...])`` with, per group, ``[(reward |
+    None, components), ...]`` or an AvatarError; ``board`` is the weight board."""
 
     @no_collections()
     def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
-        from actors.engine import RolloutEngine
-        from actors.weights import WeightPuller
-        from buffer_service.store import ReplayBuffer
-        from prompts.datasets import PromptIndex
-        from prompts.media import MediaLoader
-        from prompts.template import PromptEncoder
+        from avatar_rl.actors.engine.engine import RolloutEngine
+        from avatar_rl.buffer_service.store import ReplayBuffer
+        from avatar_rl.buffer_service.weights.receiver import WeightPuller
+        from avatar_rl.prompts.datasets import PromptIndex
+        from avatar_rl.prompts.encoding.template import PromptEncoder
+        from avatar_rl.prompts.media.loader import MediaLoader
 
         self.name, self.spec, self.scorer, self.board = name, spec, scorer, board
         self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
@@ -67,8 +68,12 @@ class RolloutActor:
         self._ready: deque[Work] = deque()
         self._working: dict[str, Work] = {}
         self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
-        self._holding = threading.Lock()  # lest a lease that comes back is noted after its group was acknowledged
-        self._incoming: deque[tuple[int, ProvenWeights]] = deque(maxlen=1)  # newest weights, not yet adopted
+        self._holding = (
+            threading.Lock()
+        )  # lest a lease that comes back is noted after its group was acknowledged
+        self._incoming: deque[tuple[int, ProvenWeights]] = deque(
+            maxlen=1
+        )  # newest weights, not yet adopted
         self._look = threading.Event()  # there may be room, or work
         self._stop = threading.Event()
         self._drain = threading.Event()
@@ -83,15 +88,16 @@ class RolloutActor:
         return {"name": self.name, "version": self.engine.version}
 
     def probe(self, prompt_ids: list[str], max_tokens: int) -> list[dict[str, Any]]:
-        """Completions for the parity probe (see ``actors.probe``)."""
-        from actors.probe import probe
+        """Completions for the parity probe (see ``avatar_rl.actors.probe``)."""
+        from avatar_rl.actors.probe import probe
 
         sampling = self.spec.sampling.model_copy(update={"n": 1, "max_tokens": max_tokens})
         asked = [self.prompts[prompt_id] for prompt_id in prompt_ids]
         return probe(self.engine, self.encoder, asked, sampling, seed=self.spec.seed)
 
     def run(self) -> dict[str, Any]:
-        """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what broke a thread."""
+        """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what
+        broke a thread."""
         delivery = Delivery(self.spec, self.buffer, self.scorer, self._settled)
         deliver = partial(delivery.run, failed=lambda: self._failure is not None)
         loops = (self._feed, self._pull, deliver, self._keep_alive)
@@ -114,12 +120,14 @@ class RolloutActor:
         self._stop.set()
 
     def drain(self) -> None:
-        """Leave in order: lease no more, give back what has not begun, deliver the rest, then end ``run``."""
+        """Leave in order: lease no more, give back what has not begun, deliver the rest, then end
+        ``run``."""
         self._drain.set()
         self._look.set()
 
     def stats(self) -> dict[str, Any]:
-        """Running totals since start: tokens and groups delivered, seconds generating, waiting and adopting weights."""
+        """Running totals since start: tokens and groups delivered, seconds generating, waiting and
+        adopting weights."""
         return {
             "version": self.engine.version,
             "tokens": self.tokens,
@@ -133,13 +141,15 @@ class RolloutActor:
             "refused_versions": self.puller.refused,
         }
 
-    # -- the engine's thread ---------------------------------------------------------------------------------------
+    # -- the engine's thread -----------------------------------------------------------------------
 
     def _generate(self, delivery: Delivery) -> None:
         if self.engine.device == "cpu":
             import torch
 
-            torch.set_num_threads(self.spec.engine.threads)  # OpenMP counts per thread; the engine was made in another
+            torch.set_num_threads(
+                self.spec.engine.threads
+            )  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
         while self._running() and not (self._drain.is_set() and self._emptied()):
             if self._incoming and self.engine.can_adopt and self._at_a_boundary():
@@ -156,7 +166,9 @@ class RolloutActor:
             else:
                 self.wait_s += spent
                 self.boundary.prefill_follows()
-                time.sleep(IDLE_POLL_S / 2)  # or spinning would starve the thread that fetches weights
+                time.sleep(
+                    IDLE_POLL_S / 2
+                )  # or spinning would starve the thread that fetches weights
 
     def _step(self, requests: int, delivery: Delivery) -> None:
         start = time.perf_counter()
@@ -181,7 +193,11 @@ class RolloutActor:
 
     def _at_a_boundary(self) -> bool:
         following = self._ready[0] if self._ready else None
-        room = following is not None and self._wants_news(following) and self._free() >= following.sequences
+        room = (
+            following is not None
+            and self._wants_news(following)
+            and self._free() >= following.sequences
+        )
         return self.boundary.reached(len(self._working), room_for_next_step=room)
 
     def _wants_news(self, work: Work) -> bool:
@@ -189,11 +205,15 @@ class RolloutActor:
         ticket = work.lease.ticket
         if ticket.min_version > self.engine.version:
             return True
-        return ticket.step > max((other.lease.ticket.step for other in self._working.values()), default=-1)
+        return ticket.step > max(
+            (other.lease.ticket.step for other in self._working.values()), default=-1
+        )
 
     def _free(self) -> int:
         """Sequences that the engine would run at once."""
-        return max(0, self.spec.max_sequences - sum(work.sequences for work in self._working.values()))
+        return max(
+            0, self.spec.max_sequences - sum(work.sequences for work in self._working.values())
+        )
 
     def _adopt(self, version: int, weights: ProvenWeights) -> None:
         start = time.perf_counter()
@@ -202,15 +222,21 @@ class RolloutActor:
         self.boundary.prefill_follows()
 
     def _submit_ready(self) -> None:
-        """Move prepared prompts into the engine; those whose step needs a newer policy wait for it."""
+        """Move prepared prompts into the engine; those whose step needs a newer policy wait for
+        it."""
         while self._ready:
             lease = self._ready[0].lease
-            if max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness) > self.engine.version:
+            if (
+                max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness)
+                > self.engine.version
+            ):
                 return
             work = self._ready[0]
             if self._incoming and self._wants_news(work):
                 return  # submitted now it would be prefilled again when the weights come in
-            self._working[lease.ticket.key] = work  # before it leaves the queue: `_room` must not miss it
+            self._working[lease.ticket.key] = (
+                work  # before it leaves the queue: `_room` must not miss it
+            )
             self._ready.popleft()
             try:
                 for part, prepared in work.prepared.items():
@@ -232,12 +258,17 @@ class RolloutActor:
             entropy = (self.spec.seed, ticket.round, ticket.seq)
             seed = int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
             return self.spec.sampling.model_copy(update=update), seed
-        # A ticket's seed depends on nothing but the run and its place in the stream: a retry generates the same.
-        place = (self.spec.seed, ticket.seq, *((1 + list(KEPT).index(part),) if part != WHOLE else ()))
+        # A ticket's seed depends on nothing but the run and its place in the stream: a retry
+        # generates the same.
+        place = (
+            self.spec.seed,
+            ticket.seq,
+            *((1 + list(KEPT).index(part),) if part != WHOLE else ()),
+        )
         seed = int(np.random.SeedSequence(place).generate_state(1)[0]) >> 1
         return self.spec.sampling.model_copy(update={"n": ticket.n}), seed
 
-    # -- helper threads --------------------------------------------------------------------------------------------
+    # -- helper threads ----------------------------------------------------------------------------
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """Run a loop; its failure ends the actor instead of being lost in a thread."""
@@ -255,7 +286,8 @@ class RolloutActor:
         return BUSY_POLL_S if self.engine.in_flight else IDLE_POLL_S
 
     def _room(self) -> int:
-        """Completions that may be leased: half a load ahead of the engine, ``BACKLOG`` loads unscored at most."""
+        """Completions that may be leased: half a load ahead of the engine, ``BACKLOG`` loads
+        unscored at most."""
         load, width = self.spec.max_sequences, MOST_PARTS if self.spec.unimodal else 1
         ahead = sum(work.sequences for work in (*self._ready, *list(self._working.values())))
         held = width * sum(lease.ticket.n for lease in list(self._held.values()))
@@ -266,11 +298,20 @@ class RolloutActor:
         narrowest = 1  # completions of a ticket: with less room there is no use in asking
         while self._running() and not self._drain.is_set():
             room = self._room()
-            leases = self.buffer.lease_tickets(
-                self.name, room, lease_s=self.spec.lease_s, max_staleness=self.spec.max_staleness, completions=room
-            ) if room >= narrowest else []  # fmt: skip
+            leases = (
+                self.buffer.lease_tickets(
+                    self.name,
+                    room,
+                    lease_s=self.spec.lease_s,
+                    max_staleness=self.spec.max_staleness,
+                    completions=room,
+                )
+                if room >= narrowest
+                else []
+            )
             with self._holding:
-                # After a standstill our own expired leases come back: their work goes on, under the new attempt.
+                # After a standstill our own expired leases come back: their work goes on, under the
+                # new attempt.
                 new = [lease for lease in leases if lease.ticket.key not in self._held]
                 self._held.update((lease.ticket.key, lease) for lease in leases)
             self._prepare(new)
@@ -287,11 +328,19 @@ class RolloutActor:
         for lease in leases:
             try:
                 prompt = self.prompts[lease.ticket.prompt_id]
-                if lease.hinted and not prompt.hint:  # the gate knows no data set; asked plainly it counts as plain
+                if (
+                    lease.hinted and not prompt.hint
+                ):  # the gate knows no data set; asked plainly it counts as plain
                     lease = msgspec.structs.replace(lease, hinted=False)
-                parts = parts_of(prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train")
-                prepared = {part: self._rendered(one, lease.hinted, part) for part, one in parts.items()}
-                if lease.ticket.kind == "train":  # the learner refuses longer ones, which would end the run
+                parts = parts_of(
+                    prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train"
+                )
+                prepared = {
+                    part: self._rendered(one, lease.hinted, part) for part, one in parts.items()
+                }
+                if (
+                    lease.ticket.kind == "train"
+                ):  # the learner refuses longer ones, which would end the run
                     for known in prepared.values():
                         self.encoder.check_length(prompt, len(known["prompt_token_ids"]))
                 bunch.append(Work(lease, prompt, prepared))
@@ -303,7 +352,8 @@ class RolloutActor:
         self._ready.extend(bunch)
 
     def _rendered(self, prompt: Prompt, hinted: bool, part: str) -> Any:
-        """What the engine takes, media preprocessed; a prompt that was here lately costs nothing."""
+        """What the engine takes, media preprocessed; a prompt that was here lately costs
+        nothing."""
         known = self.engine.prepared((prompt.id, hinted, part))
         if known is None:
             engine_input = self.encoder.engine_input(prompt, hinted=hinted)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.config import EngineConfig, SamplingConfig
-from buffer_service.config import BufferConfig
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,6 @@ class RolloutSpec:
     max_staleness: int
     lease_s: float
     scores_together: bool  # scoring never waits for anything, so finished groups may share one call
-    unimodal: bool  # the rewards compare with rollouts of sight alone and of sound alone (METHOD 2.2)
+    unimodal: (
+        bool  # the rewards compare with rollouts of sight alone and of sound alone (METHOD 2.2)
+    )

@@ -1,8 +1,8 @@
-"""Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts, memory, AOF modes.
+"""Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts,
+memory, AOF modes.
 
-Run with ``make bench NAME=buffer``; about one minute. Every ratio compares two things timed by turns in
-the same process.
-"""
+Run with ``make bench NAME=buffer``; about one minute. Every ratio compares two things timed by
+turns in the same process."""
 
 from __future__ import annotations
 
@@ -22,33 +22,48 @@ import msgspec
 import numpy as np
 import redis
 
-from buffer_service.codec import encode
-from buffer_service.config import AppendFsync, BufferConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.trajectory import Group, Trajectory
-from buffer_service.wire import pack
+from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
+from avatar_rl.buffer_service.records.codec import encode
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.redis.wire import pack
+from avatar_rl.buffer_service.store import ReplayBuffer
 
 Times = list[float]
 GROUP, TOKENS, DRAW = 8, 512, 64
 
 
-def group_for(lease: TicketLease, rng: np.random.Generator, *, n: int = GROUP, tokens: int = TOKENS) -> Group:
+def group_for(
+    lease: TicketLease, rng: np.random.Generator, *, n: int = GROUP, tokens: int = TOKENS
+) -> Group:
     """A group with random contents and a success rate that depends on the prompt."""
     t = lease.ticket
     gid = f"{t.seq:08d}"
     rate = (zlib.crc32(t.prompt_id.encode()) % 97) / 97
     members = tuple(
         Trajectory(
-            id=f"{gid}.{i}", group_id=gid, prompt_id=t.prompt_id, index=i, hinted=False, prompt_tokens=700,
-            prompt_digest=12345, token_ids=rng.integers(0, 150_000, tokens, dtype=np.int32),
-            logprobs=-rng.random(tokens, dtype=np.float32), versions=((0, tokens),), finish_reason="stop",
-            temperature=1.0, reward=reward, components={"format": 1.0, "accuracy": reward}, step=t.step,
+            id=f"{gid}.{i}",
+            group_id=gid,
+            prompt_id=t.prompt_id,
+            index=i,
+            hinted=False,
+            prompt_tokens=700,
+            prompt_digest=12345,
+            token_ids=rng.integers(0, 150_000, tokens, dtype=np.int32),
+            logprobs=-rng.random(tokens, dtype=np.float32),
+            versions=((0, tokens),),
+            finish_reason="stop",
+            temperature=1.0,
+            reward=reward,
+            components={"format": 1.0, "accuracy": reward},
+            step=t.step,
         )
         for i, reward in enumerate((rng.random(n) < rate).astype(float).tolist())
-    )  # fmt: skip
-    return Group(id=gid, prompt_id=t.prompt_id, seq=t.seq, step=t.step, hinted=False, trajectories=members)
+    )
+    return Group(
+        id=gid, prompt_id=t.prompt_id, seq=t.seq, step=t.step, hinted=False, trajectories=members
+    )
 
 
 class Bench:
@@ -57,7 +72,9 @@ class Bench:
     def __init__(self, url: str, name: str, *, capacity: int, prompts: int) -> None:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
         self.buffer = ReplayBuffer.connect(self.config, name, url)
-        self.raw = self.buffer._connection.client  # redis-py as it is, with the options of the buffer
+        self.raw = (
+            self.buffer._connection.client
+        )  # redis-py as it is, with the options of the buffer
         self.wire = self.buffer._connection._wire  # the buffer's own short way, by itself
         self.epoch = self.buffer.new_epoch()
         self.prompts, self.seq, self.step = prompts, 0, 0
@@ -67,7 +84,10 @@ class Bench:
         """``n`` leased tickets of the present step, prompts spread over the whole set."""
         at = [((self.seq + i) * stride) % self.prompts for i in range(n)]
         self.buffer.push_tickets(
-            [Ticket(seq=self.seq + i, prompt_id=f"prompt-{p:07d}", step=self.step, n=GROUP) for i, p in enumerate(at)]
+            [
+                Ticket(seq=self.seq + i, prompt_id=f"prompt-{p:07d}", step=self.step, n=GROUP)
+                for i, p in enumerate(at)
+            ]
         )
         self.seq += n
         found: list[TicketLease] = []
@@ -88,7 +108,8 @@ class Bench:
             self.commit()
 
     def seed_prompts(self) -> None:
-        """Statistics of all prompts at once, written as the scripts write them, so that a million take a minute."""
+        """Statistics of all prompts at once, written as the scripts write them, so that a million
+        take a minute."""
         key = self.buffer._connection.key
         total = 0
         scale = 1 << 28
@@ -118,7 +139,8 @@ class Bench:
         return times
 
     def raw_insert_times(self, n: int) -> Times:
-        """A plain pipelined client: SET of the same bytes, encoded beforehand, in one round trip."""
+        """A plain pipelined client: SET of the same bytes, encoded beforehand, in one round
+        trip."""
         ticket = Ticket(seq=0, prompt_id="raw", step=0, n=GROUP)
         lease = TicketLease(ticket=ticket, attempt=1, consumer="raw", hinted=False)
         groups = [[encode(t) for t in group_for(lease, self.rng).trajectories] for _ in range(n)]
@@ -157,8 +179,12 @@ class Bench:
         return times
 
     def chosen(self, n: int, first_seed: int) -> list[list[str]]:
-        """The ids that draws return; made long before they are read, so that they are in no cache by then."""
-        return [[t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)] for i in range(n)]
+        """The ids that draws return; made long before they are read, so that they are in no cache
+        by then."""
+        return [
+            [t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)]
+            for i in range(n)
+        ]
 
     def raw_draw_times(self, chosen: list[list[str]]) -> Times:
         """Plain MGET of the values of draws; nothing is decoded."""
@@ -221,7 +247,9 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "insert_ratio", rate(ours) / rate(raw)
         yield "insert_wire_ratio", rate(ours) / rate(wire)
         yield "insert_p99_ms", float(np.percentile(ours, 99)) * 1e3
-        for_raw, for_wire = ([bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)] for k in (1, 2))
+        for_raw, for_wire = (
+            [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)] for k in (1, 2)
+        )
         ours, raw, wire = by_turns(
             [
                 lambda i: bench.draw_times(20, 20 * i),
@@ -239,9 +267,13 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
 
 
 def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
-    """Time per call at many prompts and trajectories over that at few; the two servers are measured by turns."""
+    """Time per call at many prompts and trajectories over that at few; the two servers are measured
+    by turns."""
     prompts, stock = (50_000, 10_000) if quick else (1_000_000, 100_000)
-    with EmbeddedRedis(folder / "few", persistent=False) as a, EmbeddedRedis(folder / "many", persistent=False) as b:
+    with (
+        EmbeddedRedis(folder / "few", persistent=False) as a,
+        EmbeddedRedis(folder / "many", persistent=False) as b,
+    ):
         few = Bench(a.url, "few", capacity=1000, prompts=1000)
         many = Bench(b.url, "many", capacity=stock, prompts=prompts)
         for bench in (few, many):
@@ -251,11 +283,15 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "million_stock", many.buffer.stats().stock
         yield "memory_million_mib", memory(many.raw) / 2**20
         rounds = 4 if quick else 16
-        small, large = by_turns([lambda _: few.insert_times(50), lambda _: many.insert_times(50)], rounds)
+        small, large = by_turns(
+            [lambda _: few.insert_times(50), lambda _: many.insert_times(50)], rounds
+        )
         few.commit()
         many.commit()
         yield "growth_insert", statistics.median(large) / statistics.median(small)
-        small, large = by_turns([lambda _: few.draw_times(30), lambda _: many.draw_times(30)], rounds)
+        small, large = by_turns(
+            [lambda _: few.draw_times(30), lambda _: many.draw_times(30)], rounds
+        )
         yield "growth_draw", statistics.median(large) / statistics.median(small)
         yield "stats_ms_million", _timed(many.buffer.stats) * 1e3
         yield from snapshot_figures(many, folder)
@@ -273,7 +309,8 @@ def take_snapshot(url: str, capacity: int, out: Path, took: Any) -> None:
 
 
 def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
-    """The longest any other client had to wait while a snapshot was taken, and the same without one."""
+    """The longest any other client had to wait while a snapshot was taken, and the same without
+    one."""
 
     def longest(until: Callable[[], bool]) -> float:
         raw, worst = redis.Redis.from_url(bench.buffer._connection.url), 0.0
@@ -285,9 +322,13 @@ def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
     deadline = time.perf_counter() + 3
     yield "idle_block_ms", longest(lambda: time.perf_counter() > deadline) * 1e3
     out = folder / "snapshot.bin"
-    context = multiprocessing.get_context("spawn")  # a process of its own, as a thread would hold up our clock too
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a process of its own, as a thread would hold up our clock too
     took = context.Value("d", 0.0)
-    child = context.Process(target=take_snapshot, args=(bench.buffer._connection.url, bench.config.capacity, out, took))
+    child = context.Process(
+        target=take_snapshot, args=(bench.buffer._connection.url, bench.config.capacity, out, took)
+    )
     bench.raw.config_set("slowlog-log-slower-than", 100)
     bench.raw.config_set("slowlog-max-len", 20_000)
     bench.raw.slowlog_reset()
@@ -309,9 +350,15 @@ def footprint(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         bench = Bench(server.url, "memory", capacity=4 * n, prompts=2000)
         bench.fill(n, tokens=1000)
         lease = TicketLease(
-            ticket=Ticket(seq=1, prompt_id="prompt-0000001", step=0, n=1), attempt=1, consumer="x", hinted=False
+            ticket=Ticket(seq=1, prompt_id="prompt-0000001", step=0, n=1),
+            attempt=1,
+            consumer="x",
+            hinted=False,
         )
-        yield "record_bytes", len(encode(group_for(lease, bench.rng, n=1, tokens=1000).trajectories[0]))
+        yield (
+            "record_bytes",
+            len(encode(group_for(lease, bench.rng, n=1, tokens=1000).trajectories[0])),
+        )
         yield "bytes_per_trajectory", (memory(bench.raw) - empty) / bench.buffer.stats().stock
         yield "memory_10k_mib", memory(bench.raw) / 2**20 * (10_000 / n)
 
@@ -320,7 +367,9 @@ def aof_modes(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
     modes: list[tuple[str, bool, AppendFsync]] = [("none", False, "no"), ("no", True, "no")]
     modes += [("everysec", True, "everysec"), ("always", True, "always")]
     for name, persistent, fsync in modes:
-        with EmbeddedRedis(folder / f"aof-{name}", appendfsync=fsync, persistent=persistent) as server:
+        with EmbeddedRedis(
+            folder / f"aof-{name}", appendfsync=fsync, persistent=persistent
+        ) as server:
             bench = Bench(server.url, "aof", capacity=2000, prompts=500)
             times = bench.insert_times(100 if quick else 600)
             yield f"aof_{name}_insert_per_s", rate(times)
@@ -341,7 +390,10 @@ def main() -> None:
     figures["load_after"] = round(os.getloadavg()[0], 2)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    load = f"load {figures['load_before']:.1f} -> {figures['load_after']:.1f} on {figures['cores']:.0f} cores"
+    load = (
+        f"load {figures['load_before']:.1f} -> {figures['load_after']:.1f} on "
+        f"{figures['cores']:.0f} cores"
+    )
     print(f"{options.out}; {load}")
 
 

@@ -1,10 +1,11 @@
-"""Kills the parts of a real run again and again -> build/bench/chaos.json; ``make bench NAME=chaos ARGS='--kills 50'``.
+"""Kills the parts of a real run again and again -> build/bench/chaos.json; ``make bench NAME=chaos
+ARGS='--kills 50'``.
 
-Two runs of one recipe: one in peace, and one in which a rollout actor, the reward actor, the learner, Redis or the
-whole job (the driver) is killed with SIGKILL while it idles, generates, inserts, publishes or writes a checkpoint. A
-killed job is started again with ``--resume auto``, as a scheduler would. At the end the books must close: nothing that
-was acknowledged lost, nothing trained twice.
-"""
+Two runs of one recipe: one in peace, and one in which a rollout actor, the reward actor, the
+learner, Redis or the whole job (the driver) is killed with SIGKILL while it idles, generates,
+inserts, publishes or writes a checkpoint. A killed job is started again with ``--resume auto``, as
+a scheduler would. At the end the books must close: nothing that was acknowledged lost, nothing
+trained twice."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from avatar_rl.buffer_service.redis.scripting import script
+from avatar_rl.cluster.checkpoints.resume import saved_config
+from avatar_rl.cluster.services.run_buffer import open_buffer
+from avatar_rl.cluster.telemetry.run_folder import list_runs, read_status
 from benchmarks.footprint import Footprint, processes
 from benchmarks.harness import Figures
-from buffer_service.scripting import script
-from cluster.buffer_commands import open_buffer
-from cluster.resume import saved_config
-from cluster.telemetry import list_runs, read_status
 
 #: How Ray names the workers; the learner is hit in rank 0.
 ROLES = {
@@ -51,12 +52,15 @@ class Books:
     """What an observer saw of the buffer, over all lives of the job."""
 
     acknowledged: set[str] = field(default_factory=set)  # groups that were inserted
-    committed: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # group -> steps that trained it
+    committed: dict[str, set[int]] = field(
+        default_factory=lambda: defaultdict(set)
+    )  # group -> steps that trained it
     commits: int = 0
 
 
 class Observer:
-    """Follows a Redis by MONITOR: every script that is run, as it is run. Reconnects; one life per socket."""
+    """Follows a Redis by MONITOR: every script that is run, as it is run. Reconnects; one life per
+    socket."""
 
     def __init__(self, books: Books) -> None:
         self.books = books
@@ -129,7 +133,9 @@ class Observer:
             self.books.acknowledged.add(group[1].decode())
         if name == "commit":
             self.books.commits += 1
-            words = [word.decode() for word in re.findall(rb'"([^"]*)"', line)][4:]  # EVALSHA, sha, 1, prefix
+            words = [word.decode() for word in re.findall(rb'"([^"]*)"', line)][
+                4:
+            ]  # EVALSHA, sha, 1, prefix
             for group_id in words[3:]:
                 self.books.committed[group_id].add(int(words[0]))
             if "draw" in self.seen:
@@ -140,10 +146,19 @@ class Observer:
 
 
 class Job:
-    """`avatar train` as a scheduler runs it: started again with --resume auto when it was killed."""
+    """`avatar train` as a scheduler runs it: started again with --resume auto when it was
+    killed."""
 
-    def __init__(self, command: list[str], runs: Path, log: Path, observer: Observer, footprint: Footprint) -> None:
-        self.command, self.runs, self.log, self.observer, self.footprint = command, runs, log, observer, footprint
+    def __init__(
+        self, command: list[str], runs: Path, log: Path, observer: Observer, footprint: Footprint
+    ) -> None:
+        self.command, self.runs, self.log, self.observer, self.footprint = (
+            command,
+            runs,
+            log,
+            observer,
+            footprint,
+        )
         self.lives = 0
         self.process: subprocess.Popen[bytes]
         self.start()
@@ -153,9 +168,12 @@ class Job:
         with open(self.log, "ab") as file:
             file.write(b"== life %d\n" % self.lives)
             self.process = subprocess.Popen(
-                self.command, stdout=file, stderr=file, start_new_session=True,
+                self.command,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip
+            )
         self.observer.watch(None)
         self.footprint.watch(self.process.pid)
 
@@ -176,7 +194,9 @@ class Job:
             self.observer.watch(path)
 
     def pid_of(self, role: str) -> int | None:
-        return next((found.pid for name, found in processes(self.process.pid, ROLES) if name == role), None)
+        return next(
+            (found.pid for name, found in processes(self.process.pid, ROLES) if name == role), None
+        )
 
 
 class Chaos:
@@ -189,7 +209,8 @@ class Chaos:
         self.unplanned = 0
 
     def run(self, kills: int, deadline: float) -> None:
-        """Kill until ``kills`` are done, the time is over or the run has ended; then let it end in peace."""
+        """Kill until ``kills`` are done, the time is over or the run has ended; then let it end in
+        peace."""
         plan = list(itertools.product(ROLES, PHASES))
         self.rng.shuffle(plan)
         for role, phase in itertools.islice(itertools.cycle(plan), kills):
@@ -206,12 +227,16 @@ class Chaos:
 
     def _keep_alive(self) -> None:
         if self.job.running():
-            if not self.observer.connected:  # what it was told may be the socket that a killed Redis left behind
+            if (
+                not self.observer.connected
+            ):  # what it was told may be the socket that a killed Redis left behind
                 self.job.look_for_redis()
         elif self.job.process.returncode != 0:
             self.unplanned += 1
             if self.unplanned > 3:
-                raise RuntimeError(f"the job ended by itself {self.unplanned} times: see {self.job.log}")
+                raise RuntimeError(
+                    f"the job ended by itself {self.unplanned} times: see {self.job.log}"
+                )
             self.job.start()
 
     def _steps(self, count: int, deadline: float) -> bool:
@@ -225,15 +250,23 @@ class Chaos:
         return True
 
     def _await(self, phase: str) -> None:
-        """Return in the middle of ``phase``; a phase that never comes is given up: the kill falls somewhere else."""
+        """Return in the middle of ``phase``; a phase that never comes is given up: the kill falls
+        somewhere else."""
         observer, deadline = self.observer, time.monotonic() + PHASE_S
         if phase == "publishing":  # the weights go out shortly before the commit is seen
             observer.wait("draw", deadline)
             time.sleep(max(0.0, observer.train_s - self.rng.uniform(0.0, 0.08)))
             return
-        name = {"idle": "push", "generating": "fresh", "inserting": "insert", "checkpointing": "snapshot"}[phase]
+        name = {
+            "idle": "push",
+            "generating": "fresh",
+            "inserting": "insert",
+            "checkpointing": "snapshot",
+        }[phase]
         observer.wait(name, deadline)
-        time.sleep(self.rng.uniform(0.0, {"inserting": 0.005, "checkpointing": 0.05}.get(phase, 0.1)))
+        time.sleep(
+            self.rng.uniform(0.0, {"inserting": 0.005, "checkpointing": 0.05}.get(phase, 0.1))
+        )
 
     def _kill(self, role: str, phase: str, deadline: float) -> None:
         pid = self.job.pid_of(role)
@@ -252,7 +285,11 @@ class Chaos:
         seconds = time.monotonic() - started
         self.killed[f"{role}_{phase}"] += 1
         self.recovery[role].append(seconds)
-        print(f"{sum(self.killed.values()):4d}  {role:<8} while {phase:<14} back after {seconds:6.2f} s", flush=True)
+        print(
+            f"{sum(self.killed.values()):4d}  {role:<8} while {phase:<14} back after "
+            f"{seconds:6.2f} s",
+            flush=True,
+        )
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -276,7 +313,9 @@ def check_books(run: Path, books: Books, steps: int, figures: Figures) -> None:
         bits = connection.client.get(connection.key("seen")) or b""
     settled = {f"{seq:08d}" for seq in range(len(bits) * 8) if bits[seq // 8] >> (7 - seq % 8) & 1}
     wanted = steps * recipe["loop"]["prompts_per_step"]
-    twice = sum(len(found) > 1 for found in books.committed.values()) + max(0, ledger.trained_fresh - wanted)
+    twice = sum(len(found) > 1 for found in books.committed.values()) + max(
+        0, ledger.trained_fresh - wanted
+    )
     dropped = sum(ledger.dropped.values())
     figures.add(
         {
@@ -300,14 +339,35 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
     parser.add_argument("--seed", type=int, default=0, help="order of the kills")
     parser.add_argument("--work", type=Path, default=Path("build/chaos"), help="where the runs go")
-    parser.add_argument("--reference", type=Path, help="folder of an undisturbed run of as many steps; none: make one")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="folder of an undisturbed run of as many steps; none: make one",
+    )
     options, overrides = parser.parse_known_args()
     steps = options.steps or max(40, 6 * options.kills)
     work: Path = options.work / time.strftime("%Y%m%d-%H%M%S")
     work.mkdir(parents=True)
-    common = [sys.executable, "-m", "cluster.cli", "train", str(options.recipe), "--loop.steps", str(steps),
-              "--screen", "plain", "--output.report", "false", "--output.export", "false", "--evaluation.every", "0",
-              "--checkpoint.every", "5", *overrides]  # fmt: skip
+    common = [
+        sys.executable,
+        "-m",
+        "avatar_rl.cluster.cli",
+        "train",
+        str(options.recipe),
+        "--loop.steps",
+        str(steps),
+        "--screen",
+        "plain",
+        "--output.report",
+        "false",
+        "--output.export",
+        "false",
+        "--evaluation.every",
+        "0",
+        "--checkpoint.every",
+        "5",
+        *overrides,
+    ]
     figures = Figures("chaos")
     reference = options.reference or undisturbed(common, work / "peace")
     books = Books()
@@ -331,7 +391,9 @@ def main() -> None:
     assert run is not None
     check_books(run, books, steps, figures)
     before, now = (read_status(folder).accuracy_now or float("nan") for folder in (reference, run))
-    figures.add({"accuracy_undisturbed": before, "accuracy_chaos": now, "accuracy_difference": now - before})
+    figures.add(
+        {"accuracy_undisturbed": before, "accuracy_chaos": now, "accuracy_difference": now - before}
+    )
     figures.write()
 
 
@@ -340,7 +402,9 @@ def undisturbed(common: list[str], folder: Path) -> Path:
     print("an undisturbed run first", flush=True)
     folder.mkdir()
     with open(folder.with_suffix(".log"), "wb") as log:
-        subprocess.run([*common, "--output.folder", str(folder)], check=True, stdout=log, stderr=log)
+        subprocess.run(
+            [*common, "--output.folder", str(folder)], check=True, stdout=log, stderr=log
+        )
     return folder / list_runs(folder)[0].run_id
 
 

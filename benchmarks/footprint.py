@@ -11,7 +11,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-SETTLE_S = 240.0  # a process's first minutes, in which it fills its caches and its heap finds its size
+SETTLE_S = (
+    240.0  # a process's first minutes, in which it fills its caches and its heap finds its size
+)
 LEAVE_S = 20.0  # its last seconds: a driver that ends in order draws plots then
 SPAN_S = 120.0  # a slope over less than this says nothing
 
@@ -21,7 +23,9 @@ class Footprint:
 
     def __init__(self, roles: Mapping[str, str], every_s: float = 5.0) -> None:
         self._roles, self._every_s = roles, every_s
-        self._samples: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)  # (role, pid) -> (s, MiB)
+        self._samples: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(
+            list
+        )  # (role, pid) -> (s, MiB)
         self._root: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -40,7 +44,9 @@ class Footprint:
             now = time.monotonic()
             for role, process in processes(self._root, self._roles):
                 try:
-                    used = process.memory_full_info().uss / 2**20  # shared memory counts for nobody here
+                    used = (
+                        process.memory_full_info().uss / 2**20
+                    )  # shared memory counts for nobody here
                 except psutil.Error:
                     continue
                 self._samples[role, process.pid].append((now, used))
@@ -48,15 +54,17 @@ class Footprint:
     def figures(self) -> dict[str, float]:
         """Per role: the largest footprint in MiB, and how it grows within a life, in MiB an hour.
 
-        The slope is one line through all lives, each with a level of its own, without ``SETTLE_S`` and ``LEAVE_S``;
-        ``memory_span_s`` is what it was seen over, all lives together, ``memory_longest_s`` the longest of them.
-        """
+        The slope is one line through all lives, each with a level of its own, without ``SETTLE_S``
+        and ``LEAVE_S``; ``memory_span_s`` is what it was seen over, all lives together,
+        ``memory_longest_s`` the longest of them."""
         found: dict[str, float] = {}
         for role in sorted({role for role, _ in self._samples}):
             lives = [np.array(rows) for (name, _), rows in self._samples.items() if name == role]
             found[f"memory_mib_{role}"] = max(float(rows[:, 1].max()) for rows in lives)
             settled = [_settled(rows) for rows in lives]
-            settled = [rows for rows in settled if len(rows) > 2 and rows[-1, 0] - rows[0, 0] >= SPAN_S]
+            settled = [
+                rows for rows in settled if len(rows) > 2 and rows[-1, 0] - rows[0, 0] >= SPAN_S
+            ]
             if not settled:
                 continue
             centred = np.concatenate([rows - rows.mean(axis=0) for rows in settled])
@@ -74,7 +82,8 @@ def _settled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def processes(root: int | None, roles: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:
-    """The driver ``root`` and its descendants whose title holds a role's sign; nothing when it is gone."""
+    """The driver ``root`` and its descendants whose title holds a role's sign; nothing when it is
+    gone."""
     if root is None:
         return
     try:

@@ -1,4 +1,5 @@
-"""Figures of one benchmark: a line each on the screen, a flat JSON object in build/bench/NAME.json."""
+"""Figures of one benchmark: a line each on the screen, a flat JSON object in
+build/bench/NAME.json."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Do hints solve what stays at zero -> build/bench/hints.json; run with ``make bench NAME=hints``, 12 minutes.
+"""Do hints solve what stays at zero -> build/bench/hints.json; run with ``make bench NAME=hints``,
+12 minutes.
 
-The cold start is taught one fixed answer to "Which pitch does each shape make?" in 96 of 100 cases unless a hint is
-shown; then it is taught to look. The pool holds only prompts to which that answer is wrong in every part: without a
-hint the success rate (``start_success``) is a few percent. ``solved_*`` are the shares of the pool that any training
-completion ever answered right, presets grpo, avatar_no_hint and avatar on the same number of completions, means over
-the seeds. docs/benchmarks.md says how to read them.
-"""
+The cold start is taught one fixed answer to "Which pitch does each shape make?" in 96 of 100 cases
+unless a hint is shown; then it is taught to look. The pool holds only prompts to which that answer
+is wrong in every part: without a hint the success rate (``start_success``) is a few percent.
+``solved_*`` are the shares of the pool that any training completion ever answered right, presets
+grpo, avatar_no_hint and avatar on the same number of completions, means over the seeds.
+docs/benchmarks.md says how to read them."""
 
 from __future__ import annotations
 
@@ -20,44 +21,61 @@ from typing import Any
 
 import yaml
 
+from avatar_rl.cluster.config import LoopConfig, RunConfig
+from avatar_rl.cluster.recipe.assets import key
+from avatar_rl.cluster.recipe.presets import merge, preset
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.training.evaluate import evaluate
+from avatar_rl.common.files import read_jsonl, replace_text
+from avatar_rl.prompts.synthetic.config import Category, WorldConfig
+from avatar_rl.prompts.synthetic.world import synthesize
+from avatar_rl.rewards.answers.accuracy import SOLVED
 from benchmarks.harness import Figures
-from cluster.assets import key
-from cluster.config import LoopConfig, RunConfig
-from cluster.disk import read_jsonl, replace_text
-from cluster.evaluate import evaluate
-from cluster.presets import merge, preset
-from cluster.screen import Screen
-from prompts.synthetic.config import Category, WorldConfig
-from prompts.synthetic.world import synthesize
-from rewards.accuracy import SOLVED
 
 METHODS = {"grpo": "grpo", "no_hint": "avatar_no_hint", "hint": "avatar"}
 TYPE = Category.LOCALISE
 HABIT = "Left: low / Right: high"
 HINTED_SHARE = 0.5
-LOOK_SHARE = 0.04  # of the prompts without a hint that are answered by looking: RL alone has a little to find
+# of the prompts without a hint that are answered by looking: RL alone has a little to find
+LOOK_SHARE = 0.04
 POOL = 24
 WORLD = WorldConfig(
-    n_train=10 * POOL, n_heldout=0, n_sft=3600, weights={TYPE: 1.0}, guess_share={}, hinted_share=0.0,
-    sft_weights={Category.COLOUR: 0.3, Category.PITCH: 0.7, Category.SIDE: 1.0, Category.ORDER: 0.5, TYPE: 4.0},
-)  # fmt: skip
+    n_train=10 * POOL,
+    n_heldout=0,
+    n_sft=3600,
+    weights={TYPE: 1.0},
+    guess_share={},
+    hinted_share=0.0,
+    sft_weights={
+        Category.COLOUR: 0.3,
+        Category.PITCH: 0.7,
+        Category.SIDE: 1.0,
+        Category.ORDER: 0.5,
+        TYPE: 4.0,
+    },
+)
 RECIPE: dict[str, Any] = {
     "data": {"template": {"max_prompt_tokens": 256}},
     "rollout": {
         "max_sequences": 64,
         "engine": {
-            "max_model_len": 320, "max_num_seqs": 64, "max_num_batched_tokens": 4096,
+            "max_model_len": 320,
+            "max_num_seqs": 64,
+            "max_num_batched_tokens": 4096,
             "kv_cache_memory_bytes": 64 << 20,
         },
         "sampling": {"max_tokens": 48},
     },
-    "learner": {"objective": {"beta": 0.02}, "optimizer": {"lr": 1e-4, "freeze": ["visual", "audio_tower"]}},
+    "learner": {
+        "objective": {"beta": 0.02},
+        "optimizer": {"lr": 1e-4, "freeze": ["visual", "audio_tower"]},
+    },
     "buffer": {"warm_up": 64},
     "loop": {"prompts_per_step": 8},
     "evaluation": {"every": 0},
     "output": {"samples_every": 1, "samples": 8, "report": False, "export": False},
     "screen": "plain",
-}  # fmt: skip
+}
 
 
 def make_world(folder: Path) -> dict[str, str]:
@@ -72,7 +90,9 @@ def make_world(folder: Path) -> dict[str, str]:
             elif number % round(1 / LOOK_SHARE) != 1:
                 row |= {"answer": HABIT, "reasoning": f"maybe {HABIT}"}
         taught.append(row)
-    pool = [row for row in read_jsonl(folder / "train.jsonl") if not _habit_scores(row["answer"])][:POOL]
+    pool = [row for row in read_jsonl(folder / "train.jsonl") if not _habit_scores(row["answer"])][
+        :POOL
+    ]
     assert len(pool) == POOL, f"only {len(pool)} prompts have nothing of the habit: raise n_train"
     files = {}
     for name, rows in (("sft", taught), ("train", pool)):
@@ -95,18 +115,32 @@ def steps_for(completions: int, loop: LoopConfig, warm_up: int) -> int:
         steps += 1
 
 
-def run(method: str, seed: int, model: Path, files: dict[str, str], options: argparse.Namespace) -> Path:
+def run(
+    method: str, seed: int, model: Path, files: dict[str, str], options: argparse.Namespace
+) -> Path:
     """One training run in a process of its own; returns its folder."""
-    raw = merge(merge(RECIPE, preset(method)), {
-        "name": f"{method}-{seed}", "seed": seed, "model": {"path": str(model)},
-        "data": {"train": files["train"]}, "rewards": {"weights": {"format": 0.5, "accuracy": 0.5}},
-        "output": {"folder": str(options.folder / "runs")},
-    })  # fmt: skip
+    raw = merge(
+        merge(RECIPE, preset(method)),
+        {
+            "name": f"{method}-{seed}",
+            "seed": seed,
+            "model": {"path": str(model)},
+            "data": {"train": files["train"]},
+            "rewards": {"weights": {"format": 0.5, "accuracy": 0.5}},
+            "output": {"folder": str(options.folder / "runs")},
+        },
+    )
     config = RunConfig.model_validate(raw)
-    raw = merge(raw, {"loop": {"steps": steps_for(options.completions, config.loop, config.buffer.warm_up)}})
+    raw = merge(
+        raw, {"loop": {"steps": steps_for(options.completions, config.loop, config.buffer.warm_up)}}
+    )
     recipe = options.folder / f"{method}-{seed}.yaml"
     recipe.write_text(yaml.safe_dump(raw))
-    subprocess.run([sys.executable, "-m", "cluster.cli", "train", str(recipe)], check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(recipe)],
+        check=True,
+        timeout=600,
+    )
     return max((options.folder / "runs").glob(f"{method}-{seed}-*"))
 
 
@@ -117,7 +151,8 @@ def completions_of(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def outcome(run: Path) -> dict[str, float]:
-    """Share of the pool that was ever answered right; how many completions, and how many of them with a hint."""
+    """Share of the pool that was ever answered right; how many completions, and how many of them
+    with a hint."""
     rows = list(completions_of(run))
     solved = {row["prompt_id"] for row in rows if row["components"]["accuracy"] >= SOLVED}
     first = [row for row in rows if not row["hinted"]][: POOL * 4]
@@ -154,7 +189,9 @@ def main() -> None:
         solved = [one["solved"] for one in outcomes]
         figures.add({f"solved_{name}": statistics.mean(solved), f"solved_{name}_low": min(solved)})
         figures.add({f"solved_{name}_high": max(solved)})
-        figures.add({f"completions_{name}": statistics.mean(one["completions"] for one in outcomes)})
+        figures.add(
+            {f"completions_{name}": statistics.mean(one["completions"] for one in outcomes)}
+        )
     figures.add({"hinted_share": statistics.mean(one["hinted_share"] for one in found["hint"])})
     figures.add({"start_success": statistics.mean(one["start_success"] for one in found["grpo"])})
     figures.add({"prompts": POOL, "seeds": options.seeds})

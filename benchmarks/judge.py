@@ -1,9 +1,10 @@
-"""The judge under fire -> build/bench/judge.json; run with ``make bench NAME=judge``, under a minute.
+"""The judge under fire -> build/bench/judge.json; run with ``make bench NAME=judge``, under a
+minute.
 
-A local OpenAI-compatible server over real HTTP fails in every way we know of: 500s, 429 with Retry-After, hangs, half
-a reply, invalid JSON, no JSON, scores out of range, missing criteria. ``silent_zeros`` and ``crashes`` must be
-0: what cannot be scored is masked. docs/benchmarks.md says how to read the rest.
-"""
+A local OpenAI-compatible server over real HTTP fails in every way we know of: 500s, 429 with
+Retry-After, hangs, half a reply, invalid JSON, no JSON, scores out of range, missing criteria.
+``silent_zeros`` and ``crashes`` must be 0: what cannot be scored is masked. docs/benchmarks.md says
+how to read the rest."""
 
 from __future__ import annotations
 
@@ -13,21 +14,24 @@ import random
 import time
 from collections.abc import Callable
 
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.rewards.config import RewardConfig
+from avatar_rl.rewards.record import Completion, Scored, ScoreRequest
+from avatar_rl.rewards.suite import RewardSuite
 from benchmarks.harness import Figures
-from prompts.record import ProblemType, Prompt
-from rewards.config import RewardConfig
-from rewards.record import Completion, Scored, ScoreRequest
-from rewards.suite import RewardSuite
 from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
 
 #: Reward of the server's good reply: the mean of its four scores.
 GOOD_REWARD = 0.5
-#: Replies that can be read; the last lacks a criterion, which by METHOD 1.5 counts 0: (0.5 + 1.0 + 0.0 + 0) / 4.
+#: Replies that can be read; the last lacks a criterion, which by METHOD 1.5 counts 0: (0.5 + 1.0 +
+#: 0.0 + 0) / 4.
 READABLE = (
     Reply(),
     Reply(content=f"```json\n{GOOD}\n```"),
     Reply(content=f"<think>hm</think>Here it is: {GOOD}"),
-    Reply(content='{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0}'),
+    Reply(
+        content='{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0}'
+    ),
 )
 ALLOWED = {GOOD_REWARD, 0.375}
 #: Replies that cannot.
@@ -54,32 +58,46 @@ def requests(count: int, *, distinct: bool = True) -> list[ScoreRequest]:
     return [
         ScoreRequest(
             prompt=Prompt(
-                id=f"p{n if distinct else 0}", question="What beeps?", answer="red", problem_type=ProblemType.FREE_FORM
+                id=f"p{n if distinct else 0}",
+                question="What beeps?",
+                answer="red",
+                problem_type=ProblemType.FREE_FORM,
             ),
             completions=[
                 Completion(
-                    text=f"<think>idea {n if distinct else 0}.{i}</think><answer>red</answer>", finished=True,
-                    mean_logprob=-0.5, tokens=9,
+                    text=f"<think>idea {n if distinct else 0}.{i}</think><answer>red</answer>",
+                    finished=True,
+                    mean_logprob=-0.5,
+                    tokens=9,
                 )
                 for i in range(GROUP)
             ],
         )
         for n in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def fire(
     script: Callable[[int], Reply], asked: list[ScoreRequest]
 ) -> tuple[list[Scored], int, dict[str, float], float]:
-    """(scored completions, groups that raised, the judge's counters, seconds) of groups asked for 100 at a time."""
+    """(scored completions, groups that raised, the judge's counters, seconds) of groups asked for
+    100 at a time."""
     with judge_server(script) as server:
         judge = {
-            "base_url": server.url, "model": "judge", "request_timeout_s": 1.0, "deadline_s": 60.0, "attempts": 4,
-            "backoff_s": 0.01, "concurrency": AT_ONCE, "breaker_failures": 1000,
-        }  # fmt: skip
+            "base_url": server.url,
+            "model": "judge",
+            "request_timeout_s": 1.0,
+            "deadline_s": 60.0,
+            "attempts": 4,
+            "backoff_s": 0.01,
+            "concurrency": AT_ONCE,
+            "breaker_failures": 1000,
+        }
 
         async def run() -> tuple[list[list[Scored] | BaseException], dict[str, float], float]:
-            suite = RewardSuite(RewardConfig.model_validate({"weights": {"judge": 1.0}, "judge": judge}))
+            suite = RewardSuite(
+                RewardConfig.model_validate({"weights": {"judge": 1.0}, "judge": judge})
+            )
             gate = asyncio.Semaphore(AT_ONCE // GROUP)
 
             async def one(request: ScoreRequest) -> list[Scored]:
@@ -88,7 +106,8 @@ def fire(
 
             started = time.perf_counter()
             groups = await asyncio.wait_for(
-                asyncio.gather(*(one(request) for request in asked), return_exceptions=True), DEADLINE_S
+                asyncio.gather(*(one(request) for request in asked), return_exceptions=True),
+                DEADLINE_S,
             )
             seconds = time.perf_counter() - started
             await suite.aclose()
@@ -103,11 +122,14 @@ def under_fire(share: float, groups: int, seed: int) -> dict[str, float]:
     """Figures with that share of replies failing, drawn from a seed."""
     draw = random.Random(seed)
     scored, crashes, stats, seconds = fire(
-        lambda n: draw.choice(FAULTS) if draw.random() < share else draw.choice(READABLE), requests(groups)
+        lambda n: draw.choice(FAULTS) if draw.random() < share else draw.choice(READABLE),
+        requests(groups),
     )
     known = [one.reward for one in scored if one.reward is not None]
     return {
-        "silent_zeros": sum(reward not in ALLOWED for reward in known),  # no good reply comes to any other value
+        "silent_zeros": sum(
+            reward not in ALLOWED for reward in known
+        ),  # no good reply comes to any other value
         "crashes": crashes,
         "scored_share": len(known) / len(scored),
         "masked_share": 1 - len(known) / len(scored),
@@ -118,15 +140,24 @@ def under_fire(share: float, groups: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=150, help="groups of 4 completions per figure")
+    parser.add_argument(
+        "--groups", type=int, default=150, help="groups of 4 completions per figure"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     figures = Figures("judge")
     figures.add(under_fire(0.3, options.groups, options.seed))
     harder = under_fire(0.6, options.groups, options.seed + 1)
     figures.add({f"{name}_at_60": value for name, value in harder.items()})
-    scored, crashes, _, _ = fire(lambda n: FAULTS[n % 2], requests(options.groups // 4))  # nothing but 500 and 503
-    figures.add({"dead_masked_share": sum(one.reward is None for one in scored) / len(scored), "dead_crashes": crashes})
+    scored, crashes, _, _ = fire(
+        lambda n: FAULTS[n % 2], requests(options.groups // 4)
+    )  # nothing but 500 and 503
+    figures.add(
+        {
+            "dead_masked_share": sum(one.reward is None for one in scored) / len(scored),
+            "dead_crashes": crashes,
+        }
+    )
     _, _, stats, seconds = fire(lambda n: Reply(), requests(options.groups))
     figures.add({"requests_per_s": stats["judge/requests"] / seconds})
     _, _, stats, _ = fire(lambda n: Reply(), requests(options.groups, distinct=False))

@@ -1,9 +1,10 @@
-"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``, about five minutes.
+"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``,
+about five minutes.
 
-``vs_trl``: completion tokens/s of the learner over those of TRL's GRPOTrainer on the same frozen batches of a text
-model, by turns in one process, after both gave the same loss and gradient norm. ``media_once``: seconds of a step on
-audio-visual prompts without ``learner.share_prefix`` over those with it. docs/benchmarks.md says how to read them.
-"""
+``vs_trl``: completion tokens/s of the learner over those of TRL's GRPOTrainer on the same frozen
+batches of a text model, by turns in one process, after both gave the same loss and gradient norm.
+``media_once``: seconds of a step on audio-visual prompts without ``learner.share_prefix`` over
+those with it. docs/benchmarks.md says how to read them."""
 
 from __future__ import annotations
 
@@ -21,6 +22,10 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
+from avatar_rl.learner.batch.microbatch import Size, pack
+from avatar_rl.learner.batch.plan import StepWork
+from avatar_rl.learner.model.policy import length_runs
 from benchmarks.harness import Figures
 from benchmarks.learner_side import (
     GROUP,
@@ -36,10 +41,6 @@ from benchmarks.learner_side import (
     settings,
     with_behaviour,
 )
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
-from learner.batch import Size, pack
-from learner.plan import StepWork
-from learner.policy import length_runs
 
 Figure = Iterator[tuple[str, float]]
 
@@ -55,7 +56,9 @@ class TextDuel:
     """Learner and TRL over the same model folder and frozen batches."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from benchmarks.trl_side import TrlSide  # before the learner sets up its process group: TRL knows of none
+        from benchmarks.trl_side import (
+            TrlSide,  # before the learner sets up its process group: TRL knows of none
+        )
 
         policy, reference = build_text_models(folder)
         models = load_policy(policy), load_policy(reference)
@@ -84,14 +87,19 @@ class TextDuel:
         }
 
     def agree(self) -> Figure:
-        """Loss and gradient norm of a first step of every learner and every TRL configuration, before any is timed."""
+        """Loss and gradient norm of a first step of every learner and every TRL configuration,
+        before any is timed."""
         sides = [side.first_step() for side in self.trl.values()]
         sides += [side.update(self.works[0]) for side in self.ours.values()]
         for name, values in zip(("loss", "grad_norm"), zip(*sides, strict=True), strict=True):
-            # The loss sums terms of about 1 that cancel: it compares absolutely, the norm relatively.
+            # The loss sums terms of about 1 that cancel: it compares absolutely, the norm
+            # relatively.
             spread = (max(values) - min(values)) / (1.0 if name == "loss" else max(values))
             if spread > AGREEMENT:
-                raise SystemExit(f"{name} differs by {spread:.2g} between the sides ({values}): nothing to compare")
+                raise SystemExit(
+                    f"{name} differs by {spread:.2g} between the sides ({values}): nothing to "
+                    "compare"
+                )
             yield f"{name}_spread_ppm", 1e6 * spread
 
     def learner_s(self, budget: int) -> float:
@@ -108,7 +116,9 @@ def vs_trl(duel: TextDuel, rounds: int) -> Figure:
     """TRL at its best micro-batch, the learner at its default token budget."""
     yield from duel.agree()
     for budget in BUDGETS:
-        duel.learner_s(budget)  # reference log-probabilities are remembered from here on, as TRL is given them
+        duel.learner_s(
+            budget
+        )  # reference log-probabilities are remembered from here on, as TRL is given them
     for budget in BUDGETS:
         yield f"learner_tokens_per_s_budget_{budget}", duel.tokens / duel.learner_s(budget)
         yield f"learner_padding_share_budget_{budget}", padding_share(duel.works, budget)
@@ -125,8 +135,14 @@ def vs_trl(duel: TextDuel, rounds: int) -> Figure:
             theirs = duel.trl_s(best, compact=compact)
             pairs.append((theirs, first or duel.learner_s(BUDGETS[-1])))
         yield from _ratio(f"vs_trl{head}", [theirs / ours for theirs, ours in pairs])
-        yield f"trl{head}_tokens_per_s", duel.tokens / statistics.median(theirs for theirs, _ in pairs)
-        yield f"learner_tokens_per_s{head}", duel.tokens / statistics.median(ours for _, ours in pairs)
+        yield (
+            f"trl{head}_tokens_per_s",
+            duel.tokens / statistics.median(theirs for theirs, _ in pairs),
+        )
+        yield (
+            f"learner_tokens_per_s{head}",
+            duel.tokens / statistics.median(ours for _, ours in pairs),
+        )
 
 
 def padding_share(works: Sequence[StepWork], budget: int) -> float:
@@ -148,10 +164,11 @@ def padding_share(works: Sequence[StepWork], budget: int) -> float:
 
 
 def media_once(folder: Path, rounds: int, threads: int) -> Figure:
-    """Eight clips with sound of the synthetic world, the tiny Qwen2.5-Omni; encoders trained, then frozen."""
-    from cluster.assets import prepare_base_model, prepare_datasets
-    from cluster.config import RunConfig
-    from cluster.specs import learner_spec
+    """Eight clips with sound of the synthetic world, the tiny Qwen2.5-Omni; encoders trained, then
+    frozen."""
+    from avatar_rl.cluster.config import RunConfig
+    from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
+    from avatar_rl.cluster.workers.specs import learner_spec
 
     raw: dict[str, Any] = {
         "data": {
@@ -167,20 +184,30 @@ def media_once(folder: Path, rounds: int, threads: int) -> Figure:
             config = RunConfig.model_validate(raw | {"learner": learner.model_dump()})
             datasets = prepare_datasets(config, lambda *_: None)
             model = prepare_base_model(config, lambda *_: None)
-            sides[share] = BenchRank(learner_spec(config, "bench", model, datasets, ""), 0, 1, None).begin()
+            sides[share] = BenchRank(
+                learner_spec(config, "bench", model, datasets, ""), 0, 1, None
+            ).begin()
         works = _media_steps(sides[True])
-        found = {share: [side.update(work) for work in works] for share, side in sides.items()}  # warms both as well
-        (losses, norms), (other_losses, other_norms) = (np.array(found[share]).T for share in (True, False))
+        found = {
+            share: [side.update(work) for work in works] for share, side in sides.items()
+        }  # warms both as well
+        (losses, norms), (other_losses, other_norms) = (
+            np.array(found[share]).T for share in (True, False)
+        )
         difference = max(np.abs(losses - other_losses).max(), np.abs(1 - other_norms / norms).max())
         if difference > AGREEMENT:
-            raise SystemExit(f"loss or gradient norm differs by {difference:.2g} with share_prefix: nothing to compare")
+            raise SystemExit(
+                f"loss or gradient norm differs by {difference:.2g} with share_prefix: nothing to "
+                "compare"
+            )
         yield f"media_once{name}_spread_ppm", 1e6 * difference
         times: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(rounds):
             for share in (True, False) if turn % 2 else (False, True):
                 times[share].append(sum(sides[share].seconds(works)))
         yield from _ratio(
-            f"media_once{name}", [slow / fast for slow, fast in zip(times[False], times[True], strict=True)]
+            f"media_once{name}",
+            [slow / fast for slow, fast in zip(times[False], times[True], strict=True)],
         )
         for share, values in times.items():
             label = "shared" if share else "copied"
@@ -192,7 +219,10 @@ def _media_steps(rank: BenchRank) -> list[StepWork]:
     asked = [prompt for prompt in rank.prompts if prompt.id.startswith("train")][:CLIPS]
     prompts = {prompt.id: rank.encoder.encode(prompt, False) for prompt in asked}
     rng = np.random.default_rng(0)
-    works = [make_step(number, prompts, rng, shortest=12, longest=48, tokens=(30, 400)) for number in range(2)]
+    works = [
+        make_step(number, prompts, rng, shortest=12, longest=48, tokens=(30, 400))
+        for number in range(2)
+    ]
     return [with_behaviour(work, score(rank.engine.policy, work, prompts)) for work in works]
 
 

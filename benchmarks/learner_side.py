@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buffer_service.config import BufferConfig
-from buffer_service.trajectory import Group, Trajectory
-from learner.batch import Row, collate, padded
-from learner.clock import Clock
-from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
-from learner.model import load_model
-from learner.plan import StepWork, plan_step
-from learner.policy import Policy
-from learner.rank import LearnerRank
-from learner.reference import ReferencePolicy
-from learner.spec import LearnerSpec
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
-from prompts.template import EncodedPrompt
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.learner.batch.microbatch import Row, collate, padded
+from avatar_rl.learner.batch.plan import StepWork, plan_step
+from avatar_rl.learner.clock import Clock
+from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy
+from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.rank import LearnerRank
+from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
+from avatar_rl.prompts.encoding.template import EncodedPrompt
 
 GROUP = 8
 LONGEST = 128  # tokens of a completion
@@ -38,9 +38,12 @@ class BenchRank(LearnerRank):
 
     def _setup_rl(self, dtype: str) -> None:
         self.reference = ReferencePolicy(
-            self.spec.reference, dtype=dtype, share_prefix=self.spec.learner.share_prefix, device=self.engine.device,
+            self.spec.reference,
+            dtype=dtype,
+            share_prefix=self.spec.learner.share_prefix,
+            device=self.engine.device,
             cached=10**6,
-        )  # fmt: skip
+        )
 
     def begin(self) -> BenchRank:
         with socket.socket() as probe:
@@ -50,7 +53,8 @@ class BenchRank(LearnerRank):
         return self
 
     def update(self, work: StepWork) -> tuple[float, float]:
-        """Plan, train and update as ``train_step`` does, without publishing; loss and gradient norm."""
+        """Plan, train and update as ``train_step`` does, without publishing; loss and gradient
+        norm."""
         self.clock = Clock()
         plan = plan_step(work, self.spec.learner, ranks=1, max_tokens=self.spec.max_tokens)
         metrics = self._train(plan).metrics()
@@ -84,11 +88,23 @@ class TextRank(BenchRank):
 
 def make_spec(model: Path, reference: Path, learner: LearnerConfig, **changes: Any) -> LearnerSpec:
     values: dict[str, Any] = {
-        "run_id": "bench", "seed": 0, "model": model, "reference": reference, "datasets": (), "data": DataConfig(),
-        "media": MediaConfig(), "template": TemplateConfig(), "learner": learner, "sft": None,
-        "buffer": BufferConfig(), "redis_url": "", "steps": 1, "replayed": 0, "max_tokens": LONGEST,
+        "run_id": "bench",
+        "seed": 0,
+        "model": model,
+        "reference": reference,
+        "datasets": (),
+        "data": DataConfig(),
+        "media": MediaConfig(),
+        "template": TemplateConfig(),
+        "learner": learner,
+        "sft": None,
+        "buffer": BufferConfig(),
+        "redis_url": "",
+        "steps": 1,
+        "replayed": 0,
+        "max_tokens": LONGEST,
         "step_timeout_s": 1.0,
-    }  # fmt: skip
+    }
     return LearnerSpec(**(values | changes))
 
 
@@ -104,10 +120,18 @@ def build_text_models(folder: Path) -> tuple[Path, Path]:
     import transformers as hf
 
     config = hf.Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = hf.Qwen2ForCausalLM(config)
     model.save_pretrained(folder / "policy")
@@ -122,29 +146,60 @@ def make_trajectory(
     group: str, index: int, prompt_id: str, prompt: EncodedPrompt, tokens: np.ndarray, reward: float
 ) -> Trajectory:
     return Trajectory(
-        id=f"{group}.{index}", group_id=group, prompt_id=prompt_id, index=index, hinted=False,
-        prompt_tokens=len(prompt.input_ids), prompt_digest=prompt.digest, token_ids=tokens.astype(np.int32),
-        logprobs=np.zeros(len(tokens), dtype=np.float32), versions=((0, len(tokens)),), finish_reason="stop",
-        temperature=1.0, reward=reward, components={}, step=0,
-    )  # fmt: skip
+        id=f"{group}.{index}",
+        group_id=group,
+        prompt_id=prompt_id,
+        index=index,
+        hinted=False,
+        prompt_tokens=len(prompt.input_ids),
+        prompt_digest=prompt.digest,
+        token_ids=tokens.astype(np.int32),
+        logprobs=np.zeros(len(tokens), dtype=np.float32),
+        versions=((0, len(tokens)),),
+        finish_reason="stop",
+        temperature=1.0,
+        reward=reward,
+        components={},
+        step=0,
+    )
 
 
 def make_step(
-    number: int, prompts: Mapping[str, EncodedPrompt], rng: np.random.Generator, *, shortest: int, longest: int,
+    number: int,
+    prompts: Mapping[str, EncodedPrompt],
+    rng: np.random.Generator,
+    *,
+    shortest: int,
+    longest: int,
     tokens: tuple[int, int],
-) -> StepWork:  # fmt: skip
-    """A fresh group of eight for each prompt; lengths are log-uniform, so most are short and a few are long."""
+) -> StepWork:
+    """A fresh group of eight for each prompt; lengths are log-uniform, so most are short and a few
+    are long."""
     groups = []
     for place, (prompt_id, prompt) in enumerate(prompts.items()):
         seq = 1000 * number + place
         lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest + 1), GROUP)).astype(int)
         members = tuple(
             make_trajectory(
-                f"{seq:08d}", i, prompt_id, prompt, rng.integers(*tokens, length), float(rng.random() < 0.5)
+                f"{seq:08d}",
+                i,
+                prompt_id,
+                prompt,
+                rng.integers(*tokens, length),
+                float(rng.random() < 0.5),
             )
             for i, length in enumerate(lengths)
         )
-        groups.append(Group(id=f"{seq:08d}", prompt_id=prompt_id, seq=seq, step=0, hinted=False, trajectories=members))
+        groups.append(
+            Group(
+                id=f"{seq:08d}",
+                prompt_id=prompt_id,
+                seq=seq,
+                step=0,
+                hinted=False,
+                trajectories=members,
+            )
+        )
     return StepWork(step=0, version=0, groups=tuple(groups), replays=(), baselines=())
 
 
@@ -154,11 +209,21 @@ def with_behaviour(work: StepWork, logprobs: Sequence[np.ndarray]) -> StepWork:
     groups = []
     for group in work.groups:
         members = tuple(
-            Trajectory(**{**{name: getattr(t, name) for name in t.__struct_fields__}, "logprobs": next(values)})
+            Trajectory(
+                **{
+                    **{name: getattr(t, name) for name in t.__struct_fields__},
+                    "logprobs": next(values),
+                }
+            )
             for t in group.trajectories
         )
         groups.append(
-            Group(**{**{name: getattr(group, name) for name in group.__struct_fields__}, "trajectories": members})
+            Group(
+                **{
+                    **{name: getattr(group, name) for name in group.__struct_fields__},
+                    "trajectories": members,
+                }
+            )
         )
     return StepWork(work.step, work.version, tuple(groups), work.replays, work.baselines)
 
@@ -168,9 +233,13 @@ def score(policy: Policy, work: StepWork, prompts: Mapping[str, EncodedPrompt]) 
     """Log-probabilities of every completion, group by group."""
     found = []
     for group in work.groups:
-        rows = [Row((t.prompt_id, False), prompts[t.prompt_id], t.token_ids) for t in group.trajectories]
+        rows = [
+            Row((t.prompt_id, False), prompts[t.prompt_id], t.token_ids) for t in group.trajectories
+        ]
         scores = policy(collate(rows, share_prefix=True)).logprobs.numpy()
-        found += [values[: len(row.token_ids)].copy() for values, row in zip(scores, rows, strict=True)]
+        found += [
+            values[: len(row.token_ids)].copy() for values, row in zip(scores, rows, strict=True)
+        ]
     return found
 
 
@@ -194,14 +263,23 @@ class FrozenText:
             encoded[f"{number}-{place}"] = EncodedPrompt(ids, torch.arange(length)[None], length)
         work = make_step(number, encoded, rng, shortest=16, longest=LONGEST, tokens=(2, VOCABULARY))
         current = score(policy, work, encoded)
-        # As after a few updates and in another engine: most ratios inside the clip range, some beyond it.
+        # As after a few updates and in another engine: most ratios inside the clip range, some
+        # beyond it.
         behaviour = [(v + rng.normal(0, 0.1, len(v))).astype(np.float32) for v in current]
         work = with_behaviour(work, behaviour)
-        return cls(encoded, work, _for_trl(work, encoded, score(reference, work, encoded)), sum(map(len, current)))
+        return cls(
+            encoded,
+            work,
+            _for_trl(work, encoded, score(reference, work, encoded)),
+            sum(map(len, current)),
+        )
 
 
-def _for_trl(work: StepWork, prompts: Mapping[str, EncodedPrompt], reference: list[np.ndarray]) -> dict[str, Tensor]:
-    """The same in TRL's layout: a copy of the prompt per completion, prompts padded left, completions right."""
+def _for_trl(
+    work: StepWork, prompts: Mapping[str, EncodedPrompt], reference: list[np.ndarray]
+) -> dict[str, Tensor]:
+    """The same in TRL's layout: a copy of the prompt per completion, prompts padded left,
+    completions right."""
     trajectories = [t for group in work.groups for t in group.trajectories]
     plan = plan_step(work, settings(1), ranks=1, max_tokens=LONGEST)
     ids = [prompts[t.prompt_id].input_ids.flip(0) for t in trajectories]

@@ -1,10 +1,11 @@
-"""What orchestration costs -> build/bench/orchestration.json; run with ``make bench NAME=orchestration``, 6 minutes.
+"""What orchestration costs -> build/bench/orchestration.json; run with ``make bench
+NAME=orchestration``, 6 minutes.
 
-``rollout_efficiency``: tokens/s of the rollout path (lease, media, scoring, insert into Redis) over tokens/s of its own
-engine on the same prompts, seeds and lengths, by turns in one process. ``overlap_efficiency``: max(G, T) over the step
-time at staleness 1, G being the time to generate a step's groups alone and T the time of a trainer that only sleeps.
-docs/benchmarks.md says how to read them.
-"""
+``rollout_efficiency``: tokens/s of the rollout path (lease, media, scoring, insert into Redis) over
+tokens/s of its own engine on the same prompts, seeds and lengths, by turns in one process.
+``overlap_efficiency``: max(G, T) over the step time at staleness 1, G being the time to generate a
+step's groups alone and T the time of a trainer that only sleeps. docs/benchmarks.md says how to
+read them."""
 
 from __future__ import annotations
 
@@ -21,17 +22,17 @@ from typing import Any, NamedTuple
 
 import ray
 
-from actors.group import completion_facts
-from actors.rollout import RolloutActor
+from avatar_rl.actors.groups import completion_facts
+from avatar_rl.actors.rollout import RolloutActor
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.block import pack_weights
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
+from avatar_rl.cluster.services.services import Services
+from avatar_rl.cluster.workers.pool import Pool
+from avatar_rl.cluster.workers.specs import rollout_spec
 from benchmarks.harness import Figures
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
-from buffer_service.weights import pack_weights
-from cluster.assets import prepare_base_model, prepare_datasets
-from cluster.config import RunConfig
-from cluster.pool import Pool
-from cluster.services import Services
-from cluster.specs import rollout_spec
 
 RUN_ID = "bench"
 SEQUENCES = 64  # in flight
@@ -81,7 +82,9 @@ class MeasuredActor(RolloutActor):
         self.clock["insert"].append(time.perf_counter() - start)
         self._left -= 1
         if self._left == 0:
-            self._delivered = Spent.now()  # ending takes as long as the wait for news of the weights
+            self._delivered = (
+                Spent.now()
+            )  # ending takes as long as the wait for news of the weights
             self.stop()
         return receipt
 
@@ -91,15 +94,20 @@ class MeasuredActor(RolloutActor):
         self.spec = replace(self.spec, sampling=sampling)
 
     def path(self, groups: int) -> Spent:
-        """Time until ``groups`` tickets, in the stream already, are groups that the buffer has acknowledged."""
+        """Time until ``groups`` tickets, in the stream already, are groups that the buffer has
+        acknowledged."""
         self._left = groups
         start = Spent.now()
         self.run()
         return self._delivered.since(start)
 
     def bare(self, tickets: list[Ticket]) -> Spent:
-        """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed before."""
-        work = [(ticket, self._rendered(self.prompts[ticket.prompt_id], hinted=False)) for ticket in tickets]
+        """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed
+        before."""
+        work = [
+            (ticket, self._rendered(self.prompts[ticket.prompt_id], hinted=False))
+            for ticket in tickets
+        ]
         start = Spent.now()
         for ticket, entry in work:
             sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
@@ -112,7 +120,8 @@ class MeasuredActor(RolloutActor):
         return spent
 
     def cold(self, tickets: list[Ticket]) -> Spent:
-        """Time as ``bare``, media decoded and preprocessed by the same thread whenever the engine has a free slot."""
+        """Time as ``bare``, media decoded and preprocessed by the same thread whenever the engine
+        has a free slot."""
         waiting = list(reversed(tickets))
         start = Spent.now()
         while waiting or self.engine.in_flight:
@@ -148,7 +157,8 @@ class MeasuredActor(RolloutActor):
 
 
 class Stage:
-    """Services, one rollout actor and a learner-side client of the buffer, all on the real code path."""
+    """Services, one rollout actor and a learner-side client of the buffer, all on the real code
+    path."""
 
     def __init__(self, folder: Path, prompts: int) -> None:
         settings: dict[str, Any] = {
@@ -161,7 +171,8 @@ class Stage:
                 "engine": {
                     "max_model_len": 320,
                     "max_num_seqs": SEQUENCES,
-                    "max_num_batched_tokens": 4096,  # else a new version's prefill trickles in two sequences a step
+                    # else a new version's prefill trickles in two sequences a step
+                    "max_num_batched_tokens": 4096,
                     "kv_cache_memory_bytes": 64 << 20,
                 },
                 "sampling": {"max_tokens": 64, "ignore_eos": True},
@@ -194,7 +205,9 @@ class Stage:
         self.buffer.close()
         self.services.__exit__(*error)
 
-    def tickets(self, groups: int, n: int, step: int = 0, first: int = 0, pool: int = POOL) -> list[Ticket]:
+    def tickets(
+        self, groups: int, n: int, step: int = 0, first: int = 0, pool: int = POOL
+    ) -> list[Ticket]:
         """Tickets over ``pool`` recurring prompts from prompt ``first`` on."""
         chosen = [next(self.numbers) for _ in range(groups)]
         return [
@@ -228,16 +241,24 @@ def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
         for turn in range(rounds):
             for what in ("bare", "path") if turn % 2 == 0 else ("path", "bare"):
                 tickets = stage.tickets(groups, n)
-                spent[what].append(stage.path(tickets) if what == "path" else stage.call("bare", tickets))
+                spent[what].append(
+                    stage.path(tickets) if what == "path" else stage.call("bare", tickets)
+                )
         name = f"{tokens}x{n}"
         pairs = list(zip(spent["bare"], spent["path"], strict=True))
         ratios.append([bare.wall / path.wall for bare, path in pairs])
         yield f"rollout_efficiency_{name}", statistics.median(ratios[-1])
         yield f"rollout_efficiency_{name}_low", min(ratios[-1])
         yield f"rollout_efficiency_{name}_high", max(ratios[-1])
-        yield f"rollout_cpu_ratio_{name}", statistics.median(bare.cpu / path.cpu for bare, path in pairs)
+        yield (
+            f"rollout_cpu_ratio_{name}",
+            statistics.median(bare.cpu / path.cpu for bare, path in pairs),
+        )
         for what, rows in spent.items():
-            yield f"{what}_tokens_per_s_{name}", groups * n * tokens / statistics.median(row.wall for row in rows)
+            yield (
+                f"{what}_tokens_per_s_{name}",
+                groups * n * tokens / statistics.median(row.wall for row in rows),
+            )
         for what, seconds in stage.call("medians").items():
             yield f"{what}_ms_{name}", 1e3 * seconds
         yield f"score_ms_{name}", 1e3 * stage.call("score_s", stage.tickets(1, n)[0], 50)
@@ -257,7 +278,8 @@ def cold_pass(stage: Stage, rounds: int) -> Figure:
 
 
 class SimulatedTrainer:
-    """Leases a step's groups, sleeps, publishes the same weights as the next version and commits."""
+    """Leases a step's groups, sleeps, publishes the same weights as the next version and
+    commits."""
 
     def __init__(self, stage: Stage, groups: int, n: int) -> None:
         self.stage, self.groups, self.n = stage, groups, n
@@ -266,7 +288,9 @@ class SimulatedTrainer:
 
     def push(self, step: int) -> None:
         while self.pushed <= step:
-            self.stage.buffer.push_tickets(self.stage.tickets(self.groups, self.n, step=self.pushed))
+            self.stage.buffer.push_tickets(
+                self.stage.tickets(self.groups, self.n, step=self.pushed)
+            )
             self.pushed += 1
 
     def train(self, seconds: float) -> None:
@@ -274,7 +298,9 @@ class SimulatedTrainer:
         buffer, deadline = self.stage.buffer, time.monotonic() + DEADLINE_S
         while not (share := buffer.lease_fresh("trainer", self.step, epoch=self.stage.epoch)).ready:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"step {self.step}: {share.missing} groups missing after {DEADLINE_S:g} s")
+                raise TimeoutError(
+                    f"step {self.step}: {share.missing} groups missing after {DEADLINE_S:g} s"
+                )
             done, _ = ray.wait([self.work], timeout=POLL_S)
             if done:
                 ray.get(done)
@@ -282,7 +308,9 @@ class SimulatedTrainer:
         reference = ray.put((self.step + 1, *self.stage.weights))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
         ray.get(self.stage.pool.board.publish.remote(reference))
-        buffer.commit_step(self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch)
+        buffer.commit_step(
+            self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch
+        )
         self.step += 1
 
     def alone(self) -> float:
@@ -291,7 +319,9 @@ class SimulatedTrainer:
         deadline = time.monotonic() + DEADLINE_S
         while (stats := ray.get(self.stage.actor.stats.remote()))["version"] < self.step:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"version {self.step} not adopted within {DEADLINE_S:g} s: {stats}")
+                raise TimeoutError(
+                    f"version {self.step} not adopted within {DEADLINE_S:g} s: {stats}"
+                )
             time.sleep(POLL_S)
         start = time.perf_counter()
         self.push(self.step)
@@ -299,7 +329,8 @@ class SimulatedTrainer:
         return time.perf_counter() - start
 
     def overlapped(self, seconds: float, steps: int) -> float:
-        """Seconds per step at staleness 1, as cluster/training.py runs it; the first step fills the pipeline."""
+        """Seconds per step at staleness 1, as cluster/training.py runs it; the first step fills the
+        pipeline."""
         start = 0.0
         for number in range(steps + 1):
             self.push(self.step + 1)
@@ -319,7 +350,8 @@ class SimulatedTrainer:
 
 
 def overlap(stage: Stage, steps: int, groups: int, n: int, tokens: int) -> Figure:
-    """max(G, T) over the step time, for a trainer as slow, twice as slow and twice as fast as generation."""
+    """max(G, T) over the step time, for a trainer as slow, twice as slow and twice as fast as
+    generation."""
     stage.call("set_length", tokens)
     trainer = SimulatedTrainer(stage, groups, n)
     trainer.alone()
@@ -346,19 +378,31 @@ def overlap(stage: Stage, steps: int, groups: int, n: int, tokens: int) -> Figur
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of bare engine and path per setting")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="turns of bare engine and path per setting"
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps per trainer speed")
-    parser.add_argument("--groups", type=int, default=32, help="groups of 4 per step of the overlap part")
+    parser.add_argument(
+        "--groups", type=int, default=32, help="groups of 4 per step of the overlap part"
+    )
     parser.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
-    parser.add_argument("--tokens", type=int, default=64, help="completion length of the overlap part, at most 190")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="completion length of the overlap part, at most 190"
+    )
     options = parser.parse_args()
     figures = Figures("orchestration")
     parts: list[Callable[[Stage], Figure]] = []
     if options.only != "overlap":
-        parts += [lambda stage: efficiency(stage, options.rounds, waves=8), lambda stage: cold_pass(stage, 3)]
+        parts += [
+            lambda stage: efficiency(stage, options.rounds, waves=8),
+            lambda stage: cold_pass(stage, 3),
+        ]
     if options.only != "efficiency":
         parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4, options.tokens))
-    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder, Stage(Path(folder), POOL * 7) as stage:
+    with (
+        tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder,
+        Stage(Path(folder), POOL * 7) as stage,
+    ):
         for part in parts:
             for name, value in part(stage):
                 figures.add({name: value})

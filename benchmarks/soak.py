@@ -1,10 +1,11 @@
-"""An hour of the local run with random kills -> build/bench/soak.json; ``make bench NAME=soak ARGS='--minutes 60'``.
+"""An hour of the local run with random kills -> build/bench/soak.json; ``make bench NAME=soak
+ARGS='--minutes 60'``.
 
-Every ``--every`` seconds on average (exponential), at any moment, one part of the job is killed with SIGKILL: a rollout
-actor, the reward actor, the learner, Redis or the driver. When the time is over the job is asked to stop (SIGTERM, a
-checkpoint), then ends a few steps later by itself, so that the books can be closed as in the chaos benchmark. The
-private memory of every process is sampled meanwhile.
-"""
+Every ``--every`` seconds on average (exponential), at any moment, one part of the job is killed
+with SIGKILL: a rollout actor, the reward actor, the learner, Redis or the driver. When the time is
+over the job is asked to stop (SIGTERM, a checkpoint), then ends a few steps later by itself, so
+that the books can be closed as in the chaos benchmark. The private memory of every process is
+sampled meanwhile."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from avatar_rl.cluster.telemetry.run_folder import read_status
 from benchmarks.chaos import ROLES, Books, Job, Observer, check_books
 from benchmarks.footprint import Footprint
 from benchmarks.harness import Figures
-from cluster.telemetry import read_status
 
 LAST_STEPS = 5  # of the life that ends by itself
 ENDLESS = 1_000_000
@@ -45,7 +46,8 @@ class Soak:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """As a scheduler asks a job to go away. Raises RuntimeError when it ends otherwise than saved."""
+        """As a scheduler asks a job to go away. Raises RuntimeError when it ends otherwise than
+        saved."""
         self._keep_alive()
         self.job.process.send_signal(signal.SIGTERM)
         if code := self.job.process.wait(120):
@@ -67,14 +69,18 @@ class Soak:
         if not self.job.running():
             self.unplanned += 1
             if self.unplanned > 3:
-                raise RuntimeError(f"the job ended by itself {self.unplanned} times: see {self.job.log}")
+                raise RuntimeError(
+                    f"the job ended by itself {self.unplanned} times: see {self.job.log}"
+                )
             self.job.start()
         elif not self.observer.connected:
             self.job.look_for_redis()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=150, help="mean seconds between kills")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
@@ -83,18 +89,37 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     work: Path = options.work / time.strftime("%Y%m%d-%H%M%S")
     work.mkdir(parents=True)
-    # A small constant rate: what is asked here is not what it learns, but that it can go on for long.
+    # A small constant rate: what is asked here is not what it learns, but that it can go on for
+    # long.
     fixed = [
-        "--learner.schedule", "constant", "--learner.warmup", "0", "--learner.optimizer.lr", "1.0e-5",
-        "--checkpoint.every", "50", "--evaluation.every", "100", "--output.export", "false",
-        "--screen", "plain", *overrides,
-    ]  # fmt: skip
-    begin = [sys.executable, "-m", "cluster.cli", "train", str(options.recipe), *fixed]
+        "--learner.schedule",
+        "constant",
+        "--learner.warmup",
+        "0",
+        "--learner.optimizer.lr",
+        "1.0e-5",
+        "--checkpoint.every",
+        "50",
+        "--evaluation.every",
+        "100",
+        "--output.export",
+        "false",
+        "--screen",
+        "plain",
+        *overrides,
+    ]
+    begin = [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(options.recipe), *fixed]
     places = ["--output.folder", str(work / "runs"), "--resume", "auto"]
     books, footprint = Books(), Footprint(ROLES)
     observer = Observer(books)
     started = time.monotonic()
-    job = Job([*begin, "--loop.steps", str(ENDLESS), *places], work / "runs", work / "soak.log", observer, footprint)
+    job = Job(
+        [*begin, "--loop.steps", str(ENDLESS), *places],
+        work / "runs",
+        work / "soak.log",
+        observer,
+        footprint,
+    )
     soak = Soak(job, observer, random.Random(options.seed), options.every)
     try:
         soak.run(started + 60 * options.minutes)

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on frozen batches: the other side of ``vs_trl``.
 
-What runs is ``GRPOTrainer.train`` as its users call it; only generation and scoring are replaced by frozen batches.
-"""
+What runs is ``GRPOTrainer.train`` as its users call it; only generation and scoring are replaced by
+frozen batches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from learner.config import LearnerConfig
+from avatar_rl.learner.config import LearnerConfig
 
 
 class _Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Seconds from the first micro-batch of a step to the end of the optimiser's update; logging is outside."""
+    """Seconds from the first micro-batch of a step to the end of the optimiser's update; logging is
+    outside."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -38,7 +39,8 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]
 
 
 class _FrozenTrainer(GRPOTrainer):  # type: ignore[misc]
-    """Hands out frozen batches instead of generating; splitting, loss, backward and update are TRL's own."""
+    """Hands out frozen batches instead of generating; splitting, loss, backward and update are
+    TRL's own."""
 
     frozen: Sequence[dict[str, torch.Tensor]]
     turn = 0
@@ -52,15 +54,23 @@ class TrlSide:
     """One trainer with ``rows`` completions per micro-batch; a step is one whole frozen batch."""
 
     def __init__(
-        self, model: Path, frozen: Sequence[dict[str, torch.Tensor]], config: LearnerConfig, *, rows: int, group: int,
-        longest: int, scratch: Path,
-    ) -> None:  # fmt: skip
+        self,
+        model: Path,
+        frozen: Sequence[dict[str, torch.Tensor]],
+        config: LearnerConfig,
+        *,
+        rows: int,
+        group: int,
+        longest: int,
+        scratch: Path,
+    ) -> None:
         transformers_logging.set_verbosity_error()
         size = len(frozen[0]["prompt_ids"])
         optimizer, objective = config.optimizer, config.objective
         arguments = GRPOConfig(
             output_dir=str(scratch),
-            # Both defaults are off here: recomputing costs time, and the other side computes in float32 too.
+            # Both defaults are off here: recomputing costs time, and the other side computes in
+            # float32 too.
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -118,7 +128,8 @@ class TrlSide:
 
 @contextlib.contextmanager
 def compact_head() -> Iterator[None]:
-    """TRL scores completion positions only where it has Triton; this lets it do so on a CPU as well."""
+    """TRL scores completion positions only where it has Triton; this lets it do so on a CPU as
+    well."""
     chosen = trl_utils._use_triton
     trl_utils._use_triton = lambda device: True
     try:

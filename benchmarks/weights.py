@@ -1,11 +1,12 @@
-"""What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``, 5 minutes.
+"""What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``,
+5 minutes.
 
-A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the version's commit in
-Redis); readers do what a rollout actor's pull thread does, then copy the tensors into a state dict of their own. The
-floor is the same bytes through a file in /dev/shm, written by one process, then read by as many processes at once: a
-file that is written over, whose pages are there; and beside it a new one, as versions that others still read need.
-docs/benchmarks.md says how to read the figures.
-"""
+A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the
+version's commit in Redis); readers do what a rollout actor's pull thread does, then copy the
+tensors into a state dict of their own. The floor is the same bytes through a file in /dev/shm,
+written by one process, then read by as many processes at once: a file that is written over, whose
+pages are there; and beside it a new one, as versions that others still read need.
+docs/benchmarks.md says how to read the figures."""
 
 from __future__ import annotations
 
@@ -20,21 +21,23 @@ from typing import Any
 import ray
 import torch
 
-from actors.weights import WeightPuller
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.outbox import Outbox
+from avatar_rl.buffer_service.weights.receiver import WeightPuller
+from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.buffer_service.weights.store import WeightBoard
 from benchmarks.harness import Figures
-from buffer_service.board import WeightBoard
-from buffer_service.config import BufferConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from learner.outbox import Outbox
-from learner.publisher import Publisher
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
-WARM_UP = 4  # versions until every page of the store that they come by has been touched: two kept, one read, one new
+# versions until every page of the store that they come by has been touched: two kept, one read, one
+# new
+WARM_UP = 4
 STEP_S = 1.2  # between versions, as steps take; Ray gives freed objects back once a second
 
 
@@ -45,7 +48,9 @@ class Source:
         torch.set_num_threads(1)
         self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
         self.outbox = Outbox(board)
-        self.publisher = Publisher({name: name for name in self.weights}, self.outbox, dtype="float32")
+        self.publisher = Publisher(
+            {name: name for name in self.weights}, self.outbox, dtype="float32"
+        )
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
 
     def publish(self, version: int) -> tuple[float, float]:
@@ -78,7 +83,8 @@ class Reader:
         self.state = {f"w{i}": torch.zeros(size // 4 // TENSORS) for i in range(TENSORS)}
 
     def adopt(self, version: int) -> float:
-        """Monotonic time at which ``version`` is in the state dict (one clock for all processes of a machine)."""
+        """Monotonic time at which ``version`` is in the state dict (one clock for all processes of
+        a machine)."""
         for found, weights in self.puller.updates(self.buffer, lambda: True):
             for name, tensor in weights.items():
                 self.state[name].copy_(tensor)
@@ -102,7 +108,9 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
     board = ray.remote(WeightBoard).options(num_cpus=0).remote()
     source = ray.remote(Source).options(**make).remote(board, size, url)
     actors = [ray.remote(Reader).options(**make).remote(board, size, url) for _ in range(readers)]
-    version = ray.get(source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S)
+    version = ray.get(
+        source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S
+    )
     latencies, pauses = [], []
     floors: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(WARM_UP + rounds):
@@ -118,7 +126,9 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
             written = ray.get(source.write_file.remote(anew), timeout=DEADLINE_S)
             spans = ray.get([actor.read_file.remote() for actor in actors], timeout=DEADLINE_S)
             if turn >= WARM_UP:
-                floors[anew].append(written + max(end for _, end in spans) - min(begin for begin, _ in spans))
+                floors[anew].append(
+                    written + max(end for _, end in spans) - min(begin for begin, _ in spans)
+                )
     for actor in [*actors, source, board]:
         ray.kill(actor)
     SHM.unlink()
@@ -141,7 +151,9 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=SIZES, help="one size")
     options = parser.parse_args()
@@ -149,9 +161,12 @@ def main() -> None:
     figures = Figures("weights")
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as redis:
         ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=5 << 30,
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=5 << 30,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        )  # fmt: skip
+        )
         try:
             for name, size in SIZES.items():
                 for readers in READERS if options.only in (None, name) else ():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from prompts.errors import ConfigError
+from avatar_rl.common.errors import ConfigError
 
 Strategy = Literal["stratified", "same_prompt", "uniform", "recent"]
 AppendFsync = Literal["always", "everysec", "no"]
@@ -23,14 +23,22 @@ class Section(BaseModel):
 class TierShares(Section):
     """Fixed share of the capacity each tier may hold (METHOD 1.3)."""
 
-    easy: float = Field(0.25, ge=0, le=1, description="share of the capacity for trajectories of Easy prompts")
-    medium: float = Field(0.35, ge=0, le=1, description="share of the capacity for trajectories of Medium prompts")
-    hard: float = Field(0.40, ge=0, le=1, description="share of the capacity for trajectories of Hard prompts")
+    easy: float = Field(
+        0.25, ge=0, le=1, description="share of the capacity for trajectories of Easy prompts"
+    )
+    medium: float = Field(
+        0.35, ge=0, le=1, description="share of the capacity for trajectories of Medium prompts"
+    )
+    hard: float = Field(
+        0.40, ge=0, le=1, description="share of the capacity for trajectories of Hard prompts"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TierShares:
         if abs(self.easy + self.medium + self.hard - 1) > 1e-9:
-            raise ValueError(f"tier shares sum to {self.easy + self.medium + self.hard}, they must sum to 1")
+            raise ValueError(
+                f"tier shares sum to {self.easy + self.medium + self.hard}, they must sum to 1"
+            )
         return self
 
 
@@ -38,66 +46,124 @@ class HintGateConfig(Section):
     """When a prompt's pre-computed hint comes on (METHOD 1.4)."""
 
     enabled: bool = Field(True, description="whether hints may fire at all")
-    hard_patience: int = Field(3, ge=1, description="consecutive visits a prompt must end in Hard before KL counts")
-    kl_below: float = Field(0.01, ge=0, description="mean k3 KL against the behaviour policy below which it is stuck")
-    zero_patience: int = Field(3, ge=1, description="consecutive visits with zero accuracy that fire it on their own")
-    accuracy_component: str = Field("accuracy", description="reward component whose zeros are counted")
+    hard_patience: int = Field(
+        3, ge=1, description="consecutive visits a prompt must end in Hard before KL counts"
+    )
+    kl_below: float = Field(
+        0.01, ge=0, description="mean k3 KL against the behaviour policy below which it is stuck"
+    )
+    zero_patience: int = Field(
+        3, ge=1, description="consecutive visits with zero accuracy that fire it on their own"
+    )
+    accuracy_component: str = Field(
+        "accuracy", description="reward component whose zeros are counted"
+    )
 
 
 class BufferConfig(Section):
     """Where the buffer lives, how much it keeps and how it is drawn from."""
 
-    url: str | None = Field(None, description="redis://, rediss:// or unix:// URL; none starts an embedded server")
+    url: str | None = Field(
+        None, description="redis://, rediss:// or unix:// URL; none starts an embedded server"
+    )
     username: str | None = Field(None, description="ACL user; none logs in as the default user")
-    password_env: str | None = Field(None, description="name of the environment variable that holds the password")
-    password_file: Path | None = Field(None, description="file that holds the password, as an alternative")
-    tls_ca: Path | None = Field(None, description="CA bundle for a rediss:// URL; none takes the system's")
-    reconnect_s: float = Field(30.0, gt=0, description="how long a call keeps retrying while Redis is away")
+    password_env: str | None = Field(
+        None, description="name of the environment variable that holds the password"
+    )
+    password_file: Path | None = Field(
+        None, description="file that holds the password, as an alternative"
+    )
+    tls_ca: Path | None = Field(
+        None, description="CA bundle for a rediss:// URL; none takes the system's"
+    )
+    reconnect_s: float = Field(
+        30.0, gt=0, description="how long a call keeps retrying while Redis is away"
+    )
     timeout_s: float = Field(10.0, gt=0, description="how long one command may take on the wire")
-    memory_limit: float = Field(0.9, gt=0, le=1, description="share of maxmemory above which inserts are refused")
-    appendfsync: AppendFsync = Field("everysec", description="embedded server: how much a kill -9 of Redis may lose")
+    memory_limit: float = Field(
+        0.9, gt=0, le=1, description="share of maxmemory above which inserts are refused"
+    )
+    appendfsync: AppendFsync = Field(
+        "everysec", description="embedded server: how much a kill -9 of Redis may lose"
+    )
     capacity: int = Field(10_000, ge=4, description="trajectories kept for replay")
-    tier_shares: TierShares = Field(TierShares(), description="how the capacity is split over the tiers")
-    quantile_low: float = Field(0.40, gt=0, lt=1, description="prompts up to this quantile of Rbar are Hard")
-    quantile_high: float = Field(0.75, gt=0, lt=1, description="prompts up to this quantile of Rbar are Medium")
+    tier_shares: TierShares = Field(
+        TierShares(), description="how the capacity is split over the tiers"
+    )
+    quantile_low: float = Field(
+        0.40, gt=0, lt=1, description="prompts up to this quantile of Rbar are Hard"
+    )
+    quantile_high: float = Field(
+        0.75, gt=0, lt=1, description="prompts up to this quantile of Rbar are Medium"
+    )
     window: int = Field(20, ge=1, description="on-policy rewards in the moving average of a prompt")
-    warm_up: int = Field(128, ge=0, description="replay starts once this many trajectories are stored")
-    max_reuse: int = Field(0, ge=0, description="steps a trajectory may be replayed in; 0 means no limit")
-    max_age_versions: int = Field(0, ge=0, description="policy versions after which a trajectory goes; 0: no limit")
+    warm_up: int = Field(
+        128, ge=0, description="replay starts once this many trajectories are stored"
+    )
+    max_reuse: int = Field(
+        0, ge=0, description="steps a trajectory may be replayed in; 0 means no limit"
+    )
+    max_age_versions: int = Field(
+        0, ge=0, description="policy versions after which a trajectory goes; 0: no limit"
+    )
     strategy: Strategy = Field("stratified", description="how replays are chosen")
-    reward_diverse: bool = Field(False, description="prefer as many successes as failures among the replays")
-    quota_block: int = Field(4, ge=1, description="draws are split over the tiers in blocks of this size, 1/1/2 of 4")
-    success_at: float = Field(0.5, description="accuracy (or reward, when masked) from which a trajectory is a success")
-    lease_s: float = Field(120.0, gt=0, description="how long a consumer may hold work without renewing")
+    reward_diverse: bool = Field(
+        False, description="prefer as many successes as failures among the replays"
+    )
+    quota_block: int = Field(
+        4, ge=1, description="draws are split over the tiers in blocks of this size, 1/1/2 of 4"
+    )
+    success_at: float = Field(
+        0.5, description="accuracy (or reward, when masked) from which a trajectory is a success"
+    )
+    lease_s: float = Field(
+        120.0, gt=0, description="how long a consumer may hold work without renewing"
+    )
     hints: HintGateConfig = Field(HintGateConfig(), description="gate of the pre-computed hints")
 
     @model_validator(mode="after")
     def _check(self) -> BufferConfig:
         if self.quantile_low >= self.quantile_high:
-            raise ValueError(f"quantile_low {self.quantile_low} must be below quantile_high {self.quantile_high}")
+            raise ValueError(
+                f"quantile_low {self.quantile_low} must be below quantile_high {self.quantile_high}"
+            )
         if self.warm_up > self.capacity:
-            raise ValueError(f"warm_up {self.warm_up} is above capacity {self.capacity}: replay would never start")
+            raise ValueError(
+                f"warm_up {self.warm_up} is above capacity {self.capacity}: replay would never "
+                "start"
+            )
         if self.password_env and self.password_file:
             raise ValueError("password_env and password_file are both set: keep one")
         if self.strategy == "recent" and self.reward_diverse:
-            raise ValueError("reward_diverse has no meaning for strategy recent: turn one of them off")
+            raise ValueError(
+                "reward_diverse has no meaning for strategy recent: turn one of them off"
+            )
         return self
 
     def password(self) -> SecretStr | None:
-        """The password from its variable or file. Raises ConfigError naming the one that is missing."""
+        """The password from its variable or file. Raises ConfigError naming the one that is
+        missing."""
         if self.password_env:
             if self.password_env not in os.environ:
-                raise ConfigError(f"buffer.password_env: variable {self.password_env} is not set; export it")
+                raise ConfigError(
+                    f"buffer.password_env: variable {self.password_env} is not set; export it"
+                )
             return SecretStr(os.environ[self.password_env])
         if self.password_file:
             if not self.password_file.is_file():
-                raise ConfigError(f"buffer.password_file: {self.password_file} is missing; create it or unset the key")
+                raise ConfigError(
+                    f"buffer.password_file: {self.password_file} is missing; create it or unset "
+                    "the key"
+                )
             return SecretStr(self.password_file.read_text().strip())
         return None
 
     def capacities(self) -> tuple[int, int, int]:
         """(easy, medium, hard) trajectories; the rounding rest goes to Hard."""
-        easy, medium = int(self.capacity * self.tier_shares.easy), int(self.capacity * self.tier_shares.medium)
+        easy, medium = (
+            int(self.capacity * self.tier_shares.easy),
+            int(self.capacity * self.tier_shares.medium),
+        )
         return easy, medium, self.capacity - easy - medium
 
     def server_rules(self) -> dict[str, float]:

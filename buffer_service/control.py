@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from buffer_service.connection import Connection
-from buffer_service.errors import RecordError
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.redis.connection import Connection
 
 MAX_FACT = 1 << 20
 
@@ -43,13 +43,16 @@ class ControlBoard:
         return None if found is None else int(found)
 
     def put_fact(self, name: str, value: Any) -> None:
-        """Stores anything JSON, up to 1 MiB. Part of a snapshot. Raises RecordError when it is not."""
+        """Stores anything JSON, up to 1 MiB. Part of a snapshot. Raises RecordError when it is
+        not."""
         try:
             data = msgspec.json.encode(value)
         except TypeError as error:
             raise RecordError(f"fact {name}: {error}; give plain JSON values") from error
         if len(data) > MAX_FACT:
-            raise RecordError(f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put its path here instead")
+            raise RecordError(
+                f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put its path here instead"
+            )
         self._hset("facts", name, data)
 
     def get_fact(self, name: str) -> Any:

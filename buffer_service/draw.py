@@ -9,13 +9,17 @@ _M1, _M2 = 2147483563, 2147483399
 
 
 def seed_state(seed: int, step: int) -> tuple[int, int]:
-    """Start state (x, y) of the generator for a draw; hashing keeps neighbouring seeds unrelated."""
+    """Start state (x, y) of the generator for a draw; hashing keeps neighbouring seeds
+    unrelated."""
     digest = hashlib.sha256(f"avatar-draw:{seed}:{step}".encode()).digest()
-    return 1 + int.from_bytes(digest[:8], "big") % (_M1 - 1), 1 + int.from_bytes(digest[8:16], "big") % (_M2 - 1)
+    return 1 + int.from_bytes(digest[:8], "big") % (_M1 - 1), 1 + int.from_bytes(
+        digest[8:16], "big"
+    ) % (_M2 - 1)
 
 
 def generator(seed: int, step: int) -> Callable[[int], int]:
-    """``below(n)``: uniform integers in [0, n), n < 2^22, by L'Ecuyer's combined generator (CACM 31, 1988).
+    """``below(n)``: uniform integers in [0, n), n < 2^22, by L'Ecuyer's combined generator (CACM
+    31, 1988).
 
     The same arithmetic as ``generator`` in scripts/lib.lua: exact in 53-bit floats.
     """

@@ -1,8 +1,9 @@
-"""Typed errors of the replay buffer service. Each says what was wrong with which input, and what to do."""
+"""Typed errors of the replay buffer service. Each says what was wrong with which input, and what to
+do."""
 
 from __future__ import annotations
 
-from prompts.errors import ReplayBufferError
+from avatar_rl.common.errors import ReplayBufferError
 
 
 class BufferUnreachableError(ReplayBufferError):
@@ -10,11 +11,13 @@ class BufferUnreachableError(ReplayBufferError):
 
 
 class BufferAccessError(ReplayBufferError):
-    """Redis answered but will not serve us: wrong password, missing permission, read-only replica."""
+    """Redis answered but will not serve us: wrong password, missing permission, read-only
+    replica."""
 
 
 class BufferSetupError(ReplayBufferError):
-    """The server or the namespace does not fit: too old, evicting, another run's configuration or format."""
+    """The server or the namespace does not fit: too old, evicting, another run's configuration or
+    format."""
 
 
 class BufferFullError(ReplayBufferError):

@@ -1,4 +1,5 @@
-"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit that settles a step."""
+"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit that
+settles a step."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from buffer_service.codec import decode
-from buffer_service.config import Strategy
-from buffer_service.connection import Connection, Take
-from buffer_service.draw import seed_state
-from buffer_service.errors import RecordError
-from buffer_service.tickets import CommitReceipt, FreshShare, Tier
-from buffer_service.trajectory import Group, Trajectory
-from buffer_service.validate import trajectory_id
-from buffer_service.wire import Meanwhile, Word
-from prompts.errors import ReplayBufferError
+from avatar_rl.buffer_service.config import Strategy
+from avatar_rl.buffer_service.draw import seed_state
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.records.codec import decode
+from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare, Tier
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.records.validate import trajectory_id
+from avatar_rl.buffer_service.redis.connection import Connection, Take
+from avatar_rl.buffer_service.redis.wire import Meanwhile, Word
+from avatar_rl.common.errors import ReplayBufferError
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +37,22 @@ def _checked(share: tuple[int, int]) -> tuple[int, int]:
 
 
 class ReplaySide:
-    """Nothing is replayed in the step that produced it: a group becomes replayable when its step is committed."""
+    """Nothing is replayed in the step that produced it: a group becomes replayable when its step is
+    committed."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._run = connection.run
 
     def _values(self, ids: Sequence[str]) -> tuple[list[Trajectory], str | None]:
-        """The records of ``ids``, and the first id whose record is gone. Raises RecordError for a bad one."""
+        """The records of ``ids``, and the first id whose record is gone. Raises RecordError for a
+        bad one."""
         connection = self._connection
         return self._taken(lambda take: connection.read_values(ids, take)) if ids else ([], None)
 
     def _taken(self, read: Callable[[Take], object]) -> tuple[list[Trajectory], str | None]:
-        """The records of the values that ``read`` hands out, and the first id whose record is gone."""
+        """The records of the values that ``read`` hands out, and the first id whose record is
+        gone."""
 
         def once() -> tuple[list[Trajectory], str | None]:
             records: list[Trajectory] = []
@@ -62,7 +66,9 @@ class ReplaySide:
                     try:
                         record = decode(data, tid)
                         if record.id != tid:
-                            raise RecordError(f"trajectory {tid}: the record under its name is of {record.id}")
+                            raise RecordError(
+                                f"trajectory {tid}: the record under its name is of {record.id}"
+                            )
                     except RecordError as error:
                         raise self._quarantined(tid, error) from error
                     records.append(record)
@@ -74,7 +80,8 @@ class ReplaySide:
 
     @staticmethod
     def _despite_damage(ask: Callable[[], T]) -> T:
-        """``ask``, again when it met a bad record, which is in quarantine by then. Raises RecordError for too many."""
+        """``ask``, again when it met a bad record, which is in quarantine by then. Raises
+        RecordError for too many."""
         for _ in range(_DAMAGED):
             try:
                 return ask()
@@ -88,7 +95,9 @@ class ReplaySide:
         return RecordError(f"{error}; it was put in quarantine, ask again")
 
     def _gone(self, tid: str) -> RecordError:
-        error = RecordError(f"trajectory {tid}: its record is gone; was the namespace edited by hand?")
+        error = RecordError(
+            f"trajectory {tid}: its record is gone; was the namespace edited by hand?"
+        )
         return self._quarantined(tid, error)
 
     def lease_fresh(
@@ -99,12 +108,12 @@ class ReplaySide:
         lease_s: float | None = None,
         epoch: int | None = None,
     ) -> FreshShare:
-        """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is in. O(groups).
+        """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is
+        in. O(groups).
 
-        Asking again with the same consumer gives the same groups. Raises StepTrainedError, FencedError (``epoch`` is
-        over), LeaseHeldError (another consumer has this share), RecordError (more than a few damaged records: a group
-        with one is dropped).
-        """
+        Asking again with the same consumer gives the same groups. Raises StepTrainedError,
+        FencedError (``epoch`` is over), LeaseHeldError (another consumer has this share),
+        RecordError (more than a few damaged records: a group with one is dropped)."""
         rank, world = _checked(share)
         lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
         ask = (consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
@@ -147,19 +156,24 @@ class ReplaySide:
         version: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> list[Trajectory]:
-        """``count`` replayed trajectories for ``step``, or those at rank, rank + world, ... of them. O(count log N).
+        """``count`` replayed trajectories for ``step``, or those at rank, rank + world, ... of
+        them. O(count log N).
 
-        Empty below ``warm_up`` stored. No trajectory twice unless the stock is smaller than ``count``. Equal contents,
-        seed and step give equal draws. Reuse is counted when the step is committed, once per step. ``same_prompt``
-        spreads the count over ``prompt_ids``. Raises StepTrainedError, RecordError (more than a few damaged records:
-        they leave the stock).
-        """
+        Empty below ``warm_up`` stored. No trajectory twice unless the stock is smaller than
+        ``count``. Equal contents, seed and step give equal draws. Reuse is counted when the step is
+        committed, once per step. ``same_prompt`` spreads the count over ``prompt_ids``. Raises
+        StepTrainedError, RecordError (more than a few damaged records: they leave the stock)."""
         config = self._connection.config
         strategy = strategy or config.strategy
         diverse = config.reward_diverse if reward_diverse is None else reward_diverse
-        if count < 0 or (strategy == "recent" and diverse) or (strategy == "same_prompt" and not prompt_ids):
+        if (
+            count < 0
+            or (strategy == "recent" and diverse)
+            or (strategy == "same_prompt" and not prompt_ids)
+        ):
             raise ReplayBufferError(
-                f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, {len(prompt_ids)} prompts; "
+                f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, "
+                f"{len(prompt_ids)} prompts; "
                 "recent cannot be diverse, same_prompt needs prompt_ids"
             )
         _checked(share)
@@ -171,8 +185,12 @@ class ReplaySide:
         listed = f"share:{seed}:{share[0]}"
 
         def read(take: Take) -> None:
-            if not self._connection.draw_values(listed, math.ceil(count / share[1]), take, (*ask, 1, *extra)):
-                self._connection.read_values(self._run("draw", *ask, 0, *extra).decode().split(), take)
+            if not self._connection.draw_values(
+                listed, math.ceil(count / share[1]), take, (*ask, 1, *extra)
+            ):
+                self._connection.read_values(
+                    self._run("draw", *ask, 0, *extra).decode().split(), take
+                )
 
         return self._despite_damage(lambda: self._drawn(read))
 
@@ -187,9 +205,11 @@ class ReplaySide:
             last = gone
         raise self._gone(str(last))
 
-    def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
-        """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts where it has none
-        (METHOD 1.1). O(prompts). Raises ReplayBufferError before the first group.
+    def baselines(
+        self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None
+    ) -> list[float]:
+        """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts
+        where it has none (METHOD 1.1). O(prompts). Raises ReplayBufferError before the first group.
         """
         if not prompt_ids:
             return []
@@ -216,40 +236,62 @@ class ReplaySide:
         if not prompt_ids:
             return {}
         key = self._connection.key("prompts")
-        states = self._connection.attempt(lambda: self._connection.client.hmget(key, list(prompt_ids)))
+        states = self._connection.attempt(
+            lambda: self._connection.client.hmget(key, list(prompt_ids))
+        )
         found = {pid: _unpack(raw)[0] for pid, raw in zip(prompt_ids, states, strict=True) if raw}
         return {pid: float(rbar) for pid, rbar in found.items() if rbar is not False}
 
-    def commit_step(self, step: int, new_version: int, group_ids: Sequence[str], epoch: int) -> CommitReceipt:
-        """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it becomes replay only,
-        all of it replayable, the policy version grows. O(groups log N). A repeat changes nothing.
+    def commit_step(
+        self, step: int, new_version: int, group_ids: Sequence[str], epoch: int
+    ) -> CommitReceipt:
+        """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it
+        becomes replay only, all of it replayable, the policy version grows. O(groups log N). A
+        repeat changes nothing.
 
-        Raises FencedError, UnknownTicketError (a group that is not waiting), VersionError; then nothing changed.
-        """
-        done, version, trained, rest, evicted = self._run("commit", step, new_version, epoch, *group_ids)
-        return CommitReceipt(committed=bool(done), version=version, trained=trained, replay_only=rest, evicted=evicted)
+        Raises FencedError, UnknownTicketError (a group that is not waiting), VersionError; then
+        nothing changed."""
+        done, version, trained, rest, evicted = self._run(
+            "commit", step, new_version, epoch, *group_ids
+        )
+        return CommitReceipt(
+            committed=bool(done),
+            version=version,
+            trained=trained,
+            replay_only=rest,
+            evicted=evicted,
+        )
 
     def new_epoch(self) -> int:
         """Begins a learner epoch and shuts out every older one."""
         return int(self._run("epoch"))
 
     def version(self, meanwhile: Meanwhile = None) -> int:
-        """Newest policy version. O(1). ``meanwhile`` runs while Redis answers, again if the answer was lost."""
-        found = self._connection.ask("HGET", self._connection.key("meta"), "version", meanwhile=meanwhile)
+        """Newest policy version. O(1). ``meanwhile`` runs while Redis answers, again if the answer
+        was lost."""
+        found = self._connection.ask(
+            "HGET", self._connection.key("meta"), "version", meanwhile=meanwhile
+        )
         if found is None:
-            raise ReplayBufferError(f"run {self._connection.run_id} is not set up; connect to it first")
+            raise ReplayBufferError(
+                f"run {self._connection.run_id} is not set up; connect to it first"
+            )
         return int(found)
 
     def publish_version(self, version: int, epoch: int | None = None) -> None:
-        """Announces a policy version apart from a commit. Raises VersionError when it would go back."""
+        """Announces a policy version apart from a commit. Raises VersionError when it would go
+        back."""
         self._run("publish", version, -1 if epoch is None else epoch)
 
     def report_behaviour_kl(self, value: float) -> None:
-        """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low (METHOD 1.4)."""
+        """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low
+        (METHOD 1.4)."""
         if not math.isfinite(value):
             raise RecordError(f"behaviour KL is {value}; report finite values only")
         key = self._connection.key("meta")
-        self._connection.attempt(lambda: self._connection.client.hset(key, "kl", repr(float(value))))
+        self._connection.attempt(
+            lambda: self._connection.client.hset(key, "kl", repr(float(value)))
+        )
 
     def tier_of(self, prompt_id: str) -> Tier | None:
         """Tier of a prompt by the present thresholds; None when it was never scored. O(log P)."""

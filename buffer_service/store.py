@@ -1,20 +1,21 @@
-"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract: README.md."""
+"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract:
+README.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from buffer_service import exchange
-from buffer_service.config import BufferConfig
-from buffer_service.connection import Connection
-from buffer_service.control import ControlBoard
-from buffer_service.errors import BufferSetupError
-from buffer_service.replay import ReplaySide
-from buffer_service.snapshot import SnapshotReport, load, save, wipe
-from buffer_service.stream import PromptStream
-from buffer_service.telemetry import Telemetry
-from buffer_service.validate import RUN_ID
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.control import ControlBoard
+from avatar_rl.buffer_service.errors import BufferSetupError
+from avatar_rl.buffer_service.records.validate import RUN_ID
+from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.buffer_service.replay import ReplaySide
+from avatar_rl.buffer_service.requests import PromptStream
+from avatar_rl.buffer_service.stats import Telemetry
+from avatar_rl.buffer_service.transfer import export as exchange
+from avatar_rl.buffer_service.transfer.snapshot import SnapshotReport, load, save, wipe
 
 LAYOUT = 1  # of the keys; a client of another layout refuses the namespace
 
@@ -30,17 +31,21 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     def connect(
         cls, config: BufferConfig, run_id: str, url: str | None = None, *, reconfigure: bool = False
     ) -> ReplayBuffer:
-        """Connects to ``run_id`` at ``url`` (else ``config.url``) and sets the run up when it is new.
+        """Connects to ``run_id`` at ``url`` (else ``config.url``) and sets the run up when it is
+        new.
 
-        Raises BufferUnreachableError, BufferAccessError, or BufferSetupError: Redis older than 6.2, evicting, a
-        namespace of another layout, or a run with other settings (``reconfigure=True`` gives it those of
-        ``config``).
-        """
+        Raises BufferUnreachableError, BufferAccessError, or BufferSetupError: Redis older than 6.2,
+        evicting, a namespace of another layout, or a run with other settings (``reconfigure=True``
+        gives it those of ``config``)."""
         if not RUN_ID.fullmatch(run_id):
-            raise BufferSetupError(f"run id {run_id!r}: use up to 64 of A-Z a-z 0-9 . _ -, a letter or digit first")
+            raise BufferSetupError(
+                f"run id {run_id!r}: use up to 64 of A-Z a-z 0-9 . _ -, a letter or digit first"
+            )
         where = url or config.url
         if where is None:
-            raise BufferSetupError("no buffer URL: set buffer.url, or start an EmbeddedRedis and pass its url")
+            raise BufferSetupError(
+                "no buffer URL: set buffer.url, or start an EmbeddedRedis and pass its url"
+            )
         connection = Connection(config, run_id, where)
         try:
             connection.check_server()
@@ -54,11 +59,14 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
         return cls(connection)
 
     @classmethod
-    def attach(cls, config: BufferConfig, run_id: str, url: str, *, create: bool = False) -> ReplayBuffer:
-        """Connects to a run with the settings it has; ``config`` gives the login, and what only clients use.
+    def attach(
+        cls, config: BufferConfig, run_id: str, url: str, *, create: bool = False
+    ) -> ReplayBuffer:
+        """Connects to a run with the settings it has; ``config`` gives the login, and what only
+        clients use.
 
-        Raises as ``connect``, and BufferSetupError when there is no such run, unless ``create`` sets it up.
-        """
+        Raises as ``connect``, and BufferSetupError when there is no such run, unless ``create``
+        sets it up."""
         connection = Connection(config, run_id, url)
         try:
             connection.check_server()
@@ -68,10 +76,13 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
                 connection.close()
                 return cls.connect(config, run_id, url)
             if layout is None:
-                raise BufferSetupError(f"{connection.where} has no run {run_id}; check the run id and the URL")
+                raise BufferSetupError(
+                    f"{connection.where} has no run {run_id}; check the run id and the URL"
+                )
             if int(layout) != LAYOUT:
                 raise BufferSetupError(
-                    f"run {run_id} has layout {int(layout)}, this code has {LAYOUT}; use its release"
+                    f"run {run_id} has layout {int(layout)}, this code has {LAYOUT}; use its "
+                    "release"
                 )
         except BaseException:
             connection.close()
@@ -87,13 +98,14 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
         return self._connection.config
 
     def snapshot(self, path: Path, on_begin: Callable[[], None] | None = None) -> SnapshotReport:
-        """Writes the state of this moment to ``path`` while others go on writing; ``on_begin`` is called once it
-        is fixed. O(contents). Raises RecordError when another snapshot began or Redis restarted meanwhile."""
+        """Writes the state of this moment to ``path`` while others go on writing; ``on_begin`` is
+        called once it is fixed. O(contents). Raises RecordError when another snapshot began or
+        Redis restarted meanwhile."""
         return save(self._connection, path, on_begin)
 
     def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:
-        """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises RecordError,
-        BufferSetupError (of another run, unless ``any_run``)."""
+        """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises
+        RecordError, BufferSetupError (of another run, unless ``any_run``)."""
         return load(self._connection, path, any_run=any_run)
 
     def export(self, path: Path) -> int:
@@ -101,7 +113,8 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
         return exchange.export(self._connection, path)
 
     def clear(self) -> int:
-        """Removes the run from Redis, for good; returns how many keys went. This client must connect again."""
+        """Removes the run from Redis, for good; returns how many keys went. This client must
+        connect again."""
         return wipe(self._connection)
 
     def close(self) -> None:

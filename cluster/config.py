@@ -1,4 +1,5 @@
-"""The run's configuration: each package's own section, composed. Nothing here imports torch, Ray or vLLM."""
+"""The run's configuration: each package's own section, composed. Nothing here imports torch, Ray or
+vLLM."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.config import EngineConfig, SamplingConfig
-from actors.unimodal import MOST_PARTS
-from buffer_service.config import BufferConfig
-from learner.config import LearnerConfig, SftConfig
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
-from prompts.selection import SelectionConfig
-from prompts.synthetic.config import WorldConfig
-from rewards.config import RewardConfig
+from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.unimodal import MOST_PARTS
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.learner.config import LearnerConfig, SftConfig
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
+from avatar_rl.prompts.selection import SelectionConfig
+from avatar_rl.prompts.synthetic.config import WorldConfig
+from avatar_rl.rewards.config import RewardConfig
 
 
 class Section(BaseModel):
@@ -24,25 +25,42 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which policy is trained."""
 
-    path: str = Field("tiny", description="Hugging Face checkpoint folder, or 'tiny' to build the toy Qwen2.5-Omni.")
+    path: str = Field(
+        "tiny",
+        description="Hugging Face checkpoint folder, or 'tiny' to build the toy Qwen2.5-Omni.",
+    )
     reference: Path | None = Field(
-        None, description="Checkpoint of the KL reference policy; null takes the weights the run starts from."
+        None,
+        description="Checkpoint of the KL reference policy; null takes the weights the run starts "
+        "from.",
     )
 
 
 class DataSection(Section):
-    """What is asked. With ``synthetic`` the files are made on the spot and the paths are left out."""
+    """What is asked. With ``synthetic`` the files are made on the spot and the paths are left
+    out."""
 
     train: Path | None = Field(None, description="Training prompts (file or datasets folder).")
-    heldout: Path | None = Field(None, description="Held-out prompts for evaluation; null switches evaluation off.")
-    sft: Path | None = Field(None, description="Cold-start prompts with reasoning; needed when cold_start is set.")
-    synthetic: WorldConfig | None = Field(None, description="Settings of the synthetic audio-visual world.")
+    heldout: Path | None = Field(
+        None, description="Held-out prompts for evaluation; null switches evaluation off."
+    )
+    sft: Path | None = Field(
+        None, description="Cold-start prompts with reasoning; needed when cold_start is set."
+    )
+    synthetic: WorldConfig | None = Field(
+        None, description="Settings of the synthetic audio-visual world."
+    )
     reader: DataConfig = Field(DataConfig(), description="How dataset rows become prompts.")
     select: SelectionConfig = Field(
-        SelectionConfig(), description="Which training prompts are asked; held-out evaluation keeps all types."
+        SelectionConfig(),
+        description="Which training prompts are asked; held-out evaluation keeps all types.",
     )
-    media: MediaConfig = Field(MediaConfig(), description="Decoding limits and caches of each worker.")
-    template: TemplateConfig = Field(TemplateConfig(), description="From prompt to tokens, the same on both sides.")
+    media: MediaConfig = Field(
+        MediaConfig(), description="Decoding limits and caches of each worker."
+    )
+    template: TemplateConfig = Field(
+        TemplateConfig(), description="From prompt to tokens, the same on both sides."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
@@ -56,26 +74,39 @@ class DataSection(Section):
 class LoopConfig(Section):
     """The training loop and its flow control, in policy versions (DESIGN 2)."""
 
-    steps: int = Field(100, ge=1, description="Optimiser steps, each from `prompts_per_step` groups.")
+    steps: int = Field(
+        100, ge=1, description="Optimiser steps, each from `prompts_per_step` groups."
+    )
     prompts_per_step: int = Field(8, ge=1, description="Groups per step, over all learner ranks.")
     fresh: int = Field(4, ge=1, description="Completions generated per prompt once replay is warm.")
-    replayed: int = Field(4, ge=0, description="Stored trajectories trained on per group; 0 switches replay off.")
-    max_staleness: int = Field(
-        1, ge=0, description="Policy versions by which generation may run ahead of learning; 0 alternates exactly."
+    replayed: int = Field(
+        4, ge=0, description="Stored trajectories trained on per group; 0 switches replay off."
     )
-    step_timeout_s: float = Field(600, gt=0, description="The run stops when a step's groups take longer than this.")
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description="Policy versions by which generation may run ahead of learning; 0 alternates "
+        "exactly.",
+    )
+    step_timeout_s: float = Field(
+        600, gt=0, description="The run stops when a step's groups take longer than this."
+    )
     target_accuracy: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Stop early once held-out accuracy on the selected types reaches this; null runs all steps.",
+        description="Stop early once held-out accuracy on the selected types reaches this; null "
+        "runs all steps.",
     )
     replay_from: Path | None = Field(
-        None, description="Exported trajectories (.jsonl, .parquet) that are replayable from the first step on."
+        None,
+        description="Exported trajectories (.jsonl, .parquet) that are replayable from the first "
+        "step on.",
     )
     schedule: Literal["epochs", "open"] = Field(
         "epochs",
-        description="Which prompts are asked: epochs = every prompt in turn, shuffled; open = prompts never asked "
+        description="Which prompts are asked: epochs = every prompt in turn, shuffled; open = "
+        "prompts never asked "
         "first, then drawn by how far their moving average is from a full reward.",
     )
 
@@ -84,55 +115,87 @@ class LoopConfig(Section):
         return self.fresh + self.replayed
 
     def fresh_at(self, step: int, warm_up: int) -> int:
-        """Completions generated per prompt of ``step``: the whole group until replay is warm (METHOD 1.3)."""
+        """Completions generated per prompt of ``step``: the whole group until replay is warm
+        (METHOD 1.3)."""
         if self.replayed == 0:
             return self.fresh
-        return self.group_size if step * self.prompts_per_step * self.group_size < warm_up else self.fresh
+        return (
+            self.group_size
+            if step * self.prompts_per_step * self.group_size < warm_up
+            else self.fresh
+        )
 
 
 class PoolEvaluationConfig(Section):
-    """Accuracy over the training prompts, each asked equally often: unlike the running accuracy of the fresh
-    completions it does not depend on which prompts the schedule asks. Training waits meanwhile."""
+    """Accuracy over the training prompts, each asked equally often: unlike the running accuracy of
+    the fresh completions it does not depend on which prompts the schedule asks. Training waits
+    meanwhile."""
 
     every: int = Field(0, ge=0, description="Steps between measurements; 0 switches them off.")
-    samples: int = Field(4, ge=1, description="Completions per prompt, sampled as in training; 1 is greedy.")
-    stop_at: float | None = Field(None, gt=0, le=1, description="Training ends once the accuracy is at least this.")
+    samples: int = Field(
+        4, ge=1, description="Completions per prompt, sampled as in training; 1 is greedy."
+    )
+    stop_at: float | None = Field(
+        None, gt=0, le=1, description="Training ends once the accuracy is at least this."
+    )
 
 
 class EvaluationConfig(Section):
     """Held-out accuracy, measured on the rollout actors while training goes on."""
 
-    every: int = Field(25, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
-    limit: int | None = Field(None, ge=1, description="Use only the first N held-out prompts; null uses all.")
-    max_tokens: int | None = Field(None, ge=1, description="Completion length; null takes the rollout's.")
+    every: int = Field(
+        25, ge=0, description="Steps between evaluations; 0 evaluates only before and after."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first N held-out prompts; null uses all."
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="Completion length; null takes the rollout's."
+    )
     timeout_s: float = Field(600, gt=0, description="Deadline of one evaluation.")
-    pool: PoolEvaluationConfig = Field(PoolEvaluationConfig(), description="Accuracy over the training prompts.")
+    pool: PoolEvaluationConfig = Field(
+        PoolEvaluationConfig(), description="Accuracy over the training prompts."
+    )
 
 
 class RolloutSection(Section):
     """The rollout pool."""
 
-    workers: int = Field(1, ge=1, description="vLLM engines (Ray actors) at start; `avatar scale` changes it.")
-    min_workers: int = Field(1, ge=1, description="Fewest that scaling may leave.")
-    max_workers: int | None = Field(None, ge=1, description="Most that scaling may start; null: as many as are placed.")
-    autoscale: bool = Field(
-        False, description="Grow by one while the learner waits, shrink while rollouts wait; needs max_workers."
+    workers: int = Field(
+        1, ge=1, description="vLLM engines (Ray actors) at start; `avatar scale` changes it."
     )
-    drain_s: float = Field(60, gt=0, description="Seconds a leaving actor may take to finish what it has begun.")
+    min_workers: int = Field(1, ge=1, description="Fewest that scaling may leave.")
+    max_workers: int | None = Field(
+        None, ge=1, description="Most that scaling may start; null: as many as are placed."
+    )
+    autoscale: bool = Field(
+        False,
+        description="Grow by one while the learner waits, shrink while rollouts wait; needs "
+        "max_workers.",
+    )
+    drain_s: float = Field(
+        60, gt=0, description="Seconds a leaving actor may take to finish what it has begun."
+    )
     engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")
     max_sequences: int = Field(64, ge=1, description="Completions one actor keeps in flight.")
-    lease_s: float = Field(120, gt=0, description="Seconds until an unfinished prompt of a silent actor is given away.")
+    lease_s: float = Field(
+        120, gt=0, description="Seconds until an unfinished prompt of a silent actor is given away."
+    )
 
     def bounded(self, workers: int) -> int:
         """The nearest pool size that the recipe allows."""
-        return max(self.min_workers, workers if self.max_workers is None else min(workers, self.max_workers))
+        return max(
+            self.min_workers,
+            workers if self.max_workers is None else min(workers, self.max_workers),
+        )
 
     @model_validator(mode="after")
     def _check(self) -> RolloutSection:
         if self.bounded(self.workers) != self.workers:
             raise ValueError(
-                f"workers {self.workers} is outside min_workers {self.min_workers} to max_workers {self.max_workers}"
+                f"workers {self.workers} is outside min_workers {self.min_workers} to max_workers "
+                f"{self.max_workers}"
             )
         if self.autoscale and self.max_workers is None:
             raise ValueError("autoscale needs max_workers: say how far the pool may grow")
@@ -146,107 +209,174 @@ class ResourceConfig(Section):
         None, description="Ray cluster to join ('auto' or host:port); null runs on this machine."
     )
     rollout_cpus: float = Field(1, gt=0, description="CPUs per rollout actor.")
-    rollout_gpus: float | None = Field(None, ge=0, description="GPUs per rollout actor; null: 1 where GPUs exist.")
+    rollout_gpus: float | None = Field(
+        None, ge=0, description="GPUs per rollout actor; null: 1 where GPUs exist."
+    )
     learner_cpus: float = Field(1, gt=0, description="CPUs per learner rank.")
-    learner_gpus: float | None = Field(None, ge=0, description="GPUs per learner rank; null: 1 where GPUs exist.")
-    learner_strict: bool = Field(False, description="All learner ranks on one node or not at all; else packed.")
-    learner_labels: dict[str, str] = Field({}, description="Node labels that learner ranks ask for.")
-    rollout_labels: dict[str, str] = Field({}, description="Node labels that rollout actors ask for.")
-    rollout_resources: dict[str, float] = Field({}, description="Custom Ray resources per rollout actor.")
+    learner_gpus: float | None = Field(
+        None, ge=0, description="GPUs per learner rank; null: 1 where GPUs exist."
+    )
+    learner_strict: bool = Field(
+        False, description="All learner ranks on one node or not at all; else packed."
+    )
+    learner_labels: dict[str, str] = Field(
+        {}, description="Node labels that learner ranks ask for."
+    )
+    rollout_labels: dict[str, str] = Field(
+        {}, description="Node labels that rollout actors ask for."
+    )
+    rollout_resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources per rollout actor."
+    )
     reward_workers: int = Field(1, ge=1, description="Reward actors.")
-    object_store_bytes: int = Field(256 << 20, ge=80 << 20, description="Ray object store of a local run, in bytes.")
-    start_timeout_s: float = Field(300, gt=0, description="Deadline for actors to be placed and ready.")
+    object_store_bytes: int = Field(
+        256 << 20, ge=80 << 20, description="Ray object store of a local run, in bytes."
+    )
+    start_timeout_s: float = Field(
+        300, gt=0, description="Deadline for actors to be placed and ready."
+    )
 
 
 class OutputConfig(Section):
     """What the run leaves behind."""
 
     folder: Path = Field(Path("runs"), description="Parent of the run folders.")
-    cache: Path = Field(Path("build/cache"), description="Synthetic worlds, tiny models and cold starts, by content.")
-    samples_every: int = Field(10, ge=0, description="Steps between saved rollout samples; 0 saves none.")
+    cache: Path = Field(
+        Path("build/cache"),
+        description="Synthetic worlds, tiny models and cold starts, by content.",
+    )
+    samples_every: int = Field(
+        10, ge=0, description="Steps between saved rollout samples; 0 saves none."
+    )
     samples: int = Field(4, ge=1, description="Groups per saved sample.")
-    export: bool = Field(True, description="Write the trained policy as a Hugging Face checkpoint at the end.")
+    export: bool = Field(
+        True, description="Write the trained policy as a Hugging Face checkpoint at the end."
+    )
     report: bool = Field(True, description="Write plot.png and report.html at the end.")
     upload: str | None = Field(
-        None, description="fsspec URL (s3://bucket/path, file:///mnt/x) the run folder is copied to at the end."
+        None,
+        description="fsspec URL (s3://bucket/path, file:///mnt/x) the run folder is copied to at "
+        "the end.",
     )
     prometheus_port: int | None = Field(
-        None, ge=1, le=65535, description="Port that serves the run's metrics to Prometheus; null serves none."
+        None,
+        ge=1,
+        le=65535,
+        description="Port that serves the run's metrics to Prometheus; null serves none.",
     )
-    prometheus_host: str = Field("127.0.0.1", description="Address it listens on; 0.0.0.0 for another host to scrape.")
+    prometheus_host: str = Field(
+        "127.0.0.1", description="Address it listens on; 0.0.0.0 for another host to scrape."
+    )
 
 
 class CheckpointConfig(Section):
     """What survives the job, and what survives a learner (docs/survival.md)."""
 
-    every: int = Field(20, ge=0, description="Steps between checkpoints; 0 writes none, then nothing can be resumed.")
+    every: int = Field(
+        20,
+        ge=0,
+        description="Steps between checkpoints; 0 writes none, then nothing can be resumed.",
+    )
     keep: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
     hold_bytes: int = Field(
-        1 << 30, ge=0,
-        description="A learner state up to this size is copied to another process at every step, so that a dead rank "
+        1 << 30,
+        ge=0,
+        description="A learner state up to this size is copied to another process at every step, "
+        "so that a dead rank "
         "costs no step; a larger one goes back to the last checkpoint. 0: always the checkpoint.",
-    )  # fmt: skip
+    )
 
 
 class SupervisionConfig(Section):
     """When a process counts as dead, and how often it is replaced."""
 
     stall_s: float = Field(
-        120, gt=0, description="A rollout actor without progress for this long while it holds prompts is replaced; "
+        120,
+        gt=0,
+        description="A rollout actor without progress for this long while it holds prompts is "
+        "replaced; "
         "keep it above the time of the longest group. A judge's deadline is added.",
-    )  # fmt: skip
+    )
     learner_stall_s: float = Field(
-        600, gt=0, description="Learner ranks that train and get nowhere for this long are replaced; keep it above the "
-        "time of the slowest micro-batch, and of the optimizer's step and the gathering of the weights.",
-    )  # fmt: skip
+        600,
+        gt=0,
+        description="Learner ranks that train and get nowhere for this long are replaced; keep it "
+        "above the "
+        "time of the slowest micro-batch, and of the optimizer's step and the gathering of the "
+        "weights.",
+    )
     restarts: int = Field(
-        8, ge=0, description="Deaths of one kind of process between two finished steps before the run stops; rollout "
+        8,
+        ge=0,
+        description="Deaths of one kind of process between two finished steps before the run "
+        "stops; rollout "
         "actors may each die once more.",
-    )  # fmt: skip
+    )
     grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
 
 
 class ProbeConfig(Section):
-    """The parity probe: rollout and learner must agree about tokens and log-probabilities before training."""
+    """The parity probe: rollout and learner must agree about tokens and log-probabilities before
+    training."""
 
     prompts: int = Field(4, ge=0, description="Prompts probed at start; 0 switches the probe off.")
     tolerance: float | None = Field(
-        None, gt=0, description="Largest allowed log-probability difference; null: 1e-4 in float32, 0.3 in bfloat16."
+        None,
+        gt=0,
+        description="Largest allowed log-probability difference; null: 1e-4 in float32, 0.3 in "
+        "bfloat16.",
     )
 
 
 class RunConfig(Section):
     """One recipe."""
 
-    name: str = Field("avatar", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Prefix of the run id.")
-    seed: int = Field(0, ge=0, description="Seeds prompt order, sampling, replay draws and the synthetic world.")
-    preset: str | None = Field(None, description="Named overlay (see `avatar presets`), below the recipe's own keys.")
+    name: str = Field(
+        "avatar", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Prefix of the run id."
+    )
+    seed: int = Field(
+        0, ge=0, description="Seeds prompt order, sampling, replay draws and the synthetic world."
+    )
+    preset: str | None = Field(
+        None, description="Named overlay (see `avatar presets`), below the recipe's own keys."
+    )
     model: ModelSection = Field(ModelSection(), description="Which policy is trained.")
     data: DataSection = Field(description="What is asked.")
     loop: LoopConfig = Field(LoopConfig(), description="Steps, group sizes and flow control.")
-    cold_start: SftConfig | None = Field(None, description="Stage 0 supervised fine-tuning before RL, cached.")
+    cold_start: SftConfig | None = Field(
+        None, description="Stage 0 supervised fine-tuning before RL, cached."
+    )
     rollout: RolloutSection = Field(RolloutSection(), description="The rollout pool.")
     rewards: RewardConfig = Field(RewardConfig(), description="Reward components and weights.")
     buffer: BufferConfig = Field(BufferConfig(), description="The replay buffer service.")
-    learner: LearnerConfig = Field(LearnerConfig(), description="Objective, optimiser and DeepSpeed.")
+    learner: LearnerConfig = Field(
+        LearnerConfig(), description="Objective, optimiser and DeepSpeed."
+    )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Held-out evaluation.")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints and the learner's copy.")
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="Checkpoints and the learner's copy."
+    )
     supervision: SupervisionConfig = Field(SupervisionConfig(), description="Who is replaced when.")
     probe: ProbeConfig = Field(ProbeConfig(), description="Parity probe at start.")
     resources: ResourceConfig = Field(ResourceConfig(), description="What is asked of Ray.")
     output: OutputConfig = Field(OutputConfig(), description="What the run leaves behind.")
-    screen: Literal["auto", "live", "plain"] = Field("auto", description="Live view or one line per step.")
+    screen: Literal["auto", "live", "plain"] = Field(
+        "auto", description="Live view or one line per step."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.cold_start is not None and self.data.synthetic is None and self.data.sft is None:
             raise ValueError("cold_start needs `data.sft: FILE` (prompts with reasoning)")
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
-            raise ValueError("loop.target_accuracy is checked at evaluations: set evaluation.every above 0")
+            raise ValueError(
+                "loop.target_accuracy is checked at evaluations: set evaluation.every above 0"
+            )
         split, gpus = self.rollout.engine.tensor_parallel_size, self.resources.rollout_gpus
         if split > 1 and gpus != split:
             raise ValueError(
-                f"rollout.engine.tensor_parallel_size {split} needs resources.rollout_gpus {split}, which is {gpus}"
+                f"rollout.engine.tensor_parallel_size {split} needs resources.rollout_gpus "
+                f"{split}, which is {gpus}"
             )
         largest = self.loop.group_size if self.loop.replayed else self.loop.fresh
         measured = self.evaluation.pool.samples if self.evaluation.pool.every else 0
@@ -257,6 +387,7 @@ class RunConfig(Section):
             what += " (fusion: with video alone and audio alone)"
         if self.rollout.max_sequences < largest:
             raise ValueError(
-                f"rollout.max_sequences {self.rollout.max_sequences} is below one group of {largest}{what}"
+                f"rollout.max_sequences {self.rollout.max_sequences} is below one group of "
+                f"{largest}{what}"
             )
         return self

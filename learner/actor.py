@@ -1,27 +1,40 @@
-"""The learner rank as Ray knows it: who only holds a handle (the driver, the weight board) need not import torch."""
+"""The learner rank as Ray knows it: who only holds a handle (the driver, the weight board) need not
+import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from learner.spec import LearnerSpec
-from prompts.heap import no_collections
+from avatar_rl.common.heap import no_collections
+from avatar_rl.learner.spec import LearnerSpec
 
-#: Methods of ``learner.rank.LearnerRank`` that are called from outside.
+#: Methods of ``avatar_rl.learner.rank.LearnerRank`` that are called from outside.
 METHODS = (
-    "progress", "meeting_point", "setup", "sft", "probe", "train_step", "export",
-    "hold", "capture_state", "write_state", "restore_state", "publish_again",
-)  # fmt: skip
+    "progress",
+    "meeting_point",
+    "setup",
+    "sft",
+    "probe",
+    "train_step",
+    "export",
+    "hold",
+    "capture_state",
+    "write_state",
+    "restore_state",
+    "publish_again",
+)
 
 
 class LearnerRankActor:
-    """Plain class; the cluster makes it a Ray actor. Ray imports the class of every handle it is given, so this one is
-    light and makes the real rank in its own process."""
+    """Plain class; the cluster makes it a Ray actor. Ray imports the class of every handle it is
+    given, so this one is light and makes the real rank in its own process."""
 
     @no_collections()
-    def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
-        from learner.rank import LearnerRank
+    def __init__(
+        self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None
+    ) -> None:
+        from avatar_rl.learner.rank import LearnerRank
 
         self.learner = LearnerRank(spec, rank, ranks, board, keeper)
         self.outbox = self.learner.outbox  # for the board's standing call

@@ -1,4 +1,5 @@
-"""Config sections of the learner. Imports neither torch nor DeepSpeed: a dry run must start at once."""
+"""Config sections of the learner. Imports neither torch nor DeepSpeed: a dry run must start at
+once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ TasShape = Literal["parabolic", "uniform", "linear_decay", "linear_incline", "in
 TasNormalize = Literal["none", "unit_mean"]
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16"]
-MismatchCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+MismatchCorrection = Literal[
+    "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+]
 
 
 class ObjectiveConfig(BaseModel):
@@ -26,55 +29,86 @@ class ObjectiveConfig(BaseModel):
 
     loss_type: LossType = Field(
         "grpo",
-        description="Average over tokens: grpo = per sequence, then over sequences; dapo, bnpo and cispo = over all "
+        description="Average over tokens: grpo = per sequence, then over sequences; dapo, bnpo "
+        "and cispo = over all "
         "tokens of the step; dr_grpo = sum over sequences x the longest completion allowed.",
     )
     ratio: RatioLevel = Field(
         "token",
-        description="Importance ratio: token; sequence = GSPO-token (one value per sequence, gradient per token); "
+        description="Importance ratio: token; sequence = GSPO-token (one value per sequence, "
+        "gradient per token); "
         "sequence_plain = GSPO as first written, which cannot carry weights that vary by token.",
     )
-    epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range below 1, and above it when epsilon_high is null.")
+    epsilon: float = Field(
+        0.2, gt=0, lt=1, description="Clip range below 1, and above it when epsilon_high is null."
+    )
     epsilon_high: float | None = Field(
-        None, gt=0, description="Clip range above 1 (clip higher); for cispo the cap on the ratio is 1 + this."
+        None,
+        gt=0,
+        description="Clip range above 1 (clip higher); for cispo the cap on the ratio is 1 + this.",
     )
     delta: float | None = Field(
-        None, gt=1, description="Dual clip: largest ratio used with a negative advantage; must exceed 1 + epsilon_high."
+        None,
+        gt=1,
+        description="Dual clip: largest ratio used with a negative advantage; must exceed 1 + "
+        "epsilon_high.",
     )
-    alpha: float = Field(0.6, ge=0, description="Weight of the replayed surrogate; the KL term is never scaled by it.")
-    beta: float = Field(0.1, ge=0, description="Weight of the k3 KL to the reference policy; 0 needs no reference.")
+    alpha: float = Field(
+        0.6,
+        ge=0,
+        description="Weight of the replayed surrogate; the KL term is never scaled by it.",
+    )
+    beta: float = Field(
+        0.1, ge=0, description="Weight of the k3 KL to the reference policy; 0 needs no reference."
+    )
     scale_rewards: RewardScale = Field(
-        "group", description="Fresh advantages are divided by the deviation of the group, of the batch, or by nothing."
+        "group",
+        description="Fresh advantages are divided by the deviation of the group, of the batch, or "
+        "by nothing.",
     )
     replay_advantage: ReplayAdvantage = Field(
         "vcrs",
-        description="Baseline of a replayed trajectory: vcrs = moving average of its prompt's on-policy rewards; "
-        "batch_mean = mean of the replayed batch (ablation); joint = normalised with the fresh group of its prompt.",
+        description="Baseline of a replayed trajectory: vcrs = moving average of its prompt's "
+        "on-policy rewards; "
+        "batch_mean = mean of the replayed batch (ablation); joint = normalised with the fresh "
+        "group of its prompt.",
     )
     fresh_advantage: FreshAdvantage = Field(
         "group",
-        description="Baseline of a fresh completion: group = mean of its group, divided by scale_rewards; vcrs = the "
-        "moving average of its prompt, divided by the deviation of the step's rewards, so that one completion is a "
+        description="Baseline of a fresh completion: group = mean of its group, divided by "
+        "scale_rewards; vcrs = the "
+        "moving average of its prompt, divided by the deviation of the step's rewards, so that "
+        "one completion is a "
         "group and a group of equal rewards still teaches.",
     )
     replay_sign: ReplaySign = Field(
-        "both", description="positive trains only on replays better than their baseline (self-imitation)."
+        "both",
+        description="positive trains only on replays better than their baseline (self-imitation).",
     )
-    tas_shape: TasShape = Field("parabolic", description="Temporal advantage shaping: weight against token position.")
+    tas_shape: TasShape = Field(
+        "parabolic", description="Temporal advantage shaping: weight against token position."
+    )
     tas_lambda: float = Field(0.3, ge=0, description="Strength of the shaping; 0 switches it off.")
     tas_normalize: TasNormalize = Field(
-        "none", description="unit_mean divides the weights of each sequence by their mean, so that shapes compare."
+        "none",
+        description="unit_mean divides the weights of each sequence by their mean, so that shapes "
+        "compare.",
     )
     mask_truncated_completions: bool = Field(
-        False, description="Completions that hit the length limit give no gradient; they still count as sequences."
+        False,
+        description="Completions that hit the length limit give no gradient; they still count as "
+        "sequences.",
     )
     mismatch: MismatchCorrection = Field(
         "none",
-        description="Importance weight trainer / sampler, per token or per sequence, truncated at the bounds or zeroed "
+        description="Importance weight trainer / sampler, per token or per sequence, truncated at "
+        "the bounds or zeroed "
         "outside them; needs the trainer's own log-probabilities of the completions.",
     )
     mismatch_cap: float = Field(2.0, gt=0, description="Upper bound of the mismatch weight.")
-    mismatch_floor: float | None = Field(None, ge=0, description="Lower bound of the mismatch weight; null = none.")
+    mismatch_floor: float | None = Field(
+        None, ge=0, description="Lower bound of the mismatch weight; null = none."
+    )
 
     @property
     def upper(self) -> float:
@@ -90,14 +124,21 @@ class ObjectiveConfig(BaseModel):
     def _check(self) -> ObjectiveConfig:
         if self.ratio == "sequence_plain" and self.shapes_tokens:
             raise ValueError(
-                "ratio: sequence_plain averages the token weights of TAS away: use ratio: sequence, or tas_lambda: 0"
+                "ratio: sequence_plain averages the token weights of TAS away: use ratio: "
+                "sequence, or tas_lambda: 0"
             )
         if self.delta is not None and self.delta <= 1 + self.upper:
-            raise ValueError(f"delta {self.delta} must exceed 1 + epsilon_high = {1 + self.upper}, or be null")
+            raise ValueError(
+                f"delta {self.delta} must exceed 1 + epsilon_high = {1 + self.upper}, or be null"
+            )
         if self.delta is not None and self.loss_type == "cispo":
-            raise ValueError("cispo caps every ratio by epsilon_high and has no dual clip: set delta to null")
+            raise ValueError(
+                "cispo caps every ratio by epsilon_high and has no dual clip: set delta to null"
+            )
         if self.mismatch_floor is not None and self.mismatch_floor > self.mismatch_cap:
-            raise ValueError(f"mismatch_floor {self.mismatch_floor} exceeds mismatch_cap {self.mismatch_cap}")
+            raise ValueError(
+                f"mismatch_floor {self.mismatch_floor} exceeds mismatch_cap {self.mismatch_cap}"
+            )
         return self
 
 
@@ -109,14 +150,24 @@ class OptimizerConfig(BaseModel):
     lr: float = Field(5e-7, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; vectors get none.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
-    freeze: tuple[str, ...] = Field(
-        (), description="Parameters whose name holds one of these words keep their weights: visual, audio_tower, ..."
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay of matrices; vectors get none."
     )
-    dtype: DType = Field("auto", description="Weights and activations; auto is bfloat16 on a GPU, float32 on a CPU.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Gradients are clipped to this global norm."
+    )
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Parameters whose name holds one of these words keep their weights: visual, "
+        "audio_tower, ...",
+    )
+    dtype: DType = Field(
+        "auto", description="Weights and activations; auto is bfloat16 on a GPU, float32 on a CPU."
+    )
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage.")
-    offload_optimizer: bool = Field(False, description="Keep optimiser state in CPU memory (ZeRO 1 to 3).")
+    offload_optimizer: bool = Field(
+        False, description="Keep optimiser state in CPU memory (ZeRO 1 to 3)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -130,39 +181,56 @@ class LearnerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ranks: int = Field(1, ge=1, description="Learner processes, one per GPU; each step is split over them.")
+    ranks: int = Field(
+        1, ge=1, description="Learner processes, one per GPU; each step is split over them."
+    )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is minimised.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and DeepSpeed.")
     updates: int = Field(
         1,
         ge=1,
-        description="Optimiser updates per step: each trains on the step's fresh groups and on its own share of the "
+        description="Optimiser updates per step: each trains on the step's fresh groups and on "
+        "its own share of the "
         "replays, of which the step draws this many times as many.",
     )
-    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="Share of the steps with a rising learning rate."
+    )
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
     micro_batch_tokens: int = Field(
-        16_384, ge=16, description="Padded tokens per micro-batch: prompts and completions as computed."
+        16_384,
+        ge=16,
+        description="Padded tokens per micro-batch: prompts and completions as computed.",
     )
     share_prefix: bool = Field(
-        True, description="Compute each prompt once per micro-batch; its completions attend to its keys and values."
+        True,
+        description="Compute each prompt once per micro-batch; its completions attend to its keys "
+        "and values.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass; needs share_prefix off."
     )
-    reference_cache: int = Field(20_000, ge=0, description="Trajectories whose reference log-probs are remembered.")
+    reference_cache: int = Field(
+        20_000, ge=0, description="Trajectories whose reference log-probs are remembered."
+    )
     max_skipped: int = Field(
         10,
         ge=0,
-        description="NaN losses (a micro-batch is left out) and NaN gradients (an update is) before the run stops.",
+        description="NaN losses (a micro-batch is left out) and NaN gradients (an update is) "
+        "before the run stops.",
     )
-    lease_s: float = Field(600, gt=0, description="Seconds until the groups of a silent learner are given away.")
+    lease_s: float = Field(
+        600, gt=0, description="Seconds until the groups of a silent learner are given away."
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; ignored on a GPU.")
 
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:
         if self.gradient_checkpointing and self.share_prefix:
-            raise ValueError("gradient_checkpointing forbids the cache that share_prefix needs: set share_prefix false")
+            raise ValueError(
+                "gradient_checkpointing forbids the cache that share_prefix needs: set "
+                "share_prefix false"
+            )
         return self
 
 
@@ -176,10 +244,15 @@ class SftConfig(BaseModel):
     optimizer: OptimizerConfig = Field(OptimizerConfig(lr=1e-5), description="AdamW and DeepSpeed.")
     warmup: int = Field(50, ge=0, description="Steps with a rising learning rate.")
     schedule: Schedule = Field("linear", description="Learning rate after the warm-up.")
-    lr_floor: float = Field(0.02, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    lr_floor: float = Field(
+        0.02, ge=0, le=1, description="Last learning rate as a share of the peak."
+    )
     ranks: int = Field(1, ge=1, description="Learner processes during the cold start.")
     micro_batch_tokens: int = Field(16_384, ge=16, description="Padded tokens per micro-batch.")
     seed: int = Field(0, ge=0, description="Order of the prompts.")
     checkpoint_every: int = Field(
-        100, ge=0, description="Steps between checkpoints that an interrupted cold start goes on from; 0 writes none."
+        100,
+        ge=0,
+        description="Steps between checkpoints that an interrupted cold start goes on from; 0 "
+        "writes none.",
     )

@@ -13,21 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.batch import Pending
-from learner.policy import MicroBatch, Policy, PolicyOutput, freeze, logit_chunks
-from prompts.errors import ConfigError
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending
+from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze, logit_chunks
 
 if TYPE_CHECKING:
-    from learner.config import OptimizerConfig
+    from avatar_rl.learner.config import OptimizerConfig
 
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
-#: What ranks must agree on before a backward: encoders, under ZeRO 3 one entry for each of their runs; logit chunks.
+#: What ranks must agree on before a backward: encoders, under ZeRO 3 one entry for each of their
+#: runs; logit chunks.
 Needs = tuple[tuple[str, ...], int]
 
-#: Features of a micro-batch and the part of the model (a word of its parameters' names) that only they use.
-ENCODERS = {"pixel_values": "visual", "pixel_values_videos": "visual", "input_features": "audio_tower"}
-#: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those of a tiny model do.
+#: Features of a micro-batch and the part of the model (a word of its parameters' names) that only
+#: they use.
+ENCODERS = {
+    "pixel_values": "visual",
+    "pixel_values_videos": "visual",
+    "input_features": "audio_tower",
+}
+#: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those
+#: of a tiny model do.
 WHOLE_BELOW = 100_000
 
 
@@ -36,13 +43,17 @@ def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
     import deepspeed
 
     if not on_gpu:
-        # Its shared-memory collectives cost a minute of compiling and leak /dev/shm segments; gloo does the same work.
+        # Its shared-memory collectives cost a minute of compiling and leak /dev/shm segments; gloo
+        # does the same work.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False
+    )
 
 
 def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration for one optimiser step per training step (STACK "DeepSpeed")."""
+    """DeepSpeed's own configuration for one optimiser step per training step (STACK
+    "DeepSpeed")."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
@@ -52,7 +63,8 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> di
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # micro-batches per step vary: our step() is the boundary
+        # micro-batches per step vary: our step() is the boundary
+        "managed_gradient_accumulation": False,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -64,23 +76,31 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> di
 
 
 class TrainEngine:
-    """A policy under DeepSpeed. Losses handed to ``accumulate`` are this rank's share of a sum over all ranks."""
+    """A policy under DeepSpeed. Losses handed to ``accumulate`` are this rank's share of a sum over
+    all ranks."""
 
-    def __init__(self, policy: Policy, config: OptimizerConfig, *, world_size: int, dtype: str) -> None:
+    def __init__(
+        self, policy: Policy, config: OptimizerConfig, *, world_size: int, dtype: str
+    ) -> None:
         import deepspeed
 
         self.config = config
         self.world_size = world_size
         if freeze(policy, config.freeze) == 0:
             raise ConfigError(
-                f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is left to train"
+                f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is "
+                "left to train"
             )
         policy.uniform = config.zero_stage == 3
-        # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights themselves.
+        # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights
+        # themselves.
         self._shared = {
             word
             for word in ENCODERS.values()
-            if any(word in n and (p.requires_grad or config.zero_stage == 3) for n, p in policy.named_parameters())
+            if any(
+                word in n and (p.requires_grad or config.zero_stage == 3)
+                for n, p in policy.named_parameters()
+            )
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
@@ -94,14 +114,15 @@ class TrainEngine:
         # Without ZeRO, DeepSpeed clips float32 gradients but keeps no record of their norm.
         self.engine.clip_fp32_gradients = self._clip
         if config.zero_stage == 0:
-            # In bfloat16 it steps once at once, without gradients, to allocate; AdamW's bias correction would count it.
+            # In bfloat16 it steps once at once, without gradients, to allocate; AdamW's bias
+            # correction would count it.
             self.engine.basic_optimizer.state.clear()
 
     def _watch(self, policy: Policy) -> None:
         """Remember which micro-batch brought a gradient that is not finite.
 
-        A NaN runs down to the input, through a norm or a bias of every layer on its way: these small ones tell.
-        """
+        A NaN runs down to the input, through a norm or a bias of every layer on its way: these
+        small ones tell."""
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
         self._flags: list[Tensor] = []  # per micro-batch of the step
 
@@ -114,14 +135,18 @@ class TrainEngine:
 
     @property
     def suspects(self) -> list[int]:
-        """This rank's micro-batches of the last step whose gradient was not finite though their loss was."""
+        """This rank's micro-batches of the last step whose gradient was not finite though their
+        loss was."""
         return [number for number, bad in enumerate(self._flags) if bad]
 
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+            {
+                "params": [p for p in trained if p.ndim >= 2],
+                "weight_decay": self.config.weight_decay,
+            },
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
@@ -138,20 +163,26 @@ class TrainEngine:
         return self.engine.module
 
     def forward(self, batch: MicroBatch, chunks: int) -> PolicyOutput:
-        """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the ratio."""
+        """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the
+        ratio."""
         return self.engine(batch.to(self.device), chunks)
 
     def accumulate(
-        self, micro_batches: Sequence[MicroBatch | Pending], loss: LossFunction, spare: MicroBatch | Pending
+        self,
+        micro_batches: Sequence[MicroBatch | Pending],
+        loss: LossFunction,
+        spare: MicroBatch | Pending,
     ) -> None:
         """Add the gradients of ``loss(i, micro_batch, output)`` over this rank's micro-batches.
 
-        Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all ranks run equally
-        many: the missing ones are run on ``spare`` with weight zero. A loss that is not finite adds nothing. What is
-        ``Pending`` is collated in its turn. Raises ConfigError, on all ranks, where ranks cannot run side by side.
-        """
+        Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all
+        ranks run equally many: the missing ones are run on ``spare`` with weight zero. A loss that
+        is not finite adds nothing. What is ``Pending`` is collated in its turn. Raises ConfigError,
+        on all ranks, where ranks cannot run side by side."""
         self._flags = []
-        plan = self._agree(micro_batches, spare)  # before the first backward: ranks must meet in one order
+        plan = self._agree(
+            micro_batches, spare
+        )  # before the first backward: ranks must meet in one order
         for number, chunks in enumerate(plan):
             pending = micro_batches[number] if number < len(micro_batches) else spare
             micro_batch = pending.collate() if isinstance(pending, Pending) else pending
@@ -164,7 +195,9 @@ class TrainEngine:
             self._backward(value)
             self._flags.append(self._bad & torch.isfinite(value.detach()))
 
-    def _agree(self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending) -> list[int]:
+    def _agree(
+        self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending
+    ) -> list[int]:
         """Logit chunks of each backward that this rank runs.
 
         Raises ConfigError, on all ranks, where they would wait for each other.
@@ -176,10 +209,14 @@ class TrainEngine:
         ranks: list[tuple[list[Needs], Needs]] = [([], ((), 0))] * self.world_size
         dist.all_gather_object(ranks, (mine, fill))
         if stage == 1:  # exchanges gradients once per step, 2 and 3 do so in every backward
-            self._compare([sorted({word for words, _ in needs for word in words}) for needs, _ in ranks])
+            self._compare(
+                [sorted({word for words, _ in needs for word in words}) for needs, _ in ranks]
+            )
             return [chunks for _, chunks in mine]
         most = max(len(needs) for needs, _ in ranks)
-        meetings = list(zip(*(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True))
+        meetings = list(
+            zip(*(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True)
+        )
         for meeting in meetings:
             self._compare([words for words, _ in meeting])
         if stage == 2:
@@ -192,38 +229,56 @@ class TrainEngine:
             stage = self.config.zero_stage
             raise ConfigError(
                 f"zero_stage {stage} needs all ranks to use the same encoders"
-                f"{', equally often (images and videos are two runs),' if stage == 3 else ''} at the same time, but "
-                "this step mixes prompts with different media: set learner.optimizer.zero_stage 0, freeze the encoders "
+                f"{', equally often (images and videos are two runs),' if stage == 3 else ''} at "
+                "the same time, but "
+                "this step mixes prompts with different media: set learner.optimizer.zero_stage "
+                "0, freeze the encoders "
                 "(zero_stage 1 and 2), or train on prompts with the same kinds of media"
             )
 
     def _needs(self, batch: MicroBatch | Pending) -> Needs:
-        runs = [word for name, word in ENCODERS.items() if name in batch.features and word in self._shared]
-        # A gradient is exchanged once, however often its encoder ran; weights are gathered for each run.
+        runs = [
+            word
+            for name, word in ENCODERS.items()
+            if name in batch.features and word in self._shared
+        ]
+        # A gradient is exchanged once, however often its encoder ran; weights are gathered for each
+        # run.
         words = runs if self.config.zero_stage == 3 else sorted(set(runs))
         return tuple(words), logit_chunks(batch.tokens)
 
     def _backward(self, loss: Tensor) -> None:
         hooks = []
         if not torch.isfinite(loss):
-            # The other ranks wait for this backward; zero times a NaN is a NaN, so each gradient is replaced instead.
-            hooks = [p.register_hook(torch.zeros_like) for p in self.policy.parameters() if p.requires_grad]
-        # DeepSpeed averages over ranks; the factor makes it the sum that the step's totals are made for.
+            # The other ranks wait for this backward; zero times a NaN is a NaN, so each gradient is
+            # replaced instead.
+            hooks = [
+                p.register_hook(torch.zeros_like)
+                for p in self.policy.parameters()
+                if p.requires_grad
+            ]
+        # DeepSpeed averages over ranks; the factor makes it the sum that the step's totals are made
+        # for.
         self.engine.backward(loss * self.world_size)
         for hook in hooks:
             hook.remove()
 
     def _clip(self) -> None:
-        self._norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        self._norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(), self.config.max_grad_norm
+        )
         if not torch.isfinite(self._norm):
-            self.engine.basic_optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+            self.engine.basic_optimizer.zero_grad(
+                set_to_none=True
+            )  # AdamW passes over what has no gradient
 
     def step(self, lr: float) -> float:
-        """Clip, update and clear; returns the global gradient norm before clipping, 0 without gradients.
+        """Clip, update and clear; returns the global gradient norm before clipping, 0 without
+        gradients.
 
-        A norm that is not finite is returned as inf on every rank: weights and optimiser state then stay as they were
-        (ZeRO and bfloat16 have DeepSpeed leave such an update out; ``_clip`` does it for float32 without ZeRO).
-        """
+        A norm that is not finite is returned as inf on every rank: weights and optimiser state then
+        stay as they were (ZeRO and bfloat16 have DeepSpeed leave such an update out; ``_clip`` does
+        it for float32 without ZeRO)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -234,8 +289,9 @@ class TrainEngine:
         return found if math.isfinite(found) else math.inf
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed keeps the gradient of a parameter until there is another; in a step that does not use it, it would
-        be applied again, and one whose first micro-batch does not use it would add to it."""
+        """DeepSpeed keeps the gradient of a parameter until there is another; in a step that does
+        not use it, it would be applied again, and one whose first micro-batch does not use it would
+        add to it."""
         zero, offload = self.optimizer, self.config.offload_optimizer
         stale: list[Tensor] = []
         if self.config.zero_stage == 3:
@@ -253,17 +309,23 @@ class TrainEngine:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The parameters themselves, whole, by our names, inside the ``with``. Collective under ZeRO-3."""
+        """The parameters themselves, whole, by our names, inside the ``with``. Collective under
+        ZeRO-3."""
         with contextlib.ExitStack() as stack:
             if self.config.zero_stage >= 3:
                 import deepspeed
 
-                stack.enter_context(deepspeed.zero.GatheredParameters(list(self.policy.parameters())))
-            yield {name.removeprefix("model."): p.detach() for name, p in self.policy.named_parameters()}
+                stack.enter_context(
+                    deepspeed.zero.GatheredParameters(list(self.policy.parameters()))
+                )
+            yield {
+                name.removeprefix("model."): p.detach()
+                for name, p in self.policy.named_parameters()
+            }
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every rank, with ``keep``
-        where the copy is wanted; it is empty on the others."""
+        """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every
+        rank, with ``keep`` where the copy is wanted; it is empty on the others."""
         with self.whole_weights() as weights:
             return {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
 
@@ -274,6 +336,7 @@ class TrainEngine:
         path, client = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise ConfigError(
-                f"checkpoint {folder}/{tag} cannot be loaded: it is missing or was written by another setup"
+                f"checkpoint {folder}/{tag} cannot be loaded: it is missing or was written by "
+                "another setup"
             )
         self.updates = int(client["updates"])

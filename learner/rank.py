@@ -1,8 +1,9 @@
-"""A learner rank: rank 0 leases and draws a step, all ranks train their share of it, rank 0 publishes and commits.
+"""A learner rank: rank 0 leases and draws a step, all ranks train their share of it, rank 0
+publishes and commits.
 
-Only rank 0 talks to the buffer: one lease, one fence and one draw per step, so the deviation of the replayed batch and
-the denominators of the loss are those of the whole step without any further exchange (METHOD 1.1).
-"""
+Only rank 0 talks to the buffer: one lease, one fence and one draw per step, so the deviation of the
+replayed batch and the denominators of the loss are those of the whole step without any further
+exchange (METHOD 1.1)."""
 
 from __future__ import annotations
 
@@ -19,33 +20,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from buffer_service.store import ReplayBuffer
-from buffer_service.trajectory import Trajectory
-from learner.batch import Pending, Row, collate, padded
-from learner.clock import Clock
-from learner.config import OptimizerConfig
-from learner.engine import TrainEngine, init_distributed
-from learner.export import export_checkpoint
-from learner.health import HealthAccumulator, reward_metrics
-from learner.model import checkpoint_names, load_model, published_names
-from learner.objective import policy_loss
-from learner.outbox import Outbox
-from learner.plan import StepPlan, StepWork, plan_step, truncated
-from learner.policy import MicroBatch, Policy, PolicyOutput
-from learner.publisher import Publisher
-from learner.reference import ReferencePolicy
-from learner.samples import sample_row
-from learner.schedule import lr_at
-from learner.sft import ColdStart
-from learner.shaping import tas_weights
-from learner.spec import LearnerSpec
-from learner.state import DurableState
-from prompts.datasets import PromptIndex
-from prompts.device import sees_gpu
-from prompts.errors import ModelError, ReplayBufferError
-from prompts.heap import HeapTrimmer, no_collections, set_aside_imports
-from prompts.media import MediaLoader
-from prompts.template import EncodedPrompt, PromptEncoder
+from avatar_rl.buffer_service.records.trajectory import Trajectory
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.outbox import Outbox
+from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.common.device import sees_gpu
+from avatar_rl.common.errors import ModelError, ReplayBufferError
+from avatar_rl.common.heap import HeapTrimmer, no_collections, set_aside_imports
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, collate, padded
+from avatar_rl.learner.batch.plan import StepPlan, StepWork, plan_step, truncated
+from avatar_rl.learner.clock import Clock
+from avatar_rl.learner.config import OptimizerConfig
+from avatar_rl.learner.engine import TrainEngine, init_distributed
+from avatar_rl.learner.model.export import export_checkpoint
+from avatar_rl.learner.model.load import checkpoint_names, load_model, published_names
+from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.objective.loss import policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
+from avatar_rl.learner.objective.step_metrics import HealthAccumulator, reward_metrics
+from avatar_rl.learner.samples import sample_row
+from avatar_rl.learner.schedule import lr_at
+from avatar_rl.learner.sft import ColdStart
+from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.learner.state import DurableState
+from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from avatar_rl.prompts.media.loader import MediaLoader
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,20 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class LearnerRank(DurableState):
-    """Plain class behind ``learner.actor``. Methods without "rank 0" in their text run on every rank."""
+    """Plain class behind ``avatar_rl.learner.actor``. Methods without "rank 0" in their text run on
+    every rank."""
 
     moves = 0  # grows whenever this rank gets somewhere
 
-    def __init__(self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None) -> None:
+    def __init__(
+        self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None
+    ) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
         self.keeper, self.hold_bytes = keeper, spec.hold_bytes
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
-        self.encoder = PromptEncoder(spec.model, MediaLoader(spec.media, base=Path(".")), spec.template)
+        self.encoder = PromptEncoder(
+            spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
+        )
         self.engine: TrainEngine
         self.heap: HeapTrimmer
         self.reference: ReferencePolicy | None = None
@@ -76,7 +82,8 @@ class LearnerRank(DurableState):
         self.clock = Clock()
 
     def progress(self) -> dict[str, Any]:
-        """How far it has come, answered while a step is trained: a rank that hangs answers the same again and again."""
+        """How far it has come, answered while a step is trained: a rank that hangs answers the same
+        again and again."""
         return {"moves": self.moves, "host": socket.gethostname(), "pid": os.getpid()}
 
     def meeting_point(self) -> tuple[str, int]:
@@ -91,23 +98,30 @@ class LearnerRank(DurableState):
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the policy."""
         os.environ.update(
-            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.ranks), LOCAL_SIZE="1",
-            MASTER_ADDR=address, MASTER_PORT=str(port),
-        )  # fmt: skip
+            RANK=str(self.rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.ranks),
+            LOCAL_SIZE="1",
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+        )
         spec, on_gpu = self.spec, sees_gpu()
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
         set_aside_imports()
         optimizer = self._optimizer()
-        dtype = optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+        dtype = (
+            optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+        )
         model = load_model(spec.model, dtype=dtype)
         if spec.learner.gradient_checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         else:
             model.eval()
-        # The cold start has one completion per prompt: there is no prefix to share, and one pass is cheaper than two.
+        # The cold start has one completion per prompt: there is no prefix to share, and one pass is
+        # cheaper than two.
         policy = Policy(model, share_prefix=spec.learner.share_prefix and spec.sft is None)
         self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
         names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
@@ -116,11 +130,17 @@ class LearnerRank(DurableState):
             self.publisher = Publisher(published, self.outbox, dtype=dtype)
         if spec.sft is not None:
             prompts = list(self.prompts)
-            self.cold_start = ColdStart(self.engine, self.encoder, prompts, spec.sft, rank=self.rank)
+            self.cold_start = ColdStart(
+                self.engine, self.encoder, prompts, spec.sft, rank=self.rank
+            )
         else:
             self._setup_rl(dtype)
         self.heap = HeapTrimmer(active=not on_gpu)
-        return {"rank": self.rank, "dtype": dtype, "parameters": sum(p.numel() for p in policy.parameters())}
+        return {
+            "rank": self.rank,
+            "dtype": dtype,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+        }
 
     def _optimizer(self) -> OptimizerConfig:
         return self.spec.sft.optimizer if self.spec.sft is not None else self.spec.learner.optimizer
@@ -129,14 +149,17 @@ class LearnerRank(DurableState):
         spec = self.spec
         if spec.learner.objective.beta > 0:
             self.reference = ReferencePolicy(
-                spec.reference, dtype=dtype, share_prefix=spec.learner.share_prefix, device=self.engine.device,
+                spec.reference,
+                dtype=dtype,
+                share_prefix=spec.learner.share_prefix,
+                device=self.engine.device,
                 cached=spec.learner.reference_cache,
-            )  # fmt: skip
+            )
         if self.rank == 0:
             self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
             self.epoch = self.buffer.new_epoch()
 
-    # -- Stage 0 ---------------------------------------------------------------------------------------------------
+    # -- Stage 0 -----------------------------------------------------------------------------------
 
     def sft(self, first: int, count: int) -> dict[str, Any]:
         """``count`` cold-start updates from ``first``: mean loss per token and tokens seen."""
@@ -144,7 +167,7 @@ class LearnerRank(DurableState):
         self.heap.trim()
         return self.cold_start.run(first, count)
 
-    # -- RL --------------------------------------------------------------------------------------------------------
+    # -- RL ----------------------------------------------------------------------------------------
 
     def probe(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The learner's view of the engine's probe completions, for the parity probe."""
@@ -156,14 +179,17 @@ class LearnerRank(DurableState):
             answers.append(
                 {
                     "prompt_token_ids": prompt.input_ids.numpy(),
-                    "placeholders": {name: list(value.shape) for name, value in prompt.features.items()},
+                    "placeholders": {
+                        name: list(value.shape) for name, value in prompt.features.items()
+                    },
                     "logprobs": output.logprobs[0].cpu().numpy(),
                 }
             )
         return answers
 
     def train_step(self, step: int, *, samples: int = 0) -> dict[str, Any]:
-        """Train ``step``, publish the next version and commit; rank 0 returns metrics, distributions, sampled groups.
+        """Train ``step``, publish the next version and commit; rank 0 returns metrics,
+        distributions, sampled groups.
 
         Raises ReplayBufferError when the step's groups do not arrive in time.
         """
@@ -174,10 +200,14 @@ class LearnerRank(DurableState):
         health = HealthAccumulator()
         for number in range(updates):
             part = work.update(number, updates)
-            plan = plan_step(part, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+            plan = plan_step(
+                part, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens
+            )
             self._train(plan, health)
             with self.clock("optimizer"):
-                norm = self.engine.step(rate) if plan.trajectories else 0.0  # nothing was computed on any rank
+                norm = (
+                    self.engine.step(rate) if plan.trajectories else 0.0
+                )  # nothing was computed on any rank
             if not np.isfinite(norm):
                 self._note_no_update(plan, health)
             self.moves += 1
@@ -204,7 +234,7 @@ class LearnerRank(DurableState):
             export_checkpoint(self.publisher.rename(weights), self.spec.model, path)
         return str(path)
 
-    # -- the parts of a step ---------------------------------------------------------------------------------------
+    # -- the parts of a step -----------------------------------------------------------------------
 
     def _collect(self, step: int) -> StepWork:
         """Rank 0: the step's groups, as soon as all are in, and its replays."""
@@ -213,25 +243,40 @@ class LearnerRank(DurableState):
         deadline = time.monotonic() + spec.step_timeout_s
         while True:
             self.moves += 1  # waiting for groups is no standstill
-            share = buffer.lease_fresh("learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch)
+            share = buffer.lease_fresh(
+                "learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch
+            )
             if share.ready:
                 break
             if time.monotonic() > deadline:
                 raise ReplayBufferError(
-                    f"step {step}: {share.missing} of {share.expected} groups did not arrive within "
-                    f"{spec.step_timeout_s:g} s: see whether rollout and reward actors live, raise loop.step_timeout_s"
+                    f"step {step}: {share.missing} of {share.expected} groups did not arrive "
+                    "within "
+                    f"{spec.step_timeout_s:g} s: see whether rollout and reward actors live, "
+                    "raise loop.step_timeout_s"
                 )
             time.sleep(POLL_S)
         version = buffer.version()
-        replays = buffer.draw(
-            len(share.groups) * spec.replayed * spec.learner.updates, step=step, seed=spec.seed, version=version,
-            prompt_ids=[group.prompt_id for group in share.groups],
-        ) if share.groups else []  # fmt: skip
+        replays = (
+            buffer.draw(
+                len(share.groups) * spec.replayed * spec.learner.updates,
+                step=step,
+                seed=spec.seed,
+                version=version,
+                prompt_ids=[group.prompt_id for group in share.groups],
+            )
+            if share.groups
+            else []
+        )
         baselines = buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
         of_groups: list[float] = []
         if spec.learner.objective.fresh_advantage == "vcrs":
-            of_groups = buffer.baselines([g.prompt_id for g in share.groups], [g.hinted for g in share.groups])
-        return StepWork(step, version, tuple(share.groups), tuple(replays), tuple(baselines), tuple(of_groups))
+            of_groups = buffer.baselines(
+                [g.prompt_id for g in share.groups], [g.hinted for g in share.groups]
+            )
+        return StepWork(
+            step, version, tuple(share.groups), tuple(replays), tuple(baselines), tuple(of_groups)
+        )
 
     def _receive(self, work: StepWork | None) -> StepWork:
         if self.ranks == 1:
@@ -253,24 +298,39 @@ class LearnerRank(DurableState):
         with self.clock("encode"):
             rows = {i: self._row(plan.trajectories[i]) for indices in share for i in indices}
             micro_batches = [self._pending([rows[i] for i in indices]) for indices in share]
-            spare = micro_batches[0] if micro_batches else self._pending([self._row(plan.trajectories[0])])
+            spare = (
+                micro_batches[0]
+                if micro_batches
+                else self._pending([self._row(plan.trajectories[0])])
+            )
 
         def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             indices = share[number]
             self.moves += 1
-            return self._loss(plan, indices, [rows[i] for i in indices], micro_batch, output, health)
+            return self._loss(
+                plan, indices, [rows[i] for i in indices], micro_batch, output, health
+            )
 
         with self.clock("forward_backward"):
             self.engine.accumulate(micro_batches, loss, spare)
 
     def _loss(
-        self, plan: StepPlan, indices: list[int], rows: list[Row], batch: MicroBatch, output: PolicyOutput,
+        self,
+        plan: StepPlan,
+        indices: list[int],
+        rows: list[Row],
+        batch: MicroBatch,
+        output: PolicyOutput,
         health: HealthAccumulator,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         config, device = self.spec.learner.objective, output.logprobs.device
         chosen = [plan.trajectories[i] for i in indices]
         mask = batch.mask.to(device)
-        reference = self.reference.logprobs([t.id for t in chosen], rows) if self.reference is not None else None
+        reference = (
+            self.reference.logprobs([t.id for t in chosen], rows)
+            if self.reference is not None
+            else None
+        )
         result = policy_loss(
             output.logprobs,
             padded([t.logprobs for t in chosen]).to(device),
@@ -285,7 +345,11 @@ class LearnerRank(DurableState):
             old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
         )
         if not torch.isfinite(result.loss):
-            culprits = [t.id for t, row in zip(chosen, result.rows.tolist(), strict=True) if not np.isfinite(row)]
+            culprits = [
+                t.id
+                for t, row in zip(chosen, result.rows.tolist(), strict=True)
+                if not np.isfinite(row)
+            ]
             log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
             health.skip(culprits)
         else:
@@ -293,33 +357,49 @@ class LearnerRank(DurableState):
         return result.loss
 
     def _note_no_update(self, plan: StepPlan, health: HealthAccumulator) -> None:
-        """The engine made no update for want of a finite gradient; the step is published and committed all the same."""
+        """The engine made no update for want of a finite gradient; the step is published and
+        committed all the same."""
         share = plan.shares[self.rank]
-        culprits = [plan.trajectories[i].id for number in self.engine.suspects for i in share[number]]
-        log.warning("no update: the gradient is not finite; on this rank it came from trajectories %s", culprits)
+        culprits = [
+            plan.trajectories[i].id for number in self.engine.suspects for i in share[number]
+        ]
+        log.warning(
+            "no update: the gradient is not finite; on this rank it came from trajectories %s",
+            culprits,
+        )
         health.skip(culprits, count=int(self.rank == 0))
 
     def _count_skipped(self, gathered: HealthAccumulator) -> None:
-        """Every rank knows of all that was left out, so all stop at the same step, after its commit."""
+        """Every rank knows of all that was left out, so all stop at the same step, after its
+        commit."""
         self.skipped += gathered.skipped
         if gathered.skipped and self.skipped > self.spec.learner.max_skipped:
             raise ModelError(
-                f"{self.skipped} times a loss or gradient was not finite, more than learner.max_skipped = "
-                f"{self.spec.learner.max_skipped}; last because of trajectories {gathered.culprits[:16]}: lower "
+                f"{self.skipped} times a loss or gradient was not finite, more than "
+                "learner.max_skipped = "
+                f"{self.spec.learner.max_skipped}; last because of trajectories "
+                f"{gathered.culprits[:16]}: lower "
                 "learner.optimizer.lr, or look at the rewards and media of these trajectories"
             )
 
     def _row(self, trajectory: Trajectory) -> Row:
         self.moves += 1
         encoded = self._encode(trajectory)
-        return Row((trajectory.prompt_id, trajectory.hinted), encoded, trajectory.token_ids, trajectory.temperature)
+        return Row(
+            (trajectory.prompt_id, trajectory.hinted),
+            encoded,
+            trajectory.token_ids,
+            trajectory.temperature,
+        )
 
     def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
         encoded = self.encoder.encode(self.prompts[trajectory.prompt_id], hinted=trajectory.hinted)
         if encoded.digest != trajectory.prompt_digest:
             raise ModelError(
-                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other tokens than when it was "
-                f"generated ({len(encoded.input_ids)} against {trajectory.prompt_tokens}): the dataset, template or "
+                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other "
+                "tokens than when it was "
+                f"generated ({len(encoded.input_ids)} against {trajectory.prompt_tokens}): the "
+                "dataset, template or "
                 "pixel bounds changed; start from an empty buffer"
             )
         return encoded
@@ -330,14 +410,21 @@ class LearnerRank(DurableState):
     def _lr(self, step: int) -> float:
         config, steps = self.spec.learner, self.spec.steps
         return lr_at(
-            step, lr=config.optimizer.lr, warmup=round(config.warmup * steps), total=steps, schedule=config.schedule
+            step,
+            lr=config.optimizer.lr,
+            warmup=round(config.warmup * steps),
+            total=steps,
+            schedule=config.schedule,
         )
 
     def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
-        """Weights first, then the version that announces them: whoever sees the number has only to wait for a copy."""
+        """Weights first, then the version that announces them: whoever sees the number has only to
+        wait for a copy."""
         assert self.publisher is not None and self.buffer is not None
         self.publisher.publish(work.version + 1, weights)
-        self.buffer.commit_step(work.step, work.version + 1, [group.id for group in work.groups], self.epoch)
+        self.buffer.commit_step(
+            work.step, work.version + 1, [group.id for group in work.groups], self.epoch
+        )
 
     def _gather(self, health: HealthAccumulator) -> HealthAccumulator:
         if self.ranks == 1:
@@ -349,7 +436,10 @@ class LearnerRank(DurableState):
         return box[0]
 
     def _metrics(self, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
-        fresh, updates = [t for group in work.groups for t in group.trajectories], self.spec.learner.updates
+        fresh, updates = (
+            [t for group in work.groups for t in group.trajectories],
+            self.spec.learner.updates,
+        )
         metrics = health.metrics()
         for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
             metrics[name] /= updates

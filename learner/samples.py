@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from buffer_service.trajectory import Trajectory
-from prompts.record import Prompt
+from avatar_rl.buffer_service.records.trajectory import Trajectory
+from avatar_rl.prompts.record import Prompt
 
 
 def sample_row(trajectory: Trajectory, prompt: Prompt, tokenizer: Any) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
-from learner.config import Schedule
+from avatar_rl.learner.config import Schedule
 
 
-def lr_at(update: int, *, lr: float, warmup: int, total: int, schedule: Schedule, floor: float = 0.0) -> float:
-    """Rate of update ``update`` (0-based) of ``total``: linear warm-up from lr/warmup, then the schedule down to
-    ``floor * lr`` at the last update."""
+def lr_at(
+    update: int, *, lr: float, warmup: int, total: int, schedule: Schedule, floor: float = 0.0
+) -> float:
+    """Rate of update ``update`` (0-based) of ``total``: linear warm-up from lr/warmup, then the
+    schedule down to ``floor * lr`` at the last update."""
     if update < warmup:
         return lr * (update + 1) / warmup
     if schedule == "constant" or total <= warmup + 1:

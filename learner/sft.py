@@ -1,4 +1,5 @@
-"""Stage 0: supervised cold start on prompts with reasoning, through the RL learner's own engine (METHOD 1.6)."""
+"""Stage 0: supervised cold start on prompts with reasoning, through the RL learner's own engine
+(METHOD 1.6)."""
 
 from __future__ import annotations
 
@@ -10,43 +11,67 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.batch import Pending, Row, Size, pack
-from learner.policy import MicroBatch, PolicyOutput
-from learner.schedule import lr_at
-from prompts.errors import DataError
-from prompts.record import Prompt
+from avatar_rl.common.errors import DataError
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, Size, pack
+from avatar_rl.learner.model.policy import PolicyOutput
+from avatar_rl.learner.schedule import lr_at
+from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from learner.config import SftConfig
-    from learner.engine import TrainEngine
-    from prompts.template import PromptEncoder
+    from avatar_rl.learner.config import SftConfig
+    from avatar_rl.learner.engine import TrainEngine
+    from avatar_rl.prompts.encoding.template import PromptEncoder
 
 
 def target_text(prompt: Prompt) -> str:
-    """The completion a prompt teaches: its reasoning and its answer in the output format (METHOD 1.5)."""
+    """The completion a prompt teaches: its reasoning and its answer in the output format (METHOD
+    1.5)."""
     if not prompt.reasoning:
-        raise DataError(f"cold-start prompt {prompt.id!r} has no reasoning: fill its `reasoning` or leave it out")
+        raise DataError(
+            f"cold-start prompt {prompt.id!r} has no reasoning: fill its `reasoning` or leave it "
+            "out"
+        )
     return f"<think>{prompt.reasoning}</think><answer>{prompt.answer}</answer>"
 
 
 class ColdStart:
-    """Cross-entropy on completion tokens, mean over the global batch's tokens; it does not depend on the split."""
+    """Cross-entropy on completion tokens, mean over the global batch's tokens; it does not depend
+    on the split."""
 
     def __init__(
-        self, engine: TrainEngine, encoder: PromptEncoder, prompts: Sequence[Prompt], config: SftConfig, *, rank: int
+        self,
+        engine: TrainEngine,
+        encoder: PromptEncoder,
+        prompts: Sequence[Prompt],
+        config: SftConfig,
+        *,
+        rank: int,
     ) -> None:
         if len(prompts) < config.batch_size:
-            raise DataError(f"cold start has {len(prompts)} prompts, fewer than one batch of {config.batch_size}")
-        self.engine, self.encoder, self.prompts, self.config, self.rank = engine, encoder, list(prompts), config, rank
+            raise DataError(
+                f"cold start has {len(prompts)} prompts, fewer than one batch of "
+                f"{config.batch_size}"
+            )
+        self.engine, self.encoder, self.prompts, self.config, self.rank = (
+            engine,
+            encoder,
+            list(prompts),
+            config,
+            rank,
+        )
         tokenizer = encoder.tokenizer
         self.end = tokenizer.eos_token_id
         self.targets = [
-            np.array([*tokenizer(target_text(prompt), add_special_tokens=False)["input_ids"], self.end], dtype=np.int32)
+            np.array(
+                [*tokenizer(target_text(prompt), add_special_tokens=False)["input_ids"], self.end],
+                dtype=np.int32,
+            )
             for prompt in self.prompts
         ]
 
     def run(self, first: int, count: int) -> dict[str, Any]:
-        """Updates ``first`` to ``first + count - 1``; returns the mean loss per token and the tokens seen."""
+        """Updates ``first`` to ``first + count - 1``; returns the mean loss per token and the
+        tokens seen."""
         loss = tokens = 0.0
         for update in range(first, first + count):
             step_loss, step_tokens = self._update(update)
@@ -65,7 +90,8 @@ class ColdStart:
     def _update(self, update: int) -> tuple[float, int]:
         batch = self._batch(update)
         total = sum(len(self.targets[i]) for i in batch)
-        # By row number, so that a rank meets mostly its own part of the dataset and decodes only that.
+        # By row number, so that a rank meets mostly its own part of the dataset and decodes only
+        # that.
         share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
         rows = [self._row(i) for i in share]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
@@ -74,7 +100,9 @@ class ColdStart:
             Pending([rows[i] for i in indices], share_prefix)
             for indices in pack(sizes, self.config.micro_batch_tokens, share_prefix=share_prefix)
         ]
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)  # nccl takes no CPU tensor
+        loss_sum = torch.zeros(
+            (), dtype=torch.float64, device=self.engine.device
+        )  # nccl takes no CPU tensor
 
         def cross_entropy(_: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             loss = -output.logprobs.sum() / total  # padded positions are 0
@@ -86,9 +114,13 @@ class ColdStart:
         self.engine.accumulate(micro_batches, cross_entropy, spare)
         config = self.config
         rate = lr_at(
-            update, lr=config.optimizer.lr, warmup=config.warmup, total=config.steps, schedule=config.schedule,
+            update,
+            lr=config.optimizer.lr,
+            warmup=config.warmup,
+            total=config.steps,
+            schedule=config.schedule,
             floor=config.lr_floor,
-        )  # fmt: skip
+        )
         self.engine.step(rate)
         if self.engine.world_size > 1:
             dist.all_reduce(loss_sum)

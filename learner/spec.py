@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from buffer_service.config import BufferConfig
-from learner.config import LearnerConfig, SftConfig
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.learner.config import LearnerConfig, SftConfig
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""The learner's state outside the learner: copied to host memory, held by another process, written to a checkpoint.
+"""The learner's state outside the learner: copied to host memory, held by another process, written
+to a checkpoint.
 
-What DeepSpeed would write into files (weights, optimiser moments, its counters) is caught on its way there. So a
-training step pauses for the serialisation alone, and one way serves checkpoints and the copy that outlives a rank.
-"""
+What DeepSpeed would write into files (weights, optimiser moments, its counters) is caught on its
+way there. So a training step pauses for the serialisation alone, and one way serves checkpoints and
+the copy that outlives a rank."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from learner.keeper import TAG, FileProof, Files, write_files
-from prompts.errors import ModelError
+from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.state_replica import TAG, FileProof, Files, write_files
 
 if TYPE_CHECKING:
-    from learner.engine import TrainEngine
-    from learner.publisher import Publisher
+    from avatar_rl.buffer_service.weights.sender import Publisher
+    from avatar_rl.learner.engine import TrainEngine
 
 
 def state_bytes(engine: TrainEngine) -> int:
-    """Upper bound of the state over all ranks: the weights, and a float32 master copy and two moments of what is
-    trained. The same on every rank, whatever ZeRO has partitioned."""
+    """Upper bound of the state over all ranks: the weights, and a float32 master copy and two
+    moments of what is trained. The same on every rank, whatever ZeRO has partitioned."""
     total = 0
     for parameter in engine.policy.parameters():
         count = int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -36,7 +37,8 @@ def state_bytes(engine: TrainEngine) -> int:
 
 
 def capture(engine: TrainEngine, rank: int) -> Files:
-    """This rank's part of the state as files in memory. Collective: call it on every rank, between two steps."""
+    """This rank's part of the state as files in memory. Collective: call it on every rank, between
+    two steps."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     files: Files = {}
@@ -55,12 +57,18 @@ def capture(engine: TrainEngine, rank: int) -> Files:
     usual = engine.engine.checkpoint_engine
     engine.engine.checkpoint_engine = Memory()
     try:
-        with tempfile.TemporaryDirectory(prefix="avatar-") as scratch:  # DeepSpeed puts a script of its own there
+        with tempfile.TemporaryDirectory(
+            prefix="avatar-"
+        ) as scratch:  # DeepSpeed puts a script of its own there
             engine.save(Path(scratch), TAG)
     finally:
         engine.engine.checkpoint_engine = usual
     files[f"random_{rank}.pt"] = _serialised(
-        {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+        {
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state(),
+            "python": random.getstate(),
+        }
     )
     return files
 
@@ -72,7 +80,10 @@ def restore(engine: TrainEngine, rank: int, folder: Path) -> None:
     """
     seeds = folder / TAG / f"random_{rank}.pt"
     if not seeds.is_file():
-        raise ModelError(f"learner state {folder} has no {seeds.name}: it was written by fewer than {rank + 1} ranks")
+        raise ModelError(
+            f"learner state {folder} has no {seeds.name}: it was written by fewer than {rank + 1} "
+            "ranks"
+        )
     engine.load(folder, TAG)
     states = torch.load(seeds, weights_only=False)
     torch.set_rng_state(states["torch"])
@@ -98,8 +109,8 @@ class DurableState:
     _captured: Files | None = None
 
     def hold(self, version: int) -> None:
-        """Leave a copy of the state that is about to become ``version`` with the keeper. Returns once all ranks have:
-        whatever version is committed after that can be gone on from."""
+        """Leave a copy of the state that is about to become ``version`` with the keeper. Returns
+        once all ranks have: whatever version is committed after that can be gone on from."""
         import ray
 
         if self.keeper is None or state_bytes(self.engine) > self.hold_bytes:
@@ -109,15 +120,18 @@ class DurableState:
             dist.barrier()
 
     def capture_state(self) -> None:
-        """Copy the state into this process's memory; training may go on while ``write_state`` writes it."""
+        """Copy the state into this process's memory; training may go on while ``write_state``
+        writes it."""
         self._captured = capture(self.engine, self.rank)
 
     def write_state(self, folder: Path) -> dict[str, FileProof]:
-        """Write what ``capture_state`` copied below ``folder``; runs beside a training step. Once for each copy: raises
-        ModelError when there is none."""
+        """Write what ``capture_state`` copied below ``folder``; runs beside a training step. Once
+        for each copy: raises ModelError when there is none."""
         files, self._captured = self._captured, None
         if files is None:
-            raise ModelError(f"learner rank {self.rank} has captured no state to write: it is a new one")
+            raise ModelError(
+                f"learner rank {self.rank} has captured no state to write: it is a new one"
+            )
         return write_files(files, folder)
 
     def restore_state(self, folder: Path) -> None:
@@ -125,8 +139,8 @@ class DurableState:
         restore(self.engine, self.rank, folder)
 
     def publish_again(self, version: int | None = None) -> int:
-        """Rank 0 puts the newest version on a board that lost it, or after a restore, when all ranks are asked, these
-        weights as ``version``; returns the version."""
+        """Rank 0 puts the newest version on a board that lost it, or after a restore, when all
+        ranks are asked, these weights as ``version``; returns the version."""
         if version is None:
             return self.publisher.put_again() if self.publisher is not None else 0
         with self.engine.whole_weights() as weights:

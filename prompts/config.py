@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prompts.record import Modality, ProblemType
+from avatar_rl.prompts.record import Modality, ProblemType
 
 DatasetFormat = Literal["auto", "native", "conversational", "swift", "verl"]
 
@@ -17,23 +17,39 @@ class MediaConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fps: float = Field(2.0, gt=0, description="Frames per second of videos that name neither frames nor fps.")
-    max_frames: int = Field(64, ge=2, description="Most frames of one video; a longer one is sampled more thinly.")
+    fps: float = Field(
+        2.0, gt=0, description="Frames per second of videos that name neither frames nor fps."
+    )
+    max_frames: int = Field(
+        64, ge=2, description="Most frames of one video; a longer one is sampled more thinly."
+    )
     max_pixels: int = Field(
-        602_112, ge=784, description="Largest frame or image that is kept, in pixels, where the item sets no bound."
+        602_112,
+        ge=784,
+        description="Largest frame or image that is kept, in pixels, where the item sets no bound.",
     )
     window_slack: float = Field(
-        0.5, ge=0, description="Seconds by which a clip window may run past the end before that is an error."
+        0.5,
+        ge=0,
+        description="Seconds by which a clip window may run past the end before that is an error.",
     )
     threads: int = Field(1, ge=1, description="Codec threads of one decode.")
     blank: tuple[Modality, ...] = Field(
-        (), description="Kinds replaced by silence or black, placeholders kept: what a model does without them."
+        (),
+        description="Kinds replaced by silence or black, placeholders kept: what a model does "
+        "without them.",
     )
-    memory_cache_bytes: int = Field(256 << 20, ge=0, description="Decoded media kept in this process, in bytes.")
+    memory_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Decoded media kept in this process, in bytes."
+    )
     disk_cache: Path | None = Field(
-        None, description="Node-local folder for decoded media shared by this machine's processes; null turns it off."
+        None,
+        description="Node-local folder for decoded media shared by this machine's processes; null "
+        "turns it off.",
     )
-    disk_cache_bytes: int = Field(8 << 30, ge=0, description="Upper bound of that folder, in bytes.")
+    disk_cache_bytes: int = Field(
+        8 << 30, ge=0, description="Upper bound of that folder, in bytes."
+    )
 
 
 class DataConfig(BaseModel):
@@ -43,23 +59,42 @@ class DataConfig(BaseModel):
 
     format: DatasetFormat = Field("auto", description="Row layout; 'auto' looks at the first row.")
     split: str = Field("train", description="Split to read of a saved `datasets` DatasetDict.")
-    problem_type: ProblemType | None = Field(None, description="Problem type of rows that name none.")
+    problem_type: ProblemType | None = Field(
+        None, description="Problem type of rows that name none."
+    )
     system: str | None = Field(None, description="System prompt of rows that bring none.")
-    limit: int | None = Field(None, ge=1, description="Read at most this many rows; null reads all.")
+    limit: int | None = Field(
+        None, ge=1, description="Read at most this many rows; null reads all."
+    )
     media_root: Path | None = Field(
-        None, description="Folder that relative media paths start from; null means the dataset's own folder."
+        None,
+        description="Folder that relative media paths start from; null means the dataset's own "
+        "folder.",
     )
     extract_to: Path | None = Field(
-        None, description="Folder for media embedded in parquet rows as bytes; null refuses such rows."
+        None,
+        description="Folder for media embedded in parquet rows as bytes; null refuses such rows.",
     )
     audio_in_video: bool = Field(
-        False, description="Also take the sound track of every video, interleaved with its frames (Qwen-Omni)."
+        False,
+        description="Also take the sound track of every video, interleaved with its frames "
+        "(Qwen-Omni).",
     )
-    frames: int | None = Field(None, ge=1, description="Frames per video, sampled uniformly over the clip.")
-    fps: float | None = Field(None, gt=0, description="Frames per second of a video, instead of a frame count.")
-    min_pixels: int | None = Field(None, ge=1, description="Lower bound of pixels per frame or image.")
-    max_pixels: int | None = Field(None, ge=1, description="Upper bound of pixels per frame or image.")
-    sample_rate: int = Field(16_000, ge=1_000, description="Audio sample rate after resampling, in Hz, mono.")
+    frames: int | None = Field(
+        None, ge=1, description="Frames per video, sampled uniformly over the clip."
+    )
+    fps: float | None = Field(
+        None, gt=0, description="Frames per second of a video, instead of a frame count."
+    )
+    min_pixels: int | None = Field(
+        None, ge=1, description="Lower bound of pixels per frame or image."
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="Upper bound of pixels per frame or image."
+    )
+    sample_rate: int = Field(
+        16_000, ge=1_000, description="Audio sample rate after resampling, in Hz, mono."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -73,20 +108,36 @@ class TemplateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    system: str | None = Field(None, description="System turn of prompts that bring none; null leaves it out.")
-    instruction: str = Field("", description="Format instruction appended to every user turn; empty for none.")
-    hint_prefix: str = Field("Hint: ", description="Words before the hint, which ends the user turn when it is on.")
+    system: str | None = Field(
+        None, description="System turn of prompts that bring none; null leaves it out."
+    )
+    instruction: str = Field(
+        "", description="Format instruction appended to every user turn; empty for none."
+    )
+    hint_prefix: str = Field(
+        "Hint: ", description="Words before the hint, which ends the user turn when it is on."
+    )
     audio_caption_prefix: str | None = Field(
-        None, description="Words before the audio caption as text cue (METHOD 1.6); null leaves the caption out."
+        None,
+        description="Words before the audio caption as text cue (METHOD 1.6); null leaves the "
+        "caption out.",
     )
     min_pixels: int = Field(
-        128 * 28 * 28, ge=1, description="Lower bound of pixels per frame or image where the prompt sets none."
+        128 * 28 * 28,
+        ge=1,
+        description="Lower bound of pixels per frame or image where the prompt sets none.",
     )
     max_pixels: int = Field(
-        768 * 28 * 28, ge=1, description="Upper bound of pixels per frame or image where the prompt sets none."
+        768 * 28 * 28,
+        ge=1,
+        description="Upper bound of pixels per frame or image where the prompt sets none.",
     )
-    max_prompt_tokens: int = Field(14_336, ge=1, description="Longest accepted prompt, media tokens included.")
-    cache_bytes: int = Field(1 << 30, ge=0, description="Encoded prompts kept by this process, in bytes; 0 keeps none.")
+    max_prompt_tokens: int = Field(
+        14_336, ge=1, description="Longest accepted prompt, media tokens included."
+    )
+    cache_bytes: int = Field(
+        1 << 30, ge=0, description="Encoded prompts kept by this process, in bytes; 0 keeps none."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TemplateConfig:

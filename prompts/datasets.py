@@ -1,4 +1,5 @@
-"""Datasets as prompts: native JSONL, conversational, ms-swift and verl rows from .jsonl, .json, .parquet or folders.
+"""Datasets as prompts: native JSONL, conversational, ms-swift and verl rows from .jsonl, .json,
+.parquet or folders.
 
 prompts = load_prompts(path, DataConfig())
 index = PromptIndex(prompts)                 # id -> Prompt, in every worker
@@ -12,22 +13,24 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from prompts.config import DataConfig, DatasetFormat
-from prompts.errors import DataError
-from prompts.input_error import InputError
-from prompts.readers import rows
-from prompts.readers.layouts import detect, read_row
-from prompts.readers.rows import Row
-from prompts.record import Prompt, resolve_uri
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import DataConfig, DatasetFormat
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.readers import rows
+from avatar_rl.prompts.readers.layouts import detect, read_row
+from avatar_rl.prompts.readers.rows import Row
+from avatar_rl.prompts.record import Prompt, resolve_uri
 
 
 def iter_rows(path: Path, config: DataConfig) -> Iterator[Row]:
-    """Rows as they are stored, up to ``config.limit``; malformed ones raise only when their data is asked for."""
+    """Rows as they are stored, up to ``config.limit``; malformed ones raise only when their data is
+    asked for."""
     return islice(rows.iter_rows(Path(path), config.split), config.limit)
 
 
 class RowReader:
-    """Reads rows of one dataset: settles the layout at the first readable row, refuses an id that came before."""
+    """Reads rows of one dataset: settles the layout at the first readable row, refuses an id that
+    came before."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -42,7 +45,9 @@ class RowReader:
         prompt = read_row(data, self.layout, self.config, row.where)
         before = self._seen.setdefault(prompt.id, row.where)
         if before != row.where:
-            raise InputError(row.where, f"the id {prompt.id!r} is also that of {before}", "make ids unique")
+            raise InputError(
+                row.where, f"the id {prompt.id!r} is also that of {before}", "make ids unique"
+            )
         return prompt
 
 
@@ -66,11 +71,15 @@ def media_base(path: Path, config: DataConfig) -> Path:
 
 
 def anchored(prompt: Prompt, base: Path) -> Prompt:
-    """The prompt with relative media paths made absolute, so that it means the same in every process.
+    """The prompt with relative media paths made absolute, so that it means the same in every
+    process.
 
     Raises InputError for remote media.
     """
-    items = tuple(item.model_copy(update={"uri": str(resolve_uri(item.uri, base))}) for item in prompt.media.items)
+    items = tuple(
+        item.model_copy(update={"uri": str(resolve_uri(item.uri, base))})
+        for item in prompt.media.items
+    )
     return prompt.model_copy(update={"media": prompt.media.model_copy(update={"items": items})})
 
 
@@ -92,7 +101,10 @@ class PromptIndex:
         self._prompts: dict[str, Prompt] = {}
         for prompt in prompts:
             if prompt.id in self._prompts:
-                raise DataError(f"prompt id {prompt.id!r} occurs twice; make ids unique across the datasets of a run")
+                raise DataError(
+                    f"prompt id {prompt.id!r} occurs twice; make ids unique across the datasets "
+                    "of a run"
+                )
             self._prompts[prompt.id] = prompt
 
     @classmethod
@@ -108,8 +120,10 @@ class PromptIndex:
             return self._prompts[prompt_id]
         except KeyError:
             raise DataError(
-                f"no prompt with the id {prompt_id!r} among {len(self)}: this worker read another dataset than the one "
-                "that asked; compare data.train, data.heldout, data.reader.limit and the fingerprints"
+                f"no prompt with the id {prompt_id!r} among {len(self)}: this worker read another "
+                "dataset than the one "
+                "that asked; compare data.train, data.heldout, data.reader.limit and the "
+                "fingerprints"
             ) from None
 
     def __contains__(self, prompt_id: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prompts.errors import DataError
+from avatar_rl.common.errors import DataError
 
 
 class InputError(DataError):

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prompts.input_error import InputError
+from avatar_rl.prompts.input_error import InputError
 
 Modality = Literal["video", "audio", "image"]
 
@@ -27,7 +27,8 @@ class ProblemType(StrEnum):
     MULTI_LABEL = "multi_label"
 
 
-#: Spellings found in the published datasets (METHOD 1.5), lower-cased, "-", "/" and " " folded to "_".
+#: Spellings found in the published datasets (METHOD 1.5), lower-cased, "-", "/" and " " folded to
+#: "_".
 PROBLEM_TYPE_SPELLINGS: dict[str, ProblemType] = {
     "multiple_choice": ProblemType.MULTIPLE_CHOICE,
     "multi_choice": ProblemType.MULTIPLE_CHOICE,
@@ -63,10 +64,16 @@ class MediaItem(Strict):
 
     kind: Modality
     uri: str = Field(description="path (absolute, or relative to the dataset file) or file:// URL")
-    digest: str | None = Field(None, description="sha256 hex of the file; checked on first decode when set")
+    digest: str | None = Field(
+        None, description="sha256 hex of the file; checked on first decode when set"
+    )
     clip: tuple[float, float] | None = Field(None, description="window [start, end) in seconds")
-    frames: int | None = Field(None, ge=1, description="video: frames sampled uniformly over the window")
-    fps: float | None = Field(None, gt=0, description="video: sample at this rate instead of a frame count")
+    frames: int | None = Field(
+        None, ge=1, description="video: frames sampled uniformly over the window"
+    )
+    fps: float | None = Field(
+        None, gt=0, description="video: sample at this rate instead of a frame count"
+    )
     min_pixels: int | None = Field(None, ge=1, description="video/image: lower bound per frame")
     max_pixels: int | None = Field(None, ge=1, description="video/image: upper bound per frame")
     sample_rate: int = Field(16_000, ge=1_000, description="audio: Hz after resampling, mono")
@@ -83,7 +90,8 @@ class MediaPlan(Strict):
 
     items: tuple[MediaItem, ...] = ()
     audio_in_video: bool = Field(
-        False, description="interleave each video's audio with its frames (Qwen-Omni use_audio_in_video)"
+        False,
+        description="interleave each video's audio with its frames (Qwen-Omni use_audio_in_video)",
     )
 
     def of(self, kind: Modality) -> tuple[MediaItem, ...]:
@@ -106,13 +114,21 @@ class Prompt(Strict):
     options: tuple[str, ...] = Field((), description="multiple choice: 'A. red', 'B. green', ...")
     media: MediaPlan = MediaPlan()
     system: str | None = None
-    reasoning: str | None = Field(None, description="SFT target inside <think>; cold start only (Stage 0)")
-    hint: str | None = Field(None, description="one strategic sentence, never the answer (METHOD 1.4)")
+    reasoning: str | None = Field(
+        None, description="SFT target inside <think>; cold start only (Stage 0)"
+    )
+    hint: str | None = Field(
+        None, description="one strategic sentence, never the answer (METHOD 1.4)"
+    )
     caption: str | None = Field(None, description="what is seen and heard; for judges")
     audio_caption: str | None = Field(None, description="what is heard, as text cue (METHOD 1.6)")
     category: str = Field("", description="question type for per-type evaluation")
-    needs: tuple[Modality, ...] = Field((), description="modalities without which it cannot be answered")
-    extra: dict[str, str] = Field(default_factory=dict, description="anything a dataset wants to carry along")
+    needs: tuple[Modality, ...] = Field(
+        (), description="modalities without which it cannot be answered"
+    )
+    extra: dict[str, str] = Field(
+        default_factory=dict, description="anything a dataset wants to carry along"
+    )
 
     def label(self) -> dict[str, Any]:
         """What a row about one of its completions says of the prompt; JSON-ready."""
@@ -136,7 +152,9 @@ def resolve_uri(uri: str, base: Path) -> Path:
     scheme = _SCHEME.match(uri)
     if scheme is not None and scheme[1].lower() != "file":
         raise InputError(
-            uri, "media are opened by path only", "download them first, or mount the bucket and use the mounted path"
+            uri,
+            "media are opened by path only",
+            "download them first, or mount the bucket and use the mounted path",
         )
     path = Path(uri if scheme is None else unquote(uri[scheme.end() :]))
     return path if path.is_absolute() else base / path

@@ -1,4 +1,5 @@
-"""Which prompts of a dataset a run or a curriculum stage asks, by question type, problem type and modality."""
+"""Which prompts of a dataset a run or a curriculum stage asks, by question type, problem type and
+modality."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prompts.errors import DataError
-from prompts.record import Modality, ProblemType, Prompt
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.record import Modality, ProblemType, Prompt
 
 
 class SelectionConfig(BaseModel):
@@ -16,10 +17,16 @@ class SelectionConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    categories: tuple[str, ...] = Field((), description="Question types (`category` of the rows); empty takes all.")
-    problem_types: tuple[ProblemType, ...] = Field((), description="Problem types; empty takes all.")
+    categories: tuple[str, ...] = Field(
+        (), description="Question types (`category` of the rows); empty takes all."
+    )
+    problem_types: tuple[ProblemType, ...] = Field(
+        (), description="Problem types; empty takes all."
+    )
     needs: tuple[tuple[Modality, ...], ...] = Field(
-        (), description="Sets of modalities a prompt needs, e.g. [[audio], [video, audio]]; empty takes all."
+        (),
+        description="Sets of modalities a prompt needs, e.g. [[audio], [video, audio]]; empty "
+        "takes all.",
     )
 
     def takes(self, prompt: Prompt) -> bool:
@@ -35,12 +42,18 @@ class SelectionConfig(BaseModel):
 
     def __str__(self) -> str:
         needs = ("+".join(need) or "none" for need in self.needs)
-        return ", ".join((*self.categories, *(kind.value for kind in self.problem_types), *needs)) or "all types"
+        return (
+            ", ".join((*self.categories, *(kind.value for kind in self.problem_types), *needs))
+            or "all types"
+        )
 
 
 def matching(prompts: Iterable[Prompt], selection: SelectionConfig) -> list[str]:
-    """Ids of the prompts a selection takes, in order; none for a selection that takes everything."""
-    return [prompt.id for prompt in prompts if selection.takes(prompt)] if selection.restricts else []
+    """Ids of the prompts a selection takes, in order; none for a selection that takes
+    everything."""
+    return (
+        [prompt.id for prompt in prompts if selection.takes(prompt)] if selection.restricts else []
+    )
 
 
 def select(prompts: Iterable[Prompt], selection: SelectionConfig) -> list[str]:
@@ -51,14 +64,25 @@ def select(prompts: Iterable[Prompt], selection: SelectionConfig) -> list[str]:
     known = list(prompts)
     for what, wanted, there in (
         ("question type", selection.categories, Counter(prompt.category for prompt in known)),
-        ("problem type", [t.value for t in selection.problem_types], Counter(p.problem_type.value for p in known)),
-        ("need", ["+".join(sorted(n)) for n in selection.needs], Counter("+".join(sorted(p.needs)) for p in known)),
+        (
+            "problem type",
+            [t.value for t in selection.problem_types],
+            Counter(p.problem_type.value for p in known),
+        ),
+        (
+            "need",
+            ["+".join(sorted(n)) for n in selection.needs],
+            Counter("+".join(sorted(p.needs)) for p in known),
+        ),
     ):
         missing = [repr(name) for name in wanted if name not in there]
         if missing:
-            have = ", ".join(f"{name or 'unnamed'} ({count})" for name, count in sorted(there.items()))
+            have = ", ".join(
+                f"{name or 'unnamed'} ({count})" for name, count in sorted(there.items())
+            )
             raise DataError(
-                f"no training prompt has the {what} {', '.join(missing)}; there are {have}: correct the selection or "
+                f"no training prompt has the {what} {', '.join(missing)}; there are {have}: "
+                "correct the selection or "
                 "add such prompts"
             )
     chosen = [prompt.id for prompt in known if selection.takes(prompt)]

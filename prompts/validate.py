@@ -1,4 +1,5 @@
-"""Checks a whole dataset before a run does: every row, every file, every prompt's length. Goes on after a fault."""
+"""Checks a whole dataset before a run does: every row, every file, every prompt's length. Goes on
+after a fault."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prompts.config import DataConfig, MediaConfig
-from prompts.datasets import RowReader, iter_rows, media_base
-from prompts.errors import DataError
-from prompts.hints import hint_leaks
-from prompts.input_error import InputError
-from prompts.media import MediaLoader
-from prompts.record import Prompt, resolve_uri
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import DataConfig, MediaConfig
+from avatar_rl.prompts.datasets import RowReader, iter_rows, media_base
+from avatar_rl.prompts.hints import hint_leaks
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.media.loader import MediaLoader
+from avatar_rl.prompts.record import Prompt, resolve_uri
 
 if TYPE_CHECKING:
-    from prompts.template import PromptEncoder
+    from avatar_rl.prompts.encoding.template import PromptEncoder
 
 _SHOWN = 50
 
@@ -44,7 +45,9 @@ class ValidationReport:
     rows: int = 0
     problems: list[Problem] = field(default_factory=list)
     types: Counter[str] = field(default_factory=Counter)  # prompts by problem type
-    modalities: Counter[str] = field(default_factory=Counter)  # prompts by "video+audio", ..., "text"
+    modalities: Counter[str] = field(
+        default_factory=Counter
+    )  # prompts by "video+audio", ..., "text"
     files: int = 0  # media items looked at
     longest: int = 0  # tokens of the longest prompt; 0 without a processor
 
@@ -63,11 +66,11 @@ def validate(
     media: MediaConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ValidationReport:
-    """Reads every row; with ``decode`` every medium, too; with a model folder also every prompt's length in tokens.
+    """Reads every row; with ``decode`` every medium, too; with a model folder also every prompt's
+    length in tokens.
 
-    ``progress`` is called with the number of rows done after each. Faults are collected, not raised; only a
-    ``processor_path`` that cannot be loaded raises (ModelError).
-    """
+    ``progress`` is called with the number of rows done after each. Faults are collected, not
+    raised; only a ``processor_path`` that cannot be loaded raises (ModelError)."""
     report = ValidationReport(path)
     loader = MediaLoader(media or MediaConfig(), media_base(path, config))
     encoder = _encoder(processor_path, loader, max_tokens) if processor_path is not None else None
@@ -87,7 +90,9 @@ def validate(
                 )
             if progress is not None:
                 progress(report.rows)
-    except InputError as error:  # the dataset itself: missing, empty, or broken so that no next row can be found
+    except (
+        InputError
+    ) as error:  # the dataset itself: missing, empty, or broken so that no next row can be found
         report.problems.append(Problem(error.where, "", error.what, error.remedy))
     report.layout = reader.layout
     return report
@@ -95,15 +100,26 @@ def validate(
 
 def render(report: ValidationReport, console: Console) -> None:
     """Counts, and a table of the problems."""
-    console.print(f"[bold]{escape(str(report.path))}[/]  {report.rows} rows, layout {report.layout}", highlight=False)
-    counts = [f"{name} {number}" for counter in (report.types, report.modalities) for name, number in counter.items()]
-    console.print(f"  {', '.join(counts) or 'no prompts'}; {report.files} media checked", highlight=False)
+    console.print(
+        f"[bold]{escape(str(report.path))}[/]  {report.rows} rows, layout {report.layout}",
+        highlight=False,
+    )
+    counts = [
+        f"{name} {number}"
+        for counter in (report.types, report.modalities)
+        for name, number in counter.items()
+    ]
+    console.print(
+        f"  {', '.join(counts) or 'no prompts'}; {report.files} media checked", highlight=False
+    )
     if report.longest:
         console.print(f"  longest prompt {report.longest} tokens", highlight=False)
     if report.ok:
         console.print("[green]no problems[/]")
         return
-    table = Table(title=f"{len(report.problems)} problems", title_style="bold red", show_lines=False)
+    table = Table(
+        title=f"{len(report.problems)} problems", title_style="bold red", show_lines=False
+    )
     for header in ("where", "id", "what is wrong", "what to do"):
         table.add_column(header, overflow="fold")
     for problem in report.problems[:_SHOWN]:
@@ -120,11 +136,18 @@ def _count(report: ValidationReport, prompt: Prompt) -> None:
 
 
 def _faults(
-    prompt: Prompt, loader: MediaLoader, encoder: PromptEncoder | None, decode: bool, report: ValidationReport
+    prompt: Prompt,
+    loader: MediaLoader,
+    encoder: PromptEncoder | None,
+    decode: bool,
+    report: ValidationReport,
 ) -> Iterator[tuple[str, str]]:
     """(what, remedy) of everything wrong with a prompt that could be read."""
     if hint_leaks(prompt):
-        yield f"the hint gives the answer away: {prompt.hint!r}", "write a strategy instead, or drop the hint"
+        yield (
+            f"the hint gives the answer away: {prompt.hint!r}",
+            "write a strategy instead, or drop the hint",
+        )
     for kind in prompt.needs:
         if not prompt.media.of(kind):
             yield f"needs {kind} but has none", "add the medium, or correct `needs`"
@@ -144,7 +167,9 @@ def _faults(
     if encoder is None or not playable:
         return
     try:
-        encoded = encoder.encode(prompt, hinted=prompt.hint is not None)  # the hint is part of the longest form
+        encoded = encoder.encode(
+            prompt, hinted=prompt.hint is not None
+        )  # the hint is part of the longest form
     except DataError as error:
         yield str(error), "see the message"
     else:
@@ -152,6 +177,11 @@ def _faults(
 
 
 def _encoder(processor_path: Path, loader: MediaLoader, max_tokens: int) -> PromptEncoder:
-    from prompts.template import PromptEncoder, TemplateConfig  # brings torch and transformers
+    from avatar_rl.prompts.encoding.template import (  # brings torch and transformers
+        PromptEncoder,
+        TemplateConfig,
+    )
 
-    return PromptEncoder(processor_path, loader, TemplateConfig(max_prompt_tokens=max_tokens, cache_bytes=0))
+    return PromptEncoder(
+        processor_path, loader, TemplateConfig(max_prompt_tokens=max_tokens, cache_bytes=0)
+    )

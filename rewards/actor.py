@@ -1,24 +1,27 @@
-"""The reward actor: a suite behind one method. The cluster makes it a Ray actor; nothing here knows of Ray."""
+"""The reward actor: a suite behind one method. The cluster makes it a Ray actor; nothing here knows
+of Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-from rewards.config import RewardConfig
-from rewards.judge import Attach
-from rewards.record import ScoredGroup, ScoreRequest
-from rewards.suite import RewardSuite
+from avatar_rl.rewards.config import RewardConfig
+from avatar_rl.rewards.judges.base import Attach
+from avatar_rl.rewards.record import ScoredGroup, ScoreRequest
+from avatar_rl.rewards.suite import RewardSuite
 
 
 class RewardActor:
-    """Scores many groups at once. All methods are coroutines, so a Ray actor of it runs calls concurrently."""
+    """Scores many groups at once. All methods are coroutines, so a Ray actor of it runs calls
+    concurrently."""
 
     def __init__(self, config: RewardConfig, attach: Attach | None = None) -> None:
         self._suite = RewardSuite(config, attach)
 
     async def check(self) -> None:
-        """Raises ResourceError or ConfigError if a judge endpoint cannot be used; call it before training starts."""
+        """Raises ResourceError or ConfigError if a judge endpoint cannot be used; call it before
+        training starts."""
         await self._suite.check()
 
     async def score(self, requests: list[ScoreRequest]) -> list[ScoredGroup]:
@@ -36,4 +39,6 @@ class RewardActor:
     async def _score_one(self, request: ScoreRequest) -> ScoredGroup:
         started = time.monotonic()
         scored = await self._suite.ascore(request)
-        return ScoredGroup(prompt_id=request.prompt.id, scored=scored, seconds=time.monotonic() - started)
+        return ScoredGroup(
+            prompt_id=request.prompt.id, scored=scored, seconds=time.monotonic() - started
+        )

@@ -9,10 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from prompts.errors import ConfigError
-from prompts.record import Modality
-from rewards.format import FormatScale
-from rewards.numeric import NumericMode
+from avatar_rl.common.endpoint_config import EndpointConfig
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.prompts.record import Modality
+from avatar_rl.rewards.answers.format import FormatScale
+from avatar_rl.rewards.answers.numeric import NumericMode
 
 #: Built-in components and what they pay.
 BUILTIN: dict[str, str] = {
@@ -21,7 +22,8 @@ BUILTIN: dict[str, str] = {
     "self_consistency": "agreement with the majority of the fresh group (METHOD 1.5)",
     "judge": "mean of four criteria scored by a frozen model or by exact rules (METHOD 1.5)",
     "grounding_format": "time-caption segments, thinking, answer; 1/0 (METHOD 2.1)",
-    "segment_consistency": "how well each caption fits its clip, mean over the segments (METHOD 2.1)",
+    "segment_consistency": "how well each caption fits its clip, mean over the segments (METHOD "
+    "2.1)",
     "segment_completeness": "how well the segments' clips answer the question (METHOD 2.1)",
     "fusion": "0.3 if the answer is at least as good as both unimodal ones (METHOD 2.2)",
 }
@@ -39,60 +41,28 @@ STAGE_WEIGHTS: dict[int, dict[str, float]] = {
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-class EndpointConfig(BaseModel):
-    """An OpenAI-compatible endpoint, and how long to wait for it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required.")
-    model: str = Field(default="", description="Model name the endpoint serves, e.g. InternVL3-2B; required.")
-    api_key_env: str | None = Field(
-        default=None, description="Environment variable with the API key; unset: no key is sent."
-    )
-    temperature: float = Field(
-        default=0.0, ge=0, description="Sampling temperature; 0 makes cached and fresh replies agree."
-    )
-    max_tokens: int = Field(default=256, ge=16, description="Longest reply in tokens; four scores need about 60.")
-    reply_format: Literal["json_object", "none"] = Field(
-        default="none", description="'json_object' asks the endpoint to constrain the reply to JSON, where it can."
-    )
-    concurrency: int = Field(default=64, ge=1, description="Requests in flight per process that asks.")
-    request_timeout_s: float = Field(
-        default=30.0, gt=0, description="Seconds for one request, its whole reply included."
-    )
-    deadline_s: float = Field(
-        default=120.0, gt=0, description="Seconds for one completion, retries and waits included."
-    )
-    attempts: int = Field(default=4, ge=1, description="Requests per completion at most.")
-    backoff_s: float = Field(
-        default=0.5, gt=0, description="Wait before the second request; doubles each time, with jitter."
-    )
-    breaker_failures: int = Field(
-        default=8, ge=1, description="Failed requests in a row that open the circuit breaker."
-    )
-    breaker_cooldown_s: float = Field(
-        default=30.0, gt=0, description="Seconds without requests before one trial request."
-    )
-    cache_size: int = Field(
-        default=50_000, ge=0, description="Replies kept in memory by content, oldest use dropped; 0: none."
-    )
-
-
 class JudgeConfig(EndpointConfig):
     """Who judges. ``base_url`` and ``model`` are for kind 'openai'; 'managed' finds its own."""
 
     kind: Literal["openai", "rule", "managed"] = Field(
         default="openai",
-        description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one the run serves itself; "
+        description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one the "
+        "run serves itself; "
         "'rule': exact, synthetic world",
     )
     max_chars: int = Field(
-        default=8_000, ge=100, description="Reasoning is quoted to the judge up to this many characters."
+        default=8_000,
+        ge=100,
+        description="Reasoning is quoted to the judge up to this many characters.",
     )
     attach: tuple[Modality, ...] = Field(
-        default=(), description="Media sent along: frames as JPEG data URLs, sound as WAV; the judge must take them."
+        default=(),
+        description="Media sent along: frames as JPEG data URLs, sound as WAV; the judge must "
+        "take them.",
     )
-    attach_frames: int = Field(default=8, ge=1, description="Most frames sent per question, evenly chosen.")
+    attach_frames: int = Field(
+        default=8, ge=1, description="Most frames sent per question, evenly chosen."
+    )
     managed: ManagedJudgeConfig = Field(
         default_factory=lambda: ManagedJudgeConfig(), description="The server of kind 'managed'."
     )
@@ -100,7 +70,9 @@ class JudgeConfig(EndpointConfig):
     @model_validator(mode="after")
     def _check(self) -> JudgeConfig:
         if self.kind == "managed" and self.managed.path is None:
-            raise ConfigError("rewards.judge.kind is managed but rewards.judge.managed.path names no model folder")
+            raise ConfigError(
+                "rewards.judge.kind is managed but rewards.judge.managed.path names no model folder"
+            )
         return self
 
 
@@ -110,13 +82,20 @@ class ManagedJudgeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path | None = Field(default=None, description="Model folder that is served.")
-    gpus: int = Field(default=0, ge=0, description="GPUs it takes (tensor parallel); 0 runs it on the CPU build.")
+    gpus: int = Field(
+        default=0, ge=0, description="GPUs it takes (tensor parallel); 0 runs it on the CPU build."
+    )
     visible_devices: str | None = Field(
-        default=None, description="CUDA_VISIBLE_DEVICES of the server, e.g. '3'; keep them out of the run's own."
+        default=None,
+        description="CUDA_VISIBLE_DEVICES of the server, e.g. '3'; keep them out of the run's own.",
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of the server without GPUs.")
-    max_model_len: int = Field(default=8_192, ge=256, description="Longest question and reply, in tokens.")
-    start_timeout_s: float = Field(default=600.0, gt=0, description="Deadline until it answers /health.")
+    max_model_len: int = Field(
+        default=8_192, ge=256, description="Longest question and reply, in tokens."
+    )
+    start_timeout_s: float = Field(
+        default=600.0, gt=0, description="Deadline until it answers /health."
+    )
     arguments: tuple[str, ...] = Field(default=(), description="Further arguments of the server.")
 
 
@@ -127,22 +106,27 @@ class RewardConfig(BaseModel):
 
     weights: dict[str, float] = Field(
         default_factory=lambda: dict(STAGE_WEIGHTS[1]),
-        description="Component name or import path 'pkg.mod:fn' -> weight; weight 0 scores and logs without paying.",
+        description="Component name or import path 'pkg.mod:fn' -> weight; weight 0 scores and "
+        "logs without paying.",
     )
     format: FormatScale = Field(
         default="signed", description="Format pays +1/-1 ('signed', paper) or 1/0 ('binary', code)."
     )
     numeric: NumericMode = Field(
-        default="rmae", description="Numerical answers: 'rmae', 'exact' to two decimals, or 'relative' within 1e-3."
+        default="rmae",
+        description="Numerical answers: 'rmae', 'exact' to two decimals, or 'relative' within "
+        "1e-3.",
     )
     max_answer_chars: int = Field(
         default=4_096,
         ge=16,
-        description="Longer answers (and over 4 times the truth) score 0 unread; bounds scoring time.",
+        description="Longer answers (and over 4 times the truth) score 0 unread; bounds scoring "
+        "time.",
     )
     grounding: Literal["strict", "lenient"] = Field(
         default="strict",
-        description="Segments in order, disjoint, whole string ('strict'), or merely present ('lenient').",
+        description="Segments in order, disjoint, whole string ('strict'), or merely present "
+        "('lenient').",
     )
     fusion_strict: bool = Field(
         default=False, description="Fusion pays only above both unimodal answers, not at a tie."
@@ -150,12 +134,17 @@ class RewardConfig(BaseModel):
     custom_timeout_s: float = Field(
         default=60.0, gt=0, description="Seconds a user-defined reward may take for one group."
     )
-    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="The judge, if 'judge' has a weight.")
+    judge: JudgeConfig = Field(
+        default_factory=JudgeConfig, description="The judge, if 'judge' has a weight."
+    )
 
     @property
     def quick(self) -> bool:
-        """No component waits for an endpoint or runs code of the user: a group takes milliseconds."""
-        return BUILTIN.keys() >= self.weights.keys() and not (self.asks_judge and self.judge.kind == "openai")
+        """No component waits for an endpoint or runs code of the user: a group takes
+        milliseconds."""
+        return BUILTIN.keys() >= self.weights.keys() and not (
+            self.asks_judge and self.judge.kind == "openai"
+        )
 
     @property
     def asks_judge(self) -> bool:
@@ -164,7 +153,8 @@ class RewardConfig(BaseModel):
 
     @property
     def asks_unimodal(self) -> bool:
-        """Whether any component compares with rollouts of video alone and of audio alone (three times the work)."""
+        """Whether any component compares with rollouts of video alone and of audio alone (three
+        times the work)."""
         return "fusion" in self.weights
 
     @field_validator("weights")
@@ -180,5 +170,8 @@ class RewardConfig(BaseModel):
             if not math.isfinite(weight) or weight < 0:
                 raise ConfigError(f"rewards.weights.{name} is {weight}: needs a finite number >= 0")
         if not sum(weights.values()) > 0:
-            raise ConfigError(f"rewards.weights sum to 0 ({weights}): give at least one of {known} a weight above 0")
+            raise ConfigError(
+                f"rewards.weights sum to 0 ({weights}): give at least one of {known} a weight "
+                "above 0"
+            )
         return weights

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from prompts.errors import DataError
-from prompts.record import Prompt
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.record import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One generated completion as text, without the end-of-turn token.
 
-    ``finished`` is False for a completion cut at the token limit. ``mean_logprob`` is the mean behaviour
-    log-probability (natural log) over its ``tokens``. Raises DataError where these are impossible.
-    """
+    ``finished`` is False for a completion cut at the token limit. ``mean_logprob`` is the mean
+    behaviour log-probability (natural log) over its ``tokens``. Raises DataError where these are
+    impossible."""
 
     text: str
     finished: bool
@@ -25,7 +25,8 @@ class Completion:
     def __post_init__(self) -> None:
         if not math.isfinite(self.mean_logprob) or self.tokens < 0:
             raise DataError(
-                f"completion with mean_logprob {self.mean_logprob} over {self.tokens} tokens: needs a finite "
+                f"completion with mean_logprob {self.mean_logprob} over {self.tokens} tokens: "
+                "needs a finite "
                 "log-probability and tokens >= 0; check what the rollout engine returned"
             )
 
@@ -34,8 +35,8 @@ class Completion:
 class ScoreRequest:
     """The fresh completions of one prompt, scored together.
 
-    The unimodal rollouts are for the ``fusion`` reward only (METHOD 2.2): the i-th is paired with the i-th completion.
-    """
+    The unimodal rollouts are for the ``fusion`` reward only (METHOD 2.2): the i-th is paired with
+    the i-th completion."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -44,18 +45,22 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         if not self.completions:
-            raise DataError(f"prompt {self.prompt.id}: a score request needs at least one completion")
+            raise DataError(
+                f"prompt {self.prompt.id}: a score request needs at least one completion"
+            )
         for name, rollouts in (("video_only", self.video_only), ("audio_only", self.audio_only)):
             if rollouts is not None and len(rollouts) != len(self.completions):
                 raise DataError(
-                    f"prompt {self.prompt.id}: {len(rollouts)} {name} rollouts for {len(self.completions)} "
+                    f"prompt {self.prompt.id}: {len(rollouts)} {name} rollouts for "
+                    f"{len(self.completions)} "
                     "completions; they are paired one to one (METHOD 2.2)"
                 )
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What one component says of one completion; None means not scored (masked), which is not a zero."""
+    """What one component says of one completion; None means not scored (masked), which is not a
+    zero."""
 
     value: float | None
     details: dict[str, float] = field(default_factory=dict)
@@ -65,9 +70,9 @@ class Mark:
 class Scored:
     """One scored completion.
 
-    ``reward`` is None when every weighted component is masked. ``components`` holds all components by name,
-    weight 0 included; ``details`` what they are made of (the judge's criteria), for logs only.
-    """
+    ``reward`` is None when every weighted component is masked. ``components`` holds all components
+    by name, weight 0 included; ``details`` what they are made of (the judge's criteria), for logs
+    only."""
 
     reward: float | None
     components: dict[str, float | None]
@@ -76,7 +81,8 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """Scores of one request, in the order of its completions; ``seconds`` is the wall time it took."""
+    """Scores of one request, in the order of its completions; ``seconds`` is the wall time it
+    took."""
 
     prompt_id: str
     scored: list[Scored]

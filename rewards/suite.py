@@ -7,17 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from prompts.errors import ConfigError
-from rewards.accuracy import accuracy_score
-from rewards.config import BUILTIN, JUDGED, RewardConfig
-from rewards.custom import CustomReward
-from rewards.format import format_score
-from rewards.fusion import attention_score
-from rewards.grounding import parse_grounded
-from rewards.judge import Attach, JudgeComponent, build_judge
-from rewards.record import Completion, Mark, Scored, ScoreRequest
-from rewards.segment_rewards import SegmentCompleteness, SegmentConsistency, SegmentJudge, SegmentReward
-from rewards.self_consistency import self_consistency_scores
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.rewards.answers.accuracy import accuracy_score
+from avatar_rl.rewards.answers.format import format_score
+from avatar_rl.rewards.answers.grounding import parse_grounded
+from avatar_rl.rewards.config import BUILTIN, JUDGED, JudgeConfig, RewardConfig
+from avatar_rl.rewards.custom import CustomReward
+from avatar_rl.rewards.fusion import attention_score
+from avatar_rl.rewards.judges.base import Attach
+from avatar_rl.rewards.judges.component import JudgeComponent
+from avatar_rl.rewards.judges.segments import (
+    SegmentCompleteness,
+    SegmentConsistency,
+    SegmentJudge,
+    SegmentReward,
+)
+from avatar_rl.rewards.record import Completion, Mark, Scored, ScoreRequest
+from avatar_rl.rewards.self_consistency import self_consistency_scores
 
 
 class Component(Protocol):
@@ -31,7 +37,9 @@ class Component(Protocol):
 class RuleReward:
     """A built-in reward that is a plain function of the group."""
 
-    def __init__(self, name: str, function: Callable[[ScoreRequest], Sequence[float | None]]) -> None:
+    def __init__(
+        self, name: str, function: Callable[[ScoreRequest], Sequence[float | None]]
+    ) -> None:
         self.name = name
         self._function = function
 
@@ -42,12 +50,13 @@ class RuleReward:
 class RewardSuite:
     """Scores groups with every component of the config.
 
-    Raises ConfigError at construction for a user-defined reward that cannot be imported or a judge without endpoint.
-    A suite belongs to one event loop; ``score`` brings its own and must not be mixed with ``ascore``.
-    """
+    Raises ConfigError at construction for a user-defined reward that cannot be imported or a judge
+    without endpoint. A suite belongs to one event loop; ``score`` brings its own and must not be
+    mixed with ``ascore``."""
 
     def __init__(self, config: RewardConfig, attach: Attach | None = None) -> None:
-        """``attach`` gives the judge a prompt's frames and sound as OpenAI content parts (README, "Judge")."""
+        """``attach`` gives the judge a prompt's frames and sound as OpenAI content parts (README,
+        "Judge")."""
         self.config = config
         self._attach = attach
         self._judge: SegmentJudge | None = None
@@ -61,13 +70,22 @@ class RewardSuite:
         return self._runner.run(self.ascore(request))
 
     async def ascore(self, request: ScoreRequest) -> list[Scored]:
-        """Every component of every completion, the components concurrently; in the order of the completions."""
-        columns = await asyncio.gather(*(component.score(request) for component in self._components))
+        """Every component of every completion, the components concurrently; in the order of the
+        completions."""
+        columns = await asyncio.gather(
+            *(component.score(request) for component in self._components)
+        )
         scored = []
         for row in zip(*columns, strict=True):
-            marks = {component.name: mark for component, mark in zip(self._components, row, strict=True)}
+            marks = {
+                component.name: mark for component, mark in zip(self._components, row, strict=True)
+            }
             components = {name: mark.value for name, mark in marks.items()}
-            details = {f"{name}/{key}": value for name, mark in marks.items() for key, value in mark.details.items()}
+            details = {
+                f"{name}/{key}": value
+                for name, mark in marks.items()
+                for key, value in mark.details.items()
+            }
             for name, value in components.items():
                 (self._masked if value is None else self._scored)[name] += 1
             reward = combine(components, self.config.weights)
@@ -75,21 +93,27 @@ class RewardSuite:
         return scored
 
     def stats(self) -> dict[str, float]:
-        """Running totals: ``<component>/scored`` and ``/masked``, failures by kind, and the judge's counters."""
+        """Running totals: ``<component>/scored`` and ``/masked``, failures by kind, and the judge's
+        counters."""
         totals: dict[str, float] = {}
         for component in self._components:
             totals[f"{component.name}/scored"] = self._scored[component.name]
             totals[f"{component.name}/masked"] = self._masked[component.name]
             if isinstance(component, CustomReward):
-                totals |= {f"{component.name}/{kind}": count for kind, count in component.failures.items()}
+                totals |= {
+                    f"{component.name}/{kind}": count for kind, count in component.failures.items()
+                }
             if isinstance(component, JudgeComponent | SegmentReward):
-                totals |= {f"{component.name}/{kind}": count for kind, count in component.counts.items()}
+                totals |= {
+                    f"{component.name}/{kind}": count for kind, count in component.counts.items()
+                }
         if self._judge is not None:
             totals |= {f"judge/{key}": value for key, value in self._judge.stats().items()}
         return totals
 
     async def check(self) -> None:
-        """Fail fast: raises ResourceError or ConfigError if the judge's endpoint cannot serve this run."""
+        """Fail fast: raises ResourceError or ConfigError if the judge's endpoint cannot serve this
+        run."""
         if self._judge is not None:
             await self._judge.check()
 
@@ -125,18 +149,28 @@ class RewardSuite:
         if name == "judge":
             return JudgeComponent(self._judge, self._attach)
         if config.kind != "rule" and self._attach is None:
-            raise ConfigError(f"reward {name} shows the judge clips: set rewards.judge.attach: [video] (or more)")
+            raise ConfigError(
+                f"reward {name} shows the judge clips: set rewards.judge.attach: [video] (or more)"
+            )
         kind = SegmentConsistency if name == "segment_consistency" else SegmentCompleteness
         return kind(self._judge, self._attach)
 
     def _format(self, request: ScoreRequest) -> list[float]:
         scale = self.config.format
-        return [format_score(one.text, finished=one.finished, scale=scale) for one in request.completions]
+        return [
+            format_score(one.text, finished=one.finished, scale=scale)
+            for one in request.completions
+        ]
 
     def _accuracy(self, request: ScoreRequest, completions: Sequence[Completion]) -> list[float]:
         config = self.config
         return [
-            accuracy_score(request.prompt, one.text, numeric=config.numeric, max_answer_chars=config.max_answer_chars)
+            accuracy_score(
+                request.prompt,
+                one.text,
+                numeric=config.numeric,
+                max_answer_chars=config.max_answer_chars,
+            )
             for one in completions
         ]
 
@@ -162,12 +196,36 @@ class RewardSuite:
 
 
 def combine(components: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """Weighted sum over the components that were scored, scaled up to the full weight; None if none was.
+    """Weighted sum over the components that were scored, scaled up to the full weight; None if none
+    was.
 
-    With nothing masked it is the plain weighted sum. Raises KeyError for a component without a weight.
-    """
-    paid = {name: value for name, value in components.items() if value is not None and weights[name] > 0}
+    With nothing masked it is the plain weighted sum. Raises KeyError for a component without a
+    weight."""
+    paid = {
+        name: value for name, value in components.items() if value is not None and weights[name] > 0
+    }
     weight = sum(weights[name] for name in paid)
     if weight == 0:
         return None
-    return sum(weights[name] * value for name, value in paid.items()) * (sum(weights.values()) / weight)
+    return sum(weights[name] * value for name, value in paid.items()) * (
+        sum(weights.values()) / weight
+    )
+
+
+def build_judge(config: JudgeConfig) -> SegmentJudge:
+    """The judge a config asks for. Raises ConfigError for an endpoint that is not fully
+    specified."""
+    if config.kind == "rule":
+        from avatar_rl.rewards.judges.rule_judge import RuleJudge
+
+        return RuleJudge()
+    if config.kind == "managed":
+        raise ConfigError(
+            "rewards.judge.kind managed needs a run that starts the judge; outside one use kind: "
+            "openai"
+        )
+    from avatar_rl.rewards.judges.openai_judge import (
+        OpenAIJudge,  # the openai package takes 0.7 s to import: only where it is used
+    )
+
+    return OpenAIJudge(config)

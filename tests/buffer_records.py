@@ -7,16 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import redis
 
-from buffer_service.config import BufferConfig
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.store import ReplayBuffer
 
 CONFIG = BufferConfig(capacity=100, warm_up=4, reconnect_s=20.0)
 
 
 def make_group(
-    lease: TicketLease, rewards: Sequence[float], *, tokens: int = 6, version: int = 0, accuracy: bool = True
+    lease: TicketLease,
+    rewards: Sequence[float],
+    *,
+    tokens: int = 6,
+    version: int = 0,
+    accuracy: bool = True,
 ) -> Group:
     """The group its lease asks for, with the given rewards; contents depend on the seq only."""
     t = lease.ticket
@@ -42,16 +47,27 @@ def make_group(
         )
         for i, reward in enumerate(rewards)
     )
-    return Group(id=gid, prompt_id=t.prompt_id, seq=t.seq, step=t.step, hinted=lease.hinted, trajectories=members)
+    return Group(
+        id=gid,
+        prompt_id=t.prompt_id,
+        seq=t.seq,
+        step=t.step,
+        hinted=lease.hinted,
+        trajectories=members,
+    )
 
 
 def tickets(step: int, n: int = 2, *, first: int | None = None, prompt: str = "p") -> list[Ticket]:
     """``n`` tickets of a step, each for a prompt of its own."""
     start = step * n if first is None else first
-    return [Ticket(seq=start + i, prompt_id=f"{prompt}{start + i}", step=step, n=4) for i in range(n)]
+    return [
+        Ticket(seq=start + i, prompt_id=f"{prompt}{start + i}", step=step, n=4) for i in range(n)
+    ]
 
 
-def run_step(buffer: ReplayBuffer, step: int, epoch: int, rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0)) -> None:
+def run_step(
+    buffer: ReplayBuffer, step: int, epoch: int, rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0)
+) -> None:
     """A whole step of two groups: pushed, generated, trained and committed."""
     buffer.push_tickets(tickets(step))
     for lease in buffer.lease_tickets("actor", 2, max_staleness=0):

@@ -1,4 +1,5 @@
-"""What every test process needs before torch is imported, and how test files are handed to the workers."""
+"""What every test process needs before torch is imported, and how test files are handed to the
+workers."""
 
 import gc
 import os
@@ -6,19 +7,39 @@ import os
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-# vLLM on a CPU insists on one thread count in all threads, and OpenMP reads it once; runs set it per worker too.
+# vLLM on a CPU insists on one thread count in all threads, and OpenMP reads it once; runs set it
+# per worker too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gc.disable()  # while test files are imported (prompts.heap.no_collections)
 
-#: Files that take longest, in that order: begun first, so that both workers of `make test` end at about the same time.
+#: Files that take longest, in that order: begun first, so that both workers of `make test` end at
+#: about the same time.
 LONG = (
-    "test_survival", "test_run", "test_curriculum_run", "test_cluster", "test_scaling", "test_rollout_actor",
-    "test_template", "test_tiny_model", "test_validate", "test_batch", "test_schedule",
-    "test_synthetic", "test_rewards_judge", "test_report",
-)  # fmt: skip
-#: Files for one worker: transformers and half of torch are imported once, and the tiny model is built once.
-TOGETHER = ("test_template.py", "test_tiny_model.py", "test_validate.py", "test_batch.py", "test_schedule.py")
+    "test_survival",
+    "test_run",
+    "test_curriculum_run",
+    "test_cluster",
+    "test_scaling",
+    "test_rollout_actor",
+    "test_template",
+    "test_tiny_model",
+    "test_validate",
+    "test_batch",
+    "test_schedule",
+    "test_synthetic",
+    "test_rewards_judge",
+    "test_report",
+)
+#: Files for one worker: transformers and half of torch are imported once, and the tiny model is
+#: built once.
+TOGETHER = (
+    "test_template.py",
+    "test_tiny_model.py",
+    "test_validate.py",
+    "test_batch.py",
+    "test_schedule.py",
+)
 
 
 class Scheduling(LoadFileScheduling):

@@ -1,8 +1,9 @@
-"""The replay buffer in plain Python: what the Lua scripts must do, written for reading. One process, no Redis.
+"""The replay buffer in plain Python: what the Lua scripts must do, written for reading. One
+process, no Redis.
 
-Same calls, same draws for the same seed as ``buffer_service.store.ReplayBuffer``. Time stands still unless ``advance``
-moves it. Everything is recomputed from flat dictionaries; nothing is fast.
-"""
+Same calls, same draws for the same seed as ``avatar_rl.buffer_service.store.ReplayBuffer``. Time
+stands still unless ``advance`` moves it. Everything is recomputed from flat dictionaries; nothing
+is fast."""
 
 from __future__ import annotations
 
@@ -10,12 +11,26 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from buffer_service.config import BufferConfig, Strategy
-from buffer_service.draw import generator
-from buffer_service.errors import FencedError, LeaseHeldError, StepTrainedError, UnknownTicketError, VersionError
-from buffer_service.tickets import CommitReceipt, FreshShare, InsertReceipt, Ledger, Ticket, TicketLease, Tier
-from buffer_service.trajectory import Group, Trajectory
-from buffer_service.validate import check_group, is_success, zero_accuracy
+from avatar_rl.buffer_service.config import BufferConfig, Strategy
+from avatar_rl.buffer_service.draw import generator
+from avatar_rl.buffer_service.errors import (
+    FencedError,
+    LeaseHeldError,
+    StepTrainedError,
+    UnknownTicketError,
+    VersionError,
+)
+from avatar_rl.buffer_service.records.requests import (
+    CommitReceipt,
+    FreshShare,
+    InsertReceipt,
+    Ledger,
+    Ticket,
+    TicketLease,
+    Tier,
+)
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
 
 REPAIR, FIXED = 512, 1 << 28
 
@@ -39,7 +54,9 @@ class Held:
     expires: float
 
 
-def mean_of_last(visits: list[tuple[int, list[float]]], window: int, since: int = 0) -> float | None:
+def mean_of_last(
+    visits: list[tuple[int, list[float]]], window: int, since: int = 0
+) -> float | None:
     rewards = [r for seq, visit in visits if seq >= since for r in visit][-window:]
     total = 0.0
     for r in rewards:
@@ -110,23 +127,38 @@ class ReferenceBuffer:
         gate, state = self.config.hints, self.prompts.get(t.prompt_id)
         if t.kind == "eval" or not gate.enabled or state is None:
             return False
-        stuck = self.kl is not None and self.kl < gate.kl_below and state.hard_streak >= gate.hard_patience
+        stuck = (
+            self.kl is not None
+            and self.kl < gate.kl_below
+            and state.hard_streak >= gate.hard_patience
+        )
         if not state.on and (stuck or state.zero_streak >= gate.zero_patience):
             state.on, state.on_since = True, t.seq
             self._count("hints_fired")
         return state.on
 
     def lease_tickets(
-        self, consumer: str, count: int, lease_s: float | None = None, max_staleness: int = 1,
+        self,
+        consumer: str,
+        count: int,
+        lease_s: float | None = None,
+        max_staleness: int = 1,
         completions: int | None = None,
-    ) -> list[TicketLease]:  # fmt: skip
+    ) -> list[TicketLease]:
         budget = completions or 10**9
         full = False
         self.reap()
-        waiting = [t for key, t in self.tickets.items() if key not in self.held and t.min_version <= self.current]
-        first = sorted((t for t in waiting if t.kind == "eval"), key=lambda t: (t.min_version, t.key))
+        waiting = [
+            t
+            for key, t in self.tickets.items()
+            if key not in self.held and t.min_version <= self.current
+        ]
+        first = sorted(
+            (t for t in waiting if t.kind == "eval"), key=lambda t: (t.min_version, t.key)
+        )
         train = [t for t in waiting if t.kind == "train" and t.step <= self.current + max_staleness]
-        # A quarantined prompt's ticket takes a place among the evaluation tickets looked at, not among the train ones.
+        # A quarantined prompt's ticket takes a place among the evaluation tickets looked at, not
+        # among the train ones.
         queue = [(t, i < count) for i, t in enumerate(first)] + [
             (t, True) for t in sorted(train, key=lambda t: (t.step, t.seq))
         ]
@@ -144,14 +176,20 @@ class ReferenceBuffer:
             self.attempts[t.key] += 1
             expires = self.now + (lease_s or self.config.lease_s)
             self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
-            leases.append(TicketLease(ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t)))
+            leases.append(
+                TicketLease(
+                    ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t)
+                )
+            )
         return leases
 
     def _holds(self, lease: TicketLease) -> bool:
         held = self.held.get(lease.ticket.key)
         return held is not None and held.attempt == lease.attempt
 
-    def renew(self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None) -> list[TicketLease]:
+    def renew(
+        self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None
+    ) -> list[TicketLease]:
         mine = [lease for lease in leases if lease.consumer == consumer and self._holds(lease)]
         for lease in mine:
             self.held[lease.ticket.key].expires = self.now + (lease_s or self.config.lease_s)
@@ -224,7 +262,9 @@ class ReferenceBuffer:
         if not ranked:
             return None
         low, high = self.config.quantile_low, self.config.quantile_high
-        return ranked[math.floor(low * (len(ranked) - 1))][0], ranked[math.floor(high * (len(ranked) - 1))][0]
+        return ranked[math.floor(low * (len(ranked) - 1))][0], ranked[
+            math.floor(high * (len(ranked) - 1))
+        ][0]
 
     @staticmethod
     def _tier(q: tuple[float, float], rbar: float) -> Tier:
@@ -243,12 +283,17 @@ class ReferenceBuffer:
         return is_success(t, self.config.hints.accuracy_component, self.config.success_at)
 
     def _members(self, tier: Tier, success: bool) -> list[str]:
-        """Stored trajectories of a tier and kind, ordered as the sorted set is: by Rbar, then id."""
+        """Stored trajectories of a tier and kind, ordered as the sorted set is: by Rbar, then
+        id."""
         q = self.thresholds()
         if q is None:
             return []
         scores = {pid: r for r, pid in self._ranked()}
-        found = [(scores[t.prompt_id], tid) for tid, t in self.stock.items() if self._success(t) == success]
+        found = [
+            (scores[t.prompt_id], tid)
+            for tid, t in self.stock.items()
+            if self._success(t) == success
+        ]
         return [tid for rbar, tid in sorted(found) if self._tier(q, rbar) == tier]
 
     def tier_counts(self) -> dict[Tier, int]:
@@ -264,7 +309,9 @@ class ReferenceBuffer:
         gone = 0
         caps: list[tuple[Tier, int]] = [("hard", hard), ("medium", medium), ("easy", easy)]
         for tier, cap in caps:
-            failures, successes = (sorted(self._members(tier, success), key=age) for success in (False, True))
+            failures, successes = (
+                sorted(self._members(tier, success), key=age) for success in (False, True)
+            )
             over = min(len(failures) + len(successes) - cap, REPAIR + added)
             for tid in (failures + successes)[: max(over, 0)]:
                 self._remove(tid)
@@ -293,7 +340,9 @@ class ReferenceBuffer:
             raise UnknownTicketError(f"group {group.id} has no ticket")
         if t is not None and (t.prompt_id, t.step) != (group.prompt_id, group.step):
             raise UnknownTicketError(f"group {group.id} does not match a ticket")
-        late = group.step <= self.trained or (bound is not None and group.step + bound < self.current)
+        late = group.step <= self.trained or (
+            bound is not None and group.step + bound < self.current
+        )
         self.seen.add(group.seq)
         if t is not None:
             self._settle(t.key)
@@ -362,9 +411,13 @@ class ReferenceBuffer:
         if holder and holder[0] != consumer and holder[1] == step and holder[2] > self.now:
             raise LeaseHeldError(f"share {share} is held by {holder[0]}")
         self.shares[share] = (consumer, step, self.now + (lease_s or self.config.lease_s))
-        return FreshShare(groups=groups[share[0] :: share[1]], ready=True, missing=0, expected=expected)
+        return FreshShare(
+            groups=groups[share[0] :: share[1]], ready=True, missing=0, expected=expected
+        )
 
-    def baselines(self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None) -> list[float]:
+    def baselines(
+        self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None
+    ) -> list[float]:
         ranked = self._ranked()
         mean = sum(int(r * FIXED) for r, _ in ranked) / FIXED / len(ranked)
         values = []
@@ -374,18 +427,24 @@ class ReferenceBuffer:
             values.append(mean if rbar is None else rbar)
         return values
 
-    def commit_step(self, step: int, new_version: int, group_ids: Sequence[str], epoch: int) -> CommitReceipt:
+    def commit_step(
+        self, step: int, new_version: int, group_ids: Sequence[str], epoch: int
+    ) -> CommitReceipt:
         if epoch != self.epoch:
             raise FencedError(f"epoch {epoch} is over")
         if step <= self.trained:
-            return CommitReceipt(committed=False, version=self.current, trained=0, replay_only=0, evicted=0)
+            return CommitReceipt(
+                committed=False, version=self.current, trained=0, replay_only=0, evicted=0
+            )
         if new_version < self.current:
             raise VersionError(f"version {new_version} is older than {self.current}")
         named = set(group_ids)
         if any(gid not in self.fresh or self.fresh[gid].step > step for gid in named):
             raise UnknownTicketError("a group is not waiting to be trained")
         self.trained, self.current = step, new_version
-        due = sorted((g for g in self.fresh.values() if g.step <= step), key=lambda g: (g.step, g.seq))
+        due = sorted(
+            (g for g in self.fresh.values() if g.step <= step), key=lambda g: (g.step, g.seq)
+        )
         for group in due:
             self._make_replayable(group)
             del self.fresh[group.id]
@@ -406,7 +465,11 @@ class ReferenceBuffer:
         self._expire_old(self.current, added)
         evicted = self._evict(added) if self.prompts else 0
         return CommitReceipt(
-            committed=True, version=new_version, trained=len(named), replay_only=len(due) - len(named), evicted=evicted
+            committed=True,
+            version=new_version,
+            trained=len(named),
+            replay_only=len(due) - len(named),
+            evicted=evicted,
         )
 
     def publish_version(self, version: int, epoch: int | None = None) -> None:
@@ -458,14 +521,18 @@ class ReferenceBuffer:
         if not self.stock:
             return []
         diverse = self.config.reward_diverse if reward_diverse is None else reward_diverse
-        ids = _Draw(self, count, step, seed, diverse).run(strategy or self.config.strategy, prompt_ids)
+        ids = _Draw(self, count, step, seed, diverse).run(
+            strategy or self.config.strategy, prompt_ids
+        )
         return [self.stock[tid] for tid in ids[share[0] :: share[1]]]
 
 
 class _Draw:
     """One draw; mirrors scripts/draw.lua."""
 
-    def __init__(self, buffer: ReferenceBuffer, count: int, step: int, seed: int, diverse: bool) -> None:
+    def __init__(
+        self, buffer: ReferenceBuffer, count: int, step: int, seed: int, diverse: bool
+    ) -> None:
         self.b, self.count, self.step, self.seed, self.diverse = buffer, count, step, seed, diverse
         self.below: Callable[[int], int] = generator(seed, step)
         self.out: list[str] = []
@@ -477,7 +544,9 @@ class _Draw:
     def pick(self, pool: list[str], n: int) -> int:
         order, got = list(pool), 0
         limited = self.b.config.max_reuse > 0
-        elsewhere = {t for seed, ids in self.b.drawn.items() if limited and seed != self.seed for t in ids}
+        elsewhere = {
+            t for seed, ids in self.b.drawn.items() if limited and seed != self.seed for t in ids
+        }
         for i in range(len(pool)):
             if got >= n:
                 break
@@ -530,13 +599,17 @@ class _Draw:
             if strategy == "same_prompt":
                 for i, pid in enumerate(prompt_ids):
                     mine = sorted(tid for tid, t in self.b.stock.items() if t.prompt_id == pid)
-                    n = self.count // len(prompt_ids) + (1 if i < self.count % len(prompt_ids) else 0)
+                    n = self.count // len(prompt_ids) + (
+                        1 if i < self.count % len(prompt_ids) else 0
+                    )
                     good = [tid for tid in mine if self.b._success(self.b.stock[tid])]
                     self.mix([tid for tid in mine if tid not in good], good, n, "s")
             if len(self.out) < self.count:
                 self.stratified(self.count - len(self.out))
             if len(self.out) < self.count:
-                self.pick(self.everything(False) + self.everything(True), self.count - len(self.out))
+                self.pick(
+                    self.everything(False) + self.everything(True), self.count - len(self.out)
+                )
         unique = len(self.out)
         if self.b.config.max_reuse == 0 and unique:
             while len(self.out) < self.count:

@@ -1,10 +1,11 @@
-"""AVATAR as one plain loop in one process: no Ray, no Redis, no DeepSpeed, no threads. What a run must reproduce.
+"""AVATAR as one plain loop in one process: no Ray, no Redis, no DeepSpeed, no threads. What a run
+must reproduce.
 
-``python -m tests.reference_loop RECIPE OUT`` trains what ``avatar train RECIPE`` does at ``loop.max_staleness: 0``; it
-writes OUT/model.safetensors under the published names and OUT/steps.json. Prompt order, admission, sampling seeds,
-learning rate, optimiser, clipping and weight adoption are written out here again; the objective's formulas, which
-have tests of their own, are shared.
-"""
+``python -m tests.reference_loop RECIPE OUT`` trains what ``avatar train RECIPE`` does at
+``loop.max_staleness: 0``; it writes OUT/model.safetensors under the published names and
+OUT/steps.json. Prompt order, admission, sampling seeds, learning rate, optimiser, clipping and
+weight adoption are written out here again; the objective's formulas, which have tests of their own,
+are shared."""
 
 from __future__ import annotations
 
@@ -18,36 +19,39 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.config import SamplingConfig
-from actors.engine import FinishedRequest, RolloutEngine
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.trajectory import Group, Trajectory
-from cluster.config import RunConfig
-from cluster.recipe import load_recipe
-from learner.batch import Row, collate, padded
-from learner.objective import policy_loss
-from learner.plan import StepPlan, StepWork, plan_step
-from learner.policy import Policy, PolicyOutput
-from learner.shaping import tas_weights
-from prompts.datasets import PromptIndex
-from prompts.digest import prompt_digest
-from prompts.media import MediaLoader
-from prompts.template import PromptEncoder
-from rewards.record import Completion, ScoreRequest
-from rewards.suite import RewardSuite
+from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.load import load_recipe
+from avatar_rl.learner.batch.microbatch import Row, collate, padded
+from avatar_rl.learner.batch.plan import StepPlan, StepWork, plan_step
+from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.objective.loss import policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
+from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.template import PromptEncoder
+from avatar_rl.prompts.media.loader import MediaLoader
+from avatar_rl.rewards.record import Completion, ScoreRequest
+from avatar_rl.rewards.suite import RewardSuite
 from tests.reference_buffer import ReferenceBuffer
 from tests.tiny_models import load_reference
 
 
 class ReferenceLoop:
-    """The state of the loop: two policies, an engine, an optimiser and the buffer in plain dictionaries."""
+    """The state of the loop: two policies, an engine, an optimiser and the buffer in plain
+    dictionaries."""
 
     def __init__(self, config: RunConfig) -> None:
         assert config.data.train is not None and config.loop.max_staleness == 0
         self.config = config
         self.prompts = PromptIndex.read([config.data.train], config.data.reader)
         model = Path(config.model.path)
-        self.encoder = PromptEncoder(model, MediaLoader(config.data.media, Path(".")), config.data.template)
+        self.encoder = PromptEncoder(
+            model, MediaLoader(config.data.media, Path(".")), config.data.template
+        )
         share = config.learner.share_prefix
         self.policy = Policy(load_reference(model), share_prefix=share)
         self.reference = Policy(load_reference(model), share_prefix=share)
@@ -58,13 +62,20 @@ class ReferenceLoop:
         settings = config.learner.optimizer
         assert settings.weight_decay == 0
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=0
+            self.policy.parameters(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=0,
         )
 
     def weights(self) -> dict[str, Tensor]:
         """The policy under its published names."""
         named = self.policy.named_parameters()
-        return {"thinker." + name.removeprefix("model."): value.detach().clone() for name, value in named}
+        return {
+            "thinker." + name.removeprefix("model."): value.detach().clone()
+            for name, value in named
+        }
 
     def step(self, step: int) -> dict[str, Any]:
         """Ask, generate, score, insert, draw, train, adopt, commit."""
@@ -77,10 +88,15 @@ class ReferenceLoop:
             self.buffer.add_group(group, lease, tokens_generated=generated)
         groups = self.buffer.lease_fresh("reference", step).groups
         replays = self.buffer.draw(
-            len(groups) * loop.replayed, step=step, seed=self.config.seed, version=step,
+            len(groups) * loop.replayed,
+            step=step,
+            seed=self.config.seed,
+            version=step,
             prompt_ids=[group.prompt_id for group in groups],
-        )  # fmt: skip
-        baselines = self.buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
+        )
+        baselines = self.buffer.baselines(
+            [r.prompt_id for r in replays], [r.hinted for r in replays]
+        )
         work = StepWork(step, step, tuple(groups), tuple(replays), tuple(baselines))
         loss, norm = self._train(work)
         self.engine.adopt(step + 1, self.weights().items())
@@ -97,7 +113,8 @@ class ReferenceLoop:
         }
 
     def _tickets(self, step: int) -> list[Ticket]:
-        """Prompts of a step: endless epochs, each shuffled from (seed, epoch). Whole groups until replay is warm."""
+        """Prompts of a step: endless epochs, each shuffled from (seed, epoch). Whole groups until
+        replay is warm."""
         loop, count = self.config.loop, self.config.loop.prompts_per_step
         group = loop.fresh + loop.replayed
         cold = loop.replayed > 0 and step * count * group < self.config.buffer.warm_up
@@ -107,7 +124,13 @@ class ReferenceLoop:
             order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
             prompt_id = self.prompts.ids[int(order[position])]
             tickets.append(
-                Ticket(seq=seq, prompt_id=prompt_id, step=step, epoch=epoch, n=group if cold else loop.fresh)
+                Ticket(
+                    seq=seq,
+                    prompt_id=prompt_id,
+                    step=step,
+                    epoch=epoch,
+                    n=group if cold else loop.fresh,
+                )
             )
         return tickets
 
@@ -115,7 +138,9 @@ class ReferenceLoop:
         ticket = lease.ticket
         seed = int(np.random.SeedSequence((self.config.seed, ticket.seq)).generate_state(1)[0]) >> 1
         sampling: SamplingConfig = self.config.rollout.sampling.model_copy(update={"n": ticket.n})
-        engine_input = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=lease.hinted)
+        engine_input = self.encoder.engine_input(
+            self.prompts[ticket.prompt_id], hinted=lease.hinted
+        )
         self.engine.submit(ticket.key, engine_input, sampling, seed=seed)
         finished: list[FinishedRequest] = []
         while not finished:
@@ -136,7 +161,9 @@ class ReferenceLoop:
         request = ScoreRequest(prompt=self.prompts[ticket.prompt_id], completions=completions)
         name = f"{ticket.seq:08d}"
         trajectories = []
-        for index, (part, scored) in enumerate(zip(parts, self.rewards.score(request), strict=True)):
+        for index, (part, scored) in enumerate(
+            zip(parts, self.rewards.score(request), strict=True)
+        ):
             assert scored.reward is not None
             trajectories.append(
                 Trajectory(
@@ -158,12 +185,17 @@ class ReferenceLoop:
                 )
             )
         return Group(
-            id=name, prompt_id=ticket.prompt_id, seq=ticket.seq, step=ticket.step, hinted=lease.hinted,
+            id=name,
+            prompt_id=ticket.prompt_id,
+            seq=ticket.seq,
+            step=ticket.step,
+            hinted=lease.hinted,
             trajectories=tuple(trajectories),
-        )  # fmt: skip
+        )
 
     def _train(self, work: StepWork) -> tuple[float, float]:
-        """One AdamW step on the clipped gradient of the whole step's loss; returns loss and norm before clipping."""
+        """One AdamW step on the clipped gradient of the whole step's loss; returns loss and norm
+        before clipping."""
         config = self.config.learner
         plan = plan_step(work, config, ranks=1, max_tokens=self.config.rollout.sampling.max_tokens)
         total = 0.0
@@ -171,7 +203,9 @@ class ReferenceLoop:
             loss = self._loss(plan, indices)
             loss.backward()
             total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(), config.optimizer.max_grad_norm
+        )
         steps, warmup = self.config.loop.steps, round(config.warmup * self.config.loop.steps)
         assert config.schedule == "constant" and work.step < steps
         for group in self.optimizer.param_groups:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.checkpoint import newest_cut
-from cluster.telemetry import read_status
+from avatar_rl.cluster.checkpoints.checkpoint import newest_cut
+from avatar_rl.cluster.telemetry.run_folder import read_status
 
 RECIPE = """
 name: small
@@ -41,16 +41,26 @@ screen: plain
 
 
 def start(folder: Path, *overrides: str, cache: Path | None = None) -> subprocess.Popen[str]:
-    """`avatar train` of the small recipe in a session of its own; without ``cache`` it makes world and model anew."""
+    """`avatar train` of the small recipe in a session of its own; without ``cache`` it makes world
+    and model anew."""
     (folder / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
-    places = ["--output.folder", str(folder / "runs"), "--output.cache", str(cache or folder / "cache")]
+    command = [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(folder / "recipe.yaml")]
+    places = [
+        "--output.folder",
+        str(folder / "runs"),
+        "--output.cache",
+        str(cache or folder / "cache"),
+    ]
     return subprocess.Popen(
-        [*command, *places, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=Path(__file__).parents[1], start_new_session=True,
+        [*command, *places, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
         # A test suite in the background of a shell ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def left_over(session: int) -> list[str]:
@@ -66,7 +76,8 @@ def left_over(session: int) -> list[str]:
 
 
 def until_freed(before: set[str]) -> None:
-    """No shared memory is left that nobody alive uses; what other tests use at the same time is theirs."""
+    """No shared memory is left that nobody alive uses; what other tests use at the same time is
+    theirs."""
     deadline = time.monotonic() + 20
     while leaked := set(os.listdir("/dev/shm")) - before - in_use():
         assert time.monotonic() < deadline, f"left in /dev/shm: {leaked}"
@@ -78,7 +89,9 @@ def in_use() -> set[str]:
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            places = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+            places = [
+                line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()
+            ]
             places += [os.readlink(link) for link in (process / "fd").iterdir()]
         except OSError:  # it has just ended
             continue
@@ -87,7 +100,8 @@ def in_use() -> set[str]:
 
 
 def assert_ended_in_order(process: subprocess.Popen[str], run: Path, before: set[str]) -> None:
-    """An interrupted run is saved; no process of its session and nothing in /dev/shm (``before`` its start) is left."""
+    """An interrupted run is saved; no process of its session and nothing in /dev/shm (``before``
+    its start) is left."""
     deadline = time.monotonic() + 20
     while left_over(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,4 +1,5 @@
-"""Tiny random checkpoints of every supported family, in-memory media, and a transformers scorer to compare with."""
+"""Tiny random checkpoints of every supported family, in-memory media, and a transformers scorer to
+compare with."""
 
 from __future__ import annotations
 
@@ -10,10 +11,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from prompts.config import MediaConfig
-from prompts.media import Decoded, DecodedAudio, DecodedImage, DecodedMedia, DecodedVideo, MediaLoader
-from prompts.record import MediaItem, MediaPlan, ProblemType, Prompt
-from prompts.template import EncodedPrompt
+from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.encoding.template import EncodedPrompt
+from avatar_rl.prompts.media.loader import (
+    Decoded,
+    DecodedAudio,
+    DecodedImage,
+    DecodedMedia,
+    DecodedVideo,
+    MediaLoader,
+)
+from avatar_rl.prompts.record import MediaItem, MediaPlan, ProblemType, Prompt
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 VISION = {
@@ -55,7 +63,12 @@ class ArrayLoader(MediaLoader):
 
 
 def make_prompt(
-    loader: ArrayLoader, name: str, media: list[Decoded], *, audio_in_video: bool = False, **fields: Any
+    loader: ArrayLoader,
+    name: str,
+    media: list[Decoded],
+    *,
+    audio_in_video: bool = False,
+    **fields: Any,
 ) -> Prompt:
     """A prompt over ``media`` in their order, registered with ``loader``."""
     items = []
@@ -68,17 +81,25 @@ def make_prompt(
             kind = "video" if isinstance(decoded, DecodedVideo) else "image"
             items.append(MediaItem(kind=kind, uri=uri, min_pixels=56 * 56, max_pixels=64 * 28 * 28))
     plan = MediaPlan(items=tuple(items), audio_in_video=audio_in_video)
-    values = {"question": "how many red", "answer": "1", "problem_type": ProblemType.FREE_FORM} | fields
+    values = {
+        "question": "how many red",
+        "answer": "1",
+        "problem_type": ProblemType.FREE_FORM,
+    } | fields
     return Prompt(id=name, media=plan, **values)
 
 
 def video(seed: int, frames: int, fps: float, height: int = 56, width: int = 84) -> DecodedVideo:
-    pixels = np.random.default_rng(seed).integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 255, (frames, height, width, 3), dtype=np.uint8
+    )
     return DecodedVideo(pixels, fps, frames / fps)
 
 
 def audio(seed: int, seconds: float) -> DecodedAudio:
-    samples = np.random.default_rng(seed).standard_normal(int(16_000 * seconds)).astype(np.float32) * 0.1
+    samples = (
+        np.random.default_rng(seed).standard_normal(int(16_000 * seconds)).astype(np.float32) * 0.1
+    )
     return DecodedAudio(samples, 16_000)
 
 
@@ -87,7 +108,8 @@ def image(seed: int) -> DecodedImage:
 
 
 def respawn(source: Path, out: Path, seed: int, scale: float = 0.08) -> dict[str, torch.Tensor]:
-    """Copy a checkpoint with its matrices drawn anew, wide enough that greedy outputs differ; returns its tensors."""
+    """Copy a checkpoint with its matrices drawn anew, wide enough that greedy outputs differ;
+    returns its tensors."""
     shutil.copytree(source, out, dirs_exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     weights = {
@@ -99,7 +121,8 @@ def respawn(source: Path, out: Path, seed: int, scale: float = 0.08) -> dict[str
 
 
 def build_vision_language(out: Path, kind: str) -> Path:
-    """A Qwen2.5-VL ("qwen2_5_vl"), Qwen3-VL ("qwen3_vl") or text-only Qwen3 ("qwen3") checkpoint."""
+    """A Qwen2.5-VL ("qwen2_5_vl"), Qwen3-VL ("qwen3_vl") or text-only Qwen3 ("qwen3")
+    checkpoint."""
     import transformers as hf
 
     tokenizer = _tokenizer(kind)
@@ -118,36 +141,54 @@ def build_vision_language(out: Path, kind: str) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 64}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    }
     torch.manual_seed(0)
     if kind == "qwen3":
-        model: Any = hf.Qwen3ForCausalLM(hf.Qwen3Config(**text, rope_parameters=rope, tie_word_embeddings=False))
+        model: Any = hf.Qwen3ForCausalLM(
+            hf.Qwen3Config(**text, rope_parameters=rope, tie_word_embeddings=False)
+        )
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         return out
     if kind == "qwen2_5_vl":
         config: Any = hf.Qwen2_5_VLConfig(
             text_config=text | {"rope_parameters": rope | {"mrope_section": [4, 6, 6]}},
-            vision_config=vision | {"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+            vision_config=vision
+            | {"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2},
             tie_word_embeddings=False,
             **ids,
         )
         model = hf.Qwen2_5_VLForConditionalGeneration(config)
         processor: Any = hf.Qwen2_5_VLProcessor(
-            hf.Qwen2VLImageProcessor(size=BOUNDS), tokenizer, hf.Qwen2VLVideoProcessor(size=BOUNDS), TEMPLATE
+            hf.Qwen2VLImageProcessor(size=BOUNDS),
+            tokenizer,
+            hf.Qwen2VLVideoProcessor(size=BOUNDS),
+            TEMPLATE,
         )
     else:
         patches = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         config = hf.Qwen3VLConfig(
-            text_config=text | {"rope_parameters": rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+            text_config=text
+            | {"rope_parameters": rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
             vision_config=vision | patches,
             tie_word_embeddings=False,
             **ids,
         )
         model = hf.Qwen3VLForConditionalGeneration(config)
-        # As published: one mean and deviation for images and videos. vLLM normalises both with the images'.
-        images = hf.Qwen2VLImageProcessor(patch_size=16, size=BOUNDS, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        processor = hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(size=BOUNDS), TEMPLATE)
+        # As published: one mean and deviation for images and videos. vLLM normalises both with the
+        # images'.
+        images = hf.Qwen2VLImageProcessor(
+            patch_size=16, size=BOUNDS, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        processor = hf.Qwen3VLProcessor(
+            images, tokenizer, hf.Qwen3VLVideoProcessor(size=BOUNDS), TEMPLATE
+        )
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
@@ -169,7 +210,9 @@ def _tokenizer(kind: str) -> Any:
         extra_special_tokens=named or None,
     )
     special = [PAD, "<|im_start|>", END, *named.values()]
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in special], special_tokens=True
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -179,14 +222,18 @@ def load_reference(folder: Path) -> Any:
     import transformers as hf
 
     kind = hf.AutoConfig.from_pretrained(folder).model_type
-    classes = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration", "qwen3": "AutoModelForCausalLM"}
+    classes = {
+        "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+        "qwen3": "AutoModelForCausalLM",
+    }
     name = classes.get(kind, "AutoModelForImageTextToText")
     return getattr(hf, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def logits_of(model: Any, prompt: EncodedPrompt, token_ids: np.ndarray) -> torch.Tensor:
-    """(T, V) logits that predict each completion token, from one full forward with the prompt's own positions."""
+    """(T, V) logits that predict each completion token, from one full forward with the prompt's own
+    positions."""
     length, tokens = len(prompt.input_ids), len(token_ids)
     ids = torch.cat([prompt.input_ids, torch.from_numpy(token_ids).long()])[None]
     steps = (prompt.next_position + torch.arange(tokens)).expand(len(prompt.position_ids), -1)
@@ -200,7 +247,13 @@ def logits_of(model: Any, prompt: EncodedPrompt, token_ids: np.ndarray) -> torch
     return output.logits[0, length - 1 : -1].float()
 
 
-def logprobs_of(model: Any, prompt: EncodedPrompt, token_ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def logprobs_of(
+    model: Any, prompt: EncodedPrompt, token_ids: np.ndarray, temperature: float = 1.0
+) -> np.ndarray:
     """(T,) log-probabilities of a completion at ``temperature``."""
     logits = logits_of(model, prompt, token_ids) / temperature
-    return torch.log_softmax(logits, -1).gather(1, torch.from_numpy(token_ids).long()[:, None])[:, 0].numpy()
+    return (
+        torch.log_softmax(logits, -1)
+        .gather(1, torch.from_numpy(token_ids).long()[:, None])[:, 0]
+        .numpy()
+    )

@@ -1,16 +1,24 @@
-"""What the study compares. Fixed before the report's seeds are run; settings were chosen on the tuning seeds only."""
+"""What the study compares. Fixed before the report's seeds are run; settings were chosen on the
+tuning seeds only."""
 
 from __future__ import annotations
 
+from avatar_rl.cluster.recipe.presets import Overlay, merge
 from benchmarks.studies.runs import Arm, Pool
-from cluster.presets import Overlay, merge
 
-#: Question types on which the cold start leaves room, 28 prompts: GRPO meets each every 3 or 4 steps.
-POOL = Pool(("beeps", "direction", "localise", "side", "colour_at_beep", "count_left_of"), train=28, heldout=100)
-#: Completions per prompt at each measurement, sampled as in training. They are not charged to any arm.
+#: Question types on which the cold start leaves room, 28 prompts: GRPO meets each every 3 or 4
+#: steps.
+POOL = Pool(
+    ("beeps", "direction", "localise", "side", "colour_at_beep", "count_left_of"),
+    train=28,
+    heldout=100,
+)
+#: Completions per prompt at each measurement, sampled as in training. They are not charged to any
+#: arm.
 SAMPLES = 4
 TARGETS = (0.70, 0.80, 0.85)
-#: Training accuracy that the ratios are about; a run stops at the first measurement of STOP_AT or more.
+#: Training accuracy that the ratios are about; a run stops at the first measurement of STOP_AT or
+#: more.
 TARGET = 0.80
 STOP_AT = 0.85
 #: Completions after which a run that is not there yet ends, censored.
@@ -42,18 +50,26 @@ ARMS: dict[str, Arm] = {
 
 _STRATIFIED: Overlay = {"buffer": {"window": 4, "strategy": "stratified"}}
 
-#: Run by --tune beside ARMS: settings among which avatar_plus and the learning rates of the others are chosen.
+#: Run by --tune beside ARMS: settings among which avatar_plus and the learning rates of the others
+#: are chosen.
 CANDIDATES: dict[str, Arm] = {
     "plus_stratified": Arm("avatar_plus", merge(rate(2e-4), _STRATIFIED)),
-    "plus_updates_8": Arm("avatar_plus", merge(rate(1.5e-4), merge(_STRATIFIED, {"learner": {"updates": 8}}))),
+    "plus_updates_8": Arm(
+        "avatar_plus", merge(rate(1.5e-4), merge(_STRATIFIED, {"learner": {"updates": 8}}))
+    ),
     "plus_one_fresh": Arm(
         "avatar_plus",
-        merge(rate(2e-4), {"loop": {"fresh": 1}, "buffer": {"window": 3, "strategy": "stratified"}}),
+        merge(
+            rate(2e-4), {"loop": {"fresh": 1}, "buffer": {"window": 3, "strategy": "stratified"}}
+        ),
     ),
     "plus_four_prompts": Arm(
-        "avatar_plus", merge(rate(2e-4), {"loop": {"prompts_per_step": 4, "fresh": 4, "replayed": 6}})
+        "avatar_plus",
+        merge(rate(2e-4), {"loop": {"prompts_per_step": 4, "fresh": 4, "replayed": 6}}),
     ),
-    "plus_positive": Arm("avatar_plus", merge(rate(2e-4), {"learner": {"objective": {"replay_sign": "positive"}}})),
+    "plus_positive": Arm(
+        "avatar_plus", merge(rate(2e-4), {"learner": {"objective": {"replay_sign": "positive"}}})
+    ),
     "plus_joint": Arm(
         "avatar_plus",
         merge(
@@ -66,7 +82,8 @@ CANDIDATES: dict[str, Arm] = {
     ),
 }
 GRPO_ARMS = tuple(name for name in ARMS if name.startswith("grpo@"))
-#: Figure: (arm above, arm below); an arm stands for its best learning rate, "grpo" for the best of GRPO_ARMS.
+#: Figure: (arm above, arm below); an arm stands for its best learning rate, "grpo" for the best of
+#: GRPO_ARMS.
 RATIOS = {
     "completions_ratio": ("grpo", "avatar_plus"),
     "avatar_ratio": ("grpo", "avatar"),

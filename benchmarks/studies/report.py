@@ -24,13 +24,14 @@ COMPLETIONS, TOKENS, WALL, LEARNER, UPDATES, ACCURACY = range(6)  # columns of a
 
 
 def passage(record: Record, target: float, column: int = COMPLETIONS) -> float:
-    """What ``column`` of the curve had come to at the first measurement of at least ``target``; inf without one."""
+    """What ``column`` of the curve had come to at the first measurement of at least ``target``; inf
+    without one."""
     return next((point[column] for point in record["curve"] if point[ACCURACY] >= target), math.inf)
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Ratio of the medians of two arms' passages. Censored runs count as later than any other; NaN when both medians
-    are censored."""
+    """Ratio of the medians of two arms' passages. Censored runs count as later than any other; NaN
+    when both medians are censored."""
     top, bottom = median(over), median(under)
     if math.isinf(bottom):
         return math.nan if math.isinf(top) else 0.0
@@ -38,11 +39,14 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def bootstrap(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of ``ratio``, the seeds of each arm resampled on their own (they share nothing but the
-    prompt order). NaN resamples are left out; an infinite bound means that it is not known."""
+    """95 % percentile interval of ``ratio``, the seeds of each arm resampled on their own (they
+    share nothing but the prompt order). NaN resamples are left out; an infinite bound means that it
+    is not known."""
     generator = np.random.default_rng(seed)
     draws = [
-        ratio(generator.choice(over, len(over)).tolist(), generator.choice(under, len(under)).tolist())
+        ratio(
+            generator.choice(over, len(over)).tolist(), generator.choice(under, len(under)).tolist()
+        )
         for _ in range(RESAMPLES)
     ]
     known = sorted(value for value in draws if not math.isnan(value))
@@ -68,7 +72,8 @@ class Study:
         return [passage(record, target, column) for record in self.by_arm[arm]]
 
     def best(self, arms: Sequence[str], target: float) -> str | None:
-        """The arm with the smallest median passage, ties by the mean over runs capped at the cap; None without runs."""
+        """The arm with the smallest median passage, ties by the mean over runs capped at the cap;
+        None without runs."""
         known = [name for name in arms if name in self.by_arm]
         return min(known, key=lambda name: self._rank(name, target), default=None)
 
@@ -80,16 +85,21 @@ class Study:
         values = [record[name] for record in self.by_arm[arm] if record.get(name) is not None]
         return fmean(values) if values else math.nan
 
-    def compare(self, over: str, under: str, target: float, column: int = COMPLETIONS) -> tuple[float, float, float]:
+    def compare(
+        self, over: str, under: str, target: float, column: int = COMPLETIONS
+    ) -> tuple[float, float, float]:
         """Ratio and its interval."""
         top, bottom = self.passages(over, target, column), self.passages(under, target, column)
         return ratio(top, bottom), *bootstrap(top, bottom)
 
 
 def write_report(records: Sequence[Record], *, publish: bool) -> None:
-    """Print the tables; with ``publish`` also build/bench/study.json, docs/figures and docs/science.md."""
+    """Print the tables; with ``publish`` also build/bench/study.json, docs/figures and
+    docs/science.md."""
     study = Study(records)
-    tables = "\n\n".join(part for part in (headline(study), arms_table(study), cost_table(study)) if part)
+    tables = "\n\n".join(
+        part for part in (headline(study), arms_table(study), cost_table(study)) if part
+    )
     print(tables)
     if not publish:
         return
@@ -102,7 +112,8 @@ def write_report(records: Sequence[Record], *, publish: bool) -> None:
 
 
 def flat(study: Study) -> dict[str, float]:
-    """The figures of build/bench/study.json; what is not known (no runs, or censored) is left out."""
+    """The figures of build/bench/study.json; what is not known (no runs, or censored) is left
+    out."""
     best = study.best(GRPO_ARMS, TARGET)
     found: dict[str, float] = {"target": TARGET, "cap": float(CAP)}
     for name, (over, under) in RATIOS.items():
@@ -113,13 +124,19 @@ def flat(study: Study) -> dict[str, float]:
         values = study.compare(top, bottom, TARGET)
         prefix = "ratio" if name == "completions_ratio" else name
         labels = (name, f"{prefix}_low", f"{prefix}_high")
-        found |= {label: value for label, value in zip(labels, values, strict=True) if math.isfinite(value)}
+        found |= {
+            label: value
+            for label, value in zip(labels, values, strict=True)
+            if math.isfinite(value)
+        }
     for arm in study.arms:
         key = arm.replace("@", "_lr_").replace("-", "m")
         found[f"seeds_{key}"] = float(len(study.by_arm[arm]))
         found[f"dead_group_share_{key}"] = study.mean(arm, "dead")
         found[f"heldout_after_{key}"] = fmean(record["heldout"][1] for record in study.by_arm[arm])
-        found[f"reached_{key}"] = fmean(math.isfinite(value) for value in study.passages(arm, TARGET))
+        found[f"reached_{key}"] = fmean(
+            math.isfinite(value) for value in study.passages(arm, TARGET)
+        )
         middle = median(study.passages(arm, TARGET))
         if math.isfinite(middle):
             found[f"completions_{key}"] = middle
@@ -140,7 +157,10 @@ def headline(study: Study) -> str:
         if top is None or bottom is None:
             continue
         value, low, high = study.compare(top, bottom, TARGET)
-        rows.append(f"| `{name}`: {top} / {bottom} | {_number(value, 2)} | {_number(low, 2)} to {_number(high, 2)} |")
+        rows.append(
+            f"| `{name}`: {top} / {bottom} | {_number(value, 2)} | {_number(low, 2)} to "
+            f"{_number(high, 2)} |"
+        )
     return "\n".join(rows)
 
 
@@ -148,7 +168,8 @@ def arms_table(study: Study) -> str:
     """Per arm the median completions to each target, and what became of it."""
     targets = " | ".join(f"to {target:.2f}" for target in TARGETS)
     rows = [
-        f"| arm | seeds | {targets} | range to {TARGET:.2f} | dead, fresh | dead, mixed | held-out before | after |",
+        f"| arm | seeds | {targets} | range to {TARGET:.2f} | dead, fresh | dead, mixed | "
+        "held-out before | after |",
         "|---|---|" + "---|" * (len(TARGETS) + 5),
     ]
     for arm in study.arms:
@@ -166,13 +187,17 @@ def arms_table(study: Study) -> str:
 def cost_table(study: Study) -> str:
     """The same passage in other currencies."""
     rows = [
-        f"| arm, to {TARGET:.2f} | completions | tokens generated | updates | learner s | training s |",
+        f"| arm, to {TARGET:.2f} | completions | tokens generated | updates | learner s | "
+        "training s |",
         "|---|" * 6,
     ]
     rows[1] = "|---|---|---|---|---|---|"
     columns = ((COMPLETIONS, 0), (TOKENS, 0), (UPDATES, 0), (LEARNER, 1), (WALL, 1))
     for arm in study.arms:
-        cells = [_number(median(study.passages(arm, TARGET, column)), digits) for column, digits in columns]
+        cells = [
+            _number(median(study.passages(arm, TARGET, column)), digits)
+            for column, digits in columns
+        ]
         rows.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -184,7 +209,8 @@ def _number(value: float, digits: int) -> str:
 
 
 def insert(document: Path, text: str, name: str = "study") -> None:
-    """Replace what stands between the markers ``<!-- name: begin -->`` and ``end``. ValueError when there are none."""
+    """Replace what stands between the markers ``<!-- name: begin -->`` and ``end``. ValueError when
+    there are none."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     whole = document.read_text()
     if whole.count(begin) != 1 or whole.count(end) != 1:

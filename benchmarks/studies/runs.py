@@ -1,4 +1,5 @@
-"""One arm with one seed as a real run in a process of its own, and what is kept of it: a JSON line."""
+"""One arm with one seed as a real run in a process of its own, and what is kept of it: a JSON
+line."""
 
 from __future__ import annotations
 
@@ -18,15 +19,20 @@ from typing import Any
 
 import yaml
 
-from cluster.assets import Datasets, cold_start_folder, prepare_base_model, prepare_datasets
-from cluster.config import RunConfig
-from cluster.distributions import total
-from cluster.evaluate import evaluate
-from cluster.presets import Overlay, merge, preset
-from cluster.recipe import check, load_recipe
-from cluster.screen import Screen
-from cluster.telemetry import read_distributions, read_metrics
-from prompts.errors import AvatarError, ResourceError
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import (
+    Datasets,
+    cold_start_folder,
+    prepare_base_model,
+    prepare_datasets,
+)
+from avatar_rl.cluster.recipe.load import check, load_recipe
+from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.telemetry.distributions import total
+from avatar_rl.cluster.telemetry.run_folder import read_distributions, read_metrics
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.training.evaluate import evaluate
+from avatar_rl.common.errors import AvatarError, ResourceError
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -41,7 +47,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Pool:
-    """The training prompts of a study, few enough that they come back, and held-out ones of the same kinds."""
+    """The training prompts of a study, few enough that they come back, and held-out ones of the
+    same kinds."""
 
     categories: tuple[str, ...]
     train: int
@@ -64,8 +71,14 @@ def base_recipe(pool: Pool, cache: Path, folder: Path) -> Overlay:
             "model": {"path": str(start)},
             "data": {
                 "synthetic": None,
-                "train": str(_select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train)),
-                "heldout": str(_select(datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout)),
+                "train": str(
+                    _select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train)
+                ),
+                "heldout": str(
+                    _select(
+                        datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout
+                    )
+                ),
                 "reader": {"media_root": str(datasets.train.parent.resolve())},
             },
             "loop": {"max_staleness": 0},
@@ -90,19 +103,26 @@ def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) 
 
 
 def _select(source: Path, path: Path, categories: Sequence[str], count: int) -> Path:
-    """The first ``count`` prompts of the question types, one of each in turn, as a dataset of its own."""
+    """The first ``count`` prompts of the question types, one of each in turn, as a dataset of its
+    own."""
     by_category: dict[str, list[str]] = defaultdict(list)
     for line in source.read_text().splitlines():
         by_category[json.loads(line)["category"]].append(line)
     ranks = range(max(len(by_category[name]) for name in categories))
-    rows = [by_category[name][rank] for rank in ranks for name in categories if rank < len(by_category[name])]
+    rows = [
+        by_category[name][rank]
+        for rank in ranks
+        for name in categories
+        if rank < len(by_category[name])
+    ]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(row + "\n" for row in rows[:count]))
     return temporary.replace(path).resolve()
 
 
 def resolve(base: Overlay, arm: Arm, seed: int, cap: int | None = None) -> RunConfig:
-    """The arm's checked configuration, with as many steps as ``cap`` completions take. Raises ConfigError."""
+    """The arm's checked configuration, with as many steps as ``cap`` completions take. Raises
+    ConfigError."""
     raw = merge(merge(base, preset(arm.preset)), arm.over)
     raw = merge(raw, {"seed": seed, "preset": arm.preset})
     config = check(raw, source=f"arm {arm.preset}")
@@ -113,18 +133,24 @@ def resolve(base: Overlay, arm: Arm, seed: int, cap: int | None = None) -> RunCo
 
 
 def digest(config: RunConfig) -> str:
-    """Of everything that may change a run's outcome: equal digests are equal runs. Where files lie is left out."""
-    settings = config.model_dump(mode="json", exclude={"output", "screen", "name", "seed", "model", "resources"})
+    """Of everything that may change a run's outcome: equal digests are equal runs. Where files lie
+    is left out."""
+    settings = config.model_dump(
+        mode="json", exclude={"output", "screen", "name", "seed", "model", "resources"}
+    )
     data = settings["data"]
     for name in ("train", "heldout"):
         data[name] = hashlib.sha256(Path(data[name]).read_bytes()).hexdigest()
     data["reader"].pop("media_root")
-    settings["start"] = hashlib.sha256((Path(config.model.path) / "model.safetensors").read_bytes()).hexdigest()
+    settings["start"] = hashlib.sha256(
+        (Path(config.model.path) / "model.safetensors").read_bytes()
+    ).hexdigest()
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
-    """Train in a process of its own (behind ``prefix``, a command) and boil its run folder down to a record.
+    """Train in a process of its own (behind ``prefix``, a command) and boil its run folder down to
+    a record.
 
     Raises ResourceError with the end of the output of a run that failed.
     """
@@ -133,15 +159,26 @@ def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
         plain = config.model_dump(mode="json")
         plain["output"]["folder"] = str(folder / "runs")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
-        command = [*prefix, sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "avatar_rl.cluster.cli",
+            "train",
+            str(folder / "recipe.yaml"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ResourceError(f"study run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+            raise ResourceError(
+                f"study run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+            )
         [run] = (folder / "runs").iterdir()
         return boil_down(read_metrics(run), read_distributions(run))
 
 
-def perform_all(todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int) -> list[str]:
+def perform_all(
+    todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int
+) -> list[str]:
     """Perform what the records do not have; returns what failed."""
     started = time.monotonic()
 
@@ -159,7 +196,9 @@ def perform_all(todo: Sequence[tuple[str, int, RunConfig]], records: Records, wo
         completions, *_, accuracy = found["curve"][-1]
         minutes = (time.monotonic() - started) / 60
         print(
-            f"{minutes:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} completions", flush=True
+            f"{minutes:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} "
+            "completions",
+            flush=True,
         )
         return None
 
@@ -167,14 +206,15 @@ def perform_all(todo: Sequence[tuple[str, int, RunConfig]], records: Records, wo
         return [failed for failed in pool.map(one, todo) if failed]
 
 
-def boil_down(rows: Sequence[dict[str, Any]], shapes: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def boil_down(
+    rows: Sequence[dict[str, Any]], shapes: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """What the study keeps of ``read_metrics``' and ``read_distributions``' rows.
 
-    ``curve`` has per measurement of the pool [completions, tokens generated, wall s, learner s, optimiser updates,
-    accuracy]; the seconds are of training, without start-up and measuring. ``dead`` and ``dead_after`` are the mean
-    shares of fresh and of mixed groups without signal; ``heldout`` is the accuracy before and after; ``distributions``
-    are sums over all steps.
-    """
+    ``curve`` has per measurement of the pool [completions, tokens generated, wall s, learner s,
+    optimiser updates, accuracy]; the seconds are of training, without start-up and measuring.
+    ``dead`` and ``dead_after`` are the mean shares of fresh and of mixed groups without signal;
+    ``heldout`` is the accuracy before and after; ``distributions`` are sums over all steps."""
     curve: list[list[float]] = []
     wall = learner = updates = completions = tokens = 0.0
     steps = [row for row in rows if row.get("completions/generated") is not None]
@@ -185,15 +225,28 @@ def boil_down(rows: Sequence[dict[str, Any]], shapes: Sequence[dict[str, Any]] =
             learner += sum(row.get(f"time/{part}") or 0.0 for part in LEARNER_PARTS)
             updates += row["learner/updates"]
         if row.get("pool/accuracy") is not None:
-            curve.append([completions, tokens, round(wall, 3), round(learner, 3), updates, row["pool/accuracy"]])
+            curve.append(
+                [
+                    completions,
+                    tokens,
+                    round(wall, 3),
+                    round(learner, 3),
+                    updates,
+                    row["pool/accuracy"],
+                ]
+            )
     heldout = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
-    tiers = [[row.get(f"tiers/{tier}") or 0.0 for tier in ("hard", "medium", "easy")] for row in steps]
+    tiers = [
+        [row.get(f"tiers/{tier}") or 0.0 for tier in ("hard", "medium", "easy")] for row in steps
+    ]
     return {
         "curve": curve,
         "heldout": [heldout[0], heldout[-1]] if heldout else [],
         "dead": _mean(steps, "groups/dead_before"),
         "dead_after": _mean(steps, "groups/dead_after"),
-        "dead_curve": [[row["completions/generated"], row.get("groups/dead_before")] for row in steps],
+        "dead_curve": [
+            [row["completions/generated"], row.get("groups/dead_before")] for row in steps
+        ],
         "tiers": tiers,
         "hinted": sum(row.get("hints/visits") or 0.0 for row in steps),
         "kl_reference": steps[-1].get("kl/reference") if steps else None,

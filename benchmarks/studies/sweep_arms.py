@@ -1,10 +1,11 @@
-"""What the sweeps vary: one thing at a time, around the paper's rule as the study runs it. Fixed before the runs."""
+"""What the sweeps vary: one thing at a time, around the paper's rule as the study runs it. Fixed
+before the runs."""
 
 from __future__ import annotations
 
+from avatar_rl.cluster.recipe.presets import Overlay, merge
 from benchmarks.studies.arms import rate
 from benchmarks.studies.runs import Arm
-from cluster.presets import Overlay, merge
 
 LR = 4e-4
 SEEDS = (0, 1, 2)
@@ -47,13 +48,22 @@ ARMS: dict[str, Arm] = {
 #: Figure panels: title -> (label, arm).
 SWEEPS: dict[str, tuple[tuple[str, str], ...]] = {
     "parts": tuple((name, name) for name in ("grpo", "replay_only", "avatar_no_hint", BASE)),
-    "fresh : replayed": (("8:0", "8:0"), ("6:2", "6:2"), ("4:4", BASE), ("2:6", "2:6"), ("1:7", "1:7")),
+    "fresh : replayed": (
+        ("8:0", "8:0"),
+        ("6:2", "6:2"),
+        ("4:4", BASE),
+        ("2:6", "2:6"),
+        ("1:7", "1:7"),
+    ),
     "lambda": (("0", "lambda 0"), ("0.1", "lambda 0.1"), ("0.3", BASE), ("1", "lambda 1")),
     "shape, lambda 0.3": (
-        ("uniform", "lambda 0"), ("linear_decay", "linear_decay"), ("linear_incline", "linear_incline"),
-        ("parabolic", BASE), ("inverse", "inverse_parabolic"),
+        ("uniform", "lambda 0"),
+        ("linear_decay", "linear_decay"),
+        ("linear_incline", "linear_incline"),
+        ("parabolic", BASE),
+        ("inverse", "inverse_parabolic"),
     ),
-}  # fmt: skip
+}
 
 
 def measured_every(arm: Arm) -> int:

@@ -10,21 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from avatar_rl.cluster.telemetry.distributions import advantage_shares, loss_by_position
+from avatar_rl.cluster.telemetry.plots import BLUE, GREY, ORANGE, STYLE, VERMILION
 from benchmarks.studies.report import ACCURACY, COMPLETIONS, UPDATES, passage
 from benchmarks.studies.sweep_arms import ARMS, BASE, SWEEPS
 from benchmarks.studies.sweep_arms import COMPLETIONS as LENGTH
-from cluster.distributions import advantage_shares, loss_by_position
-from cluster.plots import BLUE, GREY, ORANGE, STYLE, VERMILION
 
 Record = Mapping[str, Any]
 TARGETS = (0.70, 0.80)
 
 
 def mean_accuracy(record: Record) -> float:
-    """Training accuracy averaged over the first ``LENGTH`` completions: the area under its curve, which one lucky
-    measurement moves less than it moves a passage."""
+    """Training accuracy averaged over the first ``LENGTH`` completions: the area under its curve,
+    which one lucky measurement moves less than it moves a passage."""
     xs, ys = np.array([(point[COMPLETIONS], point[ACCURACY]) for point in record["curve"]]).T
-    inside = xs < LENGTH  # with replay the first steps generate more, so that a run ends a little later
+    inside = (
+        xs < LENGTH
+    )  # with replay the first steps generate more, so that a run ends a little later
     xs, ys = np.append(xs[inside], LENGTH), np.append(ys[inside], np.interp(LENGTH, xs, ys))
     return float(np.trapezoid(ys, xs) / (xs[-1] - xs[0]))
 
@@ -39,7 +41,8 @@ def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def table(arms: Mapping[str, Sequence[Record]]) -> str:
     rows = [
-        f"| arm | seeds | accuracy, mean over {LENGTH} completions | range | to 0.70 | to 0.80 | updates "
+        f"| arm | seeds | accuracy, mean over {LENGTH} completions | range | to 0.70 | to 0.80 | "
+        "updates "
         "| dead, fresh | dead, mixed | held-out after |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -47,13 +50,16 @@ def table(arms: Mapping[str, Sequence[Record]]) -> str:
         areas = [mean_accuracy(record) for record in records]
         passages = [median(passage(record, target) for record in records) for target in TARGETS]
         cells = [
-            name, str(len(records)), f"{fmean(areas):.3f}", f"{min(areas):.3f} to {max(areas):.3f}",
+            name,
+            str(len(records)),
+            f"{fmean(areas):.3f}",
+            f"{min(areas):.3f} to {max(areas):.3f}",
             *(f"{value:,.0f}" if np.isfinite(value) else "not reached" for value in passages),
             f"{median(record['curve'][-1][UPDATES] for record in records):.0f}",
             f"{fmean(record['dead'] for record in records):.2f}",
             f"{fmean(record['dead_after'] for record in records):.2f}",
             f"{fmean(record['heldout'][1] for record in records):.2f}",
-        ]  # fmt: skip
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -88,7 +94,9 @@ def draw(arms: Mapping[str, Sequence[Record]], folder: Path) -> list[Path]:
             ("advantages", 2, (10, 3.4), _advantages),
             ("loss_by_position", 1, (7, 3.6), _profiles),
         ):
-            figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", sharey=name != "advantages")
+            figure, axes = plt.subplots(
+                1, panels, figsize=size, layout="constrained", sharey=name != "advantages"
+            )
             paint(np.atleast_1d(axes), arms)
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=90, facecolor="white", metadata={"Software": None})
@@ -104,9 +112,14 @@ def _sweeps(axes: Any, arms: Mapping[str, Sequence[Record]]) -> None:
             values = [mean_accuracy(record) for record in arms[arm]]
             axis.scatter([place] * len(values), values, color=GREY, s=14, zorder=3)
             axis.plot(
-                [place - 0.3, place + 0.3], [fmean(values)] * 2, color=ORANGE if arm == BASE else BLUE, linewidth=3
+                [place - 0.3, place + 0.3],
+                [fmean(values)] * 2,
+                color=ORANGE if arm == BASE else BLUE,
+                linewidth=3,
             )
-        axis.set_xticks(range(len(known)), [label for label, _ in known], rotation=20 if title[0] in "ps" else 0)
+        axis.set_xticks(
+            range(len(known)), [label for label, _ in known], rotation=20 if title[0] in "ps" else 0
+        )
         axis.set(title=title)
     axes[0].set_ylabel(f"training accuracy,\nmean over {LENGTH} completions")
 
@@ -116,18 +129,40 @@ def _advantages(axes: Any, arms: Mapping[str, Sequence[Record]]) -> None:
         for kind, colour in (("fresh", BLUE), ("replay", ORANGE)):
             rows = [record["distributions"] for record in arms.get(name, ())]
             if (shares := advantage_shares(rows, kind)) is not None:
-                axis.stairs(shares, np.linspace(-4, 4, len(shares) + 1), fill=True, alpha=0.4, color=colour, label=kind)
+                axis.stairs(
+                    shares,
+                    np.linspace(-4, 4, len(shares) + 1),
+                    fill=True,
+                    alpha=0.4,
+                    color=colour,
+                    label=kind,
+                )
         axis.set(title=f"Advantages, {name}", xlabel="advantage", ylabel="share of completions")
         axis.legend()
 
 
 def _profiles(axes: Any, arms: Mapping[str, Sequence[Record]]) -> None:
     axis = axes[0]
-    for name, colour in (("lambda 0", GREY), (BASE, BLUE), ("lambda 1", ORANGE), ("inverse_parabolic", VERMILION)):
+    for name, colour in (
+        ("lambda 0", GREY),
+        (BASE, BLUE),
+        ("lambda 1", ORANGE),
+        ("inverse_parabolic", VERMILION),
+    ):
         rows = [record["distributions"] for record in arms.get(name, ())]
         if (profile := loss_by_position(rows, "fresh")) is not None:
             places = (np.arange(len(profile)) + 0.5) / len(profile)
             label = f"{name} (lambda 0.3)" if name in (BASE, "inverse_parabolic") else name
-            axis.plot(places, profile / np.nanmean(profile), color=colour, marker="o", markersize=3, label=label)
-    axis.set(title="Loss of fresh tokens by position, relative to the mean", xlabel="position in the completion")
+            axis.plot(
+                places,
+                profile / np.nanmean(profile),
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=label,
+            )
+    axis.set(
+        title="Loss of fresh tokens by position, relative to the mean",
+        xlabel="position in the completion",
+    )
     axis.legend()

@@ -1,9 +1,9 @@
 """Make torchvision and torchaudio importable beside a CPU build of torch, only where they are not.
 
-The package index carries CUDA builds of both. Beside CPU torch, torchvision's compiled library cannot load, so the
-operator schemas that its Python part annotates are missing and the import fails; torchaudio's and torchcodec's
-libraries fail the same way. Proper CPU builds are left alone. STACK "Install".
-"""
+The package index carries CUDA builds of both. Beside CPU torch, torchvision's compiled library
+cannot load, so the operator schemas that its Python part annotates are missing and the import
+fails; torchaudio's and torchcodec's libraries fail the same way. Proper CPU builds are left alone.
+STACK "Install"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 SHIM = '''\
-"""Defines the operator schemas torchvision's Python part annotates, when its compiled library cannot load."""
+"""Operator schemas that torchvision's Python part annotates, where its library cannot load."""
 import sys
 
 
@@ -45,7 +45,10 @@ sys.meta_path.insert(0, _BeforeTorchvision)
 
 def imports(module: str) -> bool:
     """Whether a fresh interpreter can import ``module``."""
-    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode
+        == 0
+    )
 
 
 def installed(distribution: str) -> bool:
@@ -57,7 +60,8 @@ def installed(distribution: str) -> bool:
 
 
 def cure() -> list[str]:
-    """Apply what is needed; returns one line per thing done. Raises SystemExit when the cure did not work."""
+    """Apply what is needed; returns one line per thing done. Raises SystemExit when the cure did
+    not work."""
     import torch
 
     if torch.version.cuda is not None:
@@ -65,7 +69,9 @@ def cure() -> list[str]:
     site = Path(sysconfig.get_paths()["purelib"])
     done: list[str] = []
     if installed("torchcodec") and not imports("torchcodec"):
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-y", "-q", "torchcodec"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "uninstall", "-y", "-q", "torchcodec"], check=True
+        )
         done.append("removed torchcodec (CUDA build; media are decoded with PyAV)")
     if installed("torchvision") and not imports("torchvision"):
         (site / "_avatar_torchvision_cpu.py").write_text(SHIM)
@@ -75,9 +81,14 @@ def cure() -> list[str]:
         for library in (site / "torchaudio" / "lib").glob("*.so"):
             library.rename(library.with_suffix(".so.cuda"))
         done.append("set torchaudio's CUDA libraries aside (its pure-torch part is kept)")
-    broken = [name for name in ("torchvision", "torchaudio") if installed(name) and not imports(name)]
+    broken = [
+        name for name in ("torchvision", "torchaudio") if installed(name) and not imports(name)
+    ]
     if broken:
-        sys.exit(f"{', '.join(broken)} still cannot be imported beside torch {torch.__version__}: install CPU builds")
+        sys.exit(
+            f"{', '.join(broken)} still cannot be imported beside torch {torch.__version__}: "
+            "install CPU builds"
+        )
     return done
 
 

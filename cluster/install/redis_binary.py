@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from buffer_service.server import find_redis_server
-from prompts.errors import AvatarError
+from avatar_rl.buffer_service.redis.server import find_redis_server
+from avatar_rl.common.errors import AvatarError
 
 if __name__ == "__main__":
     try:

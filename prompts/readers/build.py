@@ -9,10 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prompts.config import DataConfig
-from prompts.input_error import InputError
-from prompts.readers.media_items import with_defaults
-from prompts.record import PROBLEM_TYPE_SPELLINGS, MediaItem, MediaPlan, ProblemType, Prompt
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.readers.media_items import with_defaults
+from avatar_rl.prompts.record import (
+    PROBLEM_TYPE_SPELLINGS,
+    MediaItem,
+    MediaPlan,
+    ProblemType,
+    Prompt,
+)
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
@@ -21,10 +27,11 @@ _LETTERED_LINE = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*\S")
 
 
 def build_prompt(fields: dict[str, Any], config: DataConfig, where: str) -> Prompt:
-    """A Prompt from Prompt-named raw ``fields``: tags unwrapped, spellings folded, options lettered, defaults filled.
+    """A Prompt from Prompt-named raw ``fields``: tags unwrapped, spellings folded, options
+    lettered, defaults filled.
 
-    Raises InputError for a missing question or answer, an unknown problem type, or a multiple choice without letters.
-    """
+    Raises InputError for a missing question or answer, an unknown problem type, or a multiple
+    choice without letters."""
     values = {key: value for key, value in fields.items() if value is not None}
     question = _text(values, "question", where)
     answer = unwrap(_text(values, "answer", where))
@@ -54,11 +61,14 @@ def build_prompt(fields: dict[str, Any], config: DataConfig, where: str) -> Prom
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise InputError(where, f"field {place!r}: {detail['msg']}{more}", "correct or remove the field") from error
+        raise InputError(
+            where, f"field {place!r}: {detail['msg']}{more}", "correct or remove the field"
+        ) from error
 
 
 def unwrap(text: str) -> str:
-    """What the last <answer> tag holds, or the text without its <think> part where there is none."""
+    """What the last <answer> tag holds, or the text without its <think> part where there is
+    none."""
     found = _ANSWER.findall(text)
     return (found[-1] if found else _THINK.sub("", text)).strip()
 
@@ -76,7 +86,8 @@ def split_option(option: str) -> tuple[str, str]:
 
 
 def content_id(values: dict[str, Any]) -> str:
-    """Id of a row that names none: the same content gives the same id in every run and on every machine."""
+    """Id of a row that names none: the same content gives the same id in every run and on every
+    machine."""
     media = values["media"].model_dump(mode="json", include={"items"})
     content = [values["question"], values["answer"], list(values["options"]), media]
     return "c" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
@@ -93,14 +104,18 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
     return text
 
 
-def _problem_type(given: Any, options: tuple[str, ...], answer: str, config: DataConfig, where: str) -> ProblemType:
+def _problem_type(
+    given: Any, options: tuple[str, ...], answer: str, config: DataConfig, where: str
+) -> ProblemType:
     if given is None:
         if config.problem_type is not None:
             return config.problem_type
         if options and _chosen(answer, options) is not None:
             return ProblemType.MULTIPLE_CHOICE
         raise InputError(
-            where, "no problem type", "add problem_type to the row, or set data.reader.problem_type for all rows"
+            where,
+            "no problem type",
+            "add problem_type to the row, or set data.reader.problem_type for all rows",
         )
     folded = re.sub(r"[\s\-/]+", "_", str(given).strip().lower())
     if folded not in PROBLEM_TYPE_SPELLINGS:
@@ -115,8 +130,12 @@ def _options(given: Any, where: str) -> tuple[str, ...]:
         return ()
     if isinstance(given, dict):  # parquet gives every row all keys, the absent ones as None
         given = [f"{letter}. {text}" for letter, text in given.items() if text is not None]
-    if not isinstance(given, list | tuple) or not all(isinstance(option, str | int | float) for option in given):
-        raise InputError(where, "options are not a list of texts", "give them as ['A. red', 'B. green']")
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(option, str | int | float) for option in given
+    ):
+        raise InputError(
+            where, "options are not a list of texts", "give them as ['A. red', 'B. green']"
+        )
     texts = [str(option).strip() for option in given]
     if all(_LETTER.match(text) for text in texts):
         return tuple(texts)
@@ -137,23 +156,32 @@ def _letter(answer: str, options: tuple[str, ...], question: str, where: str) ->
     if options:
         letter = _chosen(answer, options)
         if letter is None:
-            raise InputError(where, f"the answer {answer!r} is none of the options {list(options)}", "correct either")
+            raise InputError(
+                where,
+                f"the answer {answer!r} is none of the options {list(options)}",
+                "correct either",
+            )
         return letter
     offered = set(_LETTERED_LINE.findall(question))
     named = _LETTER.match(answer)
     if len(offered) < 2:
         raise InputError(
-            where, "multiple choice without options", "add options: ['A. ...', 'B. ...'], or name another problem_type"
+            where,
+            "multiple choice without options",
+            "add options: ['A. ...', 'B. ...'], or name another problem_type",
         )
     if named is None or named[1] not in offered:
         raise InputError(
-            where, f"the answer {answer!r} is not one of the letters {sorted(offered)}", "give the letter as answer"
+            where,
+            f"the answer {answer!r} is not one of the letters {sorted(offered)}",
+            "give the letter as answer",
         )
     return named[1]
 
 
 def _without_lines(question: str, options: tuple[str, ...]) -> str:
-    """``question`` without lines that only repeat an option: the template adds the options itself."""
+    """``question`` without lines that only repeat an option: the template adds the options
+    itself."""
     if not options:
         return question
     kept = [line for line in question.splitlines() if line.strip() not in options]
@@ -163,13 +191,16 @@ def _without_lines(question: str, options: tuple[str, ...]) -> str:
 
 
 def _plan(given: Any, config: DataConfig, where: str) -> MediaPlan:
-    """The media plan with decode defaults, and the videos' sound tracks where the config asks for them."""
+    """The media plan with decode defaults, and the videos' sound tracks where the config asks for
+    them."""
     try:
         plan = MediaPlan.model_validate(given or {})
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in ("media", *detail["loc"]))
-        raise InputError(where, f"field {place!r}: {detail['msg']}", "correct the media entry") from error
+        raise InputError(
+            where, f"field {place!r}: {detail['msg']}", "correct the media entry"
+        ) from error
     items = [with_defaults(item, config) for item in plan.items]
     if not config.audio_in_video or plan.audio_in_video or not plan.of("video"):
         return plan.model_copy(update={"items": tuple(items)})
@@ -180,7 +211,9 @@ def _plan(given: Any, config: DataConfig, where: str) -> MediaPlan:
             "set data.reader.audio_in_video: false, or the row's own flag",
         )
     tracks = [
-        with_defaults(MediaItem(kind="audio", uri=item.uri, clip=item.clip, digest=item.digest), config)
+        with_defaults(
+            MediaItem(kind="audio", uri=item.uri, clip=item.clip, digest=item.digest), config
+        )
         for item in items
         if item.kind == "video"
     ]

@@ -1,4 +1,5 @@
-"""One question out of chat messages: content lists with typed parts, or text with <video><audio><image> tags."""
+"""One question out of chat messages: content lists with typed parts, or text with
+<video><audio><image> tags."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from prompts.config import DataConfig
-from prompts.input_error import InputError
-from prompts.readers.media_items import KINDS, media_item
-from prompts.record import MediaItem, Modality
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.readers.media_items import KINDS, media_item
+from avatar_rl.prompts.record import MediaItem, Modality
 
 _TAG = re.compile(r"<(video|audio|image)>")
 
@@ -20,46 +21,68 @@ class Chat:
 
     question: str
     system: str | None
-    target: str | None  # the assistant's turn: SFT target and, where nothing else names it, the answer
+    target: (
+        str | None
+    )  # the assistant's turn: SFT target and, where nothing else names it, the answer
     items: list[MediaItem]  # in the order of their placeholders
 
 
 def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str) -> Chat:
-    """The user turn's text and media; media without a path of their own come from the row's lists in turn."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise InputError(where, "messages are not a list of {role, content}", "correct the messages")
+    """The user turn's text and media; media without a path of their own come from the row's lists
+    in turn."""
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "role" in m for m in messages
+    ):
+        raise InputError(
+            where, "messages are not a list of {role, content}", "correct the messages"
+        )
     waiting = _listed(row)
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     items: list[MediaItem] = []
     for message in messages:
         role = message["role"]
         if not isinstance(role, str) or role not in turns:
-            raise InputError(where, f"message of the role {role!r}", "only system, user and assistant are read")
+            raise InputError(
+                where, f"message of the role {role!r}", "only system, user and assistant are read"
+            )
         text, found = _content(message.get("content"), waiting, config, where)
         turns[role].append(text)
         items += found
     if len(turns["user"]) != 1:
         raise InputError(
-            where, f"{len(turns['user'])} user turns", "a prompt asks one question: split or join the conversation"
+            where,
+            f"{len(turns['user'])} user turns",
+            "a prompt asks one question: split or join the conversation",
         )
     if not items:  # ms-swift also takes lists without tags, and puts the media first
-        items = [media_item(waiting[kind].pop(0), kind, config, where) for kind in KINDS for _ in list(waiting[kind])]
+        items = [
+            media_item(waiting[kind].pop(0), kind, config, where)
+            for kind in KINDS
+            for _ in list(waiting[kind])
+        ]
     _claim_path(row, bool(items), where)
     for kind, rest in waiting.items():
         if rest:
             raise InputError(
-                where, f"{len(rest)} more {kind}s than <{kind}> places in the text", "add the tag, or drop the file"
+                where,
+                f"{len(rest)} more {kind}s than <{kind}> places in the text",
+                "add the tag, or drop the file",
             )
     system = "\n".join(turns["system"]).strip() or None
-    return Chat(turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items)
+    return Chat(
+        turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items
+    )
 
 
 def _listed(row: dict[str, Any]) -> dict[Modality, list[Any]]:
-    """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``, by kind."""
+    """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``,
+    by kind."""
     entries: dict[Modality, list[Any]] = {}
     for kind in KINDS:
         given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
-        entries[kind] = [entry for value in given for entry in (value if isinstance(value, list) else [value])]
+        entries[kind] = [
+            entry for value in given for entry in (value if isinstance(value, list) else [value])
+        ]
     kind_of_path = _data_type(row)
     if row.get("path") and kind_of_path is not None:
         entries[kind_of_path].append(row["path"])
@@ -72,13 +95,18 @@ def _data_type(row: dict[str, Any]) -> Modality | None:
 
 
 def _claim_path(row: dict[str, Any], has_media: bool, where: str) -> None:
-    """Raises InputError for a path that may be a medium and is of no kind: left out, the question would be blind.
-    Beside other media and without a data_type it is any column."""
-    if row.get("path") and _data_type(row) is None and (row.get("data_type") is not None or not has_media):
+    """Raises InputError for a path that may be a medium and is of no kind: left out, the question
+    would be blind. Beside other media and without a data_type it is any column."""
+    if (
+        row.get("path")
+        and _data_type(row) is None
+        and (row.get("data_type") is not None or not has_media)
+    ):
         raise InputError(
             where,
             f"path with the data_type {row.get('data_type')!r}",
-            f"set data_type to one of {', '.join(KINDS)} (data.reader.audio_in_video adds a video's sound), "
+            f"set data_type to one of {', '.join(KINDS)} (data.reader.audio_in_video adds a "
+            "video's sound), "
             "or drop path",
         )
 
@@ -94,23 +122,37 @@ def _content(
             items.append(media_item(_next(waiting, kind, where), kind, config, where))
         return _TAG.sub("", content).strip(), items
     if not isinstance(content, list):
-        raise InputError(where, f"message content is a {type(content).__name__}", "give text or a list of parts")
+        raise InputError(
+            where, f"message content is a {type(content).__name__}", "give text or a list of parts"
+        )
     texts: list[str] = []
     for part in content:
         kind_or_text = part.get("type") if isinstance(part, dict) else None
         if kind_or_text == "text":
             texts.append(str(part.get("text") or ""))
         elif kind_or_text in KINDS:
-            own = {key: value for key, value in part.items() if key not in ("type", "text") and value is not None}
-            items.append(media_item(own or _next(waiting, kind_or_text, where), kind_or_text, config, where))
+            own = {
+                key: value
+                for key, value in part.items()
+                if key not in ("type", "text") and value is not None
+            }
+            items.append(
+                media_item(own or _next(waiting, kind_or_text, where), kind_or_text, config, where)
+            )
         else:
-            raise InputError(where, f"content part of the type {kind_or_text!r}", f"known are text, {', '.join(KINDS)}")
+            raise InputError(
+                where,
+                f"content part of the type {kind_or_text!r}",
+                f"known are text, {', '.join(KINDS)}",
+            )
     return "\n".join(text.strip() for text in texts if text.strip()), items
 
 
 def _next(waiting: dict[Modality, list[Any]], kind: Modality, where: str) -> Any:
     if not waiting[kind]:
         raise InputError(
-            where, f"a {kind} place in the text without a file", f"add it to the row's {kind}s, or drop the tag"
+            where,
+            f"a {kind} place in the text without a file",
+            f"add it to the row's {kind}s, or drop the tag",
         )
     return waiting[kind].pop(0)

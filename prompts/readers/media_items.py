@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from prompts.config import DataConfig
-from prompts.input_error import InputError
-from prompts.record import MediaItem, Modality
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.record import MediaItem, Modality
 
 KINDS: tuple[Modality, ...] = get_args(Modality)
 
@@ -28,36 +28,55 @@ _KEYS = {
     "clip": "clip",
 }
 _PATH_KEYS = ("path", "uri", "url", "file")
-_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
+_MAGIC = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"RIFF": ".wav",
+    b"fLaC": ".flac",
+    b"OggS": ".ogg",
+}
 
 
 def media_item(entry: Any, kind: Modality, config: DataConfig, where: str) -> MediaItem:
-    """One medium from a path or a dict (``{"video": path, "fps": 2, "video_start": 1.0}``, ``{"bytes": ...}``)."""
+    """One medium from a path or a dict (``{"video": path, "fps": 2, "video_start": 1.0}``,
+    ``{"bytes": ...}``)."""
     fields: dict[str, Any] = {"kind": kind}
     if isinstance(entry, str):
         fields["uri"] = entry
     elif isinstance(entry, dict):
-        values = {key: value for key, value in entry.items() if value is not None and key not in ("type", "text")}
+        values = {
+            key: value
+            for key, value in entry.items()
+            if value is not None and key not in ("type", "text")
+        }
         fields["uri"] = _uri(values, kind, config, where)
         start, end = values.pop("video_start", None), values.pop("video_end", None)
         if end is not None:
             fields["clip"] = (start or 0.0, end)
         elif start is not None:
-            raise InputError(where, f"{kind} names video_start without video_end", "give both, in seconds")
+            raise InputError(
+                where, f"{kind} names video_start without video_end", "give both, in seconds"
+            )
         for key, value in values.items():
             if key not in _KEYS:
                 raise InputError(
-                    where, f"{kind} entry has the unknown key {key!r}", f"remove it; known are {sorted(_KEYS)}"
+                    where,
+                    f"{kind} entry has the unknown key {key!r}",
+                    f"remove it; known are {sorted(_KEYS)}",
                 )
             fields[_KEYS[key]] = value
     else:
         raise InputError(
-            where, f"{kind} is given as a {type(entry).__name__}", "give a path; frame lists are not read, make a video"
+            where,
+            f"{kind} is given as a {type(entry).__name__}",
+            "give a path; frame lists are not read, make a video",
         )
     try:
         return MediaItem.model_validate(fields)
     except ValidationError as error:
-        raise InputError(where, f"{kind} entry: {_first(error)}", "correct the media entry") from error
+        raise InputError(
+            where, f"{kind} entry: {_first(error)}", "correct the media entry"
+        ) from error
 
 
 def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
@@ -75,13 +94,21 @@ def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
 
 def _uri(values: dict[str, Any], kind: Modality, config: DataConfig, where: str) -> str:
     """Takes the path (or the embedded bytes) out of ``values``."""
-    found = [values.pop(key) for key in (kind, f"{kind}_url", f"{kind}_path", *_PATH_KEYS) if key in values]
+    found = [
+        values.pop(key)
+        for key in (kind, f"{kind}_url", f"{kind}_path", *_PATH_KEYS)
+        if key in values
+    ]
     paths = [value.get("url") if isinstance(value, dict) else value for value in found]
     embedded = values.pop("bytes", None)
     if embedded is not None:
         return _extract(embedded, kind, config, where)
     if not paths or not isinstance(paths[0], str) or not paths[0]:
-        raise InputError(where, f"{kind} entry without a path", "give its path; frame lists are not read, make a video")
+        raise InputError(
+            where,
+            f"{kind} entry without a path",
+            "give its path; frame lists are not read, make a video",
+        )
     return paths[0]
 
 
@@ -89,10 +116,16 @@ def _extract(content: Any, kind: Modality, config: DataConfig, where: str) -> st
     """Writes media embedded in a row to a file named by its content; returns the path."""
     if config.extract_to is None:
         raise InputError(
-            where, f"{kind} is embedded in the row", "set data.reader.extract_to to a folder to write it to"
+            where,
+            f"{kind} is embedded in the row",
+            "set data.reader.extract_to to a folder to write it to",
         )
     if not isinstance(content, bytes):
-        raise InputError(where, f"{kind} has its bytes as a {type(content).__name__}", "give a path, or use parquet")
+        raise InputError(
+            where,
+            f"{kind} has its bytes as a {type(content).__name__}",
+            "give a path, or use parquet",
+        )
     suffix = next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), ".bin")
     folder: Path = config.extract_to.absolute()
     path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"

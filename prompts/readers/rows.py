@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompts.input_error import InputError
+from avatar_rl.prompts.input_error import InputError
 
 _BATCH_ROWS = 256
 _LAYOUTS = ".jsonl, .json (an array), .parquet, a folder of these, or a folder saved by `datasets`"
@@ -33,11 +33,12 @@ class Row:
 def iter_rows(path: Path, split: str) -> Iterator[Row]:
     """Rows of ``path`` in file order, streamed.
 
-    Raises InputError when the path is missing, empty or of an unknown layout; a malformed line only makes that row's
-    ``data`` raise.
-    """
+    Raises InputError when the path is missing, empty or of an unknown layout; a malformed line only
+    makes that row's ``data`` raise."""
     if not path.exists():
-        raise InputError(path, "no such dataset", "correct the path, or write one with `avatar data synthesize`")
+        raise InputError(
+            path, "no such dataset", "correct the path, or write one with `avatar data synthesize`"
+        )
     empty = True
     for row in _folder(path, split) if path.is_dir() else _file(path):
         empty = False
@@ -69,13 +70,20 @@ def _parsed(line: bytes, where: str) -> dict[str, Any] | InputError:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return InputError(where, f"not UTF-8 at byte {error.start + 1} of the line", "save the file as UTF-8")
+        return InputError(
+            where, f"not UTF-8 at byte {error.start + 1} of the line", "save the file as UTF-8"
+        )
     except json.JSONDecodeError as error:
         return InputError(where, f"malformed JSON at column {error.colno}: {error.msg}", remedy)
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # nested too deeply, or a number with too many digits
         return InputError(where, f"JSON that cannot be read ({error})", remedy)
     return (
-        value if isinstance(value, dict) else InputError(where, f"holds {type(value).__name__}, not an object", remedy)
+        value
+        if isinstance(value, dict)
+        else InputError(where, f"holds {type(value).__name__}, not an object", remedy)
     )
 
 
@@ -85,7 +93,9 @@ def _json_array(path: Path) -> Iterator[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(path, f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8") from error
+        raise InputError(
+            path, f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8"
+        ) from error
     decoder = json.JSONDecoder()
     line, counted = 1, 0
 
@@ -107,7 +117,11 @@ def _json_array(path: Path) -> Iterator[Row]:
             value, at = decoder.raw_decode(text, at)
         except (RecursionError, ValueError) as error:  # as in _parsed
             place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
-            column = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+            column = (
+                f" at column {error.colno}: {error.msg}"
+                if isinstance(error, json.JSONDecodeError)
+                else ""
+            )
             raise InputError(place, f"malformed JSON{column}", remedy) from error
         wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
         yield Row(where, line, value if isinstance(value, dict) else wrong)
@@ -140,7 +154,9 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
         yield from _saved_dataset(path, split)
         return
     for suffix in (".parquet", ".jsonl", ".json"):
-        files = sorted(file for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json")
+        files = sorted(
+            file for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json"
+        )
         if files:
             named = [file for file in files if file.name.startswith(split)]
             for file in named or files:
@@ -155,7 +171,9 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise InputError(path, f"has no split {split!r}", f"set data.reader.split to one of {sorted(loaded)}")
+            raise InputError(
+                path, f"has no split {split!r}", f"set data.reader.split to one of {sorted(loaded)}"
+            )
         loaded = loaded[split]
     number = 0
     # as Arrow tables: media columns stay paths or bytes instead of being decoded

@@ -1,4 +1,5 @@
-"""Config section of the synthetic world: how much of it, how hard, and what the cold start is shown."""
+"""Config section of the synthetic world: how much of it, how hard, and what the cold start is
+shown."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Category(StrEnum):
     COUNT_LEFT_OF = "count_left_of"
 
 
-#: What the cold start is shown of each type: most of what teaches to see and to hear, least of what is left to RL.
+#: What the cold start is shown of each type: most of what teaches to see and to hear, least of what
+#: is left to RL.
 SFT_WEIGHTS = {
     Category.COLOUR: 0.8,
     Category.PITCH: 1.0,
@@ -50,18 +52,28 @@ class WorldConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = Field(0, ge=0, description="Seed of every scene, question and noise sample.")
-    n_train: int = Field(256, ge=0, description="Prompts of train.jsonl, the pool that RL draws from.")
+    n_train: int = Field(
+        256, ge=0, description="Prompts of train.jsonl, the pool that RL draws from."
+    )
     n_heldout: int = Field(200, ge=0, description="Prompts of heldout.jsonl, for evaluation only.")
-    n_sft: int = Field(4000, ge=0, description="Prompts with reasoning of sft.jsonl, for the cold start only.")
+    n_sft: int = Field(
+        4000, ge=0, description="Prompts with reasoning of sft.jsonl, for the cold start only."
+    )
     difficulty: float = Field(
-        0.3, ge=0, le=1, description="Strength of pixel noise, colour shifts, hiss and detuning; 0 is clean."
+        0.3,
+        ge=0,
+        le=1,
+        description="Strength of pixel noise, colour shifts, hiss and detuning; 0 is clean.",
     )
     audio_in_video: bool = Field(
-        False, description="Interleave the sound with the frames (Qwen-Omni use_audio_in_video) instead of one by one."
+        False,
+        description="Interleave the sound with the frames (Qwen-Omni use_audio_in_video) instead "
+        "of one by one.",
     )
     weights: dict[Category, float] = Field(
         default_factory=lambda: _everywhere(1.0),
-        description="Relative frequency of each question type in train.jsonl and heldout.jsonl; missing means 0.",
+        description="Relative frequency of each question type in train.jsonl and heldout.jsonl; "
+        "missing means 0.",
     )
     sft_weights: dict[Category, float] = Field(
         default_factory=lambda: dict(SFT_WEIGHTS),
@@ -69,14 +81,16 @@ class WorldConfig(BaseModel):
     )
     guess_share: dict[Category, float] = Field(
         default_factory=lambda: dict.fromkeys(GUESSED, 0.65),
-        description="Share of unhinted SFT targets of each question type that answer at random without looking, for "
+        description="Share of unhinted SFT targets of each question type that answer at random "
+        "without looking, for "
         "RL to unlearn; missing means 0.",
     )
     hinted_share: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Share of SFT prompts marked extra.hinted, shown with their hint; their targets never guess.",
+        description="Share of SFT prompts marked extra.hinted, shown with their hint; their "
+        "targets never guess.",
     )
 
     @field_validator("weights", "sft_weights")

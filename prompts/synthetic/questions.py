@@ -1,9 +1,10 @@
-"""One builder per question type: a scene drawn for the question, the answer, and how to reason towards it.
+"""One builder per question type: a scene drawn for the question, the answer, and how to reason
+towards it.
 
-``turn`` counts the questions of a type within a split. The answer class follows it, so classes are exactly balanced and
-a blind guess is at chance. What the question does not need is drawn on its own: a question that needs hearing cannot be
-answered from the picture, and the other way round. Where it needs both, either half alone is at chance too.
-"""
+``turn`` counts the questions of a type within a split. The answer class follows it, so classes are
+exactly balanced and a blind guess is at chance. What the question does not need is drawn on its
+own: a question that needs hearing cannot be answered from the picture, and the other way round.
+Where it needs both, either half alone is at chance too."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from itertools import permutations
 import numpy as np
 from numpy.random import Generator
 
-from prompts.record import Modality, ProblemType
-from prompts.synthetic.config import Category
-from prompts.synthetic.scene import (
+from avatar_rl.prompts.record import Modality, ProblemType
+from avatar_rl.prompts.synthetic.config import Category
+from avatar_rl.prompts.synthetic.scene import (
     COLOURS,
     FORMS,
     FRAMES,
@@ -47,7 +48,9 @@ class Draft:
     problem_type: ProblemType
     needs: tuple[Modality, ...]
     hint: str
-    readout: str  # slot by slot, what the conclusion rests on; empty where there is nothing to spell out
+    readout: (
+        str  # slot by slot, what the conclusion rests on; empty where there is nothing to spell out
+    )
     conclusion: str
     answers: tuple[str, ...]  # all that a blind guess chooses from
     options: tuple[str, ...] = ()
@@ -71,12 +74,16 @@ def _class(values: tuple[str, ...], turn: int) -> str:
     return values[turn % len(values)]
 
 
-def _choices(rng: Generator, values: tuple[str, ...], correct: str, turn: int) -> tuple[tuple[str, ...], str]:
+def _choices(
+    rng: Generator, values: tuple[str, ...], correct: str, turn: int
+) -> tuple[tuple[str, ...], str]:
     """Options in random order and the letter of the correct one, which rotates with ``turn``."""
     others = _pick(rng, [value for value in values if value != correct], len(values) - 1)
     at = (turn // len(values)) % len(values)
     texts = [*others[:at], correct, *others[at:]]
-    return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=True)), LETTERS[at]
+    return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=True)), LETTERS[
+        at
+    ]
 
 
 def _slots(rng: Generator, n: int) -> list[int]:
@@ -127,17 +134,31 @@ def _any_sprites(rng: Generator) -> tuple[Sprite, ...]:
     if kind == 0:
         return (_moving(rng, _form(rng), colours[0], ("left", "right", "still")[rng.integers(3)]),)
     if kind == 1:
-        return tuple(_still(_form(rng), c, p) for c, p in zip(colours, _pick(rng, PLACES, 2), strict=True))
-    return (Sprite(_form(rng), tuple(_pick(rng, list(COLOURS), SLOTS)), path_of(("center",) * SLOTS)),)
+        return tuple(
+            _still(_form(rng), c, p) for c, p in zip(colours, _pick(rng, PLACES, 2), strict=True)
+        )
+    return (
+        Sprite(_form(rng), tuple(_pick(rng, list(COLOURS), SLOTS)), path_of(("center",) * SLOTS)),
+    )
 
 
 def _colour(rng: Generator, turn: int) -> Draft:
     colour = _class(tuple(COLOURS), turn)
     form = _form(rng)
-    scene = Scene((_moving(rng, form, colour, ("left", "right", "still")[rng.integers(3)]),), _any_sounds(rng))
+    scene = Scene(
+        (_moving(rng, form, colour, ("left", "right", "still")[rng.integers(3)]),), _any_sounds(rng)
+    )
     hint = "Look at the shape itself, not at the walls or the floor."
     return Draft(
-        scene, f"What colour is the {form}?", colour, ProblemType.FREE_FORM, SEE, hint, "", colour, tuple(COLOURS)
+        scene,
+        f"What colour is the {form}?",
+        colour,
+        ProblemType.FREE_FORM,
+        SEE,
+        hint,
+        "",
+        colour,
+        tuple(COLOURS),
     )
 
 
@@ -273,12 +294,15 @@ def _overlap(rng: Generator, k: int) -> tuple[list[int], list[int]]:
     """
     condition = _slots(rng, 2)
     rest = [slot for slot in range(SLOTS) if slot not in condition]
-    beeps = [int(i) for i in rng.permutation(condition)[:k]] + [int(i) for i in rng.permutation(rest)[: 2 - k]]
+    beeps = [int(i) for i in rng.permutation(condition)[:k]] + [
+        int(i) for i in rng.permutation(rest)[: 2 - k]
+    ]
     return condition, sorted(beeps)
 
 
 def _count_readout(seen: list[str], condition: list[int], beeps: list[int]) -> str:
-    """What is seen in each slot; where it fulfils the condition also what is heard, and the count so far."""
+    """What is seen in each slot; where it fulfils the condition also what is heard, and the count
+    so far."""
     count, words = 0, []
     for slot in range(SLOTS):
         words.append(seen[slot])
@@ -301,7 +325,8 @@ def _count_on_side(rng: Generator, turn: int) -> Draft:
         str(k),
         ProblemType.NUMERICAL,
         BOTH,
-        "For every part of the clip note the place and whether it beeps, and count only where both fit.",
+        "For every part of the clip note the place and whether it beeps, and count only where "
+        "both fit.",
         _count_readout(places, condition, beeps),
         str(k),
         COUNTS,
@@ -321,14 +346,17 @@ def _count_left_of(rng: Generator, turn: int) -> Draft:
         Sprite(form, (colour,) * SLOTS, path_of(tuple(pair[i] for pair in places)))
         for i, (form, colour) in enumerate(zip(forms, (first, second), strict=True))
     )
-    seen = [f"{first} {second}" if slot in condition else f"{second} {first}" for slot in range(SLOTS)]
+    seen = [
+        f"{first} {second}" if slot in condition else f"{second} {first}" for slot in range(SLOTS)
+    ]
     return Draft(
         Scene(sprites, _fill(beeps, _pick(rng, list(PITCHES), 1) * 2)),
         f"How many beeps sound while the {first} {forms[0]} is left of the {second} {forms[1]}?",
         str(k),
         ProblemType.NUMERICAL,
         BOTH,
-        "For every part of the clip note which shape comes before the other and whether it beeps, then count.",
+        "For every part of the clip note which shape comes before the other and whether it beeps, "
+        "then count.",
         _count_readout(seen, condition, beeps),
         str(k),
         COUNTS,
@@ -336,7 +364,9 @@ def _count_left_of(rng: Generator, turn: int) -> Draft:
 
 
 def _slots_answer(places: tuple[str, str], pitches: list[str]) -> str:
-    return " / ".join(f"{place.capitalize()}: {pitch}" for place, pitch in zip(places, pitches, strict=True))
+    return " / ".join(
+        f"{place.capitalize()}: {pitch}" for place, pitch in zip(places, pitches, strict=True)
+    )
 
 
 def _localise(rng: Generator, turn: int) -> Draft:
@@ -348,7 +378,12 @@ def _localise(rng: Generator, turn: int) -> Draft:
     lit = [slots[int(np.flatnonzero(order == i)[0])] for i in range(2)]
     colours = _pick(rng, list(COLOURS), 2)
     sprites = tuple(
-        Sprite(_form(rng), (colours[i],) * SLOTS, path_of((place,) * SLOTS), tuple(s == lit[i] for s in range(SLOTS)))
+        Sprite(
+            _form(rng),
+            (colours[i],) * SLOTS,
+            path_of((place,) * SLOTS),
+            tuple(s == lit[i] for s in range(SLOTS)),
+        )
         for i, place in enumerate((near, far))
     )
     sounds = _fill(lit, pitches)

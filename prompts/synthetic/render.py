@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from prompts.synthetic.scene import (
+from avatar_rl.prompts.synthetic.scene import (
     COLOURS,
     FRAMES,
     FRAMES_PER_SLOT,
@@ -29,8 +29,8 @@ SAMPLE_RATE = 16_000  # Hz
 SIZE = 18  # pixels, edge of a square and diameter of a disc
 CORE = 8  # pixels, edge of the white core of a lit shape
 WALL = 4  # pixels
-# The vision encoder knows patches only relative to each other, and time not at all: the walls tell left from right, a
-# strip of sky that brightens from slot to slot tells early from late.
+# The vision encoder knows patches only relative to each other, and time not at all: the walls tell
+# left from right, a strip of sky that brightens from slot to slot tells early from late.
 LEFT_WALL = (200, 120, 220)
 RIGHT_WALL = (220, 220, 220)
 SKY = 3  # pixels
@@ -50,7 +50,9 @@ def render_frames(scene: Scene, rng: Generator, difficulty: float) -> NDArray[np
         shift = rng.uniform(-60, 60, 3) * difficulty
         y = HEIGHT / 2 + rng.uniform(-2, 2)
         for i, x in enumerate(sprite.path):
-            colour = np.clip(np.array(COLOURS[sprite.colours[i // FRAMES_PER_SLOT]]) + shift, 0, 255)
+            colour = np.clip(
+                np.array(COLOURS[sprite.colours[i // FRAMES_PER_SLOT]]) + shift, 0, 255
+            )
             frames[i][_mask(sprite, x, y)] = colour
             if sprite.lit[i // FRAMES_PER_SLOT]:
                 frames[i][(abs(_COLUMNS - x) < CORE / 2) & (abs(_ROWS - y) < CORE / 2)] = 255
@@ -75,7 +77,9 @@ def render_sound(scene: Scene, rng: Generator, difficulty: float) -> NDArray[np.
             continue
         hertz = PITCHES[sound] * (1 + rng.uniform(-0.2, 0.2) * difficulty)
         start = i * slot + (slot - beep) // 2 + round(rng.uniform(-0.03, 0.03) * SAMPLE_RATE)
-        wave[start : start + beep] += rng.uniform(0.25, 0.5) * envelope * np.sin(2 * np.pi * hertz * time)
+        wave[start : start + beep] += (
+            rng.uniform(0.25, 0.5) * envelope * np.sin(2 * np.pi * hertz * time)
+        )
     return (np.clip(wave, -1, 1) * 32767).astype("<i2")
 
 

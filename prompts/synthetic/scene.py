@@ -37,7 +37,10 @@ class Sprite:
 
     def places(self) -> tuple[str, ...]:
         """Place in each slot, by its mean x."""
-        xs = [sum(self.path[s * FRAMES_PER_SLOT : (s + 1) * FRAMES_PER_SLOT]) / FRAMES_PER_SLOT for s in range(SLOTS)]
+        xs = [
+            sum(self.path[s * FRAMES_PER_SLOT : (s + 1) * FRAMES_PER_SLOT]) / FRAMES_PER_SLOT
+            for s in range(SLOTS)
+        ]
         return tuple(PLACES[min(int(x // PLACE_PIXELS), len(PLACES) - 1)] for x in xs)
 
 
@@ -47,7 +50,11 @@ class Scene:
     sounds: tuple[str, ...]  # (SLOTS,) pitch name or NONE
 
     def audio_caption(self) -> str:
-        return "Heard in turn: " + ", ".join("silence" if s == NONE else f"{s} beep" for s in self.sounds) + "."
+        return (
+            "Heard in turn: "
+            + ", ".join("silence" if s == NONE else f"{s} beep" for s in self.sounds)
+            + "."
+        )
 
     def caption(self) -> str:
         """What is seen and heard."""
@@ -56,7 +63,12 @@ class Scene:
     def truth(self) -> str:
         """Ground truth of every slot as compact JSON, for rule-based judges."""
         sprites = [
-            {"form": s.form, "colours": s.colours, "places": s.places(), "lit": [int(x) for x in s.lit]}
+            {
+                "form": s.form,
+                "colours": s.colours,
+                "places": s.places(),
+                "lit": [int(x) for x in s.lit],
+            }
             for s in self.sprites
         ]
         record = {"slot_seconds": SLOT_SECONDS, "sprites": sprites, "sounds": self.sounds}
@@ -67,7 +79,9 @@ def _describe(sprite: Sprite) -> str:
     colours, places = sprite.colours, sprite.places()
     colour = colours[0] if len(set(colours)) == 1 else "colour-changing"
     text = f"A {colour} {sprite.form} "
-    text += f"stays at the {places[0]}" if len(set(places)) == 1 else "is at the " + ", ".join(places)
+    text += (
+        f"stays at the {places[0]}" if len(set(places)) == 1 else "is at the " + ", ".join(places)
+    )
     if len(set(colours)) > 1:
         text += " and turns " + ", ".join(colours)
     if any(sprite.lit):

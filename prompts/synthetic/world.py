@@ -1,11 +1,11 @@
-"""Writes a synthetic world to disk: three JSONL splits and their media, byte-identical for equal configs.
+"""Writes a synthetic world to disk: three JSONL splits and their media, byte-identical for equal
+configs.
 
     report = synthesize(Path("build/world"), WorldConfig(seed=0))
 
-``extra["scene"]`` is the ground truth of every time slot as JSON. ``sft.jsonl`` marks prompts that are to be shown with
-their hint by ``extra["hinted"] == "true"``; where its target is a guess, ``answer`` is the guess and ``extra["truth"]``
-the truth.
-"""
+``extra["scene"]`` is the ground truth of every time slot as JSON. ``sft.jsonl`` marks prompts that
+are to be shown with their hint by ``extra["hinted"] == "true"``; where its target is a guess,
+``answer`` is the guess and ``extra["truth"]`` the truth."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator
 
-from prompts.errors import DataError
-from prompts.record import MediaItem, MediaPlan, Prompt
-from prompts.synthetic.config import Category, WorldConfig
-from prompts.synthetic.questions import Draft, draft
-from prompts.synthetic.render import SAMPLE_RATE, encode_mp4, encode_wav, render_frames, render_sound
-from prompts.synthetic.scene import FRAMES, HEIGHT, WIDTH
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.record import MediaItem, MediaPlan, Prompt
+from avatar_rl.prompts.synthetic.config import Category, WorldConfig
+from avatar_rl.prompts.synthetic.questions import Draft, draft
+from avatar_rl.prompts.synthetic.render import (
+    SAMPLE_RATE,
+    encode_mp4,
+    encode_wav,
+    render_frames,
+    render_sound,
+)
+from avatar_rl.prompts.synthetic.scene import FRAMES, HEIGHT, WIDTH
 
 SPLITS = ("train", "heldout", "sft")
 MIN_PIXELS = WIDTH * HEIGHT
@@ -84,7 +90,9 @@ def _write_split(work: Path, split: str, config: WorldConfig) -> dict[Category, 
         for index, at in enumerate(order):
             category, turn = plan[at]
             # one stream per prompt: no split or prompt shares its random numbers with another
-            prompt = _prompt(work, f"{split}-{index:05d}", category, turn, config, [config.seed, key, index])
+            prompt = _prompt(
+                work, f"{split}-{index:05d}", category, turn, config, [config.seed, key, index]
+            )
             file.write(prompt.model_dump_json(exclude_defaults=True) + "\n")
     return counts
 
@@ -92,7 +100,9 @@ def _write_split(work: Path, split: str, config: WorldConfig) -> dict[Category, 
 def apportion(total: int, weights: dict[Category, float]) -> dict[Category, int]:
     """``total`` prompts over the question types, by largest remainder; earlier types win ties."""
     present = {category: weights[category] for category in Category if weights.get(category, 0) > 0}
-    shares = {category: total * weight / sum(present.values()) for category, weight in present.items()}
+    shares = {
+        category: total * weight / sum(present.values()) for category, weight in present.items()
+    }
     counts = {category: int(share) for category, share in shares.items()}
     by_remainder = sorted(shares, key=lambda category: counts[category] - shares[category])
     for category in by_remainder[: total - sum(counts.values())]:
@@ -100,7 +110,9 @@ def apportion(total: int, weights: dict[Category, float]) -> dict[Category, int]
     return counts
 
 
-def _prompt(work: Path, name: str, category: Category, turn: int, config: WorldConfig, seed: list[int]) -> Prompt:
+def _prompt(
+    work: Path, name: str, category: Category, turn: int, config: WorldConfig, seed: list[int]
+) -> Prompt:
     rng = np.random.default_rng(seed)
     question = draft(category, rng, turn)
     video = encode_mp4(render_frames(question.scene, rng, config.difficulty))

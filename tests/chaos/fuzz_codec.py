@@ -1,7 +1,8 @@
-"""Coverage-guided fuzzing of the record codec; not collected by pytest. Needs ``pip install atheris``.
+"""Coverage-guided fuzzing of the record codec; not collected by pytest. Needs ``pip install
+atheris``.
 
-``python -m tests.chaos.fuzz_codec -max_total_time=600``. A crash file named by it is replayed by giving its path.
-"""
+``python -m tests.chaos.fuzz_codec -max_total_time=600``. A crash file named by it is replayed by
+giving its path."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["buffer_service"]):
-    from buffer_service.codec import FORMAT, MAGIC, checksum, decode, encode
-    from buffer_service.errors import RecordError
-    from buffer_service.trajectory import Trajectory
+    from avatar_rl.buffer_service.errors import RecordError
+    from avatar_rl.buffer_service.records.codec import FORMAT, MAGIC, checksum, decode, encode
+    from avatar_rl.buffer_service.records.trajectory import Trajectory
 
 
 def seal(data: bytes) -> bytes:
-    """A record with a right head and checksum around ``data``, so that the fields behind them are reached."""
+    """A record with a right head and checksum around ``data``, so that the fields behind them are
+    reached."""
     tokens = min(data[0] % 8, (len(data) - 1) // 8) if data else 0
     fields = data[1 : len(data) - 8 * tokens]
     body = fields + bytes(-len(fields) % 4) + data[len(data) - 8 * tokens :]

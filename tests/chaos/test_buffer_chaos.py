@@ -1,8 +1,8 @@
-"""Writers, readers and Redis killed at random: nothing acknowledged is lost, nothing counts twice, the books close.
+"""Writers, readers and Redis killed at random: nothing acknowledged is lost, nothing counts twice,
+the books close.
 
-16 writer processes lease, generate and insert; 4 readers draw; one learner process commits. All of them and Redis (AOF
-always) get SIGKILL at random for AVATAR_CHAOS_S seconds (60).
-"""
+16 writer processes lease, generate and insert; 4 readers draw; one learner process commits. All of
+them and Redis (AOF always) get SIGKILL at random for AVATAR_CHAOS_S seconds (60)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from pathlib import Path
 import pytest
 import redis
 
-from buffer_service.config import BufferConfig
-from buffer_service.errors import StepTrainedError
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.errors import StepTrainedError
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import make_group
 
 pytestmark = pytest.mark.chaos
 SECONDS = float(os.environ.get("AVATAR_CHAOS_S", "60"))
 WRITERS, READERS, PER_STEP = 16, 4, 8
-CONFIG = BufferConfig(capacity=400, warm_up=32, reconnect_s=30.0, max_reuse=20, max_age_versions=200)
+CONFIG = BufferConfig(
+    capacity=400, warm_up=32, reconnect_s=30.0, max_reuse=20, max_age_versions=200
+)
 
 
 def log(path: Path, line: str) -> None:
@@ -107,14 +109,24 @@ class Crew:
         self.born += 1
         name = f"{role}-{self.born}"
         errors = (self.folder / f"{name}.err").open("wb")
-        command = [sys.executable, "-m", "tests.chaos.test_buffer_chaos", role, name, self.url, str(self.folder / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.chaos.test_buffer_chaos",
+            role,
+            name,
+            self.url,
+            str(self.folder / name),
+        ]
         self.alive[name] = (role, subprocess.Popen(command, stderr=errors))
         errors.close()
 
     def check(self) -> None:
         for name, (_, process) in self.alive.items():
             if process.poll() is not None:
-                pytest.fail(f"{name} died by itself: {(self.folder / f'{name}.err').read_text()[-2000:]}")
+                pytest.fail(
+                    f"{name} died by itself: {(self.folder / f'{name}.err').read_text()[-2000:]}"
+                )
 
     def kill_one(self) -> None:
         name = random.choice(sorted(self.alive))
@@ -134,7 +146,11 @@ class Crew:
         for path in self.folder.glob(f"{role}-*"):
             if path.suffix != ".err":
                 # A line that was cut by a kill was never acknowledged to anybody.
-                found += [line.split() for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                found += [
+                    line.split()
+                    for line in path.read_text().splitlines(keepends=True)
+                    if line.endswith("\n")
+                ]
         return found
 
 
@@ -174,10 +190,14 @@ def verdict(buffer: ReplayBuffer, crew: Crew, redis_kills: int) -> None:
     client = redis.Redis.from_url(buffer._connection.url)
     key = buffer._connection.key
 
-    accepted = {int(seq) for status, seq in crew.said("writer") if status in ("fresh", "late", "dropped")}
+    accepted = {
+        int(seq) for status, seq in crew.said("writer") if status in ("fresh", "late", "dropped")
+    }
     seen = {seq for seq in range(max(accepted) + 1) if client.getbit(key("seen"), seq)}
     lost = accepted - seen
-    times_accepted = [int(seq) for status, seq in crew.said("writer") if status in ("fresh", "late", "dropped")]
+    times_accepted = [
+        int(seq) for status, seq in crew.said("writer") if status in ("fresh", "late", "dropped")
+    ]
     doubled = len(times_accepted) - len(set(times_accepted))
 
     trained = [gid for words in crew.said("learner") for gid in words[2:]]
@@ -194,10 +214,20 @@ def verdict(buffer: ReplayBuffer, crew: Crew, redis_kills: int) -> None:
     }
     print(json.dumps(figures))
     assert not lost and not doubled
-    assert client.bitcount(key("seen")) == books.generated  # every settled ticket is in the books once
-    assert len(trained) == len(set(trained)) and len(steps) == len(set(steps)) and not fresh & set(trained)
-    assert len(set(trained)) <= books.trained_fresh  # a learner may die between its commit and its own log
-    assert stats.stock == len(buffer_ids(client, key("stock:f"))) + len(buffer_ids(client, key("stock:s")))
+    assert (
+        client.bitcount(key("seen")) == books.generated
+    )  # every settled ticket is in the books once
+    assert (
+        len(trained) == len(set(trained))
+        and len(steps) == len(set(steps))
+        and not fresh & set(trained)
+    )
+    assert (
+        len(set(trained)) <= books.trained_fresh
+    )  # a learner may die between its commit and its own log
+    assert stats.stock == len(buffer_ids(client, key("stock:f"))) + len(
+        buffer_ids(client, key("stock:s"))
+    )
     assert stats.stock <= CONFIG.capacity and stats.stock == client.hlen(key("trajs"))
     assert all(client.exists(key(f"t:{tid}")) for tid in buffer_ids(client, key("stock:v")))
     assert stats.quarantined_records == 0 and stats.trained_step > 20 and redis_kills > 0

@@ -1,4 +1,5 @@
-"""A Redis for each test module, a buffer on it that is empty for each test, and a cache for all small runs."""
+"""A Redis for each test module, a buffer on it that is empty for each test, and a cache for all
+small runs."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG
 
 
@@ -29,6 +30,7 @@ def buffer(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
 
 @pytest.fixture(scope="session")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """World and tiny model for ``tests.small_run``: made by whoever comes first, of all workers of this session."""
+    """World and tiny model for ``tests.small_run``: made by whoever comes first, of all workers of
+    this session."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-cache"

@@ -1,4 +1,5 @@
-"""What the replay buffer refuses: bad records, bad servers, bad logins; each a typed error that changes nothing."""
+"""What the replay buffer refuses: bad records, bad servers, bad logins; each a typed error that
+changes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from buffer_service.errors import (
+from avatar_rl.buffer_service.errors import (
     BufferAccessError,
     BufferFullError,
     BufferSetupError,
@@ -19,10 +20,10 @@ from buffer_service.errors import (
     RecordError,
     UnknownTicketError,
 )
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket, TicketLease
-from prompts.errors import ReplayBufferError
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.common.errors import ReplayBufferError
 from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
 
 # -- bad input: typed errors, state unchanged
@@ -40,8 +41,14 @@ def with_trajectory(lease: TicketLease, **changes: object) -> object:
         ({"reward": float("nan")}, "reward is nan"),
         ({"reward": float("inf")}, "reward is inf"),
         ({"components": {"accuracy": float("nan")}}, "component accuracy"),
-        ({"logprobs": np.array([0, -1, np.nan, 0, 0, 0], np.float32)}, "log-probability of token 2"),
-        ({"logprobs": np.array([0, -1, 0, -np.inf, 0, 0], np.float32)}, "log-probability of token 3"),
+        (
+            {"logprobs": np.array([0, -1, np.nan, 0, 0, 0], np.float32)},
+            "log-probability of token 2",
+        ),
+        (
+            {"logprobs": np.array([0, -1, 0, -np.inf, 0, 0], np.float32)},
+            "log-probability of token 3",
+        ),
         ({"logprobs": np.zeros(6, np.int32)}, "integers and floats"),
         ({"logprobs": np.zeros(5, np.float32)}, "equal length"),
         ({"logprobs": np.zeros((6, 1), np.float32)}, "equal length"),
@@ -49,14 +56,19 @@ def with_trajectory(lease: TicketLease, **changes: object) -> object:
         ({"token_ids": np.array([0, 1, 2, 2**31, 4, 5], np.int64)}, "does not fit int32"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"finish_reason": "\ud800"}, "UTF-8"),
-        ({"token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32)}, "empty completion"),
+        (
+            {"token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32)},
+            "empty completion",
+        ),
         ({"versions": ((-1, 6),)}, "policy versions"),
         ({"versions": ()}, "policy versions"),
         ({"versions": ((0, 5),)}, "account for 5"),
         ({"prompt_id": "other"}, "differs from its group's"),
     ],
 )
-def test_malformed_groups_change_nothing(buffer: ReplayBuffer, changes: dict[str, object], message: str) -> None:
+def test_malformed_groups_change_nothing(
+    buffer: ReplayBuffer, changes: dict[str, object], message: str
+) -> None:
     buffer.push_tickets(tickets(0))
     [lease] = buffer.lease_tickets("a", 1)
     before = namespace(buffer)
@@ -81,7 +93,9 @@ def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer
 
 
 @pytest.mark.parametrize("where", ["replay", "fresh"])
-def test_a_corrupt_record_is_quarantined(buffer: ReplayBuffer, where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_record_is_quarantined(
+    buffer: ReplayBuffer, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     epoch = buffer.new_epoch()
     run_step(buffer, 0, epoch)
     buffer.push_tickets(tickets(1))
@@ -127,7 +141,8 @@ def test_ledger_notices_a_loss(buffer: ReplayBuffer) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"min_version": -1}, {"step": -1}, {"seq": -1}, {"seq": 10**8}, {"n": 0}, {"prompt_id": ""}]
+    "changes",
+    [{"min_version": -1}, {"step": -1}, {"seq": -1}, {"seq": 10**8}, {"n": 0}, {"prompt_id": ""}],
 )
 def test_malformed_tickets_change_nothing(buffer: ReplayBuffer, changes: dict[str, object]) -> None:
     before = namespace(buffer)
@@ -154,7 +169,9 @@ def test_numbers_out_of_range_change_nothing(buffer: ReplayBuffer) -> None:
     assert namespace(buffer) == before
 
 
-def test_a_record_of_a_newer_format_is_quarantined(buffer: ReplayBuffer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_of_a_newer_format_is_quarantined(
+    buffer: ReplayBuffer, caplog: pytest.LogCaptureFixture
+) -> None:
     run_step(buffer, 0, buffer.new_epoch())
     key = buffer._connection.key("t:00000001.2")
     client = redis.Redis.from_url(buffer._connection.url)
@@ -187,7 +204,9 @@ def test_a_server_that_becomes_a_replica_refuses_writes(tmp_path: Path) -> None:
         [lease] = buffer.lease_tickets("a", 1)
         before = namespace(buffer)
         redis.Redis.from_url(demoted.url).replicaof("127.0.0.1", 1)
-        with pytest.raises(BufferAccessError, match="read-only replica; give the URL of the primary"):
+        with pytest.raises(
+            BufferAccessError, match="read-only replica; give the URL of the primary"
+        ):
             buffer.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
         assert namespace(buffer) == before
 
@@ -207,7 +226,9 @@ def test_another_configuration_is_refused_unless_asked_for(buffer: ReplayBuffer)
 
 
 def test_layout_of_a_newer_release_is_refused(buffer: ReplayBuffer) -> None:
-    redis.Redis.from_url(buffer._connection.url).hset(buffer._connection.key("meta"), "format", "99")
+    redis.Redis.from_url(buffer._connection.url).hset(
+        buffer._connection.key("meta"), "format", "99"
+    )
     with pytest.raises(BufferSetupError, match="layout 99"):
         ReplayBuffer.connect(CONFIG, "run", buffer._connection.url)
 
@@ -226,7 +247,9 @@ def test_wrong_password_names_the_remedy_and_not_the_password(
     server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = redis.Redis.from_url(server.url)
-    client.acl_setuser("avatar", enabled=True, passwords=["+right"], keys=["avatar:*"], commands=["+@all"])
+    client.acl_setuser(
+        "avatar", enabled=True, passwords=["+right"], keys=["avatar:*"], commands=["+@all"]
+    )
     config = CONFIG.model_copy(update={"username": "avatar", "password_env": "BUFFER_PASSWORD"})
     monkeypatch.setenv("BUFFER_PASSWORD", "right")
     ReplayBuffer.connect(config, "acl", server.url).close()
@@ -264,13 +287,17 @@ def test_full_redis_refuses_and_keeps_its_state(tmp_path: Path) -> None:
         soft = ReplayBuffer.connect(CONFIG, "run", small.url)
         soft.push_tickets([Ticket(seq=i, prompt_id=f"p{i}", step=0, n=4) for i in range(40)])
         leases = soft.lease_tickets("a", 40)
-        hard = ReplayBuffer.connect(CONFIG.model_copy(update={"memory_limit": 1.0}), "run", small.url)
+        hard = ReplayBuffer.connect(
+            CONFIG.model_copy(update={"memory_limit": 1.0}), "run", small.url
+        )
         for buffer in (soft, hard):  # the gauge first, then Redis' own refusal
             stored = buffer.ledger().generated
             with pytest.raises(BufferFullError, match="maxmemory"):
                 for i, lease in enumerate(leases[stored:]):
                     buffer._connection._memory_checked = 0.0 if buffer is soft else time.monotonic()
-                    buffer.add_group(make_group(lease, [1.0] * 4, tokens=12_000), lease, tokens_generated=1)
+                    buffer.add_group(
+                        make_group(lease, [1.0] * 4, tokens=12_000), lease, tokens_generated=1
+                    )
                     stored += 1
                     assert i < 30
             assert buffer.check_ledger().generated == stored == buffer.stats().fresh

@@ -1,4 +1,5 @@
-"""`avatar buffer ...` through the command line: against a server by URL, and against a run folder."""
+"""`avatar buffer ...` through the command line: against a server by URL, and against a run
+folder."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ import pytest
 import redis
 import yaml
 
-from buffer_service.config import BufferConfig
-from buffer_service.errors import BufferSetupError
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
-from cluster.cli import main
-from cluster.replay_import import carry_over
-from cluster.runlock import RunLock
-from cluster.telemetry import RunStatus
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.errors import BufferSetupError
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.checkpoints.runlock import RunLock
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.telemetry.run_folder import RunStatus
+from avatar_rl.cluster.training.replay_import import carry_over
 from tests.buffer_records import make_group
 
 CONFIG = BufferConfig(capacity=60, warm_up=0, appendfsync="always")  # not the default settings
@@ -73,7 +74,9 @@ def test_a_run_folder_leads_to_the_server_that_its_recipe_names(
     assert main(["buffer", "inspect", str(served)]) == 0
     assert "6 trajectories, 3 successes" in capsys.readouterr().out
     out = served.parent / "into-next.jsonl"
-    carried = carry_over(served, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=open_config(served))
+    carried = carry_over(
+        served, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=open_config(served)
+    )
     assert carried == len(out.read_text().splitlines()) > 0
 
 
@@ -89,22 +92,35 @@ def test_what_changes_a_served_buffer_waits_for_its_run_to_end(
     assert main(["buffer", "clear", str(served)]) == 0
 
 
-def test_a_buffer_is_found_where_its_run_had_it_though_the_recipe_has_changed(served: Path, folder: Path) -> None:
-    """The next stage's recipe: no URL any more, or one of a server that has no such run; or one at last."""
+def test_a_buffer_is_found_where_its_run_had_it_though_the_recipe_has_changed(
+    served: Path, folder: Path
+) -> None:
+    """The next stage's recipe: no URL any more, or one of a server that has no such run; or one at
+    last."""
     for run, login in (
         (served, CONFIG),
-        (served, open_config(served).model_copy(update={"url": "redis://127.0.0.1:9", "reconnect_s": 0.1})),
+        (
+            served,
+            open_config(served).model_copy(
+                update={"url": "redis://127.0.0.1:9", "reconnect_s": 0.1}
+            ),
+        ),
         (folder, CONFIG.model_copy(update={"url": "redis://127.0.0.1:9"})),
     ):
         out = run.parent / "into-next.jsonl"
-        assert carry_over(run, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=login) > 0
+        assert (
+            carry_over(run, out, prompt_ids={"p0", "p1"}, weights={"accuracy": 1.0}, login=login)
+            > 0
+        )
 
 
 def open_config(run: Path) -> BufferConfig:
     return BufferConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())["buffer"])
 
 
-def test_inspect_by_url_shows_a_run_whatever_its_settings(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_by_url_shows_a_run_whatever_its_settings(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["buffer", "inspect", "run", "--url", url]) == 0
     said = capsys.readouterr().out
     for line in (
@@ -116,30 +132,41 @@ def test_inspect_by_url_shows_a_run_whatever_its_settings(url: str, capsys: pyte
         assert line in said
 
 
-def test_inspect_does_not_make_a_run_of_a_typing_error(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_does_not_make_a_run_of_a_typing_error(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = redis.Redis.from_url(url).keys("*")
     assert main(["buffer", "inspect", "rnu", "--url", url]) == 1
     assert "has no run rnu" in capsys.readouterr().err
     assert redis.Redis.from_url(url).keys("*") == before
 
 
-def test_inspect_says_when_the_books_do_not_close(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_when_the_books_do_not_close(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     redis.Redis.from_url(url).hincrby("avatar:{run}:ledger", "generated", 1)
     assert main(["buffer", "inspect", "run", "--url", url]) == 1
     assert "1 groups unaccounted for" in capsys.readouterr().err
 
 
-def test_export_and_import_by_url(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_and_import_by_url(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "stock.jsonl"
     assert main(["buffer", "export", "run", str(out), "--url", url]) == 0
-    assert [json.loads(line)["id"] for line in out.read_text().splitlines()][:2] == ["00000000.0", "00000000.1"]
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()][:2] == [
+        "00000000.0",
+        "00000000.1",
+    ]
     assert main(["buffer", "import", "new", str(out), "--url", url, "--first-seq", "700"]) == 0
     assert "6 trajectories in 3 groups added, 0 groups known before" in capsys.readouterr().out
     with ReplayBuffer.attach(CONFIG, "new", url) as buffer:
         assert buffer.stats().stock == 6 and buffer.check_ledger().replay_only == 3
 
 
-def test_snapshot_clear_and_import_of_a_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_snapshot_clear_and_import_of_a_run_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cut = folder.parent / "cut.avsnap"
     assert main(["buffer", "snapshot", str(folder), str(cut)]) == 0
     assert main(["buffer", "clear", str(folder)]) == 0
@@ -153,17 +180,23 @@ def test_snapshot_clear_and_import_of_a_run_folder(folder: Path, capsys: pytest.
     assert "6 trajectories written" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["buffer", "inspect", str(tmp_path)]) == 1
     assert "is not a run folder: give one of `avatar runs`" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_is_not_opened_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_is_not_opened_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with EmbeddedRedis(folder / "redis") as server:
         assert main(["buffer", "inspect", str(folder)]) == 1
         said = capsys.readouterr().err
         assert "is in use by another redis-server" in said and server.url in said
-        assert main(["buffer", "inspect", "toy-1", "--url", server.url]) == 0  # as the message tells
+        assert (
+            main(["buffer", "inspect", "toy-1", "--url", server.url]) == 0
+        )  # as the message tells
         with pytest.raises(BufferSetupError, match="in use"):
             EmbeddedRedis(folder / "redis", start_s=0.1).start()
     assert main(["buffer", "inspect", str(folder)]) == 0  # the lock goes with the server
@@ -173,7 +206,9 @@ def test_a_run_under_way_is_looked_at_where_it_is_and_not_replaced(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = time.time()
-    status = RunStatus(run_id="toy-1", started=now, updated=now, host=socket.gethostname(), pid=os.getpid())
+    status = RunStatus(
+        run_id="toy-1", started=now, updated=now, host=socket.gethostname(), pid=os.getpid()
+    )
     (folder / "status.json").write_text(status.model_dump_json())
     with EmbeddedRedis(folder / "redis"):
         assert main(["buffer", "inspect", str(folder)]) == 0
@@ -182,7 +217,9 @@ def test_a_run_under_way_is_looked_at_where_it_is_and_not_replaced(
         for command in (["clear", str(folder)], ["import", str(folder), str(folder / "it.snap")]):
             assert main(["buffer", *command]) == 1
             assert "is in use by another redis-server" in capsys.readouterr().err
-    (folder / "status.json").write_text(status.model_copy(update={"state": "finished"}).model_dump_json())
+    (folder / "status.json").write_text(
+        status.model_copy(update={"state": "finished"}).model_dump_json()
+    )
     assert main(["buffer", "inspect", str(folder)]) == 0  # from its append-only file
 
 
@@ -195,7 +232,10 @@ def test_a_crashed_server_frees_its_folder(folder: Path) -> None:
 
 
 def test_a_password_comes_from_the_environment(
-    server: EmbeddedRedis, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: EmbeddedRedis,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     client = redis.Redis.from_url(url)
     client.config_set("requirepass", "s3cret")

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from buffer_service.codec import decode
-from buffer_service.errors import (
+from avatar_rl.buffer_service.errors import (
     BufferSetupError,
     FencedError,
     RecordError,
 )
-from buffer_service.server import EmbeddedRedis, find_redis_server
-from buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.records.codec import decode
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis, find_redis_server
+from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
 
 # -- durability
@@ -39,7 +39,10 @@ def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
         def write() -> None:
             for lease in leases:
                 group = make_group(lease, [0.0, 1.0], tokens=300)
-                if buffer.add_group(group, lease, tokens_generated=600).status in ("fresh", "duplicate"):
+                if buffer.add_group(group, lease, tokens_generated=600).status in (
+                    "fresh",
+                    "duplicate",
+                ):
                     acknowledged.append(group.id)
 
         writer = threading.Thread(target=write)
@@ -60,17 +63,24 @@ def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 def test_embedded_redis_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
-        "import sys,time; from pathlib import Path; from buffer_service.server import EmbeddedRedis\n"
-        "s = EmbeddedRedis(Path(sys.argv[1])).start(); print(s.pid, s.url, flush=True); time.sleep(60)"
+        "import sys,time; from pathlib import Path; from buffer_service.server import "
+        "EmbeddedRedis\n"
+        "s = EmbeddedRedis(Path(sys.argv[1])).start(); print(s.pid, s.url, flush=True); "
+        "time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     pid, url = parent.stdout.readline().split()
     assert redis.Redis.from_url(url).ping()
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+    while (
+        Path(f"/proc/{pid}").exists()
+        and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    ):
         assert time.monotonic() < deadline, "redis-server outlived its parent"
         time.sleep(0.02)
 
@@ -102,8 +112,19 @@ def test_a_redis_server_is_found() -> None:
 
 def contents(buffer: ReplayBuffer) -> tuple[object, ...]:
     stats = buffer.stats()
-    drawn = [t.id for seed in range(3) for t in buffer.draw(8, step=stats.trained_step + 1, seed=seed)]
-    same = ("tiers", "version", "trained_step", "prompts", "mean_rbar", "fresh", "ledger", "hints_on")
+    drawn = [
+        t.id for seed in range(3) for t in buffer.draw(8, step=stats.trained_step + 1, seed=seed)
+    ]
+    same = (
+        "tiers",
+        "version",
+        "trained_step",
+        "prompts",
+        "mean_rbar",
+        "fresh",
+        "ledger",
+        "hints_on",
+    )
     return drawn, buffer.baselines(["p0", "p1", "none"]), *(getattr(stats, name) for name in same)
 
 
@@ -133,7 +154,9 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
     buffer._connection.run = slow  # type: ignore[method-assign, assignment]
     report = buffer.snapshot(tmp_path / "cut.avsnap")
     buffer._connection.run = original  # type: ignore[method-assign]
-    assert report.trajectories == 40 and report.tickets == 2  # a full Hard tier; what waits is apart
+    assert (
+        report.trajectories == 40 and report.tickets == 2
+    )  # a full Hard tier; what waits is apart
     after = contents(buffer)
     assert after != before
     buffer.restore(tmp_path / "cut.avsnap")
@@ -149,7 +172,9 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
     buffer.check_ledger()
 
 
-def test_a_snapshot_that_another_began_upon_is_refused(buffer: ReplayBuffer, tmp_path: Path) -> None:
+def test_a_snapshot_that_another_began_upon_is_refused(
+    buffer: ReplayBuffer, tmp_path: Path
+) -> None:
     epoch = buffer.new_epoch()
     run_step(buffer, 0, epoch)
     path, key = tmp_path / "cut.avsnap", buffer._connection.key("meta")
@@ -160,16 +185,25 @@ def test_a_snapshot_that_another_began_upon_is_refused(buffer: ReplayBuffer, tmp
         buffer._connection.run("snapshot", "begin", 77)
         run_step(buffer, 1, epoch)
 
-    with pytest.raises(RecordError, match="another snapshot began or Redis restarted while it was taken"):
+    with pytest.raises(
+        RecordError, match="another snapshot began or Redis restarted while it was taken"
+    ):
         buffer.snapshot(path, another)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["cut.avsnap"]
-    assert client.hget(key, "snap") == b"77" and client.hlen(buffer._connection.key("snap:groups")) == 2  # left alone
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [
+        "cut.avsnap"
+    ]
+    assert (
+        client.hget(key, "snap") == b"77"
+        and client.hlen(buffer._connection.key("snap:groups")) == 2
+    )  # left alone
     assert buffer._connection.run("snapshot", "end", 77) == 1 and client.hget(key, "snap") == b"0"
     buffer.snapshot(path, lambda: None)
     assert path.read_bytes() != before
 
 
-def test_a_snapshot_by_hand_waits_for_a_checkpoint_and_spares_it(buffer: ReplayBuffer, tmp_path: Path) -> None:
+def test_a_snapshot_by_hand_waits_for_a_checkpoint_and_spares_it(
+    buffer: ReplayBuffer, tmp_path: Path
+) -> None:
     run_step(buffer, 0, buffer.new_epoch())
     by_hand = threading.Thread(target=lambda: buffer.snapshot(tmp_path / "hand.avsnap"))
 
@@ -200,7 +234,9 @@ def test_a_snapshot_across_a_restart_of_redis_is_refused(tmp_path: Path) -> None
         assert buffer.snapshot(tmp_path / "cut.avsnap").trajectories == 8
 
 
-def test_a_damaged_snapshot_is_refused_and_the_run_kept(buffer: ReplayBuffer, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_refused_and_the_run_kept(
+    buffer: ReplayBuffer, tmp_path: Path
+) -> None:
     epoch = buffer.new_epoch()
     run_step(buffer, 0, epoch)
     path = tmp_path / "cut.avsnap"
@@ -220,7 +256,9 @@ def test_a_damaged_snapshot_is_refused_and_the_run_kept(buffer: ReplayBuffer, tm
         second.restore(path)
 
 
-def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(buffer: ReplayBuffer, tmp_path: Path) -> None:
+def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
+    buffer: ReplayBuffer, tmp_path: Path
+) -> None:
     epoch = buffer.new_epoch()
     run_step(buffer, 0, epoch)
     buffer.snapshot(tmp_path / "cut.avsnap")
@@ -248,8 +286,13 @@ def test_export_holds_every_trajectory(buffer: ReplayBuffer, tmp_path: Path) -> 
     assert buffer.export(tmp_path / "x.jsonl") == buffer.export(tmp_path / "x.parquet") == 8
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     table = pq.read_table(tmp_path / "x.parquet").to_pylist()
-    record = decode(redis.Redis.from_url(buffer._connection.url).get(buffer._connection.key("t:00000000.1")) or b"")
+    record = decode(
+        redis.Redis.from_url(buffer._connection.url).get(buffer._connection.key("t:00000000.1"))
+        or b""
+    )
     for row in (lines[1], table[1]):
         assert row["id"] == record.id and row["token_ids"] == record.token_ids.tolist()
         assert np.array_equal(np.float32(row["logprobs"]), record.logprobs)
-    assert lines[1]["components"] == dict(table[1]["components"]) == {"format": 1.0, "accuracy": 1.0}
+    assert (
+        lines[1]["components"] == dict(table[1]["components"]) == {"format": 1.0, "accuracy": 1.0}
+    )

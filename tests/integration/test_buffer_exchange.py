@@ -13,16 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from buffer_service.config import BufferConfig, HintGateConfig
-from buffer_service.errors import RecordError
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
-from prompts.errors import ConfigError
+from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.common.errors import ConfigError
 from tests.buffer_records import make_group
 
 CONFIG = BufferConfig(capacity=100, warm_up=0, hints=HintGateConfig(zero_patience=2))
-REWARDS = {0: [0.0, 1.0, 0.5], 1: [0.0, 0.0], 2: [1.0], 3: [0.0, 0.0]}  # by seq; seq 3 is prompt p1 again
+REWARDS = {
+    0: [0.0, 1.0, 0.5],
+    1: [0.0, 0.0],
+    2: [1.0],
+    3: [0.0, 0.0],
+}  # by seq; seq 3 is prompt p1 again
 
 
 @pytest.fixture
@@ -31,9 +36,13 @@ def source(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
     redis.Redis.from_url(server.url).flushall()
     with ReplayBuffer.connect(CONFIG, "source", server.url) as buffer:
         epoch = buffer.new_epoch()
-        buffer.push_tickets([Ticket(seq=s, prompt_id=f"p{s % 3 or s // 3}", step=0, n=4) for s in REWARDS])
+        buffer.push_tickets(
+            [Ticket(seq=s, prompt_id=f"p{s % 3 or s // 3}", step=0, n=4) for s in REWARDS]
+        )
         for lease in buffer.lease_tickets("a", 4):
-            buffer.add_group(make_group(lease, REWARDS[lease.ticket.seq]), lease, tokens_generated=1)
+            buffer.add_group(
+                make_group(lease, REWARDS[lease.ticket.seq]), lease, tokens_generated=1
+            )
         buffer.commit_step(0, 1, [f"{s:08d}" for s in REWARDS], epoch)
         yield buffer
 
@@ -67,7 +76,11 @@ def test_imported_trajectories_are_replayable_stock(
     for tid, t in after.items():
         assert np.array_equal(t.token_ids, before[tid].token_ids)
         assert np.array_equal(t.logprobs, before[tid].logprobs)
-        assert (t.reward, t.versions, t.components) == (before[tid].reward, ((0, 6),), before[tid].components)
+        assert (t.reward, t.versions, t.components) == (
+            before[tid].reward,
+            ((0, 6),),
+            before[tid].components,
+        )
     # p0: the mean of 0, 1, 0.5; p1: of four zeros in two visits; p2: 1.
     assert target.baselines(["p0", "p1", "p2"]) == [0.5, 0.0, 1.0]
     assert [target.tier_of(p) for p in ("p1", "p0", "p2")] == ["hard", "medium", "easy"]
@@ -75,7 +88,9 @@ def test_imported_trajectories_are_replayable_stock(
     assert (books.generated, books.replay_only, books.completions, books.tokens) == (4, 4, 8, 0)
     assert target.stats().counters["imported"] == 4
     target.push_tickets([Ticket(seq=10, prompt_id="p1", step=0, n=4)])
-    assert target.lease_tickets("a", 1)[0].hinted  # two visits at zero accuracy: the streak came along
+    assert target.lease_tickets("a", 1)[
+        0
+    ].hinted  # two visits at zero accuracy: the streak came along
 
     again = target.import_trajectories(path)
     assert (again.groups, again.duplicates) == (0, 4) and target.stats().stock == 8
@@ -91,7 +106,12 @@ def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
         target.import_trajectories(tmp_path / "stock.jsonl")
     assert target.stats().stock == 0
     assert target.import_trajectories(tmp_path / "stock.jsonl", first_seq=5000).groups == 4
-    assert {tid[:8] for tid in records(target, 8)} == {"00005000", "00005001", "00005002", "00005003"}
+    assert {tid[:8] for tid in records(target, 8)} == {
+        "00005000",
+        "00005001",
+        "00005002",
+        "00005003",
+    }
     for lease in target.lease_tickets("a", 2):
         target.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
     share = target.lease_fresh("learner", 0, epoch=epoch)
@@ -100,7 +120,9 @@ def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
     assert target.check_ledger().trained_fresh == 2 and target.stats().stock == 10
 
 
-def test_what_was_evicted_leaves_no_gap_and_capacity_holds(source: ReplayBuffer, tmp_path: Path) -> None:
+def test_what_was_evicted_leaves_no_gap_and_capacity_holds(
+    source: ReplayBuffer, tmp_path: Path
+) -> None:
     source.export(tmp_path / "stock.jsonl")
     lines = (tmp_path / "stock.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["id"] != "00000000.1"]
@@ -110,12 +132,16 @@ def test_what_was_evicted_leaves_no_gap_and_capacity_holds(source: ReplayBuffer,
         report = target.import_trajectories(tmp_path / "stock.jsonl")
         stats = target.stats()
         assert report.trajectories == 7 and stats.stock == 7 - report.evicted <= 4
-        assert target.baselines(["p0"]) == [0.25]  # of 0 and 0.5: the evicted success is not in the file
+        assert target.baselines(["p0"]) == [
+            0.25
+        ]  # of 0 and 0.5: the evicted success is not in the file
         t = records(target, 4).get("00000000.1")
         assert t is None or t.reward == 0.5
 
 
-def test_an_import_is_checked_before_it_begins(source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path) -> None:
+def test_an_import_is_checked_before_it_begins(
+    source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path
+) -> None:
     path = tmp_path / "stock.jsonl"
     source.export(path)
     good = path.read_text().splitlines()
@@ -152,7 +178,9 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_damaged_parquet_file_is_refused(source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_refused(
+    source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path
+) -> None:
     path = tmp_path / "stock.parquet"
     source.export(path)
     table, data = pq.read_table(path), path.read_bytes()
@@ -163,7 +191,10 @@ def test_a_damaged_parquet_file_is_refused(source: ReplayBuffer, target: ReplayB
         lambda: pq.write_table(table.drop_columns("reward"), path),
         lambda: pq.write_table(table.set_column(0, "id", pa.array([1] * 8)), path),
         lambda: pq.write_table(
-            table.set_column(table.schema.get_field_index("components"), "components", pa.array([[1]] * 8)), path
+            table.set_column(
+                table.schema.get_field_index("components"), "components", pa.array([[1]] * 8)
+            ),
+            path,
         ),
     ]
     for damage in damages:

@@ -20,12 +20,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from buffer_service.config import BufferConfig, HintGateConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.trajectory import Group
-from prompts.errors import ReplayBufferError
+from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.trajectory import Group
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.common.errors import ReplayBufferError
 from tests.buffer_records import make_group
 from tests.reference_buffer import ReferenceBuffer
 
@@ -36,13 +36,24 @@ NO_HINTS = HintGateConfig(enabled=False)
 CONFIGS = [
     BufferConfig(capacity=24, warm_up=6, hints=HintGateConfig(hard_patience=2, zero_patience=3)),
     BufferConfig(capacity=12, warm_up=0, window=7, max_reuse=2, reward_diverse=True),
-    BufferConfig(capacity=40, warm_up=4, max_age_versions=2, strategy="same_prompt", hints=NO_HINTS),
-    BufferConfig(capacity=1000, warm_up=10, quantile_low=0.2, quantile_high=0.5, max_reuse=1, strategy="uniform"),
+    BufferConfig(
+        capacity=40, warm_up=4, max_age_versions=2, strategy="same_prompt", hints=NO_HINTS
+    ),
+    BufferConfig(
+        capacity=1000,
+        warm_up=10,
+        quantile_low=0.2,
+        quantile_high=0.5,
+        max_reuse=1,
+        strategy="uniform",
+    ),
 ]
 ENDINGS = ["expire", "expire", "release", "renew", "quarantine", "drop", "reap"]
 PROMPTS = st.lists(st.integers(2, 5), min_size=1, max_size=3)
 BOUND = st.sampled_from([None, 0, 1])
-REWARDS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -1.0, 0.1, 0.7]), min_size=1, max_size=5)
+REWARDS = st.lists(
+    st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -1.0, 0.1, 0.7]), min_size=1, max_size=5
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,11 +94,21 @@ class BufferMachine(RuleBasedStateMachine):
         assert real == model, f"Redis says {real}, the model {model}"
         return real
 
-    @rule(n=st.integers(1, 4), prompts=st.lists(st.integers(0, 9), min_size=4, max_size=4), ahead=st.integers(0, 1))
+    @rule(
+        n=st.integers(1, 4),
+        prompts=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+        ahead=st.integers(0, 1),
+    )
     def push(self, n: int, prompts: list[int], ahead: int) -> None:
         step = self.next_step + ahead
         tickets = [
-            Ticket(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=4, min_version=p % 3 if p > 7 else 0)
+            Ticket(
+                seq=self.seq + i,
+                prompt_id=f"p{p}",
+                step=step,
+                n=4,
+                min_version=p % 3 if p > 7 else 0,
+            )
             for i, p in enumerate(prompts[:n])
         ]
         self.seq += n
@@ -96,24 +117,46 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(round=st.integers(0, 2), seq=st.integers(0, 3), version=st.integers(0, 3))
     def push_eval(self, round: int, seq: int, version: int) -> None:
-        ticket = Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version)
+        ticket = Ticket(
+            seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version
+        )
         self.both(lambda b: b.push_tickets([ticket]))
 
-    @rule(who=st.sampled_from("ab"), count=st.integers(1, 5), bound=st.integers(0, 2), most=st.integers(0, 9))
+    @rule(
+        who=st.sampled_from("ab"),
+        count=st.integers(1, 5),
+        bound=st.integers(0, 2),
+        most=st.integers(0, 9),
+    )
     def lease(self, who: str, count: int, bound: int, most: int) -> None:
         self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound, most or None))
 
     @precondition(lambda self: self.leases)
     @rule(
-        data=st.data(), rewards=REWARDS, bound=st.sampled_from([None, 0, 1]), accuracy=st.booleans(), keep=st.booleans()
+        data=st.data(),
+        rewards=REWARDS,
+        bound=st.sampled_from([None, 0, 1]),
+        accuracy=st.booleans(),
+        keep=st.booleans(),
     )
-    def add(self, data: st.DataObject, rewards: list[float], bound: int | None, accuracy: bool, keep: bool) -> None:
+    def add(
+        self,
+        data: st.DataObject,
+        rewards: list[float],
+        bound: int | None,
+        accuracy: bool,
+        keep: bool,
+    ) -> None:
         lease = data.draw(st.sampled_from(self.leases))
         if lease.ticket.kind == "eval":
             self.both(lambda b: b.add_eval(lease, b"x"))
             return
-        group = make_group(lease, rewards, version=max(0, self.model.current - 1), accuracy=accuracy)
-        receipt = self.both(lambda b: b.add_group(group, lease, tokens_generated=len(rewards) * 6, bound=bound))
+        group = make_group(
+            lease, rewards, version=max(0, self.model.current - 1), accuracy=accuracy
+        )
+        receipt = self.both(
+            lambda b: b.add_group(group, lease, tokens_generated=len(rewards) * 6, bound=bound)
+        )
         HAPPENED[receipt.status] += 1
         self.groups.append((group, lease))
         if not keep:
@@ -134,7 +177,9 @@ class BufferMachine(RuleBasedStateMachine):
         key = lease.ticket.key
         if how == "expire" and key in self.model.held:
             self.model.held[key].expires = -1
-            self.real._connection.client.zadd(self.real._connection.key("leased"), {key: 1}, xx=True)
+            self.real._connection.client.zadd(
+                self.real._connection.key("leased"), {key: 1}, xx=True
+            )
         elif how == "release":
             self.both(lambda b: b.release([lease]))
         elif how == "renew":
@@ -143,13 +188,22 @@ class BufferMachine(RuleBasedStateMachine):
             self.both(lambda b: b.reap())
         elif how == "drop":
             self.both(lambda b: b.drop(lease, "unscored"))
-        elif lease.ticket.prompt_id in ("p0", "p1", "p6", "p7", "p8", "p9"):  # the others stay usable
+        elif lease.ticket.prompt_id in (
+            "p0",
+            "p1",
+            "p6",
+            "p7",
+            "p8",
+            "p9",
+        ):  # the others stay usable
             self.both(lambda b: b.quarantine(lease, "broken", "video"))
 
     @rule(prompt=st.sampled_from(["p0", "p8", "p9"]))
     def give_up(self, prompt: str) -> None:
         """A prompt breaks while another ticket asks for it."""
-        tickets = [Ticket(seq=self.seq + i, prompt_id=prompt, step=self.next_step, n=2) for i in range(2)]
+        tickets = [
+            Ticket(seq=self.seq + i, prompt_id=prompt, step=self.next_step, n=2) for i in range(2)
+        ]
         self.seq += 2
         self.both(lambda b: b.push_tickets(tickets))
         leases = self.both(lambda b: b.lease_tickets("a", 20, 1000.0, 2))
@@ -160,7 +214,12 @@ class BufferMachine(RuleBasedStateMachine):
             self.both(lambda b: b.release(mine[1:]))
         self.leases += self.both(lambda b: b.lease_tickets("b", 20, 1000.0, 2))
 
-    @rule(take=st.integers(0, 3), jump=st.integers(0, 1), grow=st.integers(-1, 1), stale_epoch=st.booleans())
+    @rule(
+        take=st.integers(0, 3),
+        jump=st.integers(0, 1),
+        grow=st.integers(-1, 1),
+        stale_epoch=st.booleans(),
+    )
     def commit(self, take: int, jump: int, grow: int, stale_epoch: bool) -> None:
         step = self.model.trained + 1 + jump
         gids = sorted(gid for gid, g in self.model.fresh.items() if g.step <= step)
@@ -174,7 +233,10 @@ class BufferMachine(RuleBasedStateMachine):
     def whole_step(self, prompts: list[int], low: bool, seed: int, data: st.DataObject) -> None:
         """What a run mostly does, so that histories get far."""
         step = self.model.trained + 1
-        tickets = [Ticket(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=2) for i, p in enumerate(prompts)]
+        tickets = [
+            Ticket(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=2)
+            for i, p in enumerate(prompts)
+        ]
         self.seq += len(tickets)
         self.both(lambda b: b.push_tickets(tickets))
         if self.model.current < step:
@@ -203,8 +265,15 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 1), rank=st.integers(0, 1), who=st.sampled_from(["L0", "L1"]))
     def fresh(self, ahead: int, rank: int, who: str) -> None:
         def ids(b: Any) -> Any:
-            share = b.lease_fresh(who, self.model.trained + 1 + ahead, (rank, 2), 1000.0, self.epoch)
-            return share.ready, share.missing, share.expected, [t.id for g in share.groups for t in g.trajectories]
+            share = b.lease_fresh(
+                who, self.model.trained + 1 + ahead, (rank, 2), 1000.0, self.epoch
+            )
+            return (
+                share.ready,
+                share.missing,
+                share.expected,
+                [t.id for g in share.groups for t in g.trajectories],
+            )
 
         self.both(ids)
 
@@ -247,14 +316,20 @@ class BufferMachine(RuleBasedStateMachine):
             return
         stats = self.real.stats()
         assert stats.tiers == self.model.tier_counts()
-        assert (stats.threshold_low, stats.threshold_high) == (self.model.thresholds() or (None, None))
+        assert (stats.threshold_low, stats.threshold_high) == (
+            self.model.thresholds() or (None, None)
+        )
         assert (stats.version, stats.trained_step) == (self.model.current, self.model.trained)
         assert stats.ledger == self.model.ledger() and stats.ledger.gap == 0
         assert stats.leased == len(self.model.held)
-        assert stats.pending_train + stats.pending_eval == len(self.model.tickets) - len(self.model.held)
+        assert stats.pending_train + stats.pending_eval == len(self.model.tickets) - len(
+            self.model.held
+        )
         if self.model.prompts:
             known = sorted(self.model.prompts)
-            pid = known[OPERATIONS % len(known)]  # one in turn; the tiers' sizes are compared every time
+            pid = known[
+                OPERATIONS % len(known)
+            ]  # one in turn; the tiers' sizes are compared every time
             assert self.real.tier_of(pid) == self.model.tier_of(pid)
             ids, flags = ["p0", "p1", "nobody"], [False, True, False]
             assert self.real.baselines(ids, flags) == self.model.baselines(ids, flags)
@@ -278,7 +353,15 @@ def test_scripts_equal_the_model_over_10000_operations() -> None:
     run_state_machine_as_test(BufferMachine, settings=profile)  # type: ignore[no-untyped-call]
     assert OPERATIONS >= 10_000
     reached = (
-        "fresh late drawn trained_fresh replay_only evicted aged_out reused_up replayed hints_fired hints_released"
+        "fresh late drawn trained_fresh replay_only evicted aged_out reused_up replayed "
+        "hints_fired hints_released"
     )
-    for what in (*reached.split(), "leases_expired", "dropped:quarantined_prompt", "dropped:broken"):
-        assert HAPPENED[what] >= 10, f"{what} happened only {HAPPENED[what]} times: the test proves little about it"
+    for what in (
+        *reached.split(),
+        "leases_expired",
+        "dropped:quarantined_prompt",
+        "dropped:broken",
+    ):
+        assert HAPPENED[what] >= 10, (
+            f"{what} happened only {HAPPENED[what]} times: the test proves little about it"
+        )

@@ -1,4 +1,5 @@
-"""A draw chooses and reads, in one round trip or in two: what may happen in between, and while the values come."""
+"""A draw chooses and reads, in one round trip or in two: what may happen in between, and while the
+values come."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import redis
 
-from buffer_service.codec import encode
-from buffer_service.connection import Connection
-from buffer_service.errors import RecordError
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.records.codec import encode
+from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, run_step, tickets
 
 
@@ -29,8 +30,11 @@ def plain(buffer: ReplayBuffer) -> redis.Redis:
     return redis.Redis.from_url(buffer._connection.url)
 
 
-def after_the_choice(buffer: ReplayBuffer, then: Callable[[list[str]], None], *, times: int = 1) -> list[int]:
-    """Calls ``then`` with the chosen ids, ``times`` times, before their values are read. Returns the draws' sizes."""
+def after_the_choice(
+    buffer: ReplayBuffer, then: Callable[[list[str]], None], *, times: int = 1
+) -> list[int]:
+    """Calls ``then`` with the chosen ids, ``times`` times, before their values are read. Returns
+    the draws' sizes."""
     original, sizes = buffer._connection.run, list[int]()
     buffer._connection._sorts = False  # two round trips: more may happen
 
@@ -81,7 +85,9 @@ def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
         small = CONFIG.model_copy(update={"capacity": 8})
         with ReplayBuffer.connect(small, "run", buffer._connection.url, reconfigure=True) as other:
             run_step(other, 12, epoch)
-        gone.update(tid for tid in chosen if not plain(buffer).hexists(buffer._connection.key("trajs"), tid))
+        gone.update(
+            tid for tid in chosen if not plain(buffer).hexists(buffer._connection.key("trajs"), tid)
+        )
 
     draws = after_the_choice(buffer, evict)
     drawn = [t.id for t in buffer.draw(16, step=12, seed=5)]
@@ -101,7 +107,7 @@ def test_a_value_deleted_by_hand_is_quarantined_once(buffer: ReplayBuffer) -> No
 def test_a_line_that_breaks_between_two_parts_is_read_anew(
     buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("buffer_service.connection._PART", 16)
+    monkeypatch.setattr("avatar_rl.buffer_service.redis.connection._PART", 16)
     buffer._connection._sorts = False
     stocked(buffer)
     expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
@@ -126,13 +132,21 @@ def test_one_round_trip_draws_what_two_do(buffer: ReplayBuffer, server: Embedded
     draws = [(40, 1, (0, 1)), (40, 2, (1, 3)), (500, 3, (0, 1)), (5, 4, (0, 1)), (1, 5, (1, 2))]
 
     def drawn() -> list[list[str]]:
-        return [[t.id for t in buffer.draw(n, step=12, seed=seed, share=share)] for n, seed, share in draws]
+        return [
+            [t.id for t in buffer.draw(n, step=12, seed=seed, share=share)]
+            for n, seed, share in draws
+        ]
 
     first = drawn()
     assert buffer._connection._sorts and [len(ids) for ids in first] == [40, 13, 500, 5, 0]
     client = redis.Redis.from_url(server.url)
     client.acl_setuser(
-        "narrow", enabled=True, passwords=["+word"], keys=["avatar:*"], commands=["+@all", "-sort"], reset=True
+        "narrow",
+        enabled=True,
+        passwords=["+word"],
+        keys=["avatar:*"],
+        commands=["+@all", "-sort"],
+        reset=True,
     )
     buffer._connection._wire.close()
     buffer._connection._wire._pool.connection_kwargs |= {"username": "narrow", "password": "word"}
@@ -157,7 +171,9 @@ def test_a_list_that_is_over_before_it_is_read_and_a_server_that_forgot_the_scri
         replies = list[Any]()
         original(commands, replies.append)
         for number, reply in enumerate(replies):
-            take([] if len(commands) == 4 and number > 1 else reply)  # the list was over after 16 of 40
+            take(
+                [] if len(commands) == 4 and number > 1 else reply
+            )  # the list was over after 16 of 40
 
     plain(buffer).script_flush()
     assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
@@ -177,7 +193,9 @@ def test_an_interrupt_leaves_no_stale_reply(buffer: ReplayBuffer) -> None:
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             original(ids, interrupted)
-        assert [t.id for t in buffer.draw(40, step=12, seed=1)] == ids and buffer.stats().trained_step == 11
+        assert [
+            t.id for t in buffer.draw(40, step=12, seed=1)
+        ] == ids and buffer.stats().trained_step == 11
 
 
 def test_dead_idle_connections_are_replaced(buffer: ReplayBuffer) -> None:
@@ -187,7 +205,10 @@ def test_dead_idle_connections_are_replaced(buffer: ReplayBuffer) -> None:
     def hold(part: Any, values: Any) -> None:
         barrier.wait(10)  # all six are in use at once
 
-    threads = [threading.Thread(target=buffer._connection.read_values, args=(["x"], hold)) for _ in range(6)]
+    threads = [
+        threading.Thread(target=buffer._connection.read_values, args=(["x"], hold))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -205,7 +226,10 @@ def test_threads_share_one_buffer(buffer: ReplayBuffer) -> None:
     def work(number: int) -> None:
         try:
             for lease in buffer.lease_tickets(f"actor-{number}", 15):
-                assert buffer.add_group(make_group(lease, [0.5]), lease, tokens_generated=6).status == "fresh"
+                assert (
+                    buffer.add_group(make_group(lease, [0.5]), lease, tokens_generated=6).status
+                    == "fresh"
+                )
                 for t in buffer.draw(40, step=12, seed=number):
                     assert records.setdefault(t.id, encode(t)) == encode(t)
         except BaseException as error:

@@ -1,4 +1,5 @@
-"""The replay buffer on a real Redis: leases, idempotence, fencing, draws, hints, the notice board."""
+"""The replay buffer on a real Redis: leases, idempotence, fencing, draws, hints, the notice
+board."""
 
 from __future__ import annotations
 
@@ -8,9 +9,8 @@ import time
 import pytest
 import redis
 
-from buffer_service.codec import encode
-from buffer_service.config import HintGateConfig, TierShares
-from buffer_service.errors import (
+from avatar_rl.buffer_service.config import HintGateConfig, TierShares
+from avatar_rl.buffer_service.errors import (
     BufferSetupError,
     FencedError,
     LeaseHeldError,
@@ -19,9 +19,10 @@ from buffer_service.errors import (
     UnknownTicketError,
     VersionError,
 )
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
+from avatar_rl.buffer_service.records.codec import encode
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, run_step, tickets
 
 # -- leases
@@ -55,14 +56,19 @@ def test_work_goes_on_while_the_version_is_asked_for_and_may_fail(buffer: Replay
 def test_a_lease_is_bounded_by_completions_and_keeps_the_order(buffer: ReplayBuffer) -> None:
     asked = [Ticket(seq=seq, prompt_id=f"p{seq}", step=0, n=n) for seq, n in enumerate((4, 8, 1))]
     buffer.push_tickets(asked)
-    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=11)] == [4]  # the 1 does not overtake the 8
+    assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=11)] == [
+        4
+    ]  # the 1 does not overtake the 8
     assert buffer.lease_tickets("a", 9, completions=7) == []
     assert [x.ticket.n for x in buffer.lease_tickets("a", 9, completions=9)] == [8, 1]
 
 
 def test_evaluation_tickets_come_first_once_their_version_is_out(buffer: ReplayBuffer) -> None:
     buffer.push_tickets(tickets(0))
-    rounds = [Ticket(seq=i, prompt_id=f"e{i}", step=0, n=1, kind="eval", round=1, min_version=1) for i in range(2)]
+    rounds = [
+        Ticket(seq=i, prompt_id=f"e{i}", step=0, n=1, kind="eval", round=1, min_version=1)
+        for i in range(2)
+    ]
     buffer.push_tickets(rounds)
     assert [x.ticket.kind for x in buffer.lease_tickets("a", 1)] == ["train"]
     buffer.publish_version(1)
@@ -99,7 +105,10 @@ def test_the_slower_of_two_deliveries_changes_nothing(buffer: ReplayBuffer) -> N
     assert fast.ticket == slow.ticket
     assert buffer.add_group(make_group(fast, [1.0] * 4), fast, tokens_generated=1).status == "fresh"
     before = buffer.baselines(["p0"])
-    assert buffer.add_group(make_group(slow, [0.0] * 4), slow, tokens_generated=1).status == "duplicate"
+    assert (
+        buffer.add_group(make_group(slow, [0.0] * 4), slow, tokens_generated=1).status
+        == "duplicate"
+    )
     assert buffer.baselines(["p0"]) == before == [1.0]
 
 
@@ -125,7 +134,9 @@ def test_a_dropped_group_leaves_its_prompt_in_the_stream(buffer: ReplayBuffer) -
     buffer.add_group(make_group(good, [1.0]), good, tokens_generated=1)
     share = buffer.lease_fresh("l", 0)
     assert share.ready and [g.prompt_id for g in share.groups] == ["p1"]
-    assert [lease.ticket.prompt_id for lease in buffer.lease_tickets("a", 9, max_staleness=1)] == ["p0"]
+    assert [lease.ticket.prompt_id for lease in buffer.lease_tickets("a", 9, max_staleness=1)] == [
+        "p0"
+    ]
     assert buffer.quarantined() == {}
     assert buffer.check_ledger().dropped == {"unscored": 1}
 
@@ -146,7 +157,9 @@ def test_a_step_is_handed_out_whole_and_split_by_rank(buffer: ReplayBuffer) -> N
     assert [[g.seq for g in s.groups] for s in shares] == [[0, 2], [1]]
     sent = make_group(leases[1], [1.0, 0.0])
     got = shares[1].groups[0]
-    assert all(encode(x) == encode(y) for x, y in zip(sent.trajectories, got.trajectories, strict=True))
+    assert all(
+        encode(x) == encode(y) for x, y in zip(sent.trajectories, got.trajectories, strict=True)
+    )
     with pytest.raises(LeaseHeldError, match="r0"):
         buffer.lease_fresh("other", 0, (0, 2))
 
@@ -191,9 +204,16 @@ def test_late_groups_are_replay_only(buffer: ReplayBuffer) -> None:
     first, second = buffer.lease_tickets("a", 2)
     buffer.add_group(make_group(first, [1.0] * 4), first, tokens_generated=1)
     buffer.commit_step(0, 1, ["00000000"], epoch)
-    assert buffer.add_group(make_group(second, [0.0] * 4), second, tokens_generated=1).status == "late"
+    assert (
+        buffer.add_group(make_group(second, [0.0] * 4), second, tokens_generated=1).status == "late"
+    )
     books = buffer.check_ledger()
-    assert (books.generated, books.trained_fresh, books.replay_only, books.in_flight) == (2, 1, 1, 0)
+    assert (books.generated, books.trained_fresh, books.replay_only, books.in_flight) == (
+        2,
+        1,
+        1,
+        0,
+    )
     assert buffer.stats().stock == 8
 
 
@@ -216,7 +236,19 @@ def test_draws_do_not_depend_on_arrival_order(server: EmbeddedRedis) -> None:
 
 def test_stratified_quota_of_four_is_one_one_two(buffer: ReplayBuffer) -> None:
     epoch = buffer.new_epoch()
-    means = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # q40 = 0.4, q75 = 0.7 (lower order statistics)
+    means = [
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+        1.0,
+    ]  # q40 = 0.4, q75 = 0.7 (lower order statistics)
     buffer.push_tickets([Ticket(seq=i, prompt_id=f"p{i}", step=0, n=1) for i in range(len(means))])
     for lease in buffer.lease_tickets("a", 99):
         buffer.add_group(make_group(lease, [means[lease.ticket.seq]]), lease, tokens_generated=1)
@@ -239,12 +271,17 @@ def test_uniform_draws_are_uniform(buffer: ReplayBuffer) -> None:
         for t in buffer.draw(8, step=4, seed=seed, strategy="uniform"):
             counts[t.id] = counts.get(t.id, 0) + 1
     expected = draws * 8 / 32
-    chi2 = sum((counts.get(f"{s:08d}.{i}", 0) - expected) ** 2 / expected for s in range(8) for i in range(4))
+    chi2 = sum(
+        (counts.get(f"{s:08d}.{i}", 0) - expected) ** 2 / expected
+        for s in range(8)
+        for i in range(4)
+    )
     assert chi2 < 61.1  # 31 degrees of freedom, p = 0.001
 
 
 def big_step(buffer: ReplayBuffer, step: int, epoch: int) -> int:
-    """256 groups of 8 of prompts whose averages are spread over [0, 1], committed; how many were evicted."""
+    """256 groups of 8 of prompts whose averages are spread over [0, 1], committed; how many were
+    evicted."""
     asked = [Ticket(seq=step * 256 + i, prompt_id=f"p{i % 97}", step=step, n=8) for i in range(256)]
     buffer.push_tickets(asked)
     for lease in buffer.lease_tickets("a", 256, max_staleness=0):
@@ -262,7 +299,9 @@ def test_capacity_holds_whatever_a_step_adds(server: EmbeddedRedis) -> None:
         for step in range(5):
             big_step(buffer, step, epoch)
             stats = buffer.stats()
-            assert stats.stock <= 1000 and stats.tiers["hard"] <= 400 and stats.tiers["medium"] <= 350
+            assert (
+                stats.stock <= 1000 and stats.tiers["hard"] <= 400 and stats.tiers["medium"] <= 350
+            )
         assert stats.ledger.evicted == 5 * 2048 - stats.stock
 
 
@@ -273,28 +312,42 @@ def test_what_is_too_old_goes_however_much_a_step_adds(server: EmbeddedRedis) ->
         epoch = buffer.new_epoch()
         for step in range(4):
             big_step(buffer, step, epoch)
-            assert buffer.stats().stock == 2048  # version is step + 1: only the last step's own is young enough
+            assert (
+                buffer.stats().stock == 2048
+            )  # version is step + 1: only the last step's own is young enough
 
 
-def test_a_tier_beside_an_older_one_of_nearly_the_same_average_is_cut_too(server: EmbeddedRedis) -> None:
+def test_a_tier_beside_an_older_one_of_nearly_the_same_average_is_cut_too(
+    server: EmbeddedRedis,
+) -> None:
     redis.Redis.from_url(server.url).flushall()
     shares = TierShares(easy=0.2, medium=0.1, hard=0.7)
     config = CONFIG.model_copy(update={"capacity": 1000, "tier_shares": shares})
     with ReplayBuffer.connect(config, "run", server.url) as b:
         epoch = b.new_epoch()
-        # Hard 0.500 and Medium 0.505 share an age bin; all of Hard's 320 trajectories are older than Medium's.
-        for step, (name, count, reward) in enumerate((("h", 40, 0.5), ("m", 35, 0.505), ("e", 25, 0.9))):
-            asked = [Ticket(seq=40 * step + i, prompt_id=f"{name}{i}", step=step, n=8) for i in range(count)]
+        # Hard 0.500 and Medium 0.505 share an age bin; all of Hard's 320 trajectories are older
+        # than Medium's.
+        for step, (name, count, reward) in enumerate(
+            (("h", 40, 0.5), ("m", 35, 0.505), ("e", 25, 0.9))
+        ):
+            asked = [
+                Ticket(seq=40 * step + i, prompt_id=f"{name}{i}", step=step, n=8)
+                for i in range(count)
+            ]
             b.push_tickets(asked)
             for lease in b.lease_tickets("a", 99, max_staleness=0):
-                b.add_group(make_group(lease, [reward] * 8, accuracy=False), lease, tokens_generated=1)
+                b.add_group(
+                    make_group(lease, [reward] * 8, accuracy=False), lease, tokens_generated=1
+                )
             b.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], epoch)
         assert b.stats().tiers == {"hard": 320, "medium": 100, "easy": 200}
 
 
 def test_reuse_limit_counts_steps(server: EmbeddedRedis) -> None:
     redis.Redis.from_url(server.url).flushall()
-    with ReplayBuffer.connect(CONFIG.model_copy(update={"max_reuse": 1}), "run", server.url) as buffer:
+    with ReplayBuffer.connect(
+        CONFIG.model_copy(update={"max_reuse": 1}), "run", server.url
+    ) as buffer:
         epoch = buffer.new_epoch()
         run_step(buffer, 0, epoch)
         first = {t.id for t in buffer.draw(4, step=1, seed=1)}
@@ -307,12 +360,17 @@ def test_reuse_limit_counts_steps(server: EmbeddedRedis) -> None:
 def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
     redis.Redis.from_url(server.url).flushall()
     gate = HintGateConfig(hard_patience=3, kl_below=0.01, zero_patience=99)
-    with ReplayBuffer.connect(CONFIG.model_copy(update={"hints": gate}), "run", server.url) as buffer:
+    with ReplayBuffer.connect(
+        CONFIG.model_copy(update={"hints": gate}), "run", server.url
+    ) as buffer:
         epoch = buffer.new_epoch()
 
         def visit(step: int, rewards: list[float]) -> bool:
             buffer.push_tickets(
-                [Ticket(seq=2 * step + i, prompt_id=p, step=step, n=2) for i, p in enumerate(("x", "y"))]
+                [
+                    Ticket(seq=2 * step + i, prompt_id=p, step=step, n=2)
+                    for i, p in enumerate(("x", "y"))
+                ]
             )
             leases = {lease.ticket.prompt_id: lease for lease in buffer.lease_tickets("a", 2)}
             buffer.add_group(make_group(leases["x"], rewards), leases["x"], tokens_generated=1)
@@ -322,13 +380,19 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
             return leases["x"].hinted
 
         buffer.report_behaviour_kl(0.5)
-        assert [visit(step, [0.1, 0.1]) for step in range(4)] == [False] * 4  # Hard, but still exploring
+        assert [visit(step, [0.1, 0.1]) for step in range(4)] == [
+            False
+        ] * 4  # Hard, but still exploring
         buffer.report_behaviour_kl(0.001)
         assert visit(4, [0.1, 0.1])  # stays Hard with the hint
         assert visit(5, [1.0, 1.0])  # leaves Hard: released
         assert not visit(6, [0.1, 0.1])
-        assert buffer.baselines(["x", "x"], [False, True]) == pytest.approx([0.1, (0.1 * 2 + 1.0 * 2) / 4])
-        assert buffer.averages(["x", "never asked", "y"]) == pytest.approx({"x": 0.1, "y": 0.9})  # hinted visits aside
+        assert buffer.baselines(["x", "x"], [False, True]) == pytest.approx(
+            [0.1, (0.1 * 2 + 1.0 * 2) / 4]
+        )
+        assert buffer.averages(["x", "never asked", "y"]) == pytest.approx(
+            {"x": 0.1, "y": 0.9}
+        )  # hinted visits aside
         assert buffer.stats().counters["hints_released"] == 1
 
 
@@ -336,7 +400,11 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
 
 
 def test_notice_board(buffer: ReplayBuffer) -> None:
-    assert buffer.desired("rollout") is None and buffer.get_fact("x") is None and buffer.flag("stop") is None
+    assert (
+        buffer.desired("rollout") is None
+        and buffer.get_fact("x") is None
+        and buffer.flag("stop") is None
+    )
     buffer.set_desired("rollout", 3)
     buffer.put_fact("x", {"a": [1, 2.5, None]})
     buffer.beat("actor", "7", 41)

@@ -1,4 +1,5 @@
-"""A small curriculum as a user starts it: cold start, a stage, and a stage whose judge fails for one reply in three.
+"""A small curriculum as a user starts it: cold start, a stage, and a stage whose judge fails for
+one reply in three.
 
 It loses a rank in the cold start; a chaos test kills it in a stage, too.
 """
@@ -19,9 +20,9 @@ import psutil
 import pytest
 import yaml
 
-from buffer_service.exchange import read_rows
-from cluster.stage_record import CurriculumState, read_state
-from cluster.telemetry import read_metrics, read_status
+from avatar_rl.buffer_service.transfer.export import read_rows
+from avatar_rl.cluster.curriculum.record import CurriculumState, read_state
+from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
 from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +58,8 @@ stages:
     replay: keep
     rewards:
       weights: {format: 0.2, accuracy: 0.4, judge: 0.4}
-      judge: {base_url: "%s", model: judge, attempts: 1, request_timeout_s: 5, breaker_failures: 1000,
-              attach: [video, audio], attach_frames: 2}
+      judge: {base_url: "%s", model: judge, attempts: 1, request_timeout_s: 5,
+              breaker_failures: 1000,              attach: [video, audio], attach_frames: 2}
 """
 
 
@@ -87,7 +88,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         wait_for(lambda: list((folder / "cache").glob("cold-start-*.partial/step-*")), driver)
         driver.kill_ranks()
         output = driver.finish()
-        yield Finished(folder, output, len(server.requests), Driver(folder, folder / "runs").finish())
+        yield Finished(
+            folder, output, len(server.requests), Driver(folder, folder / "runs").finish()
+        )
 
 
 class Driver:
@@ -95,10 +98,19 @@ class Driver:
 
     def __init__(self, folder: Path, runs: Path) -> None:
         places = ["--output.folder", str(runs), "--output.cache", str(folder / "cache")]
-        command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml"), *places]
+        command = [
+            sys.executable,
+            "-m",
+            "avatar_rl.cluster.cli",
+            "train",
+            str(folder / "recipe.yaml"),
+            *places,
+        ]
         runs.mkdir(exist_ok=True)
         self.log = runs / f"{len(list(runs.glob('*.log')))}.log"
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT
+        )
 
     def finish(self) -> str:
         """What it said in all; it must have ended well."""
@@ -109,7 +121,11 @@ class Driver:
         return self.log.read_text()
 
     def kill_ranks(self) -> None:
-        ranks = [child for child in psutil.Process(self.process.pid).children(recursive=True) if rank_of(child)]
+        ranks = [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if rank_of(child)
+        ]
         assert ranks
         for rank in ranks:
             rank.kill()
@@ -139,7 +155,9 @@ def test_every_stage_starts_from_the_one_before(finished: Finished) -> None:
         assert config["model"]["path"] == start.checkpoint
         assert read_status(Path(stage.run)).state == "finished"
         assert stage.before is not None and start.after is not None
-        assert stage.before.accuracy == pytest.approx(start.after.accuracy)  # the same policy on the same prompts
+        assert stage.before.accuracy == pytest.approx(
+            start.after.accuracy
+        )  # the same policy on the same prompts
         assert (Path(stage.checkpoint) / "model.safetensors").is_file()
 
 
@@ -150,8 +168,15 @@ def test_a_stage_asks_only_prompts_of_its_types(finished: Finished) -> None:
     prompts = {row["id"]: row for row in map(json.loads, train.read_text().splitlines())}
     for stage in (see, judged):
         files = (Path(stage.run) / "samples").glob("step_*.jsonl")
-        asked = {json.loads(line)["prompt_id"] for file in files for line in file.read_text().splitlines()}
-        assert asked and {tuple(prompts[prompt_id]["needs"]) for prompt_id in asked} <= needs[stage.name]
+        asked = {
+            json.loads(line)["prompt_id"]
+            for file in files
+            for line in file.read_text().splitlines()
+        }
+        assert (
+            asked
+            and {tuple(prompts[prompt_id]["needs"]) for prompt_id in asked} <= needs[stage.name]
+        )
 
 
 def test_training_goes_on_beside_a_judge_that_fails(finished: Finished) -> None:
@@ -160,7 +185,9 @@ def test_training_goes_on_beside_a_judge_that_fails(finished: Finished) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["loss/total"] is not None for row in rows)
     files = (Path(judged.run) / "samples").glob("step_*.jsonl")
-    parts = [json.loads(line)["components"] for file in files for line in file.read_text().splitlines()]
+    parts = [
+        json.loads(line)["components"] for file in files for line in file.read_text().splitlines()
+    ]
     values = {part["judge"] for part in parts}
     assert None in values and 0.5 in values and values <= {None, 0.5, 0.0}
     said_nothing = [part for part in parts if part["judge"] == 0.0]
@@ -219,9 +246,24 @@ def test_another_run_finds_everything_done(finished: Finished) -> None:
 
 def test_a_checkpoint_is_evaluated_without_sound(finished: Finished) -> None:
     see = finished.state.stages[1]
-    command = [sys.executable, "-m", "cluster.cli", "evaluate", see.checkpoint, "--without", "audio"]
-    places = ["--output.folder", str(finished.folder / "evaluated"), "--output.cache", str(finished.folder / "cache")]
+    command = [
+        sys.executable,
+        "-m",
+        "avatar_rl.cluster.cli",
+        "evaluate",
+        see.checkpoint,
+        "--without",
+        "audio",
+    ]
+    places = [
+        "--output.folder",
+        str(finished.folder / "evaluated"),
+        "--output.cache",
+        str(finished.folder / "cache"),
+    ]
     recipe = ["--recipe", str(finished.folder / "recipe.yaml")]
-    done = subprocess.run([*command, *recipe, *places], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, *recipe, *places], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out accuracy without audio" in done.stdout and "on 10 prompts" in done.stdout

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from buffer_service.config import BufferConfig
-from buffer_service.server import find_redis_server
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.redis.server import find_redis_server
+from avatar_rl.buffer_service.store import ReplayBuffer
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -31,10 +31,14 @@ def test_redis_with_our_configuration_and_users_serves_the_buffer(tmp_path: Path
     lines = [line for line in shipped if not line.startswith(replaced)]
     lines += [f"aclfile {tmp_path}/users.acl", f"dir {tmp_path}", f"unixsocket {socket}"]
     (tmp_path / "redis.conf").write_text("\n".join(lines) + "\n")
-    server = subprocess.Popen([find_redis_server(), str(tmp_path / "redis.conf")], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [find_redis_server(), str(tmp_path / "redis.conf")], stdout=subprocess.DEVNULL
+    )
     try:
         (tmp_path / "password").write_text("AVATAR")
-        config = BufferConfig(username="avatar", password_file=tmp_path / "password", reconnect_s=10)
+        config = BufferConfig(
+            username="avatar", password_file=tmp_path / "password", reconnect_s=10
+        )
         with ReplayBuffer.connect(config, "acl", f"unix://{socket}") as buffer:
             buffer.push_tickets([Ticket(seq=0, prompt_id="a", step=0, n=1)])
             [lease] = buffer.lease_tickets("me", 1)

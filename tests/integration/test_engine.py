@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.config import EngineConfig, SamplingConfig
-from actors.engine import FinishedRequest, RolloutEngine
-from prompts.errors import DataError, ModelError, ResourceError
-from prompts.record import Prompt
-from prompts.template import PromptEncoder, TemplateConfig
-from prompts.tiny_model import build_tiny_omni
+from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.common.errors import DataError, ModelError, ResourceError
+from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from tests.tiny_models import (
     ArrayLoader,
     audio,
@@ -45,11 +45,17 @@ class Stage:
         self.references = [load_reference(out) for out in self.folders]
         self.prompts = [
             make_prompt(self.loader, "text", []),
-            make_prompt(self.loader, "long text", [], question="how many red squares are there " * 30),
+            make_prompt(
+                self.loader, "long text", [], question="how many red squares are there " * 30
+            ),
             make_prompt(self.loader, "image", [image(1)]),
-            make_prompt(self.loader, "covered", [image(6)], question="how many red squares are there " * 20),
+            make_prompt(
+                self.loader, "covered", [image(6)], question="how many red squares are there " * 20
+            ),
             make_prompt(self.loader, "separate", [video(2, 4, 2.0), audio(3, 1.5)]),
-            make_prompt(self.loader, "interleaved", [video(4, 8, 2.0), audio(5, 3.9)], audio_in_video=True),
+            make_prompt(
+                self.loader, "interleaved", [video(4, 8, 2.0), audio(5, 3.9)], audio_in_video=True
+            ),
         ]
         fresh = RolloutEngine(self.folders[1], CONFIG)
         self.fresh = self.run(fresh, GREEDY)  # what an engine that never saw the first policy says
@@ -60,9 +66,13 @@ class Stage:
 
     def submit(self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0) -> None:
         for number, prompt in enumerate(self.prompts):
-            engine.submit(prompt.id, self.encoder.engine_input(prompt, False), sampling, seed=seed + number)
+            engine.submit(
+                prompt.id, self.encoder.engine_input(prompt, False), sampling, seed=seed + number
+            )
 
-    def run(self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0) -> dict[str, FinishedRequest]:
+    def run(
+        self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0
+    ) -> dict[str, FinishedRequest]:
         self.submit(engine, sampling, seed)
         return drain(engine)
 
@@ -78,7 +88,10 @@ def drain(engine: RolloutEngine) -> dict[str, FinishedRequest]:
 
 
 def tokens(finished: dict[str, FinishedRequest]) -> dict[str, list[list[int]]]:
-    return {name: [part.token_ids.tolist() for part in done.completions] for name, done in finished.items()}
+    return {
+        name: [part.token_ids.tolist() for part in done.completions]
+        for name, done in finished.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +112,12 @@ def _start_on_the_first_policy(request: pytest.FixtureRequest) -> None:
 def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(stage: Stage) -> None:
     media = [video(12, 4, 2.0), audio(13, 1.5)]
     for name, interleaved in (("hint", False), ("hint interleaved", True)):
-        prompt = make_prompt(stage.loader, name, media, audio_in_video=interleaved, hint="count the red ones twice")
-        plain, hinted = (stage.engine.prepare(stage.encoder.engine_input(prompt, way)) for way in (False, True))
+        prompt = make_prompt(
+            stage.loader, name, media, audio_in_video=interleaved, hint="count the red ones twice"
+        )
+        plain, hinted = (
+            stage.engine.prepare(stage.encoder.engine_input(prompt, way)) for way in (False, True)
+        )
         items = [
             (first, second)
             for kind, known in plain["mm_kwargs"].items()
@@ -109,20 +126,28 @@ def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(stage: Stage)
         assert len(items) == 2 and all(first is second for first, second in items)
         stage.engine.submit(name, hinted, GREEDY)
         [completion] = drain(stage.engine)[name].completions
-        expected = logprobs_of(stage.references[0], stage.encoder.encode(prompt, True), completion.token_ids)
+        expected = logprobs_of(
+            stage.references[0], stage.encoder.encode(prompt, True), completion.token_ids
+        )
         np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
 
 
-def test_adopted_weights_decode_like_a_fresh_engine_on_the_exported_checkpoint(stage: Stage) -> None:
+def test_adopted_weights_decode_like_a_fresh_engine_on_the_exported_checkpoint(
+    stage: Stage,
+) -> None:
     before = tokens(stage.run(stage.engine, GREEDY))
     stage.adopt(1)
     after = stage.run(stage.engine, GREEDY)
     assert tokens(after) == tokens(stage.fresh)
     assert tokens(after) != before
     for name, done in after.items():
-        np.testing.assert_array_equal(done.completions[0].logprobs, stage.fresh[name].completions[0].logprobs)
+        np.testing.assert_array_equal(
+            done.completions[0].logprobs, stage.fresh[name].completions[0].logprobs
+        )
     stage.adopt(0)
-    assert tokens(stage.run(stage.engine, GREEDY)) == before  # prompts that recur, their media from the cache
+    assert (
+        tokens(stage.run(stage.engine, GREEDY)) == before
+    )  # prompts that recur, their media from the cache
 
 
 def test_requests_in_flight_go_on_with_exactly_the_new_policy(stage: Stage) -> None:
@@ -138,15 +163,21 @@ def test_requests_in_flight_go_on_with_exactly_the_new_policy(stage: Stage) -> N
         for part in finished[prompt.id].completions:
             assert [version for version, _ in part.versions] == [old, old + 1]
             split = part.versions[0][1]
-            assert 0 < split <= 30 and sum(count for _, count in part.versions) == len(part.token_ids) == 40
-            first, second = (logprobs_of(reference, encoded, part.token_ids) for reference in stage.references)
+            assert (
+                0 < split <= 30
+                and sum(count for _, count in part.versions) == len(part.token_ids) == 40
+            )
+            first, second = (
+                logprobs_of(reference, encoded, part.token_ids) for reference in stage.references
+            )
             np.testing.assert_allclose(part.logprobs[:split], first[:split], atol=TOLERANCE)
             np.testing.assert_allclose(part.logprobs[split:], second[split:], atol=TOLERANCE)
             assert np.abs(first - second).max() > 0.1  # else the comparison would prove nothing
 
 
 def test_media_covered_by_the_prefix_cache_are_encoded_again(stage: Stage) -> None:
-    """vLLM strips media whose prefix blocks an earlier request filled; the adoption empties those blocks."""
+    """vLLM strips media whose prefix blocks an earlier request filled; the adoption empties those
+    blocks."""
     prompt = next(prompt for prompt in stage.prompts if prompt.id == "covered")
     sampling = SamplingConfig(n=2, max_tokens=40, ignore_eos=True)
     for number, name in enumerate(("first", "second")):
@@ -176,10 +207,14 @@ def test_a_request_that_ended_in_part_before_adoption_tells_both_versions(stage:
     [done] = drain(stage.engine).values()
     for part in done.completions:
         assert sum(count for _, count in part.versions) == len(part.token_ids)
-        assert [version for version, _ in part.versions] == ([old] if len(part.token_ids) <= 30 else [old, old + 1])
+        assert [version for version, _ in part.versions] == (
+            [old] if len(part.token_ids) <= 30 else [old, old + 1]
+        )
 
 
-def test_drain_mode_refuses_while_requests_are_in_flight(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_mode_refuses_while_requests_are_in_flight(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = stage.engine
     monkeypatch.setattr(engine, "config", CONFIG.model_copy(update={"adopt_mode": "drain"}))
     version = engine.version
@@ -234,7 +269,9 @@ def test_seeds_reproduce_whatever_else_is_in_flight(stage: Stage) -> None:
     assert tokens(stage.run(stage.engine, sampling, seed=7)) == together
     alone = {}
     for number, prompt in enumerate(stage.prompts):
-        stage.engine.submit(prompt.id, stage.encoder.engine_input(prompt, False), sampling, seed=7 + number)
+        stage.engine.submit(
+            prompt.id, stage.encoder.engine_input(prompt, False), sampling, seed=7 + number
+        )
         alone |= tokens(drain(stage.engine))
     assert alone == together
     assert tokens(stage.run(stage.engine, sampling, seed=8)) != together

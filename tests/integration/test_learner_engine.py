@@ -1,4 +1,5 @@
-"""DeepSpeed ranks against plain torch AdamW: every ZeRO stage, one and two ranks, ranks that hold unequally much.
+"""DeepSpeed ranks against plain torch AdamW: every ZeRO stage, one and two ranks, ranks that hold
+unequally much.
 
 Ranks are processes of this module (`tests.ranks`); they write what they got and the tests compare.
 """
@@ -16,22 +17,29 @@ import pytest
 import torch
 from torch import Tensor
 
-import learner.engine
-from learner.batch import Row, collate
-from learner.config import OptimizerConfig
-from learner.engine import TrainEngine
-from learner.export import export_checkpoint
-from learner.keeper import write_files
-from learner.model import checkpoint_names, load_model, published_names
-from learner.policy import MicroBatch, Policy, PolicyOutput
-from learner.publisher import Publisher
-from learner.state import capture, restore
-from prompts.config import TemplateConfig
-from prompts.errors import ConfigError
-from prompts.template import EncodedPrompt, PromptEncoder
-from prompts.tiny_model import build_tiny_omni
+import avatar_rl.learner.engine
+from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
+from avatar_rl.learner.config import OptimizerConfig
+from avatar_rl.learner.engine import TrainEngine
+from avatar_rl.learner.model.export import export_checkpoint
+from avatar_rl.learner.model.load import checkpoint_names, load_model, published_names
+from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.state import capture, restore
+from avatar_rl.learner.state_replica import write_files
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from tests.ranks import rank_main, rank_results, run_ranks
-from tests.tiny_models import ArrayLoader, audio, build_vision_language, load_reference, make_prompt, video
+from tests.tiny_models import (
+    ArrayLoader,
+    audio,
+    build_vision_language,
+    load_reference,
+    make_prompt,
+    video,
+)
 
 #: All ranks' work is done in one fixture; on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(600)
@@ -39,9 +47,11 @@ STAGES = (0, 1, 2, 3)
 ENCODERS = ("visual", "audio_tower")
 RATES = (1e-2, 3e-3, 2e-2)  # another one every step
 SIZES = (0.004, 0.1, 0.03)  # of the loss, so that some gradients are clipped and others not
-#: Updates are about the rate in size; float32 gradients summed in another order move them by this much of it.
+#: Updates are about the rate in size; float32 gradients summed in another order move them by this
+#: much of it.
 TOLERANCE = 2e-4
-#: Global micro-batches as row indices, by rank and number of ranks; in the last step rank 1 has none at all.
+#: Global micro-batches as row indices, by rank and number of ranks; in the last step rank 1 has
+#: none at all.
 SPLITS: dict[int, list[list[list[list[int]]]]] = {
     1: [[[[0, 1], [2], [3, 4, 5]]], [[[0, 1, 2, 3, 4, 5]]], [[[0], [1], [2], [3], [4, 5]]]],
     2: [[[[0, 1], [2]], [[3, 4, 5]]], [[[0]], [[1, 2], [3], [4, 5]]], [[[0, 1, 2], [3, 4, 5]], []]],
@@ -49,8 +59,15 @@ SPLITS: dict[int, list[list[list[list[int]]]]] = {
 
 
 def settings(stage: int, **changes: Any) -> OptimizerConfig:
-    # eps keeps AdamW from magnifying the rounding of gradients that are zero in exact arithmetic (key biases).
-    values = {"lr": 1.0, "eps": 1e-5, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": stage}
+    # eps keeps AdamW from magnifying the rounding of gradients that are zero in exact arithmetic
+    # (key biases).
+    values = {
+        "lr": 1.0,
+        "eps": 1e-5,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "zero_stage": stage,
+    }
     return OptimizerConfig(**(values | {"dtype": "float32"} | changes))  # type: ignore[arg-type]
 
 
@@ -62,11 +79,19 @@ def text_rows() -> list[Row]:
         length = 5 + number // 2
         ids = torch.arange(10, 10 + length)
         prompt = EncodedPrompt(ids, torch.arange(length)[None], length)
-        rows.append(Row((f"p{number // 2}", False), prompt, rng.integers(10, 250, 3 + number).astype(np.int32)))
+        rows.append(
+            Row(
+                (f"p{number // 2}", False),
+                prompt,
+                rng.integers(10, 250, 3 + number).astype(np.int32),
+            )
+        )
     return rows
 
 
-def step_loss(rows: Sequence[Row], indices: Sequence[int], output: PolicyOutput, step: int) -> Tensor:
+def step_loss(
+    rows: Sequence[Row], indices: Sequence[int], output: PolicyOutput, step: int
+) -> Tensor:
     """This micro-batch's share of a sum over the step; signs and sizes differ by row and step."""
     weights = [(1.0, -0.7, 0.4, -1.3, 0.6, 0.2)[(i + step) % 6] * SIZES[step] for i in indices]
     return (torch.tensor(weights)[:, None] * output.logprobs).sum()
@@ -80,7 +105,9 @@ def train(engine: TrainEngine, rows: list[Row], rank: int, ranks: int) -> list[f
         batches = [collate([rows[i] for i in indices], share_prefix=True) for indices in share]
         spare = batches[0] if batches else collate(rows[:1], share_prefix=True)
 
-        def loss(number: int, _: MicroBatch, output: PolicyOutput, step: int = step, share: Any = share) -> Tensor:
+        def loss(
+            number: int, _: MicroBatch, output: PolicyOutput, step: int = step, share: Any = share
+        ) -> Tensor:
             return step_loss(rows, share[number], output, step)
 
         engine.accumulate(batches, loss, spare)
@@ -88,11 +115,15 @@ def train(engine: TrainEngine, rows: list[Row], rank: int, ranks: int) -> list[f
     return norms
 
 
-def make_engine(model: Path, config: OptimizerConfig, ranks: int, dtype: str = "float32") -> TrainEngine:
-    return TrainEngine(Policy(load_model(model, dtype=dtype)).eval(), config, world_size=ranks, dtype=dtype)
+def make_engine(
+    model: Path, config: OptimizerConfig, ranks: int, dtype: str = "float32"
+) -> TrainEngine:
+    return TrainEngine(
+        Policy(load_model(model, dtype=dtype)).eval(), config, world_size=ranks, dtype=dtype
+    )
 
 
-# -- what a rank does --------------------------------------------------------------------------------------------------
+# -- what a rank does ------------------------------------------------------------------------------
 
 
 def parity(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
@@ -117,7 +148,8 @@ def parity(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Weights after captured steps + further steps, and in a fresh engine given that state + the same further steps."""
+    """Weights after captured steps + further steps, and in a fresh engine given that state + the
+    same further steps."""
     found: dict[str, Any] = {}
     for stage in STAGES:
         saved = folder / f"state-{ranks}-{stage}"
@@ -130,14 +162,21 @@ def checkpoints(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         restore(resumed, rank, saved)
         updates = resumed.updates
         train(resumed, text_rows(), rank, ranks)
-        found[f"{stage}"] = {"through": engine.state_dict(), "resumed": resumed.state_dict(), "updates": updates}
+        found[f"{stage}"] = {
+            "through": engine.state_dict(),
+            "resumed": resumed.state_dict(),
+            "updates": updates,
+        }
     return found
 
 
 def omni_rows(model: Path, *, silent: bool = False) -> list[Row]:
     loader = ArrayLoader()
     encoder = PromptEncoder(model, loader, TemplateConfig())
-    prompts = [make_prompt(loader, f"av{i}", [] if silent else [video(i, 4, 2.0), audio(i, 1.0)]) for i in range(3)]
+    prompts = [
+        make_prompt(loader, f"av{i}", [] if silent else [video(i, 4, 2.0), audio(i, 1.0)])
+        for i in range(3)
+    ]
     rng = np.random.default_rng(1)
     return [
         Row(
@@ -150,14 +189,17 @@ def omni_rows(model: Path, *, silent: bool = False) -> list[Row]:
 
 
 def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """An audio-visual policy, float32 with frozen encoders and bfloat16; its export under published names."""
+    """An audio-visual policy, float32 with frozen encoders and bfloat16; its export under published
+    names."""
     found: dict[str, Any] = {}
     rows = omni_rows(folder / "omni")
     engine = make_engine(folder / "omni", settings(3, freeze=ENCODERS), ranks)
     norms = train(engine, rows, rank, ranks)
     weights = engine.state_dict()
     if rank == 0:
-        publisher = Publisher(published_names(weights, checkpoint_names(folder / "omni")), None, dtype="float32")
+        publisher = Publisher(
+            published_names(weights, checkpoint_names(folder / "omni")), None, dtype="float32"
+        )
         export_checkpoint(publisher.rename(weights), folder / "omni", folder / f"export-{ranks}")
     found["float32"] = {"norms": norms, "weights": weights}
     for stage in STAGES:
@@ -168,16 +210,23 @@ def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def mixed(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Sight and sound on rank 0, text alone on rank 1: weights after a step, or what was said instead of waiting."""
+    """Sight and sound on rank 0, text alone on rank 1: weights after a step, or what was said
+    instead of waiting."""
     rows = [*omni_rows(folder / "omni")[:2], *omni_rows(folder / "omni", silent=True)[2:4]]
     shares = [[[0, 1], [2, 3]]] if ranks == 1 else [[[0, 1]], [[2, 3]]]
     found: dict[str, Any] = {}
     for stage, freeze in ((0, ()), (1, ()), (2, ()), (3, ()), (1, ENCODERS), (2, ENCODERS)):
         engine = make_engine(folder / "omni", settings(stage, freeze=freeze), ranks)
-        batches = [collate([rows[i] for i in indices], share_prefix=True) for indices in shares[rank]]
+        batches = [
+            collate([rows[i] for i in indices], share_prefix=True) for indices in shares[rank]
+        ]
         name = f"{stage} frozen" if freeze else f"{stage}"
         try:
-            engine.accumulate(batches, lambda i, _, output: step_loss(rows, shares[rank][i], output, 0), batches[0])
+            engine.accumulate(
+                batches,
+                lambda i, _, output: step_loss(rows, shares[rank][i], output, 0),
+                batches[0],
+            )
             engine.step(0.01)
             found[name] = engine.state_dict()
         except ConfigError as error:
@@ -186,9 +235,12 @@ def mixed(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def poisoned(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Weights after a step with a micro-batch whose pixels, and so everything after them, are NaN; then without it."""
+    """Weights after a step with a micro-batch whose pixels, and so everything after them, are NaN;
+    then without it."""
     rows = omni_rows(folder / "omni")[:4]
-    broken = rows[3].prompt.features | {"pixel_values_videos": rows[3].prompt.features["pixel_values_videos"] * np.nan}
+    broken = rows[3].prompt.features | {
+        "pixel_values_videos": rows[3].prompt.features["pixel_values_videos"] * np.nan
+    }
     rows[3] = replace(rows[3], prompt=replace(rows[3].prompt, features=broken))
     found: dict[str, Any] = {}
     for stage in STAGES:
@@ -213,7 +265,8 @@ def spoilt(output: PolicyOutput) -> Tensor:
 
 
 def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """A good step, a step whose second micro-batch has a finite loss with a NaN gradient, another good step."""
+    """A good step, a step whose second micro-batch has a finite loss with a NaN gradient, another
+    good step."""
     found: dict[str, Any] = {}
     rows = text_rows()
     shares = [[[0], [1]]] if ranks == 1 else [[[0], [1]], [[2], [3]]]
@@ -226,25 +279,33 @@ def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
                 if step == 1 and not spoil:
                     continue
 
-                def loss(number: int, _: MicroBatch, output: PolicyOutput, step: int = step) -> Tensor:
+                def loss(
+                    number: int, _: MicroBatch, output: PolicyOutput, step: int = step
+                ) -> Tensor:
                     value = step_loss(rows, shares[rank][number], output, 0)
-                    return value + spoilt(output) if step == 1 and (rank, number) == (0, 1) else value
+                    return (
+                        value + spoilt(output) if step == 1 and (rank, number) == (0, 1) else value
+                    )
 
                 engine.accumulate(batches, loss, batches[0])
                 norms.append(engine.step(0.01))
                 weights.append(engine.state_dict())
                 suspects.append(engine.suspects)
-            found[f"{dtype}-{stage}-{spoil}"] = {"norms": norms, "weights": weights, "suspects": suspects}
+            found[f"{dtype}-{stage}-{spoil}"] = {
+                "norms": norms,
+                "weights": weights,
+                "suspects": suspects,
+            }
     return found
 
 
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    learner.engine.WHOLE_BELOW = 0  # or ZeRO 3 would split nothing of a tiny model
+    avatar_rl.learner.engine.WHOLE_BELOW = 0  # or ZeRO 3 would split nothing of a tiny model
     scenarios = (parity, checkpoints, omni, mixed, poisoned, bad_gradient)
     return {scenario.__name__: scenario(folder, rank, ranks) for scenario in scenarios}
 
 
-# -- the tests ---------------------------------------------------------------------------------------------------------
+# -- the tests -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,23 +324,35 @@ def plain(folder: Path) -> tuple[list[float], dict[str, Tensor], dict[str, Tenso
     """Norms and weights of plain torch on whole steps, and the weights it started from."""
     model = load_reference(folder / "text")
     policy = Policy(model, share_prefix=False)
-    start = {name.removeprefix("model."): p.detach().clone() for name, p in policy.named_parameters()}
+    start = {
+        name.removeprefix("model."): p.detach().clone() for name, p in policy.named_parameters()
+    }
     config, rows = settings(0), text_rows()
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=config.betas, eps=config.eps,
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=config.betas,
+        eps=config.eps,
+    )
     norms = []
     for step, rate in enumerate(RATES):
         step_loss(rows, range(6), policy(collate(rows, share_prefix=False)), step).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return norms, {name.removeprefix("model."): p.detach() for name, p in policy.named_parameters()}, start
+    return (
+        norms,
+        {name.removeprefix("model."): p.detach() for name, p in policy.named_parameters()},
+        start,
+    )
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -290,7 +363,9 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_trains_like_plain_adamw(folder: Path, plain: Any, stage: int, ranks: int) -> None:
+def test_every_stage_trains_like_plain_adamw(
+    folder: Path, plain: Any, stage: int, ranks: int
+) -> None:
     norms, weights, start = plain
     assert min(norms) < 0.5 < max(norms)  # clipped in some steps, not in others
     found = rank_results(folder, "parity", ranks)[str(stage)]
@@ -316,7 +391,9 @@ def test_the_norm_of_no_gradient_is_zero(folder: Path, stage: int, ranks: int) -
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(folder: Path, stage: int, ranks: int) -> None:
+def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(
+    folder: Path, stage: int, ranks: int
+) -> None:
     found = rank_results(folder, "checkpoints", ranks)[str(stage)]
     assert difference(found["through"], found["resumed"]) == 0
     assert found["updates"] == 3
@@ -355,13 +432,19 @@ def test_transformers_loads_the_export_and_computes_the_same(folder: Path) -> No
     expected = trained(**inputs).logits
     assert torch.equal(exported(**inputs).logits, expected)
     assert (expected - before).abs().max() > 0.1
-    assert json.loads((folder / "export-1" / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+    assert (
+        json.loads((folder / "export-1" / "config.json").read_text())["model_type"]
+        == "qwen2_5_omni"
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_trains_like_float32_within_its_precision(folder: Path, stage: int, ranks: int) -> None:
-    """DeepSpeed steps stage 0 in bfloat16 once by itself when it starts: nothing of that may show."""
+def test_bfloat16_trains_like_float32_within_its_precision(
+    folder: Path, stage: int, ranks: int
+) -> None:
+    """DeepSpeed steps stage 0 in bfloat16 once by itself when it starts: nothing of that may
+    show."""
     found = rank_results(folder, "omni", ranks)
     half, whole = found[f"bfloat16-{stage}"], found["float32"]
     assert {value.dtype for value in half["weights"].values()} == {torch.bfloat16}
@@ -371,12 +454,18 @@ def test_bfloat16_trains_like_float32_within_its_precision(folder: Path, stage: 
     other = rank_results(folder, "omni", 1)["bfloat16-1"]
     assert half["norms"] == pytest.approx(other["norms"], rel=0.01)
     assert half["norms"][0] > whole["norms"][0]  # the encoders are not frozen here
-    far = [name for name, value in half["weights"].items() if (value - other["weights"][name]).abs().mean() > 2e-3]
+    far = [
+        name
+        for name, value in half["weights"].items()
+        if (value - other["weights"][name]).abs().mean() > 2e-3
+    ]
     assert far == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_with_different_media_train_alike_or_are_told_at_once(folder: Path, rank: int) -> None:
+def test_ranks_with_different_media_train_alike_or_are_told_at_once(
+    folder: Path, rank: int
+) -> None:
     """Where ranks meet over an encoder that one of them does not run, they would wait for ever."""
     alone, found = rank_results(folder, "mixed", 1), rank_results(folder, "mixed", 2, rank)
     for name in ("0", "1 frozen", "2 frozen"):
@@ -398,7 +487,9 @@ def test_a_micro_batch_of_nan_adds_nothing(folder: Path, stage: int, ranks: int)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_nan_gradient_makes_no_update_and_leaves_no_trace(folder: Path, stage: int, ranks: int, dtype: str) -> None:
+def test_a_nan_gradient_makes_no_update_and_leaves_no_trace(
+    folder: Path, stage: int, ranks: int, dtype: str
+) -> None:
     for rank in range(ranks):
         found = rank_results(folder, "bad_gradient", ranks, rank)
         spoilt, clean = found[f"{dtype}-{stage}-True"], found[f"{dtype}-{stage}-False"]

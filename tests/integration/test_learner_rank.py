@@ -1,7 +1,8 @@
-"""A learner rank whose model goes wrong: NaN losses and gradients are left out, counted, named, and end the run.
+"""A learner rank whose model goes wrong: NaN losses and gradients are left out, counted, named, and
+end the run.
 
-The buffer is replaced by a list of steps; everything between receiving a step and committing it is the real code.
-"""
+The buffer is replaced by a list of steps; everything between receiving a step and committing it is
+the real code."""
 
 from __future__ import annotations
 
@@ -15,19 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import learner.batch
-from buffer_service.config import BufferConfig
-from buffer_service.trajectory import Group, Trajectory
-from learner.clock import Clock
-from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
-from learner.health import HealthAccumulator
-from learner.plan import StepPlan, StepWork
-from learner.policy import MicroBatch, PolicyOutput
-from learner.rank import LearnerRank
-from learner.spec import LearnerSpec
-from prompts.config import DataConfig, MediaConfig, TemplateConfig
-from prompts.errors import ModelError
-from prompts.template import EncodedPrompt
+import avatar_rl.learner.batch.microbatch
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.batch.microbatch import MicroBatch
+from avatar_rl.learner.batch.plan import StepPlan, StepWork
+from avatar_rl.learner.clock import Clock
+from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from avatar_rl.learner.model.policy import PolicyOutput
+from avatar_rl.learner.objective.step_metrics import HealthAccumulator
+from avatar_rl.learner.rank import LearnerRank
+from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
+from avatar_rl.prompts.encoding.template import EncodedPrompt
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import build_vision_language
 
@@ -53,14 +55,34 @@ def step_work(step: int) -> StepWork:
         name = f"{seq:08d}"
         members = tuple(
             Trajectory(
-                id=f"{name}.{i}", group_id=name, prompt_id=f"p{number}", index=i, hinted=False,
-                prompt_tokens=5 + number, prompt_digest=0, token_ids=rng.integers(10, 250, 4 + i).astype(np.int32),
-                logprobs=np.full(4 + i, -5.5, dtype=np.float32), versions=((step, 4 + i),), finish_reason="stop",
-                temperature=1.0, reward=float(i), components={}, step=step,
+                id=f"{name}.{i}",
+                group_id=name,
+                prompt_id=f"p{number}",
+                index=i,
+                hinted=False,
+                prompt_tokens=5 + number,
+                prompt_digest=0,
+                token_ids=rng.integers(10, 250, 4 + i).astype(np.int32),
+                logprobs=np.full(4 + i, -5.5, dtype=np.float32),
+                versions=((step, 4 + i),),
+                finish_reason="stop",
+                temperature=1.0,
+                reward=float(i),
+                components={},
+                step=step,
             )
             for i in range(2)
-        )  # fmt: skip
-        groups.append(Group(id=name, prompt_id=f"p{number}", seq=seq, step=step, hinted=False, trajectories=members))
+        )
+        groups.append(
+            Group(
+                id=name,
+                prompt_id=f"p{number}",
+                seq=seq,
+                step=step,
+                hinted=False,
+                trajectories=members,
+            )
+        )
     return StepWork(step, step, tuple(groups), (), ())
 
 
@@ -69,7 +91,9 @@ class UnluckyRank(LearnerRank):
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = self.outbox = None
+        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = (
+            self.outbox
+        ) = None
         self.skipped, self.clock = 0, Clock()
         self.committed: list[int] = []
         self.events: list[str] = []  # of the last step
@@ -91,9 +115,14 @@ class UnluckyRank(LearnerRank):
         self.committed.append(work.step)
 
     def _loss(
-        self, plan: StepPlan, indices: list[int], rows: Any, batch: MicroBatch, output: PolicyOutput,
+        self,
+        plan: StepPlan,
+        indices: list[int],
+        rows: Any,
+        batch: MicroBatch,
+        output: PolicyOutput,
         health: HealthAccumulator,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         self.events.append("loss")
         what, culprit = TROUBLE.get(plan.trajectories[0].step, ("", ""))
         names = [plan.trajectories[i].id for i in indices]
@@ -114,7 +143,7 @@ def watch_collation(events: list[str]) -> None:
         events.append("collate")
         return MicroBatch(**fields)
 
-    learner.batch.MicroBatch = made  # type: ignore[assignment,misc]
+    avatar_rl.learner.batch.microbatch.MicroBatch = made  # type: ignore[assignment,misc]
 
 
 def exported(rank: LearnerRank, out: Path) -> int:
@@ -136,14 +165,30 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     found = {}
     for patience, mismatch in ((1, "none"), (10, "token_truncate")):
         config = LearnerConfig(
-            objective=ObjectiveConfig(beta=0, mismatch=mismatch), optimizer=OptimizerConfig(lr=1e-2, dtype="float32"),
-            micro_batch_tokens=16, max_skipped=patience, warmup=0,
-        )  # fmt: skip
+            objective=ObjectiveConfig(beta=0, mismatch=mismatch),
+            optimizer=OptimizerConfig(lr=1e-2, dtype="float32"),
+            micro_batch_tokens=16,
+            max_skipped=patience,
+            warmup=0,
+        )
         spec = LearnerSpec(
-            run_id="r", seed=0, model=folder / "text", reference=folder / "text", datasets=(), data=DataConfig(),
-            media=MediaConfig(), template=TemplateConfig(), learner=config, sft=None, buffer=BufferConfig(),
-            redis_url="", steps=5, replayed=0, max_tokens=8, step_timeout_s=1.0,
-        )  # fmt: skip
+            run_id="r",
+            seed=0,
+            model=folder / "text",
+            reference=folder / "text",
+            datasets=(),
+            data=DataConfig(),
+            media=MediaConfig(),
+            template=TemplateConfig(),
+            learner=config,
+            sft=None,
+            buffer=BufferConfig(),
+            redis_url="",
+            steps=5,
+            replayed=0,
+            max_tokens=8,
+            step_timeout_s=1.0,
+        )
         unlucky = UnluckyRank(spec, rank, ranks)
         unlucky.setup("127.0.0.1", 1)  # the group has met already
         watch_collation(unlucky.events)
@@ -157,9 +202,14 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             if error:
                 break
         found[f"patience-{patience}"] = {
-            "weights": weights, "metrics": metrics, "error": error, "committed": unlucky.committed,
-            "events": unlucky.events, "encoded_at": unlucky.encoded_at, "copies": exported(unlucky, folder / "export"),
-        }  # fmt: skip
+            "weights": weights,
+            "metrics": metrics,
+            "error": error,
+            "committed": unlucky.committed,
+            "events": unlucky.events,
+            "encoded_at": unlucky.encoded_at,
+            "copies": exported(unlucky, folder / "export"),
+        }
     return found
 
 
@@ -192,7 +242,9 @@ def test_nan_losses_and_gradients_are_left_out_and_counted(folder: Path, ranks: 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_rank_stops_at_the_same_step_and_names_the_trajectories(folder: Path, ranks: int) -> None:
+def test_every_rank_stops_at_the_same_step_and_names_the_trajectories(
+    folder: Path, ranks: int
+) -> None:
     for rank in range(ranks):
         found = rank_results(folder, "patience-1", ranks, rank)
         assert len(found["metrics"]) == 2

@@ -1,4 +1,5 @@
-"""Log-probabilities, entropies and gradients of the policy against plain transformers forwards, one per completion."""
+"""Log-probabilities, entropies and gradients of the policy against plain transformers forwards, one
+per completion."""
 
 from __future__ import annotations
 
@@ -14,21 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import learner.policy
-from buffer_service.trajectory import Group, Trajectory
-from learner.batch import Row, collate, padded
-from learner.config import LearnerConfig, ObjectiveConfig
-from learner.model import load_model
-from learner.objective import policy_loss
-from learner.plan import StepPlan, StepWork, plan_step
-from learner.policy import MicroBatch, Policy, freeze, length_runs
-from learner.reference import ReferencePolicy
-from learner.shaping import tas_weights
-from prompts.config import TemplateConfig
-from prompts.errors import ModelError
-from prompts.record import Prompt
-from prompts.template import EncodedPrompt, PromptEncoder
-from prompts.tiny_model import allowed_token_ids, build_tiny_omni
+import avatar_rl.learner.model.policy
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate, padded
+from avatar_rl.learner.batch.plan import StepPlan, StepWork, plan_step
+from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy, freeze, length_runs
+from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.objective.loss import policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.synthetic.tiny_model import allowed_token_ids, build_tiny_omni
 from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, respawn, video
 
 TEMPERATURES = (1.0, 0.7, 1.3)
@@ -54,7 +55,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     folder = build_tiny_omni(tmp_path_factory.mktemp("policy") / "model")
     loader = ArrayLoader()
     encoder = PromptEncoder(folder, loader, TemplateConfig())
-    timed: dict[str, Any] = {"video_second_per_grid": torch.tensor([1.0])}  # two frames at 2 per second
+    timed: dict[str, Any] = {
+        "video_second_per_grid": torch.tensor([1.0])
+    }  # two frames at 2 per second
     prompts: list[tuple[Prompt, dict[str, Any]]] = [
         (make_prompt(loader, "text", []), {}),
         (make_prompt(loader, "long text", [], question="how many red squares are there " * 9), {}),
@@ -63,11 +66,15 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
         (make_prompt(loader, "separate", [video(4, 4, 2.0), audio(5, 1.5)]), timed),
         (make_prompt(loader, "longer sound", [video(6, 2, 2.0), audio(7, 3.1)]), timed),
         (
-            make_prompt(loader, "interleaved", [video(8, 8, 2.0), audio(9, 3.9)], audio_in_video=True),
+            make_prompt(
+                loader, "interleaved", [video(8, 8, 2.0), audio(9, 3.9)], audio_in_video=True
+            ),
             timed | {"use_audio_in_video": True},
         ),
     ]
-    cases = [Case(prompt.id, encoder.encode(prompt, hinted=False), extra) for prompt, extra in prompts]
+    cases = [
+        Case(prompt.id, encoder.encode(prompt, hinted=False), extra) for prompt, extra in prompts
+    ]
     allowed = np.array(allowed_token_ids(encoder.tokenizer), dtype=np.int32)
     rng = np.random.default_rng(0)
     rows = [
@@ -83,7 +90,9 @@ def plain_logits(model: Any, case: Case, row: Row) -> Tensor:
     ids = torch.cat([case.prompt.input_ids, torch.from_numpy(row.token_ids).long()])[None]
     # Transformers counts positions per call; whoever called before must not matter.
     model.rope_deltas = None
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **case.prompt.features, **case.forward)
+    output = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **case.prompt.features, **case.forward
+    )
     return output.logits[0, len(case.prompt.input_ids) - 1 : -1].float()
 
 
@@ -94,7 +103,9 @@ def plain_scores(model: Any, stage: Stage, rows: list[Row]) -> list[tuple[Tensor
     for row in rows:
         logits = plain_logits(model, cases[row.key[0]], row) / row.temperature
         distribution = torch.distributions.Categorical(logits=logits)
-        scores.append((distribution.log_prob(torch.from_numpy(row.token_ids).long()), distribution.entropy()))
+        scores.append(
+            (distribution.log_prob(torch.from_numpy(row.token_ids).long()), distribution.entropy())
+        )
     return scores
 
 
@@ -104,10 +115,14 @@ def weights_of(mask: Tensor) -> Tensor:
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    return {n.removeprefix("model."): p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return {
+        n.removeprefix("model."): p.grad for n, p in policy.named_parameters() if p.grad is not None
+    }
 
 
-def assert_gradients_equal(left: dict[str, Tensor], right: dict[str, Tensor], *, relative: float) -> None:
+def assert_gradients_equal(
+    left: dict[str, Tensor], right: dict[str, Tensor], *, relative: float
+) -> None:
     """Relative to the norm of all gradients: some (key biases) are zero but for rounding."""
     assert left.keys() == right.keys()
     scale = torch.stack([g.norm() for g in right.values()]).norm()
@@ -133,10 +148,17 @@ def plain(stage: Stage) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]
 @pytest.mark.parametrize(("share_prefix", "gain"), [(True, 256), (True, 40), (False, 256)])
 @pytest.mark.parametrize("chunk", [2048, 7])
 def test_scores_and_gradients_equal_plain_forwards(
-    stage: Stage, plain: Any, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, chunk: int, gain: int
+    stage: Stage,
+    plain: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    share_prefix: bool,
+    chunk: int,
+    gain: int,
 ) -> None:
-    monkeypatch.setattr(learner.policy, "LOGIT_CHUNK", chunk)
-    monkeypatch.setattr(learner.policy, "RUN_GAIN", gain)  # 40: three runs, one of single tokens
+    monkeypatch.setattr(avatar_rl.learner.model.policy, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(
+        avatar_rl.learner.model.policy, "RUN_GAIN", gain
+    )  # 40: three runs, one of single tokens
     assert len(length_runs([len(row.token_ids) for row in stage.rows])) == (3 if gain == 40 else 1)
     scores, expected = plain
     policy = policy_of(stage, share_prefix=share_prefix)
@@ -147,12 +169,18 @@ def test_scores_and_gradients_equal_plain_forwards(
         length = len(logprobs)
         torch.testing.assert_close(output.logprobs[row, :length], logprobs, atol=1e-5, rtol=0)
         torch.testing.assert_close(output.entropy[row, :length], entropy, atol=1e-5, rtol=0)
-        assert (output.logprobs[row, length:] == 0).all() and (output.entropy[row, length:] == 0).all()
+        assert (output.logprobs[row, length:] == 0).all() and (
+            output.entropy[row, length:] == 0
+        ).all()
     assert not output.entropy.requires_grad
     (weights_of(batch.mask) * output.logprobs).sum().backward()
     found = gradients(policy)
     assert_gradients_equal(found, expected, relative=1e-4)
-    assert {"visual.patch_embed.proj.weight", "audio_tower.conv1.weight", "lm_head.weight"} <= found.keys()
+    assert {
+        "visual.patch_embed.proj.weight",
+        "audio_tower.conv1.weight",
+        "lm_head.weight",
+    } <= found.keys()
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 90])
@@ -206,7 +234,9 @@ def test_copies_of_a_prompt_are_needed_without_a_shared_prefix(stage: Stage) -> 
 def test_frozen_parts_get_no_gradient_and_the_others_the_same(stage: Stage, plain: Any) -> None:
     policy = policy_of(stage, share_prefix=True)
     total = sum(p.numel() for p in policy.parameters())
-    frozen = sum(p.numel() for n, p in policy.named_parameters() if "visual" in n or "audio_tower" in n)
+    frozen = sum(
+        p.numel() for n, p in policy.named_parameters() if "visual" in n or "audio_tower" in n
+    )
     assert freeze(policy, ("visual", "audio_tower")) == total - frozen > 0
     batch = collate(stage.rows, share_prefix=True)
     (weights_of(batch.mask) * policy(batch).logprobs).sum().backward()
@@ -217,8 +247,12 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(stage: Stage, plai
     assert freeze(policy, ("model", "lm_head")) == 0
 
 
-def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Stage, plain: Any) -> None:
-    reference = ReferencePolicy(stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
+def test_reference_log_probabilities_are_computed_once_per_trajectory(
+    stage: Stage, plain: Any
+) -> None:
+    reference = ReferencePolicy(
+        stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12
+    )
     computed: list[int] = []
     reference.policy.register_forward_pre_hook(lambda _, batch: computed.append(len(batch[0].rows)))
     ids = [str(i) for i in range(len(stage.rows))]
@@ -238,9 +272,13 @@ def test_reference_log_probabilities_are_computed_once_per_trajectory(stage: Sta
 
 
 def test_reference_log_probabilities_that_are_nan_are_not_kept(stage: Stage) -> None:
-    reference = ReferencePolicy(stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
+    reference = ReferencePolicy(
+        stage.folder, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12
+    )
     broken = reference.policy.register_forward_hook(
-        lambda _, batch, output: output._replace(logprobs=output.logprobs.index_fill(0, torch.tensor([1]), torch.nan))
+        lambda _, batch, output: output._replace(
+            logprobs=output.logprobs.index_fill(0, torch.tensor([1]), torch.nan)
+        )
     )
     names, rows = ["a", "b"], stage.rows[:2]
     assert reference.logprobs(names, rows).isnan().any(1).tolist() == [False, True]
@@ -248,11 +286,16 @@ def test_reference_log_probabilities_that_are_nan_are_not_kept(stage: Stage) -> 
     assert reference.logprobs(names, rows).isfinite().all()
 
 
-def test_another_reference_or_other_tokens_under_a_known_id_are_computed_anew(stage: Stage, tmp_path: Path) -> None:
-    """What is remembered belongs to one reference model and to the very tokens, not to the id alone."""
+def test_another_reference_or_other_tokens_under_a_known_id_are_computed_anew(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """What is remembered belongs to one reference model and to the very tokens, not to the id
+    alone."""
     respawn(stage.folder, tmp_path / "other", seed=5)
     first, other = (
-        ReferencePolicy(path, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12)
+        ReferencePolicy(
+            path, dtype="float32", share_prefix=True, device=torch.device("cpu"), cached=12
+        )
         for path in (stage.folder, tmp_path / "other")
     )
     row = stage.rows[0]
@@ -263,13 +306,14 @@ def test_another_reference_or_other_tokens_under_a_known_id_are_computed_anew(st
     assert torch.equal(first.logprobs(["00000001.0"], [row]), values)
 
 
-# -- a whole step ------------------------------------------------------------------------------------------------------
+# -- a whole step ----------------------------------------------------------------------------------
 
 
 def make_work(
     stage: Stage, *, names: Sequence[str] = (), seed: int = 3
 ) -> tuple[StepWork, dict[tuple[str, bool], EncodedPrompt]]:
-    """A group of two fresh completions and a replay per prompt, behaviour log-probabilities near the policy's."""
+    """A group of two fresh completions and a replay per prompt, behaviour log-probabilities near
+    the policy's."""
     rng = np.random.default_rng(seed)
     groups, replays = [], []
     for seq, case in enumerate(case for case in stage.cases if not names or case.name in names):
@@ -297,7 +341,14 @@ def make_work(
                 )
             )
         groups.append(
-            Group(id=name, prompt_id=case.name, seq=seq, step=0, hinted=False, trajectories=tuple(members[:2]))
+            Group(
+                id=name,
+                prompt_id=case.name,
+                seq=seq,
+                step=0,
+                hinted=False,
+                trajectories=tuple(members[:2]),
+            )
         )
         replays.append(members[2])
     work = StepWork(0, 0, tuple(groups), tuple(replays), tuple(rng.random(len(replays)).tolist()))
@@ -305,12 +356,18 @@ def make_work(
 
 
 def contribution(
-    policy: Policy, plan: StepPlan, prompts: dict[tuple[str, bool], EncodedPrompt], indices: list[int],
+    policy: Policy,
+    plan: StepPlan,
+    prompts: dict[tuple[str, bool], EncodedPrompt],
+    indices: list[int],
     config: ObjectiveConfig,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     chosen = [plan.trajectories[i] for i in indices]
     keys = [(t.prompt_id, t.hinted) for t in chosen]
-    rows = [Row(key, prompts[key], t.token_ids, t.temperature) for key, t in zip(keys, chosen, strict=True)]
+    rows = [
+        Row(key, prompts[key], t.token_ids, t.temperature)
+        for key, t in zip(keys, chosen, strict=True)
+    ]
     batch: MicroBatch = collate(rows, share_prefix=policy.share_prefix)
     logprobs = policy(batch).logprobs
     return policy_loss(
@@ -327,13 +384,22 @@ def contribution(
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(stage: Stage, loss_type: Any) -> None:
+def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(
+    stage: Stage, loss_type: Any
+) -> None:
     work, prompts = make_work(stage)
     objective = ObjectiveConfig(loss_type=loss_type)
     outcomes = []
-    for budget, ranks, share_prefix in ((100_000, 1, True), (500, 1, True), (16, 2, True), (900, 3, False)):
+    for budget, ranks, share_prefix in (
+        (100_000, 1, True),
+        (500, 1, True),
+        (16, 2, True),
+        (900, 3, False),
+    ):
         policy = policy_of(stage, share_prefix=share_prefix)
-        config = LearnerConfig(objective=objective, micro_batch_tokens=budget, share_prefix=share_prefix)
+        config = LearnerConfig(
+            objective=objective, micro_batch_tokens=budget, share_prefix=share_prefix
+        )
         plan = plan_step(work, config, ranks=ranks, max_tokens=20)
         total = 0.0
         for indices in (batch for share in plan.shares for batch in share):
@@ -348,8 +414,15 @@ def test_loss_and_gradients_of_a_step_do_not_depend_on_its_split(stage: Stage, l
         assert_gradients_equal(found, outcomes[0][2], relative=5e-6)  # float32: 1.4e-6 measured
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(budget=st.integers(16, 1500), ranks=st.integers(1, 4), share_prefix=st.booleans(), seed=st.integers(0, 99))
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    budget=st.integers(16, 1500),
+    ranks=st.integers(1, 4),
+    share_prefix=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_any_split_gives_the_same_loss_in_float64(
     stage: Stage, budget: int, ranks: int, share_prefix: bool, seed: int
 ) -> None:
@@ -363,14 +436,16 @@ def test_any_split_gives_the_same_loss_in_float64(
         plan = plan_step(work, config, ranks=count, max_tokens=20)
         with torch.no_grad():
             parts = [
-                contribution(policy, plan, prompts, indices, objective) for share in plan.shares for indices in share
+                contribution(policy, plan, prompts, indices, objective)
+                for share in plan.shares
+                for indices in share
             ]
         assert all(part.dtype == torch.float64 for part in parts)
         totals.append(float(sum(parts)))
     assert totals[1] == pytest.approx(totals[0], abs=1e-9)
 
 
-# -- loading -----------------------------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
 def test_model_folders_that_cannot_be_loaded_are_named(stage: Stage, tmp_path: Path) -> None:

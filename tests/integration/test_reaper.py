@@ -14,8 +14,9 @@ import pytest
 #: Starts a child that would live on, names it to a reaper, and says so.
 DRIVER = """
 import subprocess, sys, time
-from cluster.reaper import Reaper
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+from avatar_rl.cluster.services.orphans import Reaper
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(sleep, start_new_session=True)
 reaper = Reaper()
 print(child.pid, flush=True)
 sys.stdin.readline()
@@ -26,9 +27,12 @@ reaper.close()
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_child_ends_with_a_driver_that_is_killed(killed: bool) -> None:
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", DRIVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert driver.stdout is not None and driver.stdin is not None
     child = psutil.Process(int(driver.stdout.readline()))
     if killed:

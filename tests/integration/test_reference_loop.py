@@ -1,4 +1,5 @@
-"""The whole real stack at staleness 0 trains what one plain loop in one process trains, on the same seed."""
+"""The whole real stack at staleness 0 trains what one plain loop in one process trains, on the same
+seed."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
-from cluster.telemetry import read_metrics, read_status
-from prompts.record import Prompt
-from prompts.synthetic.config import WorldConfig
-from prompts.synthetic.world import synthesize
-from prompts.tiny_model import build_tiny_omni
-from rewards.record import Completion
+from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
+from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.synthetic.config import WorldConfig
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from avatar_rl.prompts.synthetic.world import synthesize
+from avatar_rl.rewards.record import Completion
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
@@ -30,12 +31,14 @@ pytestmark = pytest.mark.timeout(600)  # two whole runs in one fixture
 
 
 def letters_reward(prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
-    """Varies within every group of a policy that knows nothing: length of the text modulo 5, in quarters."""
+    """Varies within every group of a policy that knows nothing: length of the text modulo 5, in
+    quarters."""
     return [len(completion.text) % 5 / 4 for completion in completions]
 
 
 def recipe(folder: Path) -> dict[str, Any]:
-    """Replay from the second step on, hints from the second visit on, KL, TAS, clipping and warm-up all act."""
+    """Replay from the second step on, hints from the second visit on, KL, TAS, clipping and warm-up
+    all act."""
     return {
         "name": "reference",
         "seed": 5,
@@ -44,14 +47,25 @@ def recipe(folder: Path) -> dict[str, Any]:
             "train": str(folder / "world" / "train.jsonl"),
             "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
         },
-        "loop": {"steps": STEPS, "prompts_per_step": 4, "fresh": 2, "replayed": 2, "max_staleness": 0},
+        "loop": {
+            "steps": STEPS,
+            "prompts_per_step": 4,
+            "fresh": 2,
+            "replayed": 2,
+            "max_staleness": 0,
+        },
         "rollout": {
             "workers": 1,
             "max_sequences": 16,
             "engine": {"max_model_len": 320, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20},
             "sampling": {"max_tokens": 24},
         },
-        "rewards": {"weights": {"tests.integration.test_reference_loop:letters_reward": 1.0, "accuracy": 0.0}},
+        "rewards": {
+            "weights": {
+                "tests.integration.test_reference_loop:letters_reward": 1.0,
+                "accuracy": 0.0,
+            }
+        },
         "buffer": {"warm_up": 16, "capacity": 24, "hints": {"zero_patience": 1}},
         "learner": {
             "objective": {"beta": 0.1, "tas_lambda": 0.3},
@@ -60,7 +74,12 @@ def recipe(folder: Path) -> dict[str, Any]:
             "micro_batch_tokens": 512,
         },
         "probe": {"prompts": 2},
-        "output": {"folder": str(folder / "runs"), "cache": str(folder / "cache"), "samples_every": 0, "report": False},
+        "output": {
+            "folder": str(folder / "runs"),
+            "cache": str(folder / "cache"),
+            "samples_every": 0,
+            "report": False,
+        },
         "screen": "plain",
     }
 
@@ -68,7 +87,9 @@ def recipe(folder: Path) -> dict[str, Any]:
 def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
 
 
 def finish(processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
@@ -93,7 +114,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     file.write_text(yaml.safe_dump(recipe(folder)))
     logs = [folder / "run.log", folder / "reference.log"]
     processes = [
-        launch(["cluster.cli", "train", str(file)], logs[0]),
+        launch(["avatar_rl.cluster.cli", "train", str(file)], logs[0]),
         launch(["tests.reference_loop", str(file), str(folder / "reference")], logs[1]),
     ]
     finish(processes, logs)
@@ -108,7 +129,9 @@ def steps_of(reference: Path) -> list[dict[str, Any]]:
 def test_the_run_exercises_what_it_should(outcome: tuple[Path, Path, Path]) -> None:
     """Else the comparison below would prove less than it seems to."""
     steps = steps_of(outcome[2])
-    assert [step["fresh"] for step in steps] == [16] + [8] * (STEPS - 1)  # whole groups until replay is warm
+    assert [step["fresh"] for step in steps] == [16] + [8] * (
+        STEPS - 1
+    )  # whole groups until replay is warm
     assert [step["replayed"] for step in steps] == [0] + [8] * (STEPS - 1)
     assert [step["hinted"] for step in steps] == [0, 0, 0, 0, 8, 8]  # from the second visit on
     assert all(step["grad_norm"] > 0.5 for step in steps)  # clipped
@@ -127,14 +150,17 @@ def test_metrics_equal_the_reference_loop(outcome: tuple[Path, Path, Path]) -> N
         assert row["staleness/max"] == 0
         assert row["loss/total"] == pytest.approx(step["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
-    assert [row["lr"] for row in rows] == pytest.approx([5e-4 * share for share in (1 / 3, 2 / 3, 1, 1, 1, 1)])
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [5e-4 * share for share in (1 / 3, 2 / 3, 1, 1, 1, 1)]
+    )
 
 
 def test_parameters_equal_the_reference_loop(outcome: tuple[Path, Path, Path]) -> None:
-    """All weights agree to 1e-6 of their norm, and what training changed of them to 1e-4 of the change.
+    """All weights agree to 1e-6 of their norm, and what training changed of them to 1e-4 of the
+    change.
 
-    Not bit for bit: vLLM batches requests as they come, which rounds log-probabilities differently (1e-7).
-    """
+    Not bit for bit: vLLM batches requests as they come, which rounds log-probabilities differently
+    (1e-7)."""
     model, run, reference = outcome
     start = load_file(model / "model.safetensors")
     trained = load_file(run / "checkpoint" / "model.safetensors")
@@ -156,7 +182,11 @@ def test_nothing_is_left_behind(outcome: tuple[Path, Path, Path]) -> None:
     assert status.state == "finished" and status.step == STEPS
     books = [row for row in read_metrics(run) if row["step"]][-1]
     assert books["ledger/generated"] == books["ledger/trained_fresh"] == STEPS * 4
-    mine = [Path(f"/proc/{entry.name}/cmdline") for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    mine = [
+        Path(f"/proc/{entry.name}/cmdline")
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+    ]
     orphans = []
     for file in mine:
         try:

@@ -1,4 +1,5 @@
-"""Replay that a run begins with is older than everything of its own: in averages, in the stock, in its numbers."""
+"""Replay that a run begins with is older than everything of its own: in averages, in the stock, in
+its numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 import redis
 
-from buffer_service.config import BufferConfig, HintGateConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from cluster.config import LoopConfig
-from cluster.replay_import import first_seq, import_replay
-from cluster.stream import PromptStream
+from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.config import LoopConfig
+from avatar_rl.cluster.training.prompt_schedule import PromptStream
+from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from tests.buffer_records import make_group
 
 # A tier of equal averages holds 40 (Hard).
@@ -50,7 +51,9 @@ def stream_of(buffer: ReplayBuffer, loop: LoopConfig) -> PromptStream:
     return stream
 
 
-def own_step(buffer: ReplayBuffer, stream: PromptStream, step: int, epoch: int, reward: float) -> None:
+def own_step(
+    buffer: ReplayBuffer, stream: PromptStream, step: int, epoch: int, reward: float
+) -> None:
     tickets = stream.tickets(step)
     assert buffer.push_tickets(tickets) == len(tickets), f"step {step} would never arrive"
     for lease in buffer.lease_tickets("a", len(tickets), max_staleness=0):
@@ -59,7 +62,9 @@ def own_step(buffer: ReplayBuffer, stream: PromptStream, step: int, epoch: int, 
     buffer.commit_step(step, step + 1, [group.id for group in groups], epoch)
 
 
-def test_imported_visits_leave_an_average_before_those_of_the_run(buffer: ReplayBuffer, loop: LoopConfig) -> None:
+def test_imported_visits_leave_an_average_before_those_of_the_run(
+    buffer: ReplayBuffer, loop: LoopConfig
+) -> None:
     assert buffer.baselines(["p0"]) == [0.0]  # until the run has its own
     stream, epoch = stream_of(buffer, loop), buffer.new_epoch()
     for step in range(2):
@@ -67,14 +72,18 @@ def test_imported_visits_leave_an_average_before_those_of_the_run(buffer: Replay
     assert buffer.baselines(["p0"]) == pytest.approx([16 / 20])
 
 
-def test_imported_trajectories_are_evicted_before_those_of_the_run(buffer: ReplayBuffer, loop: LoopConfig) -> None:
+def test_imported_trajectories_are_evicted_before_those_of_the_run(
+    buffer: ReplayBuffer, loop: LoopConfig
+) -> None:
     stream, epoch = stream_of(buffer, loop), buffer.new_epoch()
     for step in range(2):
         own_step(buffer, stream, step, epoch, 0.0)
     kept = {t.group_id for t in buffer.draw(40, step=2, seed=0, strategy="uniform")}
     assert buffer.stats().stock == 40 and kept == {f"{seq:08d}" for seq in range(5)}
     own_step(buffer, stream, 2, epoch, 0.0)
-    assert {t.group_id for t in buffer.draw(40, step=3, seed=0)} == {f"{seq:08d}" for seq in range(1, 6)}
+    assert {t.group_id for t in buffer.draw(40, step=3, seed=0)} == {
+        f"{seq:08d}" for seq in range(1, 6)
+    }
 
 
 def test_a_run_that_goes_on_longer_than_planned_meets_no_imported_number(
@@ -97,8 +106,12 @@ def test_a_run_that_goes_on_longer_than_planned_meets_no_imported_number(
 
 def test_the_prompts_asked_do_not_depend_on_what_was_imported() -> None:
     ids = [f"p{i}" for i in range(5)]
-    plain, behind = (PromptStream(ids, LoopConfig(prompts_per_step=3), seed=1, warm_up=0) for _ in range(2))
+    plain, behind = (
+        PromptStream(ids, LoopConfig(prompts_per_step=3), seed=1, warm_up=0) for _ in range(2)
+    )
     behind.first_seq = 700
     for step in range(4):
         pairs = zip(plain.tickets(step), behind.tickets(step), strict=True)
-        assert all((a.prompt_id, a.epoch, a.seq + 700) == (b.prompt_id, b.epoch, b.seq) for a, b in pairs)
+        assert all(
+            (a.prompt_id, a.epoch, a.seq + 700) == (b.prompt_id, b.epoch, b.seq) for a, b in pairs
+        )

@@ -1,4 +1,5 @@
-"""The rollout actor on real Redis, reward actors and engine: leases, delivery, failures, new weights."""
+"""The rollout actor on real Redis, reward actors and engine: leases, delivery, failures, new
+weights."""
 
 from __future__ import annotations
 
@@ -18,20 +19,20 @@ import numpy as np
 import pytest
 import ray
 
-from actors.rollout import RolloutActor
-from buffer_service.store import ReplayBuffer
-from buffer_service.tickets import Ticket
-from buffer_service.trajectory import Group, Trajectory
-from buffer_service.weights import pack_weights
-from cluster.assets import prepare_base_model, prepare_datasets
-from cluster.config import RunConfig
-from cluster.pool import Pool
-from cluster.scoring import Scorer
-from cluster.services import Services
-from cluster.specs import rollout_spec
-from prompts.datasets import load_prompts, media_base
-from prompts.record import resolve_uri
-from rewards.config import RewardConfig
+from avatar_rl.actors.rollout import RolloutActor
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.block import pack_weights
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
+from avatar_rl.cluster.services.services import Services
+from avatar_rl.cluster.workers.pool import Pool
+from avatar_rl.cluster.workers.specs import rollout_spec
+from avatar_rl.prompts.datasets import load_prompts, media_base
+from avatar_rl.prompts.record import resolve_uri
+from avatar_rl.rewards.config import RewardConfig
+from avatar_rl.rewards.scorer import Scorer
 from tests.buffer_records import make_group
 from tests.tiny_models import respawn
 
@@ -58,7 +59,11 @@ class Stage:
             },
             "rollout": {
                 "max_sequences": 16,
-                "engine": {"max_model_len": 320, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20},
+                "engine": {
+                    "max_model_len": 320,
+                    "max_num_seqs": 16,
+                    "kv_cache_memory_bytes": 64 << 20,
+                },
                 "sampling": {"max_tokens": 24},
             },
             "output": {"cache": folder / "cache"},
@@ -76,7 +81,9 @@ class Stage:
         self.pool = Pool(self.config, self.services)
         self.pool.start_board()
         self.pool.start_scorers(datasets.asked)
-        self.spec = rollout_spec(self.config, "first", self.model, datasets, self.services.redis_url)
+        self.spec = rollout_spec(
+            self.config, "first", self.model, datasets, self.services.redis_url
+        )
         self.actor = RolloutActor("rollout-0", self.spec, self.pool.scorers[0], self.pool.board)
 
     def begin(self) -> ReplayBuffer:
@@ -124,7 +131,10 @@ def working(actor: RolloutActor) -> Iterator[Future[dict[str, Any]]]:
 
 
 def train(prompts: list[int], *, n: int = 4, first: int = 0, step: int = 0) -> list[Ticket]:
-    return [Ticket(seq=first + i, prompt_id=f"train-{p:05d}", step=step, n=n) for i, p in enumerate(prompts)]
+    return [
+        Ticket(seq=first + i, prompt_id=f"train-{p:05d}", step=step, n=n)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def arrived(buffer: ReplayBuffer, step: int = 0) -> list[Group]:
@@ -156,13 +166,24 @@ def test_every_ticket_becomes_one_scored_group(stage: Stage, buffer: ReplayBuffe
     assert [group.seq for group in groups] == list(range(10))
     assert [group.prompt_id for group in groups][6:8] == ["train-00006", "train-00000"]
     for group in groups:
-        assert len(group.trajectories) == 4 and len({t.token_ids.tobytes() for t in group.trajectories}) > 1
+        assert (
+            len(group.trajectories) == 4
+            and len({t.token_ids.tobytes() for t in group.trajectories}) > 1
+        )
         for trajectory in group.trajectories:
             assert len(trajectory.token_ids) == len(trajectory.logprobs) <= 24
             assert np.isfinite(trajectory.logprobs).all() and (trajectory.logprobs <= 0).all()
-            assert trajectory.components.keys() == {"format", "accuracy"} and trajectory.components["format"] == -1
+            assert (
+                trajectory.components.keys() == {"format", "accuracy"}
+                and trajectory.components["format"] == -1
+            )
     books = buffer.check_ledger()
-    assert (books.generated, books.completions, books.in_flight, books.duplicates) == (10, 40, 10, 0)
+    assert (books.generated, books.completions, books.in_flight, books.duplicates) == (
+        10,
+        40,
+        10,
+        0,
+    )
     after = stage.actor.stats()
     written = sum(len(trajectory.token_ids) for trajectory in members(groups))
     assert after["tokens"] - before["tokens"] == books.tokens == written
@@ -180,7 +201,9 @@ class Listener(Scorer):
         return self.asked
 
 
-def test_fusion_compares_with_rollouts_of_sight_alone_and_of_sound_alone(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_fusion_compares_with_rollouts_of_sight_alone_and_of_sound_alone(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     actor, both = stage.actor, [0, 1, 2, 3]
     buffer.push_tickets(train(both))
     with working(actor):
@@ -208,7 +231,9 @@ def test_fusion_compares_with_rollouts_of_sight_alone_and_of_sound_alone(stage: 
         spent += sum(count for facts in (whole, *parts.values()) for *_, count in facts)
         there = {part: placeholders(actor, prompt_id, part) for part in ("", "video", "audio")}
         assert there == {"": {"video", "audio"}, "video": {"video"}, "audio": {"audio"}}
-    assert books.tokens == spent and books.completions == 16  # all that was generated; all that can be trained on
+    assert (
+        books.tokens == spent and books.completions == 16
+    )  # all that was generated; all that can be trained on
 
 
 def placeholders(actor: RolloutActor, prompt_id: str, part: str) -> set[str]:
@@ -218,7 +243,9 @@ def placeholders(actor: RolloutActor, prompt_id: str, part: str) -> set[str]:
     return set(rendered["mm_placeholders"])
 
 
-def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
     with working(stage.actor):
         together = tokens(arrived(buffer))
@@ -231,7 +258,9 @@ def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(stage: Stage, buf
     assert apart == together
 
 
-def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     buffer.push_tickets(train([0, int(BROKEN[-2:]), 1]))
     with working(stage.actor):
         groups = arrived(buffer)
@@ -242,18 +271,31 @@ def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(stage: 
     assert books.generated == 3 and sum(books.dropped.values()) == 1
 
 
-def test_evaluation_is_greedy_and_answers_each_prompt_once(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_evaluation_is_greedy_and_answers_each_prompt_once(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     payloads = []
     for round in (1, 2):
-        asked = [Ticket(seq=i, prompt_id=f"heldout-{i:05d}", step=0, n=1, kind="eval", round=round) for i in range(4)]
-        buffer.push_tickets([*asked, *train([0, 1], first=10 * round)])  # training goes on beside it
+        asked = [
+            Ticket(seq=i, prompt_id=f"heldout-{i:05d}", step=0, n=1, kind="eval", round=round)
+            for i in range(4)
+        ]
+        buffer.push_tickets(
+            [*asked, *train([0, 1], first=10 * round)]
+        )  # training goes on beside it
         with working(stage.actor):
             until(lambda round=round: buffer.eval_results(round).complete, f"round {round}")  # type: ignore[misc]
-        payloads.append({seq: json.loads(data) for seq, data in buffer.eval_results(round).payloads.items()})
+        payloads.append(
+            {seq: json.loads(data) for seq, data in buffer.eval_results(round).payloads.items()}
+        )
     assert payloads[0].keys() == {0, 1, 2, 3}
-    assert [payloads[0][seq]["prompt_id"] for seq in range(4)] == [f"heldout-{i:05d}" for i in range(4)]
+    assert [payloads[0][seq]["prompt_id"] for seq in range(4)] == [
+        f"heldout-{i:05d}" for i in range(4)
+    ]
     assert all(payload["accuracy"] is not None for payload in payloads[0].values())
-    assert [payloads[0][seq]["text"] for seq in range(4)] == [payloads[1][seq]["text"] for seq in range(4)]
+    assert [payloads[0][seq]["text"] for seq in range(4)] == [
+        payloads[1][seq]["text"] for seq in range(4)
+    ]
 
 
 def publish(stage: Stage, buffer: ReplayBuffer, version: int) -> None:
@@ -261,14 +303,18 @@ def publish(stage: Stage, buffer: ReplayBuffer, version: int) -> None:
     buffer.publish_version(version)
 
 
-def test_the_next_step_takes_new_weights_in_under_groups_in_flight(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_the_next_step_takes_new_weights_in_under_groups_in_flight(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.fixed_length(120)
     actor, old = stage.actor, stage.actor.engine.version
     buffer.push_tickets(train([0, 1, 2]))  # leave room for one more
     with working(actor):
         until(lambda: actor.engine.in_flight == 3, "the step in the engine")
         until(lambda: actor.boundary.prefill_s > 0, "a step of the engine")
-        actor.boundary.prefill_s = 0.0  # as if prefilling again cost nothing: else the rest may as well end first
+        actor.boundary.prefill_s = (
+            0.0  # as if prefilling again cost nothing: else the rest may as well end first
+        )
         publish(stage, buffer, old + 1)
         until(lambda: bool(actor._incoming), "the weights at hand")
         buffer.push_tickets(train([3, 4, 5], first=3, step=1))
@@ -281,7 +327,9 @@ def test_the_next_step_takes_new_weights_in_under_groups_in_flight(stage: Stage,
     assert buffer.check_ledger().completions == 24
 
 
-def test_a_step_under_way_is_not_prefilled_again_for_new_weights(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_step_under_way_is_not_prefilled_again_for_new_weights(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.fixed_length(120)
     actor, old = stage.actor, stage.actor.engine.version
     buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
@@ -290,10 +338,14 @@ def test_a_step_under_way_is_not_prefilled_again_for_new_weights(stage: Stage, b
         publish(stage, buffer, old + 1)
         groups = arrived(buffer)
         until(lambda: actor.engine.version == old + 1, "the new version, as nothing is left to do")
-    assert {version for trajectory in members(groups) for version, _ in trajectory.versions} == {old}
+    assert {version for trajectory in members(groups) for version, _ in trajectory.versions} == {
+        old
+    }
 
 
-def test_a_step_beyond_the_staleness_bound_waits_for_its_version(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_step_beyond_the_staleness_bound_waits_for_its_version(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     version = stage.actor.engine.version
     buffer.publish_version(version)
     buffer.push_tickets(train([0], step=version + 1) + train([1], first=1, step=version + 2))
@@ -317,7 +369,9 @@ class OddScorer:
     ) -> list[list[tuple[float | None, dict[str, float | None]]]]:
         return [await self._score(*group) for group in groups]
 
-    async def _score(self, prompt_id: str, facts: list[Any]) -> list[tuple[float | None, dict[str, float | None]]]:
+    async def _score(
+        self, prompt_id: str, facts: list[Any]
+    ) -> list[tuple[float | None, dict[str, float | None]]]:
         if self.how == "crash":
             raise ValueError("the scorer has a bug")
         if self.how == "masked" and prompt_id == "train-00001":
@@ -336,15 +390,22 @@ def odd_scorer(how: str) -> Any:
     return ray.remote(OddScorer).options(num_cpus=0, max_concurrency=64).remote(how)
 
 
-def test_groups_that_take_long_to_score_are_scored_side_by_side(stage: Stage, buffer: ReplayBuffer) -> None:
-    stage.actor.scorer, stage.actor.spec = odd_scorer("slow"), replace(stage.actor.spec, scores_together=False)
+def test_groups_that_take_long_to_score_are_scored_side_by_side(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
+    stage.actor.scorer, stage.actor.spec = (
+        odd_scorer("slow"),
+        replace(stage.actor.spec, scores_together=False),
+    )
     buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]))
     with working(stage.actor):
         assert len(arrived(buffer)) == 12
     assert ray.get(stage.actor.scorer.most_at_once.remote()) >= 6
 
 
-def test_a_group_without_any_score_is_dropped_with_its_reason(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_group_without_any_score_is_dropped_with_its_reason(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.actor.scorer = odd_scorer("masked")
     buffer.push_tickets(train([0, 1, 2]))
     with working(stage.actor):
@@ -360,11 +421,15 @@ def test_a_stopped_actor_gives_its_leases_back(stage: Stage, buffer: ReplayBuffe
         until(lambda: stage.actor.engine.in_flight > 0, "the first prompt in the engine")
     leases = buffer.lease_tickets("another", 6)
     assert len(leases) + buffer.check_ledger().generated == 6 and len(leases) >= 4
-    assert {lease.attempt for lease in leases} <= {1, 2} and any(lease.attempt == 2 for lease in leases)
+    assert {lease.attempt for lease in leases} <= {1, 2} and any(
+        lease.attempt == 2 for lease in leases
+    )
     assert stage.actor.stats()["in_flight"] == 0
 
 
-def test_a_draining_actor_delivers_what_it_began_and_gives_the_rest_back(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_draining_actor_delivers_what_it_began_and_gives_the_rest_back(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.fixed_length(150)
     version = stage.actor.engine.version
     buffer.publish_version(version)
@@ -380,12 +445,16 @@ def test_a_draining_actor_delivers_what_it_began_and_gives_the_rest_back(stage: 
     assert buffer.stats().counters.get("leases_expired", 0) == 0
 
 
-def test_another_actor_takes_over_from_one_that_was_killed(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_another_actor_takes_over_from_one_that_was_killed(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     spec = replace(stage.actor.spec, lease_s=3.0)
     sampling = spec.sampling.model_copy(update={"max_tokens": 150, "ignore_eos": True})
     buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
     make = stage.pool._remote(RolloutActor, cpus=0, max_concurrency=4)
-    doomed = make.remote("doomed", replace(spec, sampling=sampling), odd_scorer("slow"), stage.pool.board)
+    doomed = make.remote(
+        "doomed", replace(spec, sampling=sampling), odd_scorer("slow"), stage.pool.board
+    )
     ray.get(doomed.ready.remote(), timeout=120)
     doomed.run.remote()
     until(lambda: ray.get(doomed.stats.remote())["in_flight"] > 0, "a lease")
@@ -400,7 +469,9 @@ def test_another_actor_takes_over_from_one_that_was_killed(stage: Stage, buffer:
     assert (books.generated, books.completions) == (6, 24)
 
 
-def test_leases_are_renewed_while_groups_take_longer_than_a_lease(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_leases_are_renewed_while_groups_take_longer_than_a_lease(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.actor.spec = replace(stage.actor.spec, lease_s=0.6)
     stalled = threading.Event()
     step = stage.actor.engine.step
@@ -423,38 +494,56 @@ def test_leases_are_renewed_while_groups_take_longer_than_a_lease(stage: Stage, 
 
 def expire(buffer: ReplayBuffer, keys: list[str]) -> None:
     """As if the actor had stood still for longer than a lease."""
-    buffer._connection.client.zadd(buffer._connection.key("leased"), dict.fromkeys(keys, 1), xx=True)
+    buffer._connection.client.zadd(
+        buffer._connection.key("leased"), dict.fromkeys(keys, 1), xx=True
+    )
 
 
-def test_an_actor_goes_on_with_work_whose_own_expired_lease_comes_back(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_an_actor_goes_on_with_work_whose_own_expired_lease_comes_back(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.fixed_length(150)
     actor = stage.actor
     buffer.push_tickets(train([0, 1]))
     with working(actor):
         until(lambda: actor.engine.in_flight == 2, "both prompts in the engine")
         expire(buffer, ["t:00000000", "t:00000001"])
-        until(lambda: all(lease.attempt == 2 for lease in list(actor._held.values())), "the leases again")
+        until(
+            lambda: all(lease.attempt == 2 for lease in list(actor._held.values())),
+            "the leases again",
+        )
         assert [group.seq for group in arrived(buffer)] == [0, 1]
     assert buffer.quarantined() == {}
     books = buffer.check_ledger()
-    assert (books.generated, books.completions, books.duplicates) == (2, 8, 0)  # and nothing was generated twice
+    assert (books.generated, books.completions, books.duplicates) == (
+        2,
+        8,
+        0,
+    )  # and nothing was generated twice
     assert buffer.stats().counters["leases_expired"] == 2
 
 
-def test_a_draining_actor_gives_back_leases_that_had_come_back_to_it(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_draining_actor_gives_back_leases_that_had_come_back_to_it(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     actor, version = stage.actor, stage.actor.engine.version
     buffer.publish_version(version + 1)  # which the engine never gets: the prompts wait before it
     buffer.push_tickets(train([0, 1], step=version + 2))
     with working(actor) as running:
         until(lambda: len(actor._ready) == 2, "both prompts prepared")
         expire(buffer, ["t:00000000", "t:00000001"])
-        until(lambda: all(lease.attempt == 2 for lease in list(actor._held.values())), "the leases again")
+        until(
+            lambda: all(lease.attempt == 2 for lease in list(actor._held.values())),
+            "the leases again",
+        )
         actor.drain()
         assert running.result(DEADLINE_S)["in_flight"] == 0
     assert [lease.attempt for lease in buffer.lease_tickets("another", 8)] == [3, 3]
 
 
-def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     actor = stage.actor
     plain = actor.prompts["train-00000"].model_copy(update={"hint": None})
     epoch = buffer.new_epoch()
@@ -464,7 +553,10 @@ def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(stage: Sta
         buffer.add_group(make_group(lease, [0.0] * 4), lease, tokens_generated=1)
     buffer.commit_step(0, 0, [f"{ticket.seq:08d}" for ticket in zero], epoch)
     buffer.push_tickets(train([0, 1], first=6, step=1))
-    known = {**{id: actor.prompts[id] for id in ("train-00000", "train-00001")}, "train-00000": plain}
+    known = {
+        **{id: actor.prompts[id] for id in ("train-00000", "train-00001")},
+        "train-00000": plain,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actor, "prompts", known)
         with working(actor):
@@ -478,7 +570,9 @@ def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(stage: Sta
     assert plainly == pytest.approx(rewards[0] / 16) and hinted == pytest.approx(rewards[1] / 4)
 
 
-def test_a_helper_that_breaks_ends_the_run_and_loses_no_ticket(stage: Stage, buffer: ReplayBuffer) -> None:
+def test_a_helper_that_breaks_ends_the_run_and_loses_no_ticket(
+    stage: Stage, buffer: ReplayBuffer
+) -> None:
     stage.actor.scorer = odd_scorer("crash")
     buffer.push_tickets(train([0, 1]))
     with pytest.raises(ValueError, match="the scorer has a bug"):

@@ -1,4 +1,5 @@
-"""The whole run as a user starts it: the command line in a process of its own, on a world of a few clips."""
+"""The whole run as a user starts it: the command line in a process of its own, on a world of a few
+clips."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.buffer_commands import open_buffer
-from cluster.telemetry import read_metrics, read_status
-from learner.model import load_model
+from avatar_rl.cluster.services.run_buffer import open_buffer
+from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.learner.model.load import load_model
 from tests.small_run import start, until_freed
 
 
@@ -44,7 +45,13 @@ def test_a_run_trains_and_says_what_came_of_it(finished: tuple[Path, str]) -> No
 
 def test_a_run_leaves_everything_one_looks_for(finished: tuple[Path, str]) -> None:
     run, _ = finished
-    for name in ("config.yaml", "events.jsonl", "report.html", "plot.png", "checkpoint/model.safetensors"):
+    for name in (
+        "config.yaml",
+        "events.jsonl",
+        "report.html",
+        "plot.png",
+        "checkpoint/model.safetensors",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard").iterdir())
     sample = json.loads((run / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
@@ -54,9 +61,15 @@ def test_a_run_leaves_everything_one_looks_for(finished: tuple[Path, str]) -> No
 def test_the_exported_policy_is_not_the_one_it_started_from(finished: tuple[Path, str]) -> None:
     run, _ = finished
     [base] = (run.parents[1] / "cache").glob("cold-start-*")
-    trained, start_policy = (dict(load_model(path).named_parameters()) for path in (run / "checkpoint", base))
-    moved = {name for name, tensor in trained.items() if not torch.equal(tensor, start_policy[name])}
-    assert moved and not any("visual" in name or "audio_tower" in name for name in moved)  # those are frozen
+    trained, start_policy = (
+        dict(load_model(path).named_parameters()) for path in (run / "checkpoint", base)
+    )
+    moved = {
+        name for name, tensor in trained.items() if not torch.equal(tensor, start_policy[name])
+    }
+    assert moved and not any(
+        "visual" in name or "audio_tower" in name for name in moved
+    )  # those are frozen
 
 
 def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Path, str]) -> None:
@@ -69,7 +82,7 @@ def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Pa
 def test_a_wrong_redis_password_stops_the_run_before_it_starts(
     tmp_path: Path, small_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from buffer_service.server import EmbeddedRedis
+    from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 
     monkeypatch.setenv("AVATAR_TEST_PASSWORD", "wrong")
     with EmbeddedRedis(tmp_path / "redis") as server:

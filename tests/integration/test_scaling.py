@@ -1,4 +1,5 @@
-"""A run under way grows from one rollout actor to three and back to one; interrupted then, it leaves nothing behind."""
+"""A run under way grows from one rollout actor to three and back to one; interrupted then, it
+leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -12,21 +13,42 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.buffer_commands import open_buffer
-from cluster.scale import scale
-from cluster.telemetry import read_metrics
-from prompts.errors import ConfigError
+from avatar_rl.cluster.commands.scale import scale
+from avatar_rl.cluster.services.run_buffer import open_buffer
+from avatar_rl.cluster.telemetry.run_folder import read_metrics
+from avatar_rl.common.errors import ConfigError
 from tests.small_run import assert_ended_in_order, start
 
 DEADLINE_S = 200.0
-LIGHT = ("--loop.steps", "100000", "--cold_start", "null", "--learner.ranks", "1", "--output.export", "false",
-         "--resources.rollout_cpus", "0.5", "--evaluation.every", "0", "--rollout.workers", "1",
-         "--rollout.max_workers", "3", "--rollout.drain_s", "20")  # fmt: skip
+LIGHT = (
+    "--loop.steps",
+    "100000",
+    "--cold_start",
+    "null",
+    "--learner.ranks",
+    "1",
+    "--output.export",
+    "false",
+    "--resources.rollout_cpus",
+    "0.5",
+    "--evaluation.every",
+    "0",
+    "--rollout.workers",
+    "1",
+    "--rollout.max_workers",
+    "3",
+    "--rollout.drain_s",
+    "20",
+)
 
 
 def sizes(run: Path) -> list[float]:
     """Rollout actors at work after each step so far."""
-    return [row["rollout/workers"] or 0 for row in read_metrics(run) if row.get("rollout/workers") is not None]
+    return [
+        row["rollout/workers"] or 0
+        for row in read_metrics(run)
+        if row.get("rollout/workers") is not None
+    ]
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -37,7 +59,9 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path, small_cache: Path) -> None:
+def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(
+    tmp_path: Path, small_cache: Path
+) -> None:
     before = set(os.listdir("/dev/shm"))
     process = start(tmp_path, *LIGHT, cache=small_cache)
     try:
@@ -50,7 +74,9 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path, 
         [run] = (tmp_path / "runs").iterdir()
         with pytest.raises(ConfigError, match="allows 1 to 3 rollout workers, not 4"):
             scale(run, 4)
-        until(lambda: sizes(run)[-1:] == [1], "a pool of one")  # its row may come after the line on the screen
+        until(
+            lambda: sizes(run)[-1:] == [1], "a pool of one"
+        )  # its row may come after the line on the screen
         assert scale(run, 3).endswith("1 -> 3 desired")
         until(lambda: sizes(run)[-1] == 3, "a pool of three")
         steps = len(sizes(run))
@@ -74,7 +100,9 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path, 
     assert events.count('"rollout actor left"') == 2 and events.count("drained") == 2
     assert "rollout actor died" not in events
     with open_buffer(str(run), url=None) as buffer:
-        books = buffer.check_ledger()  # raises unless generated = trained + replay only + dropped + in flight
+        books = (
+            buffer.check_ledger()
+        )  # raises unless generated = trained + replay only + dropped + in flight
         assert books.trained_fresh == 4 * buffer.version() and books.duplicates == 0
         assert sum(books.dropped.values()) == books.replay_only == 0
         stats = buffer.stats()
@@ -86,7 +114,9 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(tmp_path: Path, 
 def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_asked_again(
     tmp_path: Path, small_cache: Path
 ) -> None:
-    process = start(tmp_path, *LIGHT, "--rollout.workers", "2", "--rollout.drain_s", "2", cache=small_cache)
+    process = start(
+        tmp_path, *LIGHT, "--rollout.workers", "2", "--rollout.drain_s", "2", cache=small_cache
+    )
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -99,8 +129,14 @@ def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_aske
         stuck = psutil.Process(int(fact["pid"]))
         stuck.suspend()
         assert scale(run, 1).endswith("2 -> 1 desired")
-        until(lambda: "rollout-1 was killed" in (run / "events.jsonl").read_text(), "the end of an actor that hangs")
-        until(lambda: not stuck.is_running() or stuck.status() == psutil.STATUS_ZOMBIE, "the end of its process")
+        until(
+            lambda: "rollout-1 was killed" in (run / "events.jsonl").read_text(),
+            "the end of an actor that hangs",
+        )
+        until(
+            lambda: not stuck.is_running() or stuck.status() == psutil.STATUS_ZOMBIE,
+            "the end of its process",
+        )
         steps = len(sizes(run))
         until(lambda: len(sizes(run)) > steps + 2, "steps with one actor")
     finally:

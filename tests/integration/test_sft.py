@@ -1,4 +1,5 @@
-"""The cold start: hand-computed cross entropy, a loss that falls, and the same training however it is split."""
+"""The cold start: hand-computed cross entropy, a loss that falls, and the same training however it
+is split."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.config import OptimizerConfig, SftConfig
-from learner.engine import TrainEngine
-from learner.keeper import Files, write_files
-from learner.model import load_model
-from learner.policy import Policy
-from learner.sft import ColdStart, target_text
-from learner.state import capture, restore
-from prompts.config import TemplateConfig
-from prompts.errors import DataError
-from prompts.record import Prompt
-from prompts.template import PromptEncoder
-from prompts.tiny_model import build_tiny_omni
+from avatar_rl.common.errors import DataError
+from avatar_rl.learner.config import OptimizerConfig, SftConfig
+from avatar_rl.learner.engine import TrainEngine
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy
+from avatar_rl.learner.sft import ColdStart, target_text
+from avatar_rl.learner.state import capture, restore
+from avatar_rl.learner.state_replica import Files, write_files
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.template import PromptEncoder
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import ArrayLoader, audio, load_reference, make_prompt, video
 
@@ -79,7 +80,8 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         found["long"] = [start.run(first, 5) for first in range(0, 20, 5)]
     # As many updates in two lives, through the files of a checkpoint.
     write_files(
-        capture_after(cold_start(folder / "model", SHORT, rank=rank, ranks=ranks), 2, rank), folder / f"{ranks}"
+        capture_after(cold_start(folder / "model", SHORT, rank=rank, ranks=ranks), 2, rank),
+        folder / f"{ranks}",
     )
     dist.barrier()
     later = cold_start(folder / "model", SHORT, rank=rank, ranks=ranks)
@@ -93,7 +95,7 @@ def capture_after(start: ColdStart, updates: int, rank: int) -> Files:
     return capture(start.engine, rank)
 
 
-# -- the tests ---------------------------------------------------------------------------------------------------------
+# -- the tests -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,9 @@ class ByHand:
         adam = torch.optim.AdamW(
             self.model.parameters(), lr=1.0, betas=settings.betas, eps=settings.eps, weight_decay=0
         )
-        order = np.random.default_rng((9, 0)).permutation(10).tolist()  # two batches of 4, then the next epoch
+        order = (
+            np.random.default_rng((9, 0)).permutation(10).tolist()
+        )  # two batches of 4, then the next epoch
         again = np.random.default_rng((9, 1)).permutation(10).tolist()
         self.batches = [order[:4], order[4:8], again[:4]]
         self.losses: list[float] = []
@@ -139,12 +143,19 @@ class ByHand:
     def _pair(self, prompt: Prompt) -> tuple[Tensor, int]:
         """Summed cross entropy of the target in nats, and its tokens."""
         text = f"<think>{prompt.reasoning}</think><answer>{prompt.answer}</answer><|im_end|>"
-        target = self.encoder.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        target = self.encoder.tokenizer(text, add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ][0]
         encoded = self.encoder.encode(prompt, hinted=prompt.extra.get("hinted") == "true")
         ids = torch.cat([encoded.input_ids, target])[None]
         self.model.rope_deltas = None
         timing = {"video_second_per_grid": torch.tensor([1.0])} if encoded.features else {}
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **encoded.features, **timing}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            **encoded.features,
+            **timing,
+        }
         logits = self.model(**inputs).logits[0]
         scored = logits[len(encoded.input_ids) - 1 : -1]
         return torch.nn.functional.cross_entropy(scored, target, reduction="sum"), len(target)
@@ -161,17 +172,25 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("budget", ["16384", "150"])
-def test_loss_and_weights_are_those_computed_by_hand(folder: Path, by_hand: ByHand, budget: str) -> None:
+def test_loss_and_weights_are_those_computed_by_hand(
+    folder: Path, by_hand: ByHand, budget: str
+) -> None:
     found = rank_results(folder, "sft", 1)[budget]
-    assert [report["loss"] for report in found["reports"]] == pytest.approx(by_hand.losses, rel=1e-5)
+    assert [report["loss"] for report in found["reports"]] == pytest.approx(
+        by_hand.losses, rel=1e-5
+    )
     assert [report["tokens"] for report in found["reports"]] == by_hand.tokens
     assert [report["update"] for report in found["reports"]] == [1, 2, 3]
     weights = dict(by_hand.model.named_parameters())
-    assert difference(found["weights"], {name: p.detach() for name, p in weights.items()}) < 2e-3 * max(RATES)
+    assert difference(
+        found["weights"], {name: p.detach() for name, p in weights.items()}
+    ) < 2e-3 * max(RATES)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_resumed_cold_start_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ranks: int) -> None:
+def test_a_resumed_cold_start_equals_an_uninterrupted_one_bit_for_bit(
+    folder: Path, ranks: int
+) -> None:
     whole, resumed = (rank_results(folder, "sft", ranks)[name] for name in ("16384", "resumed"))
     assert resumed["reports"] == whole["reports"][2:]
     assert difference(resumed["weights"], whole["weights"]) == 0
@@ -179,8 +198,13 @@ def test_a_resumed_cold_start_equals_an_uninterrupted_one_bit_for_bit(folder: Pa
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_train_what_one_trains(folder: Path, rank: int) -> None:
-    alone, together = rank_results(folder, "sft", 1)["16384"], rank_results(folder, "sft", 2, rank)["16384"]
-    assert [report["tokens"] for report in together["reports"]] == [report["tokens"] for report in alone["reports"]]
+    alone, together = (
+        rank_results(folder, "sft", 1)["16384"],
+        rank_results(folder, "sft", 2, rank)["16384"],
+    )
+    assert [report["tokens"] for report in together["reports"]] == [
+        report["tokens"] for report in alone["reports"]
+    ]
     losses = [report["loss"] for report in alone["reports"]]
     assert [report["loss"] for report in together["reports"]] == pytest.approx(losses, rel=1e-5)
     assert difference(together["weights"], alone["weights"]) < 2e-3 * max(RATES)
@@ -192,7 +216,7 @@ def test_the_loss_falls(folder: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def make_prompt_of(**fields: Any) -> Prompt:

@@ -1,4 +1,5 @@
-"""Killed and gone on with, a run at staleness 0 trains what it would have trained in peace (docs/survival.md)."""
+"""Killed and gone on with, a run at staleness 0 trains what it would have trained in peace
+(docs/survival.md)."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cluster.buffer_commands import open_buffer
-from cluster.checkpoint import checkpoints
-from cluster.disk import read_jsonl
-from cluster.services import CPU_ENVIRONMENT, ENVIRONMENT
-from cluster.telemetry import list_runs, read_metrics, read_status
-from prompts.synthetic.config import WorldConfig
-from prompts.synthetic.world import synthesize
-from prompts.tiny_model import build_tiny_omni
+from avatar_rl.cluster.checkpoints.checkpoint import checkpoints
+from avatar_rl.cluster.services.run_buffer import open_buffer
+from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
+from avatar_rl.cluster.telemetry.run_folder import list_runs, read_metrics, read_status
+from avatar_rl.common.files import read_jsonl
+from avatar_rl.prompts.synthetic.config import WorldConfig
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from avatar_rl.prompts.synthetic.world import synthesize
 from tests.small_run import assert_ended_in_order
 
 STEPS, PROMPTS = 12, 4
@@ -33,7 +34,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def recipe(folder: Path) -> dict[str, Any]:
-    """Replay from the second step on, KL, hints and warm-up; a checkpoint after every second step."""
+    """Replay from the second step on, KL, hints and warm-up; a checkpoint after every second
+    step."""
     return {
         "name": "survivor",
         "seed": 5,
@@ -42,13 +44,24 @@ def recipe(folder: Path) -> dict[str, Any]:
             "train": str(folder / "world" / "train.jsonl"),
             "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
         },
-        "loop": {"steps": STEPS, "prompts_per_step": PROMPTS, "fresh": 2, "replayed": 2, "max_staleness": 0},
+        "loop": {
+            "steps": STEPS,
+            "prompts_per_step": PROMPTS,
+            "fresh": 2,
+            "replayed": 2,
+            "max_staleness": 0,
+        },
         "rollout": {
             "max_sequences": 16,
             "engine": {"max_model_len": 320, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20},
             "sampling": {"max_tokens": 32},
         },
-        "rewards": {"weights": {"tests.integration.test_reference_loop:letters_reward": 1.0, "accuracy": 0.0}},
+        "rewards": {
+            "weights": {
+                "tests.integration.test_reference_loop:letters_reward": 1.0,
+                "accuracy": 0.0,
+            }
+        },
         "buffer": {"warm_up": 16, "capacity": 24, "hints": {"zero_patience": 1}},
         "learner": {"objective": {"beta": 0.1}, "optimizer": {"lr": 5.0e-4}, "warmup": 0.5},
         "probe": {"prompts": 0},
@@ -62,15 +75,26 @@ class Job:
     """`avatar train` in a session of its own."""
 
     def __init__(self, folder: Path, runs: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "recipe.yaml")]
+        command = [
+            sys.executable,
+            "-m",
+            "avatar_rl.cluster.cli",
+            "train",
+            str(folder / "recipe.yaml"),
+        ]
         self.runs = runs
         self.lines: list[str] = []
         self.before = set(os.listdir("/dev/shm"))
         self.process = subprocess.Popen(
-            [*command, "--output.folder", str(runs), *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT}, start_new_session=True,
+            [*command, "--output.folder", str(runs), *arguments],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT},
+            start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
 
     def until(self, text: str) -> None:
         """Read its output up to a line with ``text``."""
@@ -135,12 +159,19 @@ def events(run: Path) -> list[str]:
 
 
 def assert_the_same(run: Path, peaceful: Path, start: Path) -> None:
-    """Parameters within the tolerance of the reference loop, equal books and statistics, each step logged once."""
-    trained, expected = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, peaceful))
+    """Parameters within the tolerance of the reference loop, equal books and statistics, each step
+    logged once."""
+    trained, expected = (
+        load_file(path / "checkpoint" / "model.safetensors") for path in (run, peaceful)
+    )
     before = load_file(start / "model.safetensors")
 
     def norm(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-        return float(torch.stack([(left[name].double() - right[name].double()).norm() for name in left]).norm())
+        return float(
+            torch.stack(
+                [(left[name].double() - right[name].double()).norm() for name in left]
+            ).norm()
+        )
 
     assert norm(expected, before) > 0
     assert norm(trained, expected) < 1e-4 * norm(expected, before)
@@ -149,14 +180,30 @@ def assert_the_same(run: Path, peaceful: Path, start: Path) -> None:
     raw = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
     assert raw == sorted(set(raw))
     for row, want in zip(rows, wanted, strict=True):
-        for name in ("reward/mean", "tokens/trained", "hints/visits", "buffer/stored", "version", "lr"):
+        for name in (
+            "reward/mean",
+            "tokens/trained",
+            "hints/visits",
+            "buffer/stored",
+            "version",
+            "lr",
+        ):
             assert row[name] == want[name], (row["step"], name)
     found = []
     for path in (run, peaceful):
         with open_buffer(str(path), url=None) as buffer:
             books, stats = buffer.check_ledger(), buffer.stats()
             assert books.generated == books.trained_fresh == STEPS * PROMPTS
-            found.append((stats.tiers, stats.stock, stats.prompts, stats.mean_rbar, stats.version, stats.trained_step))
+            found.append(
+                (
+                    stats.tiers,
+                    stats.stock,
+                    stats.prompts,
+                    stats.mean_rbar,
+                    stats.version,
+                    stats.trained_step,
+                )
+            )
     assert found[0] == found[1]
 
 
@@ -194,7 +241,9 @@ def test_a_killed_job_leaves_no_orphan_and_goes_on_from_its_last_whole_checkpoin
     assert_the_same(job.run, peaceful, folder / "model")
 
 
-def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(folder: Path, peaceful: Path, job_to_kill: Job) -> None:
+def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(
+    folder: Path, peaceful: Path, job_to_kill: Job
+) -> None:
     job = job_to_kill
     job.until("starting actors")
     for name in ("ray::RolloutActor", "ray::LearnerRank"):
@@ -264,14 +313,22 @@ def test_two_ranks_that_die_in_mid_run_change_nothing(folder: Path, tmp_path: Pa
     job = Job(folder, tmp_path / "killed", *two)
     try:
         job.until("step  1/")
-        ranks = [child for child in descendants(job.process.pid) if "LearnerRank" in " ".join(child.cmdline())]
+        ranks = [
+            child
+            for child in descendants(job.process.pid)
+            if "LearnerRank" in " ".join(child.cmdline())
+        ]
         assert len(ranks) == 2
         for rank in ranks:
             rank.kill()
         job.until("learner restarted")
         job.until(" step ")
         *_, second = sorted(
-            (child for child in descendants(job.process.pid) if "LearnerRank" in " ".join(child.cmdline())),
+            (
+                child
+                for child in descendants(job.process.pid)
+                if "LearnerRank" in " ".join(child.cmdline())
+            ),
             key=lambda child: child.create_time(),
         )
         second.kill()
@@ -284,8 +341,12 @@ def test_two_ranks_that_die_in_mid_run_change_nothing(folder: Path, tmp_path: Pa
     assert_the_same(job.run, peace.run, folder / "model")
 
 
-def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Path, tmp_path: Path) -> None:
-    changed = Job(folder, peaceful.parent, "--resume", peaceful.name, "--learner.optimizer.lr", "1.0e-3")
+def test_another_recipe_or_model_cannot_go_on_with_it(
+    folder: Path, peaceful: Path, tmp_path: Path
+) -> None:
+    changed = Job(
+        folder, peaceful.parent, "--resume", peaceful.name, "--learner.optimizer.lr", "1.0e-3"
+    )
     output = changed.finish()
     assert changed.process.returncode == 1
     assert "learner.optimizer.lr: 0.0005 -> 0.001" in output
@@ -304,10 +365,14 @@ def test_another_recipe_or_model_cannot_go_on_with_it(folder: Path, peaceful: Pa
 def test_what_stands_still_is_replaced(
     folder: Path, tmp_path: Path, title: str, key: str, seconds: int, messages: tuple[str, str]
 ) -> None:
-    job = Job(folder, tmp_path / "stalled", f"--supervision.{key}", str(seconds), "--loop.steps", "400")
+    job = Job(
+        folder, tmp_path / "stalled", f"--supervision.{key}", str(seconds), "--loop.steps", "400"
+    )
     try:
         job.until("step   2/")
-        [worker] = [child for child in descendants(job.process.pid) if title in " ".join(child.cmdline())]
+        [worker] = [
+            child for child in descendants(job.process.pid) if title in " ".join(child.cmdline())
+        ]
         worker.suspend()
         started = time.monotonic()
         job.until(messages[0])

@@ -1,4 +1,5 @@
-"""Engine and learner see one prompt: token ids, and log-probabilities against a full transformers forward."""
+"""Engine and learner see one prompt: token ids, and log-probabilities against a full transformers
+forward."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.config import EngineConfig, SamplingConfig
-from actors.engine import FinishedRequest, RolloutEngine
-from prompts.digest import prompt_digest
-from prompts.record import Prompt
-from prompts.template import PromptEncoder, TemplateConfig
-from prompts.tiny_model import build_tiny_omni
+from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from tests.tiny_models import (
     ArrayLoader,
     audio,
@@ -37,30 +38,48 @@ class Setting:
         self.loader = ArrayLoader()
         self.encoder = PromptEncoder(folder, self.loader, TemplateConfig())
         self.reference = load_reference(folder)
-        self.engine = RolloutEngine(folder, EngineConfig(device="cpu", max_model_len=1024, max_num_seqs=32))
+        self.engine = RolloutEngine(
+            folder, EngineConfig(device="cpu", max_model_len=1024, max_num_seqs=32)
+        )
 
-    def run(self, prompts: list[Prompt], sampling: SamplingConfig, *, hinted: bool = False) -> list[FinishedRequest]:
+    def run(
+        self, prompts: list[Prompt], sampling: SamplingConfig, *, hinted: bool = False
+    ) -> list[FinishedRequest]:
         for seed, prompt in enumerate(prompts):
-            self.engine.submit(prompt.id, self.encoder.engine_input(prompt, hinted), sampling, seed=seed)
+            self.engine.submit(
+                prompt.id, self.encoder.engine_input(prompt, hinted), sampling, seed=seed
+            )
         finished: dict[str, FinishedRequest] = {}
         while self.engine.in_flight:
             finished |= {done.request_id: done for done in self.engine.step()}
         return [finished[prompt.id] for prompt in prompts]
 
-    def gap(self, prompt: Prompt, done: FinishedRequest, temperature: float = 1.0, *, hinted: bool = False) -> float:
-        """Largest log-probability difference over all completions; fails when the prompt tokens differ."""
+    def gap(
+        self,
+        prompt: Prompt,
+        done: FinishedRequest,
+        temperature: float = 1.0,
+        *,
+        hinted: bool = False,
+    ) -> float:
+        """Largest log-probability difference over all completions; fails when the prompt tokens
+        differ."""
         encoded = self.encoder.encode(prompt, hinted)
         np.testing.assert_array_equal(done.prompt_token_ids, encoded.input_ids.numpy())
         assert prompt_digest(done.prompt_token_ids) == encoded.digest
         gaps = [
-            np.abs(logprobs_of(self.reference, encoded, part.token_ids, temperature) - part.logprobs).max()
+            np.abs(
+                logprobs_of(self.reference, encoded, part.token_ids, temperature) - part.logprobs
+            ).max()
             for part in done.completions
         ]
         return float(max(gaps))
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3"])
-def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def setting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("models")
     if request.param == "qwen2_5_omni":
         base = build_tiny_omni(folder / "base")
@@ -73,7 +92,8 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def cases(setting: Setting) -> list[Prompt]:
-    """Every kind and arrangement of media the model takes; frame rates off the default and clips longer than wide."""
+    """Every kind and arrangement of media the model takes; frame rates off the default and clips
+    longer than wide."""
     loader, kind = setting.loader, setting.encoder.kind
     layouts: dict[str, tuple[list[Any], bool]] = {"text": ([], False)}
     if kind != "qwen3":
@@ -98,11 +118,15 @@ def cases(setting: Setting) -> list[Prompt]:
                 True,
             ),
         }
-    return [make_prompt(loader, name, media, audio_in_video=av) for name, (media, av) in layouts.items()]
+    return [
+        make_prompt(loader, name, media, audio_in_video=av) for name, (media, av) in layouts.items()
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_engine_logprobs_equal_a_full_transformers_forward(setting: Setting, temperature: float) -> None:
+def test_engine_logprobs_equal_a_full_transformers_forward(
+    setting: Setting, temperature: float
+) -> None:
     prompts = cases(setting)
     sampling = SamplingConfig(n=2, temperature=temperature, max_tokens=24)
     gaps = {
@@ -115,7 +139,12 @@ def test_engine_logprobs_equal_a_full_transformers_forward(setting: Setting, tem
 
 def test_system_options_instruction_and_hint_reach_both_sides(setting: Setting) -> None:
     prompt = make_prompt(
-        setting.loader, "worded", [], system="be brief", options=("A. red", "B. blue"), hint="look at the left"
+        setting.loader,
+        "worded",
+        [],
+        system="be brief",
+        options=("A. red", "B. blue"),
+        hint="look at the left",
     )
     plain, hinted = setting.encoder.encode(prompt, False), setting.encoder.encode(prompt, True)
     assert len(hinted.input_ids) > len(plain.input_ids)
@@ -123,7 +152,9 @@ def test_system_options_instruction_and_hint_reach_both_sides(setting: Setting) 
     assert setting.gap(prompt, done, hinted=True) <= TOLERANCE
 
 
-def test_logprobs_are_those_of_the_whole_distribution_when_top_k_truncates(setting: Setting) -> None:
+def test_logprobs_are_those_of_the_whole_distribution_when_top_k_truncates(
+    setting: Setting,
+) -> None:
     prompt = make_prompt(setting.loader, "text", [])
     [done] = setting.run([prompt], SamplingConfig(n=2, top_k=3, max_tokens=24))
     assert setting.gap(prompt, done) <= TOLERANCE

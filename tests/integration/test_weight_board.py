@@ -1,4 +1,5 @@
-"""Weights through real Ray processes: they outlive their publisher, are heard of at once, and damage is refused."""
+"""Weights through real Ray processes: they outlive their publisher, are heard of at once, and
+damage is refused."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ import pytest
 import ray
 import torch
 
-from actors import weights as pulling
-from actors.weights import MAX_REFUSED, WeightPuller
-from buffer_service.board import WeightBoard
-from buffer_service.config import BufferConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from buffer_service.weights import pack_weights
-from learner.outbox import Outbox
-from learner.publisher import Publisher
-from prompts.errors import ModelError
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights import receiver as pulling
+from avatar_rl.buffer_service.weights.block import pack_weights
+from avatar_rl.buffer_service.weights.outbox import Outbox
+from avatar_rl.buffer_service.weights.receiver import MAX_REFUSED, WeightPuller
+from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.buffer_service.weights.store import WeightBoard
+from avatar_rl.common.errors import ModelError
 
 SIZE = 1 << 20  # elements: far above what Ray sends inline
 
@@ -42,7 +43,9 @@ class Source:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20
+    )
     yield
     ray.shutdown()
 
@@ -68,7 +71,9 @@ def test_a_version_outlives_the_learner_that_published_it(board: Any, source: An
     assert torch.equal(fetched[1]["w"], torch.full((SIZE,), 1.0))
 
 
-def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(board: Any, source: Any) -> None:
+def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(
+    board: Any, source: Any
+) -> None:
     ray.get(source.publish.remote(1))
     puller = WeightPuller(board, 1)
     with ThreadPoolExecutor(1) as pool:
@@ -77,7 +82,9 @@ def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(board: 
         assert not waiting.done()
         ray.get(source.publish.remote(2))
         assert waiting.result(30) == (2, 2.0)
-    ray.get([source.publish.remote(version) for version in (3, 4)], timeout=60)  # at once: they take turns
+    ray.get(
+        [source.publish.remote(version) for version in (3, 4)], timeout=60
+    )  # at once: they take turns
     fetched = until_fetched(puller)
     assert fetched in [(3, 3.0), (4, 4.0)]
     if fetched[0] == 3:
@@ -135,7 +142,9 @@ def test_a_version_is_handed_on_once_it_is_committed_and_fetched_anew_when_it_ne
         assert (version, weights["w"].tolist()) == (1, [5.0] * 4)
 
 
-def test_a_publisher_that_dies_leaves_the_version_before_and_its_successor_is_heard(board: Any, source: Any) -> None:
+def test_a_publisher_that_dies_leaves_the_version_before_and_its_successor_is_heard(
+    board: Any, source: Any
+) -> None:
     ray.get(source.publish.remote(1))
     puller = WeightPuller(board, 0)
     assert until_fetched(puller) == (1, 1.0)
@@ -150,7 +159,9 @@ def test_a_publisher_that_dies_leaves_the_version_before_and_its_successor_is_he
 
 
 def test_a_board_that_dies_comes_back_empty_and_is_given_the_newest_version(cluster: None) -> None:
-    board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    board = (
+        ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    )
     source = ray.remote(Source).options(num_cpus=0, max_concurrency=4).remote(board)
     assert ray.get(source.again.remote()) == 0  # nothing yet
     ray.get(source.publish.remote(1))

@@ -1,5 +1,5 @@
-"""What a tiny model hides of ZeRO: ranks that need another number of logit chunks, or runs of an encoder, and the
-gradients that DeepSpeed keeps of parameters a step does not use.
+"""What a tiny model hides of ZeRO: ranks that need another number of logit chunks, or runs of an
+encoder, and the gradients that DeepSpeed keeps of parameters a step does not use.
 
 Ranks are processes of this module (`tests.ranks`); they write what they got and the tests compare.
 """
@@ -14,22 +14,32 @@ import pytest
 import torch
 from torch import Tensor
 
-import learner.engine
-import learner.policy
-from learner.batch import Pending, Row
-from learner.engine import TrainEngine
-from learner.policy import MicroBatch, PolicyOutput
-from prompts.config import TemplateConfig
-from prompts.errors import ConfigError
-from prompts.template import PromptEncoder
-from prompts.tiny_model import build_tiny_omni
-from tests.integration.test_learner_engine import RATES, TOLERANCE, difference, make_engine, settings, text_rows, train
+import avatar_rl.learner.engine
+import avatar_rl.learner.model.policy
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row
+from avatar_rl.learner.engine import TrainEngine
+from avatar_rl.learner.model.policy import PolicyOutput
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.template import PromptEncoder
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from tests.integration.test_learner_engine import (
+    RATES,
+    TOLERANCE,
+    difference,
+    make_engine,
+    settings,
+    text_rows,
+    train,
+)
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import ArrayLoader, audio, build_vision_language, image, make_prompt, video
 
 pytestmark = pytest.mark.timeout(600)
 MODULE = "tests.integration.test_zero3"
-STAGES = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
+STAGES = [
+    (stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload
+]
 
 
 class StandIn(torch.optim.AdamW):
@@ -41,7 +51,8 @@ class StandIn(torch.optim.AdamW):
 
 
 def rows_of(model: Path, *kinds: str) -> list[Row]:
-    """A completion each of prompts with the media that ``kinds`` name, "image+video" say; "" for none."""
+    """A completion each of prompts with the media that ``kinds`` name, "image+video" say; "" for
+    none."""
     loader = ArrayLoader()
     encoder = PromptEncoder(model, loader, TemplateConfig())
     rng, rows = np.random.default_rng(1), []
@@ -64,7 +75,7 @@ def step_of(engine: TrainEngine, rows: list[Row]) -> float:
     return engine.step(0.01)
 
 
-# -- what a rank does --------------------------------------------------------------------------------------------------
+# -- what a rank does ------------------------------------------------------------------------------
 
 
 def chunks(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
@@ -78,7 +89,8 @@ def chunks(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def visual_runs(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Ranks with an image here and a video there, or with both here and one there: weights, or what was said."""
+    """Ranks with an image here and a video there, or with both here and one there: weights, or what
+    was said."""
     found: dict[str, Any] = {}
     for name, kinds in {"one": ("image", "video"), "two": ("image+video", "video")}.items():
         rows = rows_of(folder / "omni", *kinds)
@@ -100,7 +112,9 @@ def unused(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     sound, silent = rows_of(folder / "omni", "audio", "")
     for stage, offload in STAGES:
-        config = settings(stage, betas=(0.0, 0.0), eps=1e-3, weight_decay=0.0, offload_optimizer=offload)
+        config = settings(
+            stage, betas=(0.0, 0.0), eps=1e-3, weight_decay=0.0, offload_optimizer=offload
+        )
         engine = make_engine(folder / "omni", config, ranks)
         weights, norms = [engine.state_dict()], []
         for rows in ([sound], [silent], [silent, sound]):
@@ -113,17 +127,17 @@ def unused(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     import deepspeed.ops.adam
 
-    learner.engine.WHOLE_BELOW = 0
+    avatar_rl.learner.engine.WHOLE_BELOW = 0
     deepspeed.ops.adam.DeepSpeedCPUAdam = StandIn
     found = {"unused": unused(folder, rank, ranks)}
     if ranks > 1:
         found["visual_runs"] = visual_runs(folder, rank, ranks)
-        learner.policy.LOGIT_CHUNK = 4
+        avatar_rl.learner.model.policy.LOGIT_CHUNK = 4
         found["chunks"] = chunks(folder, rank, ranks)
     return found
 
 
-# -- the tests ---------------------------------------------------------------------------------------------------------
+# -- the tests -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +152,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ranks_that_need_unequally_many_logit_chunks_train_alike(folder: Path) -> None:
-    """Each chunk gathers the head's weights, forwards and again backwards: all ranks must run equally many."""
+    """Each chunk gathers the head's weights, forwards and again backwards: all ranks must run
+    equally many."""
     found = rank_results(folder, "chunks", 2)
     assert found["3"]["norms"] == pytest.approx(found["0"]["norms"], rel=1e-4)
     assert difference(found["3"]["weights"], found["0"]["weights"]) < TOLERANCE * max(RATES)
@@ -151,7 +166,9 @@ def test_an_image_here_and_a_video_there_are_one_run_of_the_encoder_each(folder:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_zero_3_says_at_once_that_an_encoder_runs_twice_on_one_rank_only(folder: Path, rank: int) -> None:
+def test_zero_3_says_at_once_that_an_encoder_runs_twice_on_one_rank_only(
+    folder: Path, rank: int
+) -> None:
     found = rank_results(folder, "visual_runs", 2, rank)["two-3"]
     assert "equally often (images and videos are two runs)" in found
     assert "zero_stage 0" in found
@@ -164,7 +181,9 @@ def test_a_parameter_that_a_step_does_not_use_stays_as_it_is(
 ) -> None:
     results = rank_results(folder, "unused", ranks)
     found, expected = results[f"{stage}-{offload}"], results["0-False"]
-    sound = [{n: w for n, w in weights.items() if "audio_tower" in n} for weights in found["weights"]]
+    sound = [
+        {n: w for n, w in weights.items() if "audio_tower" in n} for weights in found["weights"]
+    ]
     assert difference(sound[1], sound[0]) > 1e-3
     assert difference(sound[2], sound[1]) == 0
     assert difference(sound[3], sound[2]) > 1e-3

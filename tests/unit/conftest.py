@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prompts.tiny_model import build_tiny_omni
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ Colour = tuple[int, int, int]
 
 def tone(hertz: float, seconds: float, rate: int, amplitude: float = 0.5) -> NDArray[np.float32]:
     """(S,) sine."""
-    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def write_wav(path: Path, samples: NDArray[np.float32], rate: int) -> Path:
@@ -33,13 +35,18 @@ def write_video(
     sound: NDArray[np.float32] | None = None,
     sound_rate: int = 48_000,
 ) -> Path:
-    """H.264 clip with one plain colour per frame (width, height = size), AAC sound track if given."""
+    """H.264 clip with one plain colour per frame (width, height = size), AAC sound track if
+    given."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "bf": "2"})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.gop_size = gop
-        track = container.add_stream("aac", rate=sound_rate, layout="mono") if sound is not None else None
+        track = (
+            container.add_stream("aac", rate=sound_rate, layout="mono")
+            if sound is not None
+            else None
+        )
         for colour in colours:
             image = np.tile(np.array(colour, np.uint8), (size[1], size[0], 1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

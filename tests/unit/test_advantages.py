@@ -8,8 +8,13 @@ import statistics
 import pytest
 import torch
 
-from learner.advantages import group_advantages, replay_advantages, rewards_tensor, step_advantages
-from prompts.errors import ConfigError, DataError
+from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.learner.objective.advantages import (
+    group_advantages,
+    replay_advantages,
+    rewards_tensor,
+    step_advantages,
+)
 
 NAN = float("nan")
 
@@ -32,7 +37,9 @@ def test_ragged_interleaved_groups(scale: str) -> None:
             "batch": statistics.stdev(rewards) + 1e-4,
             "none": 1.0,
         }[scale]
-        assert found[row].item() == pytest.approx((reward - statistics.mean(mates)) / divisor, abs=1e-12)
+        assert found[row].item() == pytest.approx(
+            (reward - statistics.mean(mates)) / divisor, abs=1e-12
+        )
 
 
 def test_masked_rewards_take_no_part() -> None:
@@ -58,8 +65,12 @@ def test_vcrs_divides_by_the_deviation_of_the_replayed_rewards() -> None:
 
 def test_vcrs_floor_and_equal_rewards() -> None:
     baselines = torch.tensor([0.2, 0.2], dtype=torch.float64)
-    assert replay_advantages(rewards_tensor([0.50, 0.52]), baselines).tolist() == pytest.approx([3.0, 3.2])
-    assert replay_advantages(rewards_tensor([0.5, 0.5]), baselines).tolist() == pytest.approx([0.3, 0.3])
+    assert replay_advantages(rewards_tensor([0.50, 0.52]), baselines).tolist() == pytest.approx(
+        [3.0, 3.2]
+    )
+    assert replay_advantages(rewards_tensor([0.5, 0.5]), baselines).tolist() == pytest.approx(
+        [0.3, 0.3]
+    )
     assert replay_advantages(rewards_tensor([1.0]), baselines[:1]).tolist() == pytest.approx([0.8])
 
 
@@ -79,7 +90,8 @@ def test_replayed_masked_reward_is_left_out_of_sigma() -> None:
 
 
 def step(mode: str) -> tuple[torch.Tensor, ...]:
-    """Two mixed groups of 2 fresh and 2 replayed; group 1 is dead when fresh, one replay answers its own prompt."""
+    """Two mixed groups of 2 fresh and 2 replayed; group 1 is dead when fresh, one replay answers
+    its own prompt."""
     rewards = rewards_tensor([1, 0, 1, 0, 0, 0, 1, 1])
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     is_replay = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
@@ -104,8 +116,12 @@ def test_joint_normalises_fresh_with_replays_of_the_same_prompt() -> None:
     values = step("joint")[0]
     mates = [0, 0, 1]  # group 1: two fresh failures and the stored success of the same prompt
     unit = 1 / (statistics.stdev(mates) + 1e-4)
-    assert values[[4, 5, 6]].tolist() == pytest.approx([-unit / 3, -unit / 3, 2 * unit / 3], abs=1e-12)
-    assert values[[0, 1, 2, 3, 7]].tolist() == pytest.approx(step("vcrs")[0][[0, 1, 2, 3, 7]].tolist())
+    assert values[[4, 5, 6]].tolist() == pytest.approx(
+        [-unit / 3, -unit / 3, 2 * unit / 3], abs=1e-12
+    )
+    assert values[[0, 1, 2, 3, 7]].tolist() == pytest.approx(
+        step("vcrs")[0][[0, 1, 2, 3, 7]].tolist()
+    )
 
 
 def test_joint_without_a_scored_fresh_row_keeps_vcrs() -> None:
@@ -165,8 +181,13 @@ def test_a_fresh_completion_alone_learns_against_its_prompts_average() -> None:
         fresh_advantage="vcrs",
     )
     sigma = statistics.stdev(rewards)  # of the whole step: fresh and replayed share one scale
-    assert found.values.tolist() == pytest.approx([0.75 / sigma, -0.25 / sigma, 0, 0.25 / sigma], abs=1e-12)
-    assert found.dead_before.tolist() == [True, True, True] and found.dead_after.tolist() == [False] * 3
+    assert found.values.tolist() == pytest.approx(
+        [0.75 / sigma, -0.25 / sigma, 0, 0.25 / sigma], abs=1e-12
+    )
+    assert (
+        found.dead_before.tolist() == [True, True, True]
+        and found.dead_after.tolist() == [False] * 3
+    )
 
 
 def test_positive_replay_keeps_fresh_failures_and_drops_replayed_ones() -> None:
@@ -179,4 +200,10 @@ def test_positive_replay_keeps_fresh_failures_and_drops_replayed_ones() -> None:
 
 def test_fresh_vcrs_needs_baselines() -> None:
     with pytest.raises(DataError, match="baseline"):
-        step_advantages(rewards_tensor([1.0]), torch.tensor([0]), torch.tensor([False]), None, fresh_advantage="vcrs")
+        step_advantages(
+            rewards_tensor([1.0]),
+            torch.tensor([0]),
+            torch.tensor([False]),
+            None,
+            fresh_advantage="vcrs",
+        )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.allocator import jemalloc
+from avatar_rl.cluster.services.allocator import jemalloc
 
 #: An allocator that refuses its settings says so on standard error.
 LOOK = "print('libjemalloc' in open('/proc/self/maps').read())"
@@ -20,14 +20,20 @@ LOOK = "print('libjemalloc' in open('/proc/self/maps').read())"
 def test_a_process_uses_it_and_its_settings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     environment = os.environ | jemalloc()
-    done = subprocess.run([sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("True\n", "")
     wrong = environment | {"MALLOC_CONF": environment["MALLOC_CONF"] + ",no_such_setting:1"}
-    assert subprocess.run([sys.executable, "-c", LOOK], env=wrong, capture_output=True, text=True).stderr
+    assert subprocess.run(
+        [sys.executable, "-c", LOOK], env=wrong, capture_output=True, text=True
+    ).stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux'")
-def test_one_that_cannot_be_loaded_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_loaded_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     (tmp_path / "core").mkdir()
     (tmp_path / "core" / "libjemalloc.so").write_bytes(b"not a library")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from prompts.record import ProblemType, Prompt
-from rewards.accuracy import answer_score
-from rewards.choice import choice_letter
-from rewards.numeric import parse_number
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.rewards.answers.accuracy import answer_score
+from avatar_rl.rewards.answers.choice import choice_letter
+from avatar_rl.rewards.answers.numeric import parse_number
 
 OPTIONS = ("A. red ball", "B. green ball", "C. a T-shirt")
 
@@ -52,8 +52,27 @@ def test_a_number_is_read_whole(text: str, number: float) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("\\sqrt{2}", "√3", "sqrt(2)", "4\\pi", "π/4", "4 pi", "\\frac{\\pi}{4}", "\\frac{\\sqrt{3}}{2}"),
-        *("\\frac12", "\\frac{5}{x}", "x\\frac{1}{2}", "1.3\\frac{1}{2}", "3½", "5²", "2^{10}", "x^2", "x/3"),
+        *(
+            "\\sqrt{2}",
+            "√3",
+            "sqrt(2)",
+            "4\\pi",
+            "π/4",
+            "4 pi",
+            "\\frac{\\pi}{4}",
+            "\\frac{\\sqrt{3}}{2}",
+        ),
+        *(
+            "\\frac12",
+            "\\frac{5}{x}",
+            "x\\frac{1}{2}",
+            "1.3\\frac{1}{2}",
+            "3½",
+            "5²",
+            "2^{10}",
+            "x^2",
+            "x/3",
+        ),
         *("1.000.000", "1.2.1", "10:10", "3 + 3", "3x3", "2 \\times 2", "5.5.5"),
         *("two and a half", "two thirds", "minus five", "a hundred and five", "five point five"),
         *("nine hundred thousand", "5e400 million", "1e308 million"),
@@ -66,7 +85,17 @@ def test_what_is_no_plain_number_is_not_read_as_part_of_it(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["1 2", "5 or 2", "0 123", "1 2345", "1 000 or 2 000", "5 m^2 or 6 m^2", "one two", "one hundred, two", "20, 25"],
+    [
+        "1 2",
+        "5 or 2",
+        "0 123",
+        "1 2345",
+        "1 000 or 2 000",
+        "5 m^2 or 6 m^2",
+        "one two",
+        "one hundred, two",
+        "20, 25",
+    ],
 )
 def test_several_numbers_stay_a_hedge(text: str) -> None:
     assert parse_number(text) is None
@@ -83,9 +112,19 @@ def test_a_formula_as_truth_wants_the_formula(kind: ProblemType) -> None:
     "answer",
     [
         *("B - green ball", "B – green ball", "B — the green ball", "B-green ball"),
-        *("The correct answer is option B", "The answer is the option B.", "The correct answer is: **B**"),
+        *(
+            "The correct answer is option B",
+            "The answer is the option B.",
+            "The correct answer is: **B**",
+        ),
         *("B is correct", "**B** is the correct answer.", "Option B is right"),
-        *("\\(B\\)", "\\[B\\]", "\\(\\text{B}\\)", "$\\boxed{\\text{B}}$", "The answer is $\\boxed{B}$"),
+        *(
+            "\\(B\\)",
+            "\\[B\\]",
+            "\\(\\text{B}\\)",
+            "$\\boxed{\\text{B}}$",
+            "The answer is $\\boxed{B}$",
+        ),
         *("\\boxed{\\text{B. green ball}}", "\\mathbf{B}"),
         *("Ｂ", "（Ｂ）", "Ｂ．green ball"),
     ],
@@ -101,12 +140,24 @@ def test_full_width_options_have_letters() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        *("A - B", "A – B", "A-B", "A - b", "B - red ball", "A - red ball, B - green ball", "A. B - green ball"),
+        *(
+            "A - B",
+            "A – B",
+            "A-B",
+            "A - b",
+            "B - red ball",
+            "A - red ball, B - green ball",
+            "A. B - green ball",
+        ),
         *("option A option B", "The answer is option A or option B", "The answer is option A, B"),
         *("A is wrong, B is correct", "A is correct, B is correct", "A is correct. B is correct"),
         *("B is incorrect", "B is not correct", "A is B"),
         *("\\(A\\) or \\(B\\)", "\\(A\\) \\(B\\)", "\\(A\\). \\(B\\)", "$A$. $B$", "**A.** **B**"),
-        *("\\boxed{A}. \\boxed{B}", "$\\boxed{\\text{A}}$, $\\boxed{\\text{B}}$", "The answer is $A$. $B$"),
+        *(
+            "\\boxed{A}. \\boxed{B}",
+            "$\\boxed{\\text{A}}$, $\\boxed{\\text{B}}$",
+            "The answer is $A$. $B$",
+        ),
         *("Ａ　Ｂ", "Ａ、Ｂ", "A-level", "A - because it moves"),
     ],
 )
@@ -129,10 +180,17 @@ def test_several_letters_stay_a_hedge_in_any_dress(answer: str) -> None:
     ],
 )
 def test_lists_name_the_same_slots(answer: str, score: float) -> None:
-    assert answer_score(ask(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer) == pytest.approx(score)
+    assert answer_score(
+        ask(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer
+    ) == pytest.approx(score)
 
 
 def test_numbers_and_signs_can_be_slots() -> None:
     for truth in ("1: cyclist / 2: girl", "-30°: cyclist / 30°: girl"):
         assert answer_score(ask(ProblemType.LOCALISATION, truth), truth) == 1.0
-    assert answer_score(ask(ProblemType.LOCALISATION, "-30°: cyclist / 30°: girl"), "30°: cyclist / -30°: girl") == 0.0
+    assert (
+        answer_score(
+            ask(ProblemType.LOCALISATION, "-30°: cyclist / 30°: girl"), "30°: cyclist / -30°: girl"
+        )
+        == 0.0
+    )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.autoscale import COOLDOWN, PATIENCE, Autoscaler
-from cluster.config import RolloutSection
+from avatar_rl.cluster.config import RolloutSection
+from avatar_rl.cluster.workers.autoscale import COOLDOWN, PATIENCE, Autoscaler
 
 
-def feed(policy: Autoscaler, workers: int, steps: int, *, learner: float, rollouts: float) -> list[int]:
+def feed(
+    policy: Autoscaler, workers: int, steps: int, *, learner: float, rollouts: float
+) -> list[int]:
     """Sizes after each of ``steps`` equal steps of 10 s, given the shares that each side waits."""
     sizes = []
     for _ in range(steps):
-        workers = policy.observe(workers, learner_wait=10 * learner, rollout_wait=10 * rollouts, step=10.0)
+        workers = policy.observe(
+            workers, learner_wait=10 * learner, rollout_wait=10 * rollouts, step=10.0
+        )
         sizes.append(workers)
     return sizes
 

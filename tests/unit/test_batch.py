@@ -1,4 +1,5 @@
-"""Packing, sharing out and collating: every row once, within the budget, each prompt carried once."""
+"""Packing, sharing out and collating: every row once, within the budget, each prompt carried
+once."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batch import Pending, Row, Size, collate, pack, padded, share_out
-from learner.policy import RUN_GAIN, length_runs
-from prompts.template import EncodedPrompt
+from avatar_rl.learner.batch.microbatch import Pending, Row, Size, collate, pack, padded, share_out
+from avatar_rl.learner.model.policy import RUN_GAIN, length_runs
+from avatar_rl.prompts.encoding.template import EncodedPrompt
 
 PROMPTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)  # prompt tokens by prompt number
 
@@ -21,7 +22,9 @@ PROMPTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)  # prompt tokens 
 def rows_of(draw: st.DrawFn) -> list[Size]:
     """Rows of up to six prompts in any order; a prompt's length is one number."""
     lengths = draw(PROMPTS)
-    picks = draw(st.lists(st.tuples(st.integers(0, len(lengths) - 1), st.integers(1, 40)), max_size=24))
+    picks = draw(
+        st.lists(st.tuples(st.integers(0, len(lengths) - 1), st.integers(1, 40)), max_size=24)
+    )
     return [Size((f"p{prompt}", False), lengths[prompt], tokens) for prompt, tokens in picks]
 
 
@@ -34,7 +37,9 @@ def cost(batch: list[int], sizes: list[Size], share_prefix: bool) -> int:
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=rows_of(), budget=st.integers(1, 300), share_prefix=st.booleans())
-def test_packing_keeps_the_budget_and_covers_every_row_once(sizes: list[Size], budget: int, share_prefix: bool) -> None:
+def test_packing_keeps_the_budget_and_covers_every_row_once(
+    sizes: list[Size], budget: int, share_prefix: bool
+) -> None:
     batches = pack(sizes, budget, share_prefix=share_prefix)
     assert Counter(i for batch in batches for i in batch) == Counter(range(len(sizes)))
     for batch in batches:
@@ -75,7 +80,10 @@ def test_runs_cover_every_completion_and_each_one_pays(lengths: list[int]) -> No
 
 
 def test_runs_by_hand() -> None:
-    assert length_runs([10, 300, 20, 290]) == [[1, 3], [2, 0]]  # (300 - 20) x 2 saved; (20 - 10) x 1 is not worth it
+    assert length_runs([10, 300, 20, 290]) == [
+        [1, 3],
+        [2, 0],
+    ]  # (300 - 20) x 2 saved; (20 - 10) x 1 is not worth it
     assert length_runs([7, 7, 7]) == [[0, 1, 2]]
 
 
@@ -87,7 +95,9 @@ def test_a_hinted_prompt_is_another_prompt() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(sizes=rows_of(), budget=st.integers(20, 200), ranks=st.integers(1, 5))
-def test_ranks_share_every_micro_batch_once_and_evenly(sizes: list[Size], budget: int, ranks: int) -> None:
+def test_ranks_share_every_micro_batch_once_and_evenly(
+    sizes: list[Size], budget: int, ranks: int
+) -> None:
     batches = pack(sizes, budget, share_prefix=True)
     shares = share_out(batches, sizes, ranks)
     assert len(shares) == ranks
@@ -102,7 +112,9 @@ def test_ranks_share_every_micro_batch_once_and_evenly(sizes: list[Size], budget
 
     # Heaviest first onto the least loaded: ranks differ by at most one micro-batch.
     if batches:
-        assert max(map(load, shares)) - min(map(load, shares)) <= max(load([batch]) for batch in batches)
+        assert max(map(load, shares)) - min(map(load, shares)) <= max(
+            load([batch]) for batch in batches
+        )
 
 
 def encoded(ids: list[int], **features: torch.Tensor) -> EncodedPrompt:
@@ -112,7 +124,9 @@ def encoded(ids: list[int], **features: torch.Tensor) -> EncodedPrompt:
 
 
 def test_collate_lays_out_prompts_once_and_completions_left_aligned() -> None:
-    short = encoded([7, 8], input_features=torch.full((1, 4, 5), 1.0), feature_attention_mask=torch.ones(1, 5))
+    short = encoded(
+        [7, 8], input_features=torch.full((1, 4, 5), 1.0), feature_attention_mask=torch.ones(1, 5)
+    )
     long = encoded(
         [1, 2, 3],
         input_features=torch.full((2, 4, 3), 2.0),
@@ -139,7 +153,11 @@ def test_collate_lays_out_prompts_once_and_completions_left_aligned() -> None:
     torch.testing.assert_close(batch.temperature, torch.tensor([0.7, 1.0, 1.0]))
     # Media of the prompts in their order, sounds padded to the widest.
     assert batch.features["input_features"].shape == (3, 4, 5)
-    assert batch.features["feature_attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+    assert batch.features["feature_attention_mask"].tolist() == [
+        [1] * 5,
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+    ]
     assert batch.features["input_features"][1, 0].tolist() == [2, 2, 2, 0, 0]
     assert batch.features["pixel_values"].shape == (6, 2)
     pending = Pending(rows, share_prefix=True)

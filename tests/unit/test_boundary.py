@@ -1,10 +1,11 @@
-"""The rule by which an engine waits for the end of what is in flight, or takes new weights in under it."""
+"""The rule by which an engine waits for the end of what is in flight, or takes new weights in under
+it."""
 
 from __future__ import annotations
 
 import pytest
 
-from actors.boundary import Boundary
+from avatar_rl.actors.update_policy import Boundary
 
 
 @pytest.fixture
@@ -22,7 +23,9 @@ def test_an_empty_engine_takes_weights_at_once(boundary: Boundary) -> None:
     assert boundary.reached(0, room_for_next_step=False)
 
 
-def test_it_waits_as_long_as_idle_places_cost_less_than_prefilling_again(boundary: Boundary) -> None:
+def test_it_waits_as_long_as_idle_places_cost_less_than_prefilling_again(
+    boundary: Boundary,
+) -> None:
     assert boundary.prefill_s == pytest.approx(0.02)  # (90 - 10) / 4 ms
     waited = 0
     while not boundary.reached(2, room_for_next_step=True):  # 2 requests: 40 ms of prefill

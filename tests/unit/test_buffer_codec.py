@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer_service.codec import FORMAT, checksum, decode, encode
-from buffer_service.config import BufferConfig, TierShares
-from buffer_service.draw import generator, seed_state
-from buffer_service.errors import RecordError
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.trajectory import Trajectory
-from buffer_service.validate import check_group, is_success, zero_accuracy
-from prompts.errors import ConfigError
+from avatar_rl.buffer_service.config import BufferConfig, TierShares
+from avatar_rl.buffer_service.draw import generator, seed_state
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.records.codec import FORMAT, checksum, decode, encode
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.trajectory import Trajectory
+from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
+from avatar_rl.common.errors import ConfigError
 from tests.buffer_records import make_group
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -28,7 +28,9 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40))
-    logprobs = draw(st.lists(st.floats(-100, 0, width=32), min_size=len(tokens), max_size=len(tokens)))
+    logprobs = draw(
+        st.lists(st.floats(-100, 0, width=32), min_size=len(tokens), max_size=len(tokens))
+    )
     return Trajectory(
         id=draw(st.text(max_size=20)),
         group_id=draw(st.text(max_size=20)),
@@ -39,7 +41,9 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         prompt_digest=draw(st.integers(0, 2**32 - 1)),
         token_ids=np.array(tokens, np.int32),
         logprobs=np.array(logprobs, np.float32),
-        versions=tuple(draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=3))),
+        versions=tuple(
+            draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=3))
+        ),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         temperature=draw(finite),
         reward=draw(finite),
@@ -54,7 +58,9 @@ def test_round_trip_is_exact(t: Trajectory) -> None:
     back = decode(encode(t))
     for name in t.__struct_fields__:
         a, b = getattr(t, name), getattr(back, name)
-        assert (np.array_equal(a, b) and a.dtype == b.dtype) if isinstance(a, np.ndarray) else a == b
+        assert (
+            (np.array_equal(a, b) and a.dtype == b.dtype) if isinstance(a, np.ndarray) else a == b
+        )
     assert back.version == t.versions[0][0]
 
 
@@ -89,7 +95,8 @@ def test_noise_is_a_typed_error(noise: bytes) -> None:
 
 
 def test_text_that_is_no_utf8_is_a_typed_error() -> None:
-    """Found by tests/chaos/fuzz_codec.py: msgpack says UnicodeDecodeError, which is not its own DecodeError."""
+    """Found by tests/chaos/fuzz_codec.py: msgpack says UnicodeDecodeError, which is not its own
+    DecodeError."""
     fields = bytes([0x9D, 0xA5]) + b"0000\xff"
     body = fields + bytes(-len(fields) % 4)
     with pytest.raises(RecordError, match="fields unreadable"):
@@ -99,7 +106,9 @@ def test_text_that_is_no_utf8_is_a_typed_error() -> None:
 def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
     t = make_group(lease(), [1.0]).trajectories[0]
     for changes in ({"prompt_id": "\ud800"}, {"prompt_tokens": 2**64}):
-        with pytest.raises(RecordError, match=r"00000003\.0.*; give UTF-8 text and integers of 64 bits"):
+        with pytest.raises(
+            RecordError, match=r"00000003\.0.*; give UTF-8 text and integers of 64 bits"
+        ):
             encode(msgspec.structs.replace(t, **changes))
 
 
@@ -111,7 +120,9 @@ def lease(seq: int = 3, kind: str = "train") -> TicketLease:
 def test_newer_format_names_both_formats() -> None:
     data = bytearray(encode(make_group(lease(), [1.0]).trajectories[0]))
     struct.pack_into("<H", data, 4, FORMAT + 1)
-    with pytest.raises(RecordError, match=f"x.1: record format {FORMAT + 1}, this code reads 1 to {FORMAT}"):
+    with pytest.raises(
+        RecordError, match=f"x.1: record format {FORMAT + 1}, this code reads 1 to {FORMAT}"
+    ):
         decode(bytes(data), "x.1")
 
 
@@ -159,7 +170,9 @@ def test_success_and_zero_accuracy_use_the_component_unless_masked() -> None:
     masked = make_group(lease(), [0.0, 0.6], accuracy=False)
     assert [is_success(t, "accuracy", 0.5) for t in scored.trajectories] == [False, True]
     assert [is_success(t, "accuracy", 0.5) for t in masked.trajectories] == [False, True]
-    assert [zero_accuracy(g, "accuracy") for g in (scored, masked, make_group(lease(), [0.0, 0.0]))] == [0, -1, 1]
+    assert [
+        zero_accuracy(g, "accuracy") for g in (scored, masked, make_group(lease(), [0.0, 0.0]))
+    ] == [0, -1, 1]
 
 
 def test_generator_equals_lecuyers_published_recurrence() -> None:
@@ -195,13 +208,19 @@ def test_config_refuses_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> Non
         BufferConfig(password_env="NO_SUCH_PASSWORD").password()
     monkeypatch.setenv("SOME_PASSWORD", "s3cret")
     secret = BufferConfig(password_env="SOME_PASSWORD").password()
-    assert secret is not None and "s3cret" not in repr(secret) and secret.get_secret_value() == "s3cret"
+    assert (
+        secret is not None
+        and "s3cret" not in repr(secret)
+        and secret.get_secret_value() == "s3cret"
+    )
 
 
 @pytest.mark.parametrize("capacity", [4, 7, 100, 10_000, 9_999])
 def test_tier_capacities_add_up(capacity: int) -> None:
     easy, medium, hard = BufferConfig(capacity=capacity, warm_up=0).capacities()
-    assert easy + medium + hard == capacity and easy <= 0.25 * capacity and medium <= 0.35 * capacity
+    assert (
+        easy + medium + hard == capacity and easy <= 0.25 * capacity and medium <= 0.35 * capacity
+    )
     if capacity == 10_000:
         assert (easy, medium, hard) == (2500, 3500, 4000)
 

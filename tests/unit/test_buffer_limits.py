@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from buffer_service.config import BufferConfig
-from cluster.config import RunConfig
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.cluster.config import RunConfig
 
 
 def config(**sections: Any) -> RunConfig:
@@ -18,7 +18,9 @@ def config(**sections: Any) -> RunConfig:
 
 def test_a_warm_up_that_the_capacity_cannot_hold_is_refused() -> None:
     assert BufferConfig(capacity=128, warm_up=128).warm_up == 128
-    with pytest.raises(ValidationError, match="warm_up 128 is above capacity 127: replay would never start"):
+    with pytest.raises(
+        ValidationError, match="warm_up 128 is above capacity 127: replay would never start"
+    ):
         BufferConfig(capacity=127)
 
 
@@ -29,12 +31,22 @@ def test_a_warm_up_that_the_capacity_cannot_hold_is_refused() -> None:
         ({"format": 1.0, "fusion": 1.0}, 60, r"60 \(evaluation\.pool\.samples\) \(fusion: "),
     ],
 )
-def test_a_measurement_of_the_pool_needs_room_in_an_actor(rewards: dict[str, float], room: int, said: str) -> None:
+def test_a_measurement_of_the_pool_needs_room_in_an_actor(
+    rewards: dict[str, float], room: int, said: str
+) -> None:
     def measured(sequences: int, every: int) -> RunConfig:
         pool = {"every": every, "samples": 20}
-        return config(rewards={"weights": rewards}, rollout={"max_sequences": sequences}, evaluation={"pool": pool})
+        return config(
+            rewards={"weights": rewards},
+            rollout={"max_sequences": sequences},
+            evaluation={"pool": pool},
+        )
 
-    assert measured(room, 5).evaluation.pool.samples == measured(room - 1, 0).evaluation.pool.samples == 20
+    assert (
+        measured(room, 5).evaluation.pool.samples
+        == measured(room - 1, 0).evaluation.pool.samples
+        == 20
+    )
     with pytest.raises(ValidationError) as caught:
         measured(room - 1, 5)
     [error] = caught.value.errors()

@@ -12,8 +12,8 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer_service.connection import WholeCommands
-from buffer_service.wire import ReplyReader, Word, pack
+from avatar_rl.buffer_service.redis.connection import WholeCommands
+from avatar_rl.buffer_service.redis.wire import ReplyReader, Word, pack
 
 BIG = bytes(range(256)) * 40
 REPLIES: list[tuple[bytes, Any]] = [
@@ -73,10 +73,16 @@ def test_values_outlive_the_buffer_and_a_grown_buffer_is_given_back(line: Line) 
 
 
 def test_errors_are_typed_and_those_inside_a_reply_are_returned(line: Line) -> None:
-    line.far.sendall(b"-NOSCRIPT no such script\r\n*2\r\n:1\r\n-ERR AVATAR_HELD x\r\n-LOADING wait\r\n?\r\n")
+    line.far.sendall(
+        b"-NOSCRIPT no such script\r\n*2\r\n:1\r\n-ERR AVATAR_HELD x\r\n-LOADING wait\r\n?\r\n"
+    )
     assert isinstance(line.reader.read_response(), redis.exceptions.NoScriptError)
     one, error = line.reader.read_response()
-    assert one == 1 and isinstance(error, redis.exceptions.ResponseError) and "AVATAR_HELD" in str(error)
+    assert (
+        one == 1
+        and isinstance(error, redis.exceptions.ResponseError)
+        and "AVATAR_HELD" in str(error)
+    )
     with pytest.raises(redis.exceptions.BusyLoadingError):
         line.reader.read_response()
     with pytest.raises(redis.exceptions.InvalidResponse, match=r"'\?'"):
@@ -94,6 +100,10 @@ def test_a_reply_that_breaks_off_is_a_connection_error(line: Line) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.binary(max_size=9000) | st.text() | st.integers() | st.floats(), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.binary(max_size=9000) | st.text() | st.integers() | st.floats(), min_size=1, max_size=6
+    )
+)
 def test_commands_are_packed_as_redis_py_packs_them(args: list[Word]) -> None:
     assert pack("GET", *args) == WholeCommands().pack("GET", *args)[0]

@@ -10,14 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.checkpoint import MANIFEST, Checkpointer, Cut, checkpoints, newest_cut, read_cut
-from learner.keeper import Files, StateKeeper, write_files
-from prompts.errors import DataError
+from avatar_rl.cluster.checkpoints.checkpoint import (
+    MANIFEST,
+    Checkpointer,
+    Cut,
+    checkpoints,
+    newest_cut,
+    read_cut,
+)
+from avatar_rl.common.errors import DataError
+from avatar_rl.learner.state_replica import Files, StateKeeper, write_files
 
 
 def a_cut(step: int) -> Cut:
     return Cut(
-        "run-1", step, step, "model", "data", 100, {"heldout": {"round": 1, "pending": [1, 4], "results": []}}, [0.5]
+        "run-1",
+        step,
+        step,
+        "model",
+        "data",
+        100,
+        {"heldout": {"round": 1, "pending": [1, 4], "results": []}},
+        [0.5],
     )
 
 
@@ -59,7 +73,12 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     diary = write(tmp_path, 4)
     cut = newest_cut(tmp_path, pytest.fail)
     assert cut is not None
-    assert (cut.step, cut.version, cut.evaluation["heldout"]["pending"], cut.accuracies) == (4, 4, [1, 4], [0.5])
+    assert (cut.step, cut.version, cut.evaluation["heldout"]["pending"], cut.accuracies) == (
+        4,
+        4,
+        [1, 4],
+        [0.5],
+    )
     assert cut.buffer.read_bytes() == b"snapshot" * 100
     assert (cut.learner / "state" / "model.pt").read_bytes() == a_state()["model.pt"].tobytes()
     assert diary.kinds == ["checkpoint written"]
@@ -72,7 +91,9 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["buffer.snap", "learner/state/model.pt", MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     write(tmp_path, 4, 8)
     file = checkpoints(tmp_path)[0] / name
     content = bytearray(file.read_bytes())
@@ -91,7 +112,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, n
     assert "step-000008" in message and name in message
 
 
-def test_a_damaged_checkpoint_that_was_passed_over_does_not_displace_newer_work(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_displace_newer_work(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, 8)
     (tmp_path / "checkpoints" / "step-000008" / "buffer.snap").unlink()
     write(tmp_path, 2, 4, keep=1)  # of the life that began before it
@@ -121,7 +144,9 @@ def test_training_goes_on_once_the_moment_is_fixed(tmp_path: Path) -> None:
 
     checkpointer = Checkpointer(tmp_path, keep=2, report=Diary())
     checkpointer.begin(a_cut(4), slow, write_buffer)
-    assert checkpointer.busy and checkpoints(tmp_path) == []  # nothing to be seen of it before it is whole
+    assert (
+        checkpointer.busy and checkpoints(tmp_path) == []
+    )  # nothing to be seen of it before it is whole
     assert not checkpointer.wait(0.01)
     go_on.set()
     assert checkpointer.wait(10)
@@ -161,14 +186,14 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("avatar_rl.cluster.checkpoints.checkpoint.FORMAT", 2)
     write(tmp_path, 4)
-    monkeypatch.setattr("cluster.checkpoint.FORMAT", 1)
+    monkeypatch.setattr("avatar_rl.cluster.checkpoints.checkpoint.FORMAT", 1)
     with pytest.raises(DataError, match="another format"):
         read_cut(checkpoints(tmp_path)[0])
 
 
-# -- the keeper ----------------------------------------------------------------------------------------------------
+# -- the keeper ------------------------------------------------------------------------------------
 
 
 def test_the_keeper_holds_the_newest_two_versions_of_all_ranks(tmp_path: Path) -> None:

@@ -9,22 +9,24 @@ from typing import Any
 import pytest
 import yaml
 
-from buffer_service.config import BufferConfig
-from buffer_service.server import EmbeddedRedis
-from buffer_service.store import ReplayBuffer
-from cluster.cli import main
-from cluster.config import RunConfig
-from cluster.doctor import examine
-from cluster.fleet import DESIRED
-from cluster.pool import unwrap
-from cluster.recipe import resolve_recipe
-from cluster.telemetry import RunFolder
-from prompts.errors import ConfigError, ResourceError
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.commands.doctor import examine
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.load import resolve_recipe
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.workers.pool import unwrap
+from avatar_rl.cluster.workers.rollout_fleet import DESIRED
+from avatar_rl.common.errors import ConfigError, ResourceError
 
 DATA: dict[str, Any] = {"data": {"train": "train.jsonl"}}
 
 
-def test_scale_reaches_a_run_by_its_folder_and_by_its_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_reaches_a_run_by_its_folder_and_by_its_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "runs" / "toy-1"
     with (
         EmbeddedRedis(tmp_path / "redis") as server,
@@ -45,10 +47,15 @@ def test_scale_reaches_a_run_by_its_folder_and_by_its_id(tmp_path: Path, capsys:
 
 
 def test_an_empty_mapping_empties_and_another_is_merged() -> None:
-    raw: dict[str, Any] = DATA | {"resources": {"learner_labels": {"pool": "learner"}}, "loop": {"steps": 7}}
+    raw: dict[str, Any] = DATA | {
+        "resources": {"learner_labels": {"pool": "learner"}},
+        "loop": {"steps": 7},
+    }
     empty = resolve_recipe(raw, [("resources.learner_labels", "{}")], source="here")
     assert empty.resources.learner_labels == {}
-    merged = resolve_recipe(raw, [("resources.learner_labels", "{zone: a}"), ("loop", "{fresh: 2}")], source="here")
+    merged = resolve_recipe(
+        raw, [("resources.learner_labels", "{zone: a}"), ("loop", "{fresh: 2}")], source="here"
+    )
     assert merged.resources.learner_labels == {"pool": "learner", "zone": "a"}
     assert (merged.loop.steps, merged.loop.fresh) == (7, 2)
 
@@ -63,7 +70,9 @@ def test_an_engine_over_several_gpus_asks_ray_for_them() -> None:
 def test_the_doctor_takes_overrides_and_curricula_and_misses_storage(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        yaml.safe_dump(DATA | {"resources": {"address": "auto"}, "buffer": {"url": "redis://127.0.0.1:9"}})
+        yaml.safe_dump(
+            DATA | {"resources": {"address": "auto"}, "buffer": {"url": "redis://127.0.0.1:9"}}
+        )
     )
     missing = f"/nowhere-{time.time_ns()}/runs"
     found = {item.subject: item for item in examine(recipe, [("output.folder", missing)])}
@@ -77,7 +86,13 @@ def test_gpu_memory_that_ran_out_is_told_with_what_to_lower() -> None:
     class OutOfMemoryError(RuntimeError):
         pass
 
-    error: Any = RuntimeError("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    error: Any = RuntimeError(
+        "Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
     error.cause = OutOfMemoryError("CUDA out of memory")
     told = unwrap(error)
-    assert isinstance(told, ResourceError) and "learner.micro_batch_tokens" in str(told) and "2.00 GiB" in str(told)
+    assert (
+        isinstance(told, ResourceError)
+        and "learner.micro_batch_tokens" in str(told)
+        and "2.00 GiB" in str(told)
+    )

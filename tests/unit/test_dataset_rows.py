@@ -1,4 +1,5 @@
-"""Rows that would lose their media or stop a check of the whole dataset, and media paths every process agrees on."""
+"""Rows that would lose their media or stop a check of the whole dataset, and media paths every
+process agrees on."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prompts.config import DataConfig, DatasetFormat, MediaConfig
-from prompts.datasets import PromptIndex, iter_rows, load_prompts
-from prompts.errors import DataError
-from prompts.input_error import InputError
-from prompts.media import MediaLoader
-from prompts.record import Prompt
-from prompts.validate import validate
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import DataConfig, DatasetFormat, MediaConfig
+from avatar_rl.prompts.datasets import PromptIndex, iter_rows, load_prompts
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.media.loader import MediaLoader
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.validate import validate
 
 COUNT = {"problem": "How many?", "solution": "2", "problem_type": "numerical"}
 VERL = {
@@ -46,24 +47,36 @@ def media(prompt: Prompt) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("spelling", ["video", "Video", " VIDEO "])
 def test_the_case_of_data_type_does_not_lose_the_video(tmp_path: Path, spelling: str) -> None:
-    assert media(read(tmp_path, COUNT | {"path": "a.mp4", "data_type": spelling})) == [("video", "a.mp4")]
+    assert media(read(tmp_path, COUNT | {"path": "a.mp4", "data_type": spelling})) == [
+        ("video", "a.mp4")
+    ]
 
 
-@pytest.mark.parametrize("update", [{}, {"data_type": "video+audio"}, {"data_type": None}, {"data_type": "text"}])
+@pytest.mark.parametrize(
+    "update", [{}, {"data_type": "video+audio"}, {"data_type": None}, {"data_type": "text"}]
+)
 def test_a_path_that_no_data_type_claims_is_refused(tmp_path: Path, update: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"data\.jsonl:1: path with the data_type .*; set data_type to one of video,"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.jsonl:1: path with the data_type .*; set data_type to one of video,",
+    ):
         read(tmp_path, COUNT | {"path": "a.mp4"} | update)
 
 
 def test_a_path_beside_other_media_is_any_column(tmp_path: Path) -> None:
-    turn = {"role": "user", "content": [{"type": "audio", "audio": "x.wav"}, {"type": "text", "text": "?"}]}
+    turn = {
+        "role": "user",
+        "content": [{"type": "audio", "audio": "x.wav"}, {"type": "text", "text": "?"}],
+    }
     rows: list[tuple[dict[str, Any], str]] = [
         (COUNT | {"videos": ["a.mp4"]}, "video"),
         (VERL, "image"),
         ({"messages": [turn], "solution": "2", "problem_type": "numerical"}, "audio"),
     ]
     for row, kind in rows:
-        assert [found for found, _ in media(read(tmp_path, row | {"path": "/data/shard/1"}))] == [kind]
+        assert [found for found, _ in media(read(tmp_path, row | {"path": "/data/shard/1"}))] == [
+            kind
+        ]
 
 
 def test_an_empty_path_needs_no_data_type(tmp_path: Path) -> None:
@@ -73,11 +86,20 @@ def test_an_empty_path_needs_no_data_type(tmp_path: Path) -> None:
 def test_tags_in_a_question_are_places_of_its_media(tmp_path: Path) -> None:
     prompt = read(tmp_path, COUNT | {"problem": "<image>Find x.", "images": ["x.png"]})
     assert prompt.question == "Find x." and media(prompt) == [("image", "x.png")]
-    mixed = COUNT | {"problem": "<image><video>Find x.", "images": ["x.png"], "path": "a.mp4", "data_type": "video"}
+    mixed = COUNT | {
+        "problem": "<image><video>Find x.",
+        "images": ["x.png"],
+        "path": "a.mp4",
+        "data_type": "video",
+    }
     assert media(read(tmp_path, mixed)) == [("image", "x.png"), ("video", "a.mp4")]
-    with pytest.raises(InputError, match=r"data\.jsonl:1: a image place in the text without a file; add it"):
+    with pytest.raises(
+        InputError, match=r"data\.jsonl:1: a image place in the text without a file; add it"
+    ):
         read(tmp_path, COUNT | {"problem": "<image>Find x."})
-    with pytest.raises(InputError, match=r"data\.jsonl:1: 1 more images than <image> places in the text"):
+    with pytest.raises(
+        InputError, match=r"data\.jsonl:1: 1 more images than <image> places in the text"
+    ):
         read(tmp_path, COUNT | {"problem": "<image>Find x.", "images": ["x.png", "y.png"]})
     with pytest.raises(InputError, match=r"data\.jsonl:1: the question is empty"):
         read(tmp_path, COUNT | {"problem": "<image>", "images": ["x.png"]})
@@ -88,11 +110,31 @@ def test_tags_in_a_question_are_places_of_its_media(tmp_path: Path) -> None:
     [
         ("auto", COUNT | {"reasoning": 5}, r":1: field 'reasoning': .*; correct or remove"),
         ("auto", COUNT | {"process": ["<think>x</think>"]}, r":1: field 'reasoning': "),
-        ("auto", VERL | {"extra_info": "index 3"}, r":1: extra_info is a str; give extra_info as an object"),
-        ("verl", VERL | {"reward_model": "12"}, r":1: reward_model is a str; give reward_model as an object"),
-        ("verl", {key: value for key, value in VERL.items() if key != "prompt"}, r":1: messages are not a list"),
-        ("verl", VERL | {"prompt": [{"role": ["user"], "content": "x"}]}, r":1: message of the role \['user'\]"),
-        ("auto", VERL | {"images": [{"bytes": "abc"}]}, r":1: image has its bytes as a str; give a path"),
+        (
+            "auto",
+            VERL | {"extra_info": "index 3"},
+            r":1: extra_info is a str; give extra_info as an object",
+        ),
+        (
+            "verl",
+            VERL | {"reward_model": "12"},
+            r":1: reward_model is a str; give reward_model as an object",
+        ),
+        (
+            "verl",
+            {key: value for key, value in VERL.items() if key != "prompt"},
+            r":1: messages are not a list",
+        ),
+        (
+            "verl",
+            VERL | {"prompt": [{"role": ["user"], "content": "x"}]},
+            r":1: message of the role \['user'\]",
+        ),
+        (
+            "auto",
+            VERL | {"images": [{"bytes": "abc"}]},
+            r":1: image has its bytes as a str; give a path",
+        ),
     ],
 )
 def test_values_of_a_wrong_kind_name_line_and_remedy(
@@ -102,7 +144,9 @@ def test_values_of_a_wrong_kind_name_line_and_remedy(
     config = DataConfig(format=layout, extract_to=tmp_path / "media")
     with pytest.raises(InputError, match=message):
         load_prompts(path, config)
-    assert [problem.where for problem in validate(path, config, decode=False).problems] == [f"{path}:1"]
+    assert [problem.where for problem in validate(path, config, decode=False).problems] == [
+        f"{path}:1"
+    ]
 
 
 def test_a_number_with_too_many_digits_names_its_line_in_an_array(tmp_path: Path) -> None:
@@ -127,7 +171,9 @@ JSON = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(key=st.sampled_from([*VERL, "reasoning", "path", "data_type", "system"]), value=JSON)
-def test_any_value_in_a_verl_row_gives_a_prompt_or_a_data_error(tmp_path: Path, key: str, value: Any) -> None:
+def test_any_value_in_a_verl_row_gives_a_prompt_or_a_data_error(
+    tmp_path: Path, key: str, value: Any
+) -> None:
     path = write(tmp_path, VERL | {key: value})
     try:
         load_prompts(path, DataConfig(format="verl", extract_to=tmp_path / "media"))
@@ -143,11 +189,18 @@ def test_a_file_url_means_the_same_file_in_a_check_and_in_training(tmp_path: Pat
     assert validate(path, DataConfig(), decode=True).ok
     prompt = PromptIndex.read([path], DataConfig())["n"]
     assert media(prompt) == [("image", f"{tmp_path}/my 100%25 picture.png")]
-    assert MediaLoader(MediaConfig(), tmp_path).load_plan(prompt.media).images[0].pixels.shape == (56, 56, 3)
+    assert MediaLoader(MediaConfig(), tmp_path).load_plan(prompt.media).images[0].pixels.shape == (
+        56,
+        56,
+        3,
+    )
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/x.mp4", "https://host/x.mp4"])
 def test_training_refuses_remote_media_as_a_check_does(tmp_path: Path, uri: str) -> None:
     path = write(tmp_path, COUNT | {"video": "a.mp4"}, COUNT | {"video": uri})
-    with pytest.raises(InputError, match=rf"data\.jsonl:2: {uri}: media are opened by path only; download them first"):
+    with pytest.raises(
+        InputError,
+        match=rf"data\.jsonl:2: {uri}: media are opened by path only; download them first",
+    ):
         PromptIndex.read([path], DataConfig())

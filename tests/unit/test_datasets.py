@@ -13,11 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prompts.config import DataConfig
-from prompts.datasets import PromptIndex, iter_rows, load_prompts, media_base
-from prompts.errors import DataError
-from prompts.input_error import InputError
-from prompts.record import PROBLEM_TYPE_SPELLINGS, MediaItem, MediaPlan, ProblemType, Prompt
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.datasets import PromptIndex, iter_rows, load_prompts, media_base
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.record import (
+    PROBLEM_TYPE_SPELLINGS,
+    MediaItem,
+    MediaPlan,
+    ProblemType,
+    Prompt,
+)
 
 NATIVE: dict[str, Any] = {
     "id": "n1",
@@ -30,12 +36,16 @@ NATIVE: dict[str, Any] = {
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def load_one(path: Path, row: Any, **config: Any) -> Prompt:
-    (prompt,) = load_prompts(write_jsonl(path / "data.jsonl", row), DataConfig.model_validate(config))
+    (prompt,) = load_prompts(
+        write_jsonl(path / "data.jsonl", row), DataConfig.model_validate(config)
+    )
     return prompt
 
 
@@ -49,7 +59,9 @@ def test_a_native_row_survives_the_round_trip(tmp_path: Path) -> None:
         question="How many beeps?",
         answer="3",
         problem_type=ProblemType.NUMERICAL,
-        media=MediaPlan(items=(MediaItem(kind="audio", uri="a.wav", sample_rate=8_000, clip=(0.5, 2.0)),)),
+        media=MediaPlan(
+            items=(MediaItem(kind="audio", uri="a.wav", sample_rate=8_000, clip=(0.5, 2.0)),)
+        ),
         hint="listen twice",
         needs=("audio",),
         extra={"level": "2"},
@@ -71,7 +83,12 @@ def test_decode_settings_fill_only_what_a_row_leaves_open(tmp_path: Path) -> Non
     prompt = load_one(tmp_path, row, fps=1.5, min_pixels=100, max_pixels=500, sample_rate=24_000)
     first, second, third, fourth = prompt.media.items
     assert (first.frames, first.fps, first.min_pixels, first.max_pixels) == (4, None, 100, 900)
-    assert (second.frames, second.fps, second.min_pixels, second.max_pixels) == (None, 1.5, 100, 500)
+    assert (second.frames, second.fps, second.min_pixels, second.max_pixels) == (
+        None,
+        1.5,
+        100,
+        500,
+    )
     assert (third.sample_rate, fourth.sample_rate) == (24_000, 8_000)
     assert third.max_pixels is None
 
@@ -84,7 +101,9 @@ def test_sound_tracks_of_videos_are_taken_on_request(tmp_path: Path) -> None:
         ("video", "a.mp4", (1, 2)),
         ("audio", "a.mp4", (1, 2)),
     ]
-    assert not load_one(tmp_path, changed(media={"items": []}), audio_in_video=True).media.audio_in_video
+    assert not load_one(
+        tmp_path, changed(media={"items": []}), audio_in_video=True
+    ).media.audio_in_video
 
 
 def test_video_r1_row(tmp_path: Path) -> None:
@@ -120,7 +139,13 @@ def test_conversational_row_with_typed_parts(tmp_path: Path) -> None:
             {
                 "role": "user",
                 "content": [
-                    {"type": "video", "video": "a.mp4", "fps": 2.0, "video_start": 1.0, "video_end": 3.0},
+                    {
+                        "type": "video",
+                        "video": "a.mp4",
+                        "fps": 2.0,
+                        "video_start": 1.0,
+                        "video_end": 3.0,
+                    },
                     {"type": "audio", "text": "", "video": None},
                     {"type": "text", "text": "How many dogs?"},
                 ],
@@ -155,7 +180,9 @@ def test_swift_row_keeps_the_order_of_its_tags(tmp_path: Path) -> None:
     assert prompt.question == "Who speaks?" and prompt.problem_type is ProblemType.FREE_FORM
     assert [item.uri for item in prompt.media.items] == ["a.wav", "v.mp4", "i.png"]
     untagged = row | {"messages": [{"role": "user", "content": "Who speaks?"}]}
-    assert {item.uri for item in load_one(tmp_path, untagged, problem_type="free_form").media.items} == {
+    assert {
+        item.uri for item in load_one(tmp_path, untagged, problem_type="free_form").media.items
+    } == {
         "a.wav",
         "v.mp4",
         "i.png",
@@ -174,8 +201,15 @@ VERL = {
 
 def test_verl_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL]), tmp_path / "data.parquet")
-    (prompt,) = load_prompts(tmp_path / "data.parquet", DataConfig(problem_type=ProblemType.NUMERICAL))
-    assert (prompt.id, prompt.question, prompt.answer, prompt.category) == ("geo/train/3", "What is x?", "12", "math")
+    (prompt,) = load_prompts(
+        tmp_path / "data.parquet", DataConfig(problem_type=ProblemType.NUMERICAL)
+    )
+    assert (prompt.id, prompt.question, prompt.answer, prompt.category) == (
+        "geo/train/3",
+        "What is x?",
+        "12",
+        "math",
+    )
     assert prompt.media.items == (MediaItem(kind="image", uri="i.png"),)
     assert prompt.extra == {"split": "train", "index": "3", "level": "easy", "data_source": "geo"}
 
@@ -199,18 +233,24 @@ def test_native_rows_from_parquet_and_saved_datasets(tmp_path: Path) -> None:
     expected = load_prompts(plain, DataConfig())
     # parquet and Arrow give every row every key, absent ones as None
     rows = [json.loads(line) for line in plain.read_text().splitlines()]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), tmp_path / "data.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows, schema=_schema()), tmp_path / "data.parquet"
+    )
     assert load_prompts(tmp_path / "data.parquet", DataConfig()) == expected
     saved = datasets.Dataset(pyarrow.Table.from_pylist(rows, schema=_schema()))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "saved"))
     assert load_prompts(tmp_path / "saved", DataConfig()) == expected
-    with pytest.raises(InputError, match=r"no split 'test'; set data\.reader\.split to one of \['train'\]"):
+    with pytest.raises(
+        InputError, match=r"no split 'test'; set data\.reader\.split to one of \['train'\]"
+    ):
         load_prompts(tmp_path / "saved", DataConfig(split="test"))
 
 
 def _schema() -> pyarrow.Schema:
     text = pyarrow.string()
-    item = pyarrow.struct({"kind": text, "uri": text, "frames": pyarrow.int64(), "sample_rate": pyarrow.int64()})
+    item = pyarrow.struct(
+        {"kind": text, "uri": text, "frames": pyarrow.int64(), "sample_rate": pyarrow.int64()}
+    )
     media = pyarrow.struct({"items": pyarrow.list_(item)})
     names = {name: text for name in ("id", "question", "answer", "problem_type", "hint")}
     return pyarrow.schema(names | {"options": pyarrow.list_(text), "media": media})
@@ -219,7 +259,9 @@ def _schema() -> pyarrow.Schema:
 def test_json_array_and_folder_of_shards(tmp_path: Path) -> None:
     rows = [changed(id=f"n{index}") for index in range(5)]
     (tmp_path / "data.json").write_text(json.dumps(rows, indent=2))
-    assert [prompt.id for prompt in load_prompts(tmp_path / "data.json", DataConfig())] == [r["id"] for r in rows]
+    assert [prompt.id for prompt in load_prompts(tmp_path / "data.json", DataConfig())] == [
+        r["id"] for r in rows
+    ]
     shards = tmp_path / "shards"
     shards.mkdir()
     write_jsonl(shards / "train-0.jsonl", *rows[:2])
@@ -227,7 +269,10 @@ def test_json_array_and_folder_of_shards(tmp_path: Path) -> None:
     write_jsonl(shards / "test-0.jsonl", rows[4])
     assert [prompt.id for prompt in load_prompts(shards, DataConfig())] == ["n0", "n1", "n2", "n3"]
     assert [prompt.id for prompt in load_prompts(shards, DataConfig(split="test"))] == ["n4"]
-    assert media_base(shards, DataConfig()) == shards and media_base(tmp_path / "data.json", DataConfig()) == tmp_path
+    assert (
+        media_base(shards, DataConfig()) == shards
+        and media_base(tmp_path / "data.json", DataConfig()) == tmp_path
+    )
     assert len(load_prompts(shards, DataConfig(limit=3))) == 3
 
 
@@ -268,7 +313,11 @@ def test_every_known_spelling_is_its_own_folded_form() -> None:
     ],
 )
 def test_options_get_letters_and_the_answer_becomes_one(
-    tmp_path: Path, options: Any, answer: Any, expected_options: tuple[str, ...], expected_answer: str
+    tmp_path: Path,
+    options: Any,
+    answer: Any,
+    expected_options: tuple[str, ...],
+    expected_answer: str,
 ) -> None:
     prompt = load_one(tmp_path, changed(options=options, answer=answer))
     assert (prompt.options, prompt.answer) == (expected_options, expected_answer)
@@ -285,50 +334,91 @@ def test_letters_in_the_question_will_do_instead_of_options(tmp_path: Path) -> N
 
 
 def test_rows_without_an_id_get_one_from_their_content(tmp_path: Path) -> None:
-    first, again = load_one(tmp_path, changed(id=None)), load_one(tmp_path, changed(id=None, hint="look"))
+    first, again = (
+        load_one(tmp_path, changed(id=None)),
+        load_one(tmp_path, changed(id=None, hint="look")),
+    )
     other = load_one(tmp_path, changed(id=None, answer="A"))
-    elsewhere = load_one(tmp_path, changed(id=None, media={"items": [{"kind": "video", "uri": "b.mp4"}]}))
+    elsewhere = load_one(
+        tmp_path, changed(id=None, media={"items": [{"kind": "video", "uri": "b.mp4"}]})
+    )
     assert first.id == again.id and len({first.id, other.id, elsewhere.id}) == 3
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"id": "x", "question" "y"}', r"data\.jsonl:2: malformed JSON at column 24: .*; each line"),
+        (
+            '{"id": "x", "question" "y"}',
+            r"data\.jsonl:2: malformed JSON at column 24: .*; each line",
+        ),
         ("[1, 2]", r"data\.jsonl:2: holds list, not an object; each line must be one JSON object"),
         (
             changed(problem_type="riddle"),
             r"data\.jsonl:2: unknown problem type 'riddle'; use one of: .*mcq",
         ),
-        (changed(problem_type=None, options=None, answer="7"), r":2: no problem type; .*data\.reader\.problem_type"),
+        (
+            changed(problem_type=None, options=None, answer="7"),
+            r":2: no problem type; .*data\.reader\.problem_type",
+        ),
         (changed(answer=None), r":2: no answer; give the answer"),
         (changed(answer="<answer> </answer>"), r":2: the answer is empty"),
         (changed(answer=["B"]), r":2: the answer is a list"),
         (changed(question="  "), r":2: the question is empty"),
         (changed(options=None), r":2: multiple choice without options; add options"),
-        (changed(options=None, question="(A) x (B) y", answer="C"), r":2: the answer 'C' is not one of the letters"),
+        (
+            changed(options=None, question="(A) x (B) y", answer="C"),
+            r":2: the answer 'C' is not one of the letters",
+        ),
         (changed(answer="blue"), r":2: the answer 'blue' is none of the options"),
         (changed(options="A. red"), r":2: options are not a list of texts"),
-        (changed(id="first"), r":2: the id 'first' is also that of .*data\.jsonl:1; make ids unique"),
+        (
+            changed(id="first"),
+            r":2: the id 'first' is also that of .*data\.jsonl:1; make ids unique",
+        ),
         (changed(hnt="x"), r":2: field 'hnt': Extra inputs are not permitted; correct or remove"),
-        (changed(media={"items": [{"kind": "video", "uri": "a", "clip": [3, 1]}]}), r"'media\.items\.0': .*clip"),
-        ({"foo": 1}, r":2: layout not recognised from the keys \['foo'\]; set data\.reader\.format"),
+        (
+            changed(media={"items": [{"kind": "video", "uri": "a", "clip": [3, 1]}]}),
+            r"'media\.items\.0': .*clip",
+        ),
+        (
+            {"foo": 1},
+            r":2: layout not recognised from the keys \['foo'\]; set data\.reader\.format",
+        ),
         (
             {"messages": [{"role": "user", "content": "<video>?"}], "solution": "x"},
             r":2: a video place .*without",
         ),
         (
-            {"messages": [{"role": "user", "content": "<video>?"}], "videos": ["a", "b"], "solution": "x"},
+            {
+                "messages": [{"role": "user", "content": "<video>?"}],
+                "videos": ["a", "b"],
+                "solution": "x",
+            },
             r":2: 1 more videos than <video> places",
         ),
-        ({"messages": [{"role": "user", "content": "?"}] * 2, "solution": "x"}, r":2: 2 user turns"),
-        ({"messages": [{"role": "tool", "content": "?"}], "solution": "x"}, r":2: message of the role 'tool'"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "video", "video": ["1.png"]}]}], "solution": "x"},
+            {"messages": [{"role": "user", "content": "?"}] * 2, "solution": "x"},
+            r":2: 2 user turns",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "?"}], "solution": "x"},
+            r":2: message of the role 'tool'",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "video", "video": ["1.png"]}]}],
+                "solution": "x",
+            },
             r":2: video entry without a path; .*frame lists",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "video", "video": "a", "speed": 2}]}], "solution": "x"},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "video", "video": "a", "speed": 2}]}
+                ],
+                "solution": "x",
+            },
             r":2: video entry has the unknown key 'speed'",
         ),
     ],
@@ -336,7 +426,9 @@ def test_rows_without_an_id_get_one_from_their_content(tmp_path: Path) -> None:
 def test_faulty_rows_name_line_and_remedy(tmp_path: Path, row: Any, message: str) -> None:
     layout = "native" if isinstance(row, dict) and "question" in row else "auto"
     path = tmp_path / "data.jsonl"
-    write_jsonl(path, changed(id="first") if layout == "native" or isinstance(row, str) else "", row)
+    write_jsonl(
+        path, changed(id="first") if layout == "native" or isinstance(row, str) else "", row
+    )
     with pytest.raises(DataError, match=message):
         load_prompts(path, DataConfig(format=layout))
 
@@ -376,7 +468,9 @@ def test_missing_empty_and_unknown_datasets(tmp_path: Path) -> None:
 
 
 def test_a_malformed_line_does_not_hide_the_next(tmp_path: Path) -> None:
-    rows = list(iter_rows(write_jsonl(tmp_path / "data.jsonl", NATIVE, "{", "", NATIVE), DataConfig()))
+    rows = list(
+        iter_rows(write_jsonl(tmp_path / "data.jsonl", NATIVE, "{", "", NATIVE), DataConfig())
+    )
     assert [row.number for row in rows] == [1, 2, 4]
     assert rows[2].data == NATIVE
     with pytest.raises(InputError):
@@ -390,7 +484,11 @@ def test_a_malformed_line_does_not_hide_the_next(tmp_path: Path) -> None:
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(line=(st.binary(max_size=200) | st.text(max_size=60).map(str.encode)).filter(lambda line: b"\n" not in line))
+@given(
+    line=(st.binary(max_size=200) | st.text(max_size=60).map(str.encode)).filter(
+        lambda line: b"\n" not in line
+    )
+)
 def test_any_bytes_give_a_row_or_a_data_error(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(line + b"\n" + json.dumps(NATIVE).encode() + b"\n")
@@ -404,7 +502,9 @@ def test_any_bytes_give_a_row_or_a_data_error(tmp_path: Path, line: bytes) -> No
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -416,9 +516,14 @@ JSON = st.recursive(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(key=st.sampled_from([*NATIVE, "messages", "videos", "prompt", "reward_model", "solution"]), value=JSON)
+@given(
+    key=st.sampled_from([*NATIVE, "messages", "videos", "prompt", "reward_model", "solution"]),
+    value=JSON,
+)
 @pytest.mark.parametrize("layout", ["auto", "native", "conversational", "swift"])
-def test_any_json_value_gives_a_prompt_or_a_data_error(tmp_path: Path, layout: str, key: str, value: Any) -> None:
+def test_any_json_value_gives_a_prompt_or_a_data_error(
+    tmp_path: Path, layout: str, key: str, value: Any
+) -> None:
     path = write_jsonl(tmp_path / "fuzz.jsonl", NATIVE | {key: value})
     try:
         (prompt,) = load_prompts(path, DataConfig.model_validate({"format": layout}))
@@ -429,7 +534,9 @@ def test_any_json_value_gives_a_prompt_or_a_data_error(tmp_path: Path, layout: s
 
 
 def test_index_finds_prompts_and_knows_what_it_holds(tmp_path: Path) -> None:
-    prompts = load_prompts(write_jsonl(tmp_path / "a.jsonl", NATIVE, changed(id="n2")), DataConfig())
+    prompts = load_prompts(
+        write_jsonl(tmp_path / "a.jsonl", NATIVE, changed(id="n2")), DataConfig()
+    )
     index = PromptIndex(prompts)
     assert index["n2"] is prompts[1] and "n1" in index and "x" not in index
     assert (len(index), index.ids, list(index)) == (2, ["n1", "n2"], prompts)
@@ -443,4 +550,8 @@ def test_index_finds_prompts_and_knows_what_it_holds(tmp_path: Path) -> None:
 
 def test_input_errors_survive_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(InputError("f:1", "no answer", "give it")))
-    assert isinstance(error, InputError) and str(error) == "f:1: no answer; give it" and error.remedy == "give it"
+    assert (
+        isinstance(error, InputError)
+        and str(error) == "f:1: no answer; give it"
+        and error.remedy == "give it"
+    )

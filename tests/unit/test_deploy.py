@@ -1,4 +1,5 @@
-"""Deployment files parse and name what exists: entry points, metrics, recipe keys, commands of the buffer."""
+"""Deployment files parse and name what exists: entry points, metrics, recipe keys, commands of the
+buffer."""
 
 from __future__ import annotations
 
@@ -13,15 +14,20 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.cli import main
-from cluster.memory import ARCHITECTURES, BOARD_VERSIONS, memory_table
-from cluster.metrics import CATALOGUE, describe
-from cluster.recipe import load_recipe, parse_overrides
-from cluster.sinks import prometheus_name
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides
+from avatar_rl.cluster.recipe.memory import ARCHITECTURES, BOARD_VERSIONS, memory_table
+from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe
+from avatar_rl.cluster.telemetry.sinks import prometheus_name
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-PUBLISHED = {"Qwen2.5-Omni-3B": 4.7e9, "Qwen2.5-Omni-7B": 8.9e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen3-Omni-30B-A3B": 31.7e9}
+PUBLISHED = {
+    "Qwen2.5-Omni-3B": 4.7e9,
+    "Qwen2.5-Omni-7B": 8.9e9,
+    "Qwen2.5-VL-7B": 8.29e9,
+    "Qwen3-Omni-30B-A3B": 31.7e9,
+}
 
 
 def ray_job() -> dict[str, Any]:
@@ -37,8 +43,13 @@ def test_the_ray_job_runs_a_recipe_that_exists_with_overrides_that_are_known() -
     assert config.buffer.url and config.resources.address == "auto"
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     labels = {group["groupName"]: group["labels"] for group in groups}
-    assert labels == {"learner": config.resources.learner_labels, "rollout": config.resources.rollout_labels}
-    assert not any("labels" in group["rayStartParams"] for group in groups)  # KubeRay 1.5 refuses these
+    assert labels == {
+        "learner": config.resources.learner_labels,
+        "rollout": config.resources.rollout_labels,
+    }
+    assert not any(
+        "labels" in group["rayStartParams"] for group in groups
+    )  # KubeRay 1.5 refuses these
 
 
 def test_the_ray_job_has_the_gpus_its_recipe_asks_for_and_the_ray_we_pin() -> None:
@@ -48,15 +59,26 @@ def test_the_ray_job_has_the_gpus_its_recipe_asks_for_and_the_ray_we_pin() -> No
     gpus, shared_memory = {}, {}
     for group in cluster["workerGroupSpecs"]:
         [container] = group["template"]["spec"]["containers"]
-        [shm] = [volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm"]
+        [shm] = [
+            volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm"
+        ]
         shared_memory[group["groupName"]] = int(shm["emptyDir"]["sizeLimit"].removesuffix("Gi"))
-        # What the autoscaler may take away while it idles is not there when the run looks for its GPUs.
-        gpus[group["groupName"]] = group["minReplicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
-        assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/shared", "/dev/shm"}
+        # What the autoscaler may take away while it idles is not there when the run looks for its
+        # GPUs.
+        gpus[group["groupName"]] = group["minReplicas"] * int(
+            container["resources"]["limits"]["nvidia.com/gpu"]
+        )
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {
+            "/shared",
+            "/dev/shm",
+        }
     assert gpus["learner"] >= config.learner.ranks and gpus["rollout"] >= config.rollout.workers
     [omni] = [item for item in ARCHITECTURES if item.name == "Qwen2.5-Omni-7B"]
     version = omni.parameters * 2 / 2**30
-    assert shared_memory["learner"] * 0.95 > BOARD_VERSIONS * version and shared_memory["rollout"] * 0.95 > version
+    assert (
+        shared_memory["learner"] * 0.95 > BOARD_VERSIONS * version
+        and shared_memory["rollout"] * 0.95 > version
+    )
     assert f'"ray[default]=={cluster["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -65,13 +87,15 @@ def test_the_slurm_script_is_valid_bash() -> None:
 
 
 def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: Path) -> None:
-    """The script's own end, with a training that takes a second to save itself and a cluster that is `sleep`."""
+    """The script's own end, with a training that takes a second to save itself and a cluster that
+    is `sleep`."""
     script = (DEPLOY / "slurm" / "train.sbatch").read_text()
     start, end = script.index("steps=()"), script.index("training=$!")
     training = "trap 'sleep 1; echo saved; exit 0' TERM; echo began; while :; do sleep 0.1; done"
     (tmp_path / "token").touch()
     (tmp_path / "job.sh").write_text(
-        f"set -euo pipefail\nRAY_AUTH_TOKEN_PATH={tmp_path}/token\n{script[start : script.index('srun', start)]}"
+        f"set -euo pipefail\nRAY_AUTH_TOKEN_PATH={tmp_path}/token\n"
+        f"{script[start : script.index('srun', start)]}"
         f"sleep 60 & steps+=($!)\nbash -c {shlex.quote(training)} &\n"
         + script[end:].replace("code=0", "echo trapped; code=0", 1)
     )
@@ -108,7 +132,9 @@ def test_recipes_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_cluster_recipes_name_what_a_cluster_needs() -> None:
     for recipe in ROOT.glob("recipes/*b.yaml"):  # named after their size
         config = load_recipe(recipe)
-        assert config.resources.address == "auto" and config.buffer.url and config.buffer.password_env
+        assert (
+            config.resources.address == "auto" and config.buffer.url and config.buffer.password_env
+        )
         assert config.output.folder.is_absolute() and config.output.cache.is_absolute()
         assert config.rollout.engine.max_model_len >= (
             config.data.template.max_prompt_tokens + config.rollout.sampling.max_tokens
@@ -121,4 +147,6 @@ def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> 
         whole, split = item.learner_bytes(1, 3), item.learner_bytes(8, 3)
         assert whole == pytest.approx(item.decoder * 14 + item.parameters * 4)
         assert split < item.learner_bytes(8, 2) < item.learner_bytes(8, 1) < whole
-    assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), "paste `python -m cluster.memory` into it"
+    assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), (
+        "paste `python -m cluster.memory` into it"
+    )

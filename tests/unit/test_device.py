@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from prompts.device import sees_gpu
-from prompts.errors import ResourceError
+from avatar_rl.common.device import sees_gpu
+from avatar_rl.common.errors import ResourceError
 
 
 @pytest.mark.parametrize("given", [[], ["0"]])
-def test_a_gpu_that_torch_does_not_see_is_an_error(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_does_not_see_is_an_error(
+    given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given, "TPU": []})
     ray: Any = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
     monkeypatch.setitem(sys.modules, "ray", ray)

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import redis
 
-from buffer_service.config import BufferConfig
-from buffer_service.server import EmbeddedRedis
-from cluster import doctor
-from cluster.cli import main
-from cluster.doctor import Finding, examine, print_findings
-from cluster.redis_check import redis_findings
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.commands import doctor
+from avatar_rl.cluster.commands.doctor import Finding, examine, print_findings
+from avatar_rl.cluster.commands.doctor_redis import redis_findings
 
-RECIPE = "name: t\ndata: {{synthetic: {{n_train: 4}}}}\noutput: {{folder: {folder}, cache: {folder}}}\n"
+RECIPE = (
+    "name: t\ndata: {{synthetic: {{n_train: 4}}}}\noutput: {{folder: {folder}, cache: {folder}}}\n"
+)
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -31,13 +33,24 @@ def recipe(folder: Path, extra: str = "") -> Path:
 def test_this_machine_can_run_the_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     findings = examine(recipe(tmp_path))
     assert [item for item in findings if item.level == "fail"] == []
-    assert {"recipe", "python", "packages", "vLLM", "GPU", "media", "redis", "/dev/shm"} <= by_subject(findings).keys()
+    assert {
+        "recipe",
+        "python",
+        "packages",
+        "vLLM",
+        "GPU",
+        "media",
+        "redis",
+        "/dev/shm",
+    } <= by_subject(findings).keys()
     assert main(["doctor"]) == 0
     assert "0 failed" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # nothing left behind
 
 
-def test_a_broken_recipe_is_a_finding_and_the_machine_is_looked_at_all_the_same(tmp_path: Path) -> None:
+def test_a_broken_recipe_is_a_finding_and_the_machine_is_looked_at_all_the_same(
+    tmp_path: Path,
+) -> None:
     found = by_subject(examine(recipe(tmp_path, "loop: {stepz: 3}\n")))
     assert found["recipe"].level == "fail" and "did you mean 'steps'" in found["recipe"].found
     assert found["media"].level == "ok"
@@ -56,10 +69,17 @@ def test_missing_inputs_taken_ports_and_absent_clusters_are_named(tmp_path: Path
         )
         found = by_subject(examine(file))
     for subject, words in {
-        "model": "config.json", "data.train": "is missing", "metrics port": str(port), "Ray cluster": "127.0.0.1:9",
+        "model": "config.json",
+        "data.train": "is missing",
+        "metrics port": str(port),
+        "Ray cluster": "127.0.0.1:9",
         "redis": "does not answer",
-    }.items():  # fmt: skip
-        assert found[subject].level == "fail" and words in found[subject].found and found[subject].remedy, subject
+    }.items():
+        assert (
+            found[subject].level == "fail"
+            and words in found[subject].found
+            and found[subject].remedy
+        ), subject
 
 
 def test_a_wrong_version_and_two_vllms_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +97,11 @@ def test_redis_is_looked_at_as_a_run_would_use_it(tmp_path: Path) -> None:
         config = BufferConfig(url=server.url)
         rows = {row[0]: row for row in redis_findings(config)}
         assert {name: row[1] for name, row in rows.items()} == {
-            "redis": "ok", "redis memory": "warn", "redis durability": "ok", "redis rights": "ok"
-        }  # fmt: skip
+            "redis": "ok",
+            "redis memory": "warn",
+            "redis durability": "ok",
+            "redis rights": "ok",
+        }
         client = redis.Redis(unix_socket_path=str(server.socket))
         client.config_set("maxmemory", 64 << 20)
         client.config_set("maxmemory-policy", "allkeys-lru")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import learner.export
-from learner.export import export_checkpoint
-from learner.model import checkpoint_names, published_names
-from prompts.errors import ModelError
+import avatar_rl.learner.model.export
+from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.model.export import export_checkpoint
+from avatar_rl.learner.model.load import checkpoint_names, published_names
 
 NAN = float("nan")
 WEIGHTS = {
@@ -31,7 +31,14 @@ def base(tmp_path: Path) -> Path:
     folder.mkdir()
     old = {name: torch.zeros_like(value).contiguous() for name, value in WEIGHTS.items()}
     save_file({**old, "talker.w": torch.full((2,), 7.0)}, folder / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "spk_dict.pt", "notes.md"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "spk_dict.pt",
+        "notes.md",
+    ):
         (folder / name).write_text(name)
     (folder / "model.safetensors.index.json").write_text("{}")
     return folder
@@ -46,28 +53,47 @@ def test_the_folder_is_complete(base: Path, tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
     assert found["talker.w"].tolist() == [7, 7]
     assert {file.name for file in out.iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "spk_dict.pt"
-    }  # fmt: skip
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "spk_dict.pt",
+    }
     assert (out / "merges.txt").read_text() == "merges.txt"
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_compared_by_value_is_compared_by_bits(base: Path, tmp_path: Path) -> None:
-    odd = {**WEIGHTS, "thinker.w": torch.full((3, 4), NAN), "scalar": torch.tensor(2.0), "empty": torch.zeros(0, 3)}
+    odd = {
+        **WEIGHTS,
+        "thinker.w": torch.full((3, 4), NAN),
+        "scalar": torch.tensor(2.0),
+        "empty": torch.zeros(0, 3),
+    }
     found = load_file(export_checkpoint(odd, base, tmp_path / "out") / "model.safetensors")
-    assert found["thinker.w"].isnan().all() and found["scalar"].shape == () and found["empty"].shape == (0, 3)
+    assert (
+        found["thinker.w"].isnan().all()
+        and found["scalar"].shape == ()
+        and found["empty"].shape == (0, 3)
+    )
 
 
 def test_large_checkpoints_are_sharded_with_an_index(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learner.export, "SHARD_BYTES", 50)  # sorted: talker 8, b 4, transposed 24; w 48 bytes
+    monkeypatch.setattr(
+        avatar_rl.learner.model.export, "SHARD_BYTES", 50
+    )  # sorted: talker 8, b 4, transposed 24; w 48 bytes
     out = export_checkpoint(WEIGHTS, base, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     assert index["weight_map"] == {
-        "talker.w": first, "thinker.b": first, "thinker.transposed": first, "thinker.w": second
-    }  # fmt: skip
+        "talker.w": first,
+        "thinker.b": first,
+        "thinker.transposed": first,
+        "thinker.w": second,
+    }
     assert index["metadata"]["total_size"] == 48 + 4 + 24 + 8
     for name, file in index["weight_map"].items():
         expected = {**WEIGHTS, "talker.w": torch.full((2,), 7.0)}[name]
@@ -113,7 +139,7 @@ def test_a_corrupt_write_is_caught_and_the_earlier_export_kept(
     def bad_disk(tensors: dict[str, Tensor], *arguments: Any, **options: Any) -> None:
         save_file(spoilt(tensors, how), *arguments, **options)
 
-    monkeypatch.setattr(learner.export, "save_file", bad_disk)
+    monkeypatch.setattr(avatar_rl.learner.model.export, "save_file", bad_disk)
     with pytest.raises(ModelError, match=message):
         export_checkpoint({name: value + 1 for name, value in WEIGHTS.items()}, base, out)
     assert (out / "model.safetensors").read_bytes() == before
@@ -132,7 +158,9 @@ def test_names_of_published_checkpoints() -> None:
     }
     assert published_names(vision, set(vision)) == {name: name for name in vision}
     # A head tied to the embedding is in no published file.
-    assert published_names(["model.embed.w", "lm_head.weight"], {"model.embed.w"}) == {"model.embed.w": "model.embed.w"}
+    assert published_names(["model.embed.w", "lm_head.weight"], {"model.embed.w"}) == {
+        "model.embed.w": "model.embed.w"
+    }
     with pytest.raises(ModelError, match=r"'model\.stranger' has no counterpart"):
         published_names(["model.stranger"], omni)
 

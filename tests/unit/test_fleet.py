@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RolloutSection
-from cluster.fleet import Fleet
-from prompts.errors import ResourceError
+from avatar_rl.cluster.config import RolloutSection
+from avatar_rl.cluster.workers.rollout_fleet import Fleet
+from avatar_rl.common.errors import ResourceError
 
 
 def a_fleet(workers: int, restarts: int) -> Fleet:
@@ -20,10 +20,13 @@ def a_fleet(workers: int, restarts: int) -> Fleet:
         return names
 
     config = SimpleNamespace(
-        supervision=SimpleNamespace(restarts=restarts), resources=SimpleNamespace(start_timeout_s=60)
+        supervision=SimpleNamespace(restarts=restarts),
+        resources=SimpleNamespace(start_timeout_s=60),
     )
     pool: Any = SimpleNamespace(config=config, rollouts=rollouts, start_rollouts=start_rollouts)
-    quiet: Any = SimpleNamespace(event=lambda *said: None, abandon=lambda name: None, drop_beat=lambda *name: None)
+    quiet: Any = SimpleNamespace(
+        event=lambda *said: None, abandon=lambda name: None, drop_beat=lambda *name: None
+    )
     fleet = Fleet(pool, quiet, quiet, quiet, quiet, scaling=RolloutSection(workers=workers))
     fleet.start(workers)
     fleet.working = dict.fromkeys(fleet.members, "")

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.group import UnusableGroupError, completion_facts, make_group
-from buffer_service.tickets import Ticket, TicketLease
-from buffer_service.validate import check_group
+from avatar_rl.actors.groups import UnusableGroupError, completion_facts, make_group
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.validate import check_group
 
 LEASE = TicketLease(
     ticket=Ticket(seq=3, prompt_id="p", step=1, n=3), attempt=1, consumer="rollout-0", hinted=False
-)  # fmt: skip
+)
 SCORED, MASKED = (0.5, {"accuracy": 0.5}), (None, {"accuracy": None})
 
 
@@ -52,7 +52,9 @@ def test_masked_and_empty_completions_are_left_out() -> None:
         ([0, 2], [SCORED, MASKED], "unscored"),
     ],
 )
-def test_a_group_without_a_usable_completion_says_why(lengths: list[int], scores: list[Any], reason: str) -> None:
+def test_a_group_without_a_usable_completion_says_why(
+    lengths: list[int], scores: list[Any], reason: str
+) -> None:
     with pytest.raises(UnusableGroupError, match="group 00000003 of prompt 'p'") as caught:
         group_of(lengths, scores)
     assert caught.value.reason == reason

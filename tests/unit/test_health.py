@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.distributions import advantage_shares, loss_by_position
-from learner.advantages import Advantages, rewards_tensor, step_advantages
-from learner.config import ObjectiveConfig
-from learner.health import ADVANTAGE_EDGES, HealthAccumulator
-from learner.objective import LossOutput, StepTotals, policy_loss
-from learner.shaping import tas_weights
-from prompts.errors import DataError
+from avatar_rl.cluster.telemetry.distributions import advantage_shares, loss_by_position
+from avatar_rl.common.errors import DataError
+from avatar_rl.learner.config import ObjectiveConfig
+from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
+from avatar_rl.learner.objective.loss import LossOutput, StepTotals, policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
+from avatar_rl.learner.objective.step_metrics import ADVANTAGE_EDGES, HealthAccumulator
 
 LENGTHS = torch.tensor([6, 1, 9, 4, 3])
 REPLAY = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
@@ -74,8 +74,12 @@ def test_metrics_equal_numpy_over_the_tokens() -> None:
         assert found[f"ratio/{kind}/max"] == pytest.approx(ratio.max(), abs=1e-12)
         assert found[f"clip_fraction/{kind}"] == pytest.approx(clipped.mean(), abs=1e-12)
         assert 0 < clipped.mean() < 1
-        assert found[f"ess/{kind}"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()), abs=1e-12)
-        assert found[f"kl/behaviour/{kind}"] == pytest.approx((np.exp(gap) - gap - 1).mean(), abs=1e-12)
+        assert found[f"ess/{kind}"] == pytest.approx(
+            weight.sum() ** 2 / (len(weight) * (weight**2).sum()), abs=1e-12
+        )
+        assert found[f"kl/behaviour/{kind}"] == pytest.approx(
+            (np.exp(gap) - gap - 1).mean(), abs=1e-12
+        )
         capped = np.minimum(np.exp(gap) - gap - 1, 1.0)
         assert found[f"kl/behaviour_capped/{kind}"] == pytest.approx(capped.mean(), abs=1e-12)
         assert found[f"entropy/{kind}"] == pytest.approx(entropy.numpy()[keep].mean(), abs=1e-12)
@@ -92,13 +96,16 @@ def test_merging_parts_changes_nothing() -> None:
     assert parts.metrics() == pytest.approx(whole.metrics(), abs=1e-12)
     assert set(parts.metrics()) == set(whole.metrics())
     for kind in ("fresh", "replay"):
-        left, right = (loss_by_position([health.distributions()], kind) for health in (parts, whole))
+        left, right = (
+            loss_by_position([health.distributions()], kind) for health in (parts, whole)
+        )
         assert left is not None and right is not None
         np.testing.assert_allclose(left, right, atol=1e-12)
 
 
 def test_loss_profile_shows_the_parabola() -> None:
-    """Ratio 1, advantage +-1, 41 tokens: the absolute loss of a bin is the mean TAS weight over its positions."""
+    """Ratio 1, advantage +-1, 41 tokens: the absolute loss of a bin is the mean TAS weight over its
+    positions."""
     mask = torch.ones(2, 41, dtype=torch.float64)
     logprobs = torch.zeros(2, 41, dtype=torch.float64)
     config = ObjectiveConfig(beta=0)
@@ -107,7 +114,11 @@ def test_loss_profile_shows_the_parabola() -> None:
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
     health = HealthAccumulator()
     weights = tas_weights(mask, dtype=torch.float64)
-    health.add(policy_loss(logprobs, logprobs, mask, advantages, weights, replay, None, config, totals=totals))
+    health.add(
+        policy_loss(
+            logprobs, logprobs, mask, advantages, weights, replay, None, config, totals=totals
+        )
+    )
     profile = loss_by_position([health.distributions()] * 2, "fresh")  # two steps alike
     assert profile is not None
     position = np.arange(41) / 40
@@ -116,7 +127,11 @@ def test_loss_profile_shows_the_parabola() -> None:
         inside = np.minimum(np.floor(position * 20 + 1e-9), 19) == index
         assert profile[index] == pytest.approx(weight[inside].mean(), abs=1e-12)
     assert loss_by_position([health.distributions()], "replay") is None
-    assert not {name for name in health.metrics() if "replay" in name or name.startswith(("entropy", "kl/ref"))}
+    assert not {
+        name
+        for name in health.metrics()
+        if "replay" in name or name.startswith(("entropy", "kl/ref"))
+    }
 
 
 def test_groups_advantages_and_ages() -> None:
@@ -166,7 +181,10 @@ def test_one_outlier_spoils_the_mean_of_the_kl_but_not_the_capped_one() -> None:
     health.add(loss_of(step, [0, 1, 2, 3, 4]))
     found = health.metrics()
     assert found["kl/behaviour"] > 1000 > quiet["kl/behaviour"] * 1000
-    assert found["kl/behaviour_capped"] < quiet["kl/behaviour_capped"] + 1 / float(LENGTHS.sum()) + 1e-9
+    assert (
+        found["kl/behaviour_capped"]
+        < quiet["kl/behaviour_capped"] + 1 / float(LENGTHS.sum()) + 1e-9
+    )
 
 
 def test_what_was_left_out_is_counted_over_ranks() -> None:

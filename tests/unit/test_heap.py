@@ -1,4 +1,5 @@
-"""Freed memory goes back to the system, dead cycles are found, only when it is due, and not during set-up."""
+"""Freed memory goes back to the system, dead cycles are found, only when it is due, and not during
+set-up."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import sys
 
 import pytest
 
-from prompts.heap import HeapTrimmer, no_collections
+from avatar_rl.common.heap import HeapTrimmer, no_collections
 
 HOLES = """
 import gc, psutil, weakref
-from prompts.heap import HeapTrimmer
+from avatar_rl.common.heap import HeapTrimmer
 
 class Node: pass
 
@@ -35,7 +36,7 @@ print(before - held(), heap.count, gone() is None, gc.get_freeze_count() > 1000)
 
 COMPACT = """
 import sys, psutil
-from prompts.heap import compact_heap
+from avatar_rl.common.heap import compact_heap
 if sys.argv[1] == "compact":
     assert compact_heap()
 def held(): return psutil.Process().memory_full_info().uss / 2**20
@@ -48,7 +49,9 @@ print(before - held())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_holes_in_the_heap_go_back_to_the_system_and_dead_cycles_with_them() -> None:
-    said = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True
+    ).stdout
     freed, *rest = said.split()
     assert float(freed) > 150 and rest == ["1", "True", "True"]  # of 190 MiB
 

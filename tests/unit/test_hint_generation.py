@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import main
-from cluster.hint_generation import HintReport, generate_hints, one_line
-from prompts.config import DataConfig
-from prompts.datasets import load_prompts
-from prompts.errors import ConfigError, ResourceError
-from rewards.config import EndpointConfig
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.commands.hint_generation import HintReport, generate_hints, one_line
+from avatar_rl.common.endpoint_config import EndpointConfig
+from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.datasets import load_prompts
 from tests.unit.test_rewards_judge_server import Reply, judge_server
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
@@ -24,7 +24,13 @@ USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 def dataset(tmp_path: Path) -> Path:
     file = tmp_path / "questions.jsonl"
     rows = [
-        {"id": f"q{i}", "question": f"How many of {i}?", "answer": "42", "problem_type": "numerical"} for i in range(6)
+        {
+            "id": f"q{i}",
+            "question": f"How many of {i}?",
+            "answer": "42",
+            "problem_type": "numerical",
+        }
+        for i in range(6)
     ]
     rows[5]["hint"] = "Count slowly."
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -33,8 +39,19 @@ def dataset(tmp_path: Path) -> Path:
 
 def says(text: str) -> Reply:
     """A chat completion with usage."""
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice], "usage": USAGE}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+    }
+    body = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "judge",
+        "choices": [choice],
+        "usage": USAGE,
+    }
     return Reply(raw=json.dumps(body))
 
 
@@ -44,15 +61,29 @@ def run(
     """Report, requests the teacher saw, progress."""
     progress: list[tuple[int, int]] = []
     with judge_server(script) as server:
-        fast = {"backoff_s": 0.002, "attempts": 3, "concurrency": 2, "deadline_s": 60.0, "request_timeout_s": 20.0}
-        teacher = EndpointConfig.model_validate({"base_url": server.url, "model": "judge", **fast, **changes})
+        fast = {
+            "backoff_s": 0.002,
+            "attempts": 3,
+            "concurrency": 2,
+            "deadline_s": 60.0,
+            "request_timeout_s": 20.0,
+        }
+        teacher = EndpointConfig.model_validate(
+            {"base_url": server.url, "model": "judge", **fast, **changes}
+        )
         report = generate_hints(
-            dataset, out, teacher, DataConfig(), progress=lambda done, total: progress.append((done, total))
+            dataset,
+            out,
+            teacher,
+            DataConfig(),
+            progress=lambda done, total: progress.append((done, total)),
         )
         return report, server.requests, progress
 
 
-def test_every_prompt_gets_a_hint_and_the_result_is_a_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_every_prompt_gets_a_hint_and_the_result_is_a_dataset(
+    dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "hinted.jsonl"
     report, requests, progress = run(dataset, out, lambda n: says("Look closely before you count."))
     assert report.counts["written"] == 5 and report.counts["kept"] == 1
@@ -66,10 +97,18 @@ def test_every_prompt_gets_a_hint_and_the_result_is_a_dataset(dataset: Path, tmp
     assert material["true_answer"] == "42"
 
 
-def test_a_rerun_asks_only_for_what_is_missing_and_drops_a_torn_line(dataset: Path, tmp_path: Path) -> None:
+def test_a_rerun_asks_only_for_what_is_missing_and_drops_a_torn_line(
+    dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "hinted.jsonl"
     with pytest.raises(ResourceError):
-        run(dataset, tmp_path / "none.jsonl", lambda n: Reply(status=400), breaker_failures=100, attempts=1)
+        run(
+            dataset,
+            tmp_path / "none.jsonl",
+            lambda n: Reply(status=400),
+            breaker_failures=100,
+            attempts=1,
+        )
     report, _, _ = run(
         dataset,
         out,
@@ -90,23 +129,41 @@ def test_a_leak_is_asked_for_once_more_and_then_refused(dataset: Path, tmp_path:
         return says("Forty-two? Say 42.") if n != 1 else says("Watch the whole clip.")
 
     report, requests, _ = run(dataset, tmp_path / "out.jsonl", script, concurrency=1)
-    assert report.counts["retried_leaks"] == 5 and report.counts["refused"] == 4 and report.counts["written"] == 1
+    assert (
+        report.counts["retried_leaks"] == 5
+        and report.counts["refused"] == 4
+        and report.counts["written"] == 1
+    )
     assert "gave the answer away" in requests[1]["messages"][1]["content"]
-    marked = [p for p in load_prompts(tmp_path / "out.jsonl", DataConfig()) if p.extra.get("hint_refused")]
+    marked = [
+        p for p in load_prompts(tmp_path / "out.jsonl", DataConfig()) if p.extra.get("hint_refused")
+    ]
     assert len(marked) == 4 and all(prompt.hint is None for prompt in marked)
 
 
 def test_a_teacher_under_fire_is_asked_again(dataset: Path, tmp_path: Path) -> None:
-    trouble = [Reply(status=500), Reply(cut=True), says("a\nb"), Reply(status=429, headers={"Retry-After": "0.01"})]
+    trouble = [
+        Reply(status=500),
+        Reply(cut=True),
+        says("a\nb"),
+        Reply(status=429, headers={"Retry-After": "0.01"}),
+    ]
     report, _, _ = run(
-        dataset, tmp_path / "out.jsonl", lambda n: trouble[n] if n < 4 else says("Look twice."), attempts=6
+        dataset,
+        tmp_path / "out.jsonl",
+        lambda n: trouble[n] if n < 4 else says("Look twice."),
+        attempts=6,
     )
     assert report.counts["written"] == 5 and report.counts["failed"] == 0
 
 
-def test_bad_input_is_named(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--deadline", "5"]
-    assert main(["hints", "generate", str(dataset), "--out", str(tmp_path / "o.jsonl"), *teacher]) == 1
+    assert (
+        main(["hints", "generate", str(dataset), "--out", str(tmp_path / "o.jsonl"), *teacher]) == 1
+    )
     assert "hint teacher at http://127.0.0.1:9/v1 does not answer" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is the dataset itself"):
         run(dataset, dataset, lambda n: Reply())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from prompts.hints import hint_leaks
-from prompts.record import ProblemType, Prompt
-from prompts.synthetic.config import Category
-from prompts.synthetic.questions import draft
+from avatar_rl.prompts.hints import hint_leaks
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.prompts.synthetic.config import Category
+from avatar_rl.prompts.synthetic.questions import draft
 
 P = ProblemType
 
 
 def prompt(kind: ProblemType, answer: str, hint: str, options: tuple[str, ...] = ()) -> Prompt:
-    return Prompt(id="p", question="?", answer=answer, problem_type=kind, hint=hint, options=options)
+    return Prompt(
+        id="p", question="?", answer=answer, problem_type=kind, hint=hint, options=options
+    )
 
 
 COLOURS = ("A. red", "B. green", "C. the middle")
@@ -40,7 +42,12 @@ COLOURS = ("A. red", "B. green", "C. the middle")
         (P.MULTIPLE_CHOICE, "B", "Is it red, green or in the middle?", False),
         (P.MULTIPLE_CHOICE, "C", "Search at the centre.", True),
         (P.LOCALISATION, "Left: cyclist / Center: girl", "Someone on the left is a cyclist.", True),
-        (P.LOCALISATION, "Left: cyclist / Center: girl", "A girl and a cyclist can be heard.", True),
+        (
+            P.LOCALISATION,
+            "Left: cyclist / Center: girl",
+            "A girl and a cyclist can be heard.",
+            True,
+        ),
         (P.LOCALISATION, "Left: cyclist / Center: girl", "Start on the left and go right.", False),
         (P.MULTI_LABEL, "dog, cat", "A dog and a cat.", True),
         (P.MULTI_LABEL, "dog, cat", "Is there a dog?", False),
@@ -57,4 +64,6 @@ def test_no_hint_of_the_synthetic_world_leaks(category: Category) -> None:
 
     for turn in range(24):
         question = draft(category, np.random.default_rng(turn), turn)
-        assert not hint_leaks(prompt(question.problem_type, question.answer, question.hint, question.options))
+        assert not hint_leaks(
+            prompt(question.problem_type, question.answer, question.hint, question.options)
+        )

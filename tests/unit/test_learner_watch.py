@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import learner_watch
-from cluster.learner_watch import ASK_EVERY_S, LearnerWatch
+from avatar_rl.cluster.workers import learner_watch
+from avatar_rl.cluster.workers.learner_watch import ASK_EVERY_S, LearnerWatch
 
 
 class Rank:
@@ -29,12 +29,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     now = SimpleNamespace(value=100.0)
     monkeypatch.setattr(learner_watch.time, "monotonic", lambda: now.value)
-    monkeypatch.setattr(ray, "wait", lambda asked, timeout: (asked if asked[0].moves is not None else [], []))
+    monkeypatch.setattr(
+        ray, "wait", lambda asked, timeout: (asked if asked[0].moves is not None else [], [])
+    )
     monkeypatch.setattr(ray, "get", get)
     return now
 
 
-def looks(watch: LearnerWatch, clock: SimpleNamespace, seconds: float, moving: Rank | None = None) -> list[str]:
+def looks(
+    watch: LearnerWatch, clock: SimpleNamespace, seconds: float, moving: Rank | None = None
+) -> list[str]:
     """What is found over some seconds, while a rank moves."""
     found = []
     for _ in range(round(seconds / ASK_EVERY_S)):

@@ -1,4 +1,5 @@
-"""A run whose learner's state is lost goes back to its checkpoint, as often as it gets further than that."""
+"""A run whose learner's state is lost goes back to its checkpoint, as often as it gets further than
+that."""
 
 from __future__ import annotations
 
@@ -9,18 +10,21 @@ from typing import Any
 
 import pytest
 
-from cluster import lives
-from cluster.checkpoint import Cut
-from cluster.learner_group import StateLostError
-from cluster.resume import Resumption
-from cluster.training import Run
-from prompts.errors import ResourceError
+from avatar_rl.cluster.checkpoints.checkpoint import Cut
+from avatar_rl.cluster.checkpoints.resume import Resumption
+from avatar_rl.cluster.training import restarts as lives
+from avatar_rl.cluster.training.run import Run
+from avatar_rl.cluster.workers.learner_group import StateLostError
+from avatar_rl.common.errors import ResourceError
 
-CONFIG: Any = SimpleNamespace(supervision=SimpleNamespace(restarts=1), checkpoint=SimpleNamespace(every=20))
+CONFIG: Any = SimpleNamespace(
+    supervision=SimpleNamespace(restarts=1), checkpoint=SimpleNamespace(every=20)
+)
 
 
 def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
-    """Runs that lose their state once for each of ``cuts``, which is what each goes back to; where each began."""
+    """Runs that lose their state once for each of ``cuts``, which is what each goes back to; where
+    each began."""
     began: list[int] = []
     checkpoints: Iterator[int] = iter(cuts)
 
@@ -35,7 +39,9 @@ def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
             return "finished"
 
     def prepare(config: Any, wanted: str, on_message: Any) -> Resumption:
-        return Resumption(Path(wanted), Cut("run-1", next(checkpoints), 0, "model", "data", 0, {}, []))
+        return Resumption(
+            Path(wanted), Cut("run-1", next(checkpoints), 0, "model", "data", 0, {}, [])
+        )
 
     monkeypatch.setattr(lives, "Run", Run)
     monkeypatch.setattr(lives, "prepare", prepare)
@@ -75,8 +81,10 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
     )
     run.pool_rounds = SimpleNamespace(reached=lambda target: target is not None)
     run.supervisor = SimpleNamespace(
-        signals=SimpleNamespace(orderly=False), watch=None, checkpoints=SimpleNamespace(wait=lambda: None),
+        signals=SimpleNamespace(orderly=False),
+        watch=None,
+        checkpoints=SimpleNamespace(wait=lambda: None),
         report=lambda kind, message: done.append(kind),
-    )  # fmt: skip
+    )
     run._train_and_evaluate()  # there is no learner to train with
     assert done == ["target was met", "whole at 5"]

@@ -1,4 +1,5 @@
-"""Decoding and caching of media files, against colours and tones that the test itself put into them."""
+"""Decoding and caching of media files, against colours and tones that the test itself put into
+them."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts.config import MediaConfig
-from prompts.errors import DataError
-from prompts.media import DecodedAudio, DecodedImage, DecodedVideo, MediaLoader
-from prompts.media_cache import DiskCache, Entry, MemoryCache
-from prompts.media_decode import resample
-from prompts.record import MediaItem, MediaPlan, resolve_uri
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
+from avatar_rl.prompts.media.decode import resample
+from avatar_rl.prompts.media.loader import DecodedAudio, DecodedImage, DecodedVideo, MediaLoader
+from avatar_rl.prompts.record import MediaItem, MediaPlan, resolve_uri
 from tests.unit.media_files import mean_colours, tone, write_video, write_wav
 
 # 24 colours that differ by far more than H.264 changes them (about 3 levels)
@@ -34,7 +35,9 @@ def loader(folder: Path, **config: object) -> MediaLoader:
 
 
 def video(folder: Path, media: MediaLoader | None = None, /, **item: Any) -> DecodedVideo:
-    loaded = (media or loader(folder)).load(MediaItem.model_validate({"kind": "video", "uri": "clip.mp4", **item}))
+    loaded = (media or loader(folder)).load(
+        MediaItem.model_validate({"kind": "video", "uri": "clip.mp4", **item})
+    )
     assert isinstance(loaded, DecodedVideo)
     return loaded
 
@@ -52,7 +55,8 @@ def peak_hertz(decoded: DecodedAudio) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clip.mp4: 24 plain frames at 8 per second (3 s), key frames 4 apart, B-frames, a 440 Hz sound track."""
+    """clip.mp4: 24 plain frames at 8 per second (3 s), key frames 4 apart, B-frames, a 440 Hz sound
+    track."""
     path = tmp_path_factory.mktemp("media")
     write_video(path / "clip.mp4", COLOURS, sound=tone(440, 3, 48_000))
     write_video(path / "silent.mp4", COLOURS[:4])
@@ -78,7 +82,9 @@ def test_video_frames_are_those_on_screen_at_the_middle_of_each_part(
 ) -> None:
     decoded = video(folder, **item)
     assert decoded.frames.dtype == np.uint8 and decoded.frames.shape == (len(expected), 48, 64, 3)
-    np.testing.assert_allclose(mean_colours(decoded.frames), np.array([COLOURS[i] for i in expected]), atol=4)
+    np.testing.assert_allclose(
+        mean_colours(decoded.frames), np.array([COLOURS[i] for i in expected]), atol=4
+    )
     assert decoded.fps == pytest.approx(fps)
     assert decoded.duration == pytest.approx(len(expected) / fps)
 
@@ -92,7 +98,9 @@ def test_video_without_a_rate_follows_the_config_and_its_cap(folder: Path) -> No
 def test_frames_beyond_the_bound_shrink_and_keep_their_proportions(folder: Path) -> None:
     decoded = video(folder, frames=4, max_pixels=768)  # a quarter of 64 x 48
     assert decoded.frames.shape == (4, 24, 32, 3)
-    np.testing.assert_allclose(mean_colours(decoded.frames), np.array([COLOURS[i] for i in (3, 9, 15, 21)]), atol=4)
+    np.testing.assert_allclose(
+        mean_colours(decoded.frames), np.array([COLOURS[i] for i in (3, 9, 15, 21)]), atol=4
+    )
 
 
 def test_a_video_without_time_stamps_goes_by_its_average_rate(folder: Path, tmp_path: Path) -> None:
@@ -113,13 +121,19 @@ def test_wav_is_resampled_to_the_asked_rate(folder: Path) -> None:
     assert decoded.samples.dtype == np.float32 and decoded.samples.shape == (32_000,)
     assert peak_hertz(decoded) == pytest.approx(1_000, abs=0.5)
     # away from the edges it is the sine itself, in phase
-    np.testing.assert_allclose(decoded.samples[500:-500], tone(1_000, 2, 16_000)[500:-500], atol=1e-4)
+    np.testing.assert_allclose(
+        decoded.samples[500:-500], tone(1_000, 2, 16_000)[500:-500], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 192_000])
 @pytest.mark.parametrize("count", [1, 2, 17, 100, 5_001])
 def test_resampling_loses_nothing_at_the_end(rate: int, count: int) -> None:
-    ramp = np.linspace(-0.5, 0.5, count, dtype=np.float32) if count > 2 else np.full(count, 0.5, np.float32)
+    ramp = (
+        np.linspace(-0.5, 0.5, count, dtype=np.float32)
+        if count > 2
+        else np.full(count, 0.5, np.float32)
+    )
     again = resample(ramp, rate, 16_000)
     assert again.size == math.ceil(count * 16_000 / rate)
     # the integral over time is kept (Shannon), but for the ripple at the two cut edges
@@ -134,7 +148,9 @@ def test_tones_above_the_new_nyquist_frequency_vanish(tmp_path: Path) -> None:
 def test_stereo_is_averaged(tmp_path: Path) -> None:
     left, right = tone(500, 1, 16_000), tone(500, 1, 16_000, amplitude=0.1)
     write_wav(tmp_path / "stereo.wav", np.stack([left, right], axis=1), 16_000)
-    np.testing.assert_allclose(audio(tmp_path, "stereo.wav").samples, (left + right) / 2, atol=1e-4)  # 16-bit file
+    np.testing.assert_allclose(
+        audio(tmp_path, "stereo.wav").samples, (left + right) / 2, atol=1e-4
+    )  # 16-bit file
 
 
 def test_wav_clip_is_cut_at_the_sample(folder: Path) -> None:
@@ -153,7 +169,9 @@ def test_sound_track_of_a_video(folder: Path) -> None:
 def test_clip_of_a_sound_track_is_that_part_of_the_whole(folder: Path) -> None:
     whole = audio(folder, "clip.mp4", sample_rate=48_000).samples
     part = audio(folder, "clip.mp4", sample_rate=48_000, clip=(2.0, 2.5)).samples
-    np.testing.assert_allclose(part, whole[96_000:120_000], atol=1e-4)  # AAC fills in noise of its own
+    np.testing.assert_allclose(
+        part, whole[96_000:120_000], atol=1e-4
+    )  # AAC fills in noise of its own
 
 
 def test_image_is_upright_and_bounded(tmp_path: Path) -> None:
@@ -189,7 +207,9 @@ def test_file_urls_are_unescaped() -> None:
     assert resolve_uri("a%20b.mp4", Path("/base")) == Path("/base/a%20b.mp4")
 
 
-@pytest.mark.parametrize("uri", ["https://host/clip.mp4", "s3://bucket/clip.mp4", "gs://bucket/clip.mp4"])
+@pytest.mark.parametrize(
+    "uri", ["https://host/clip.mp4", "s3://bucket/clip.mp4", "gs://bucket/clip.mp4"]
+)
 def test_remote_media_are_refused_with_a_remedy(folder: Path, uri: str) -> None:
     with pytest.raises(DataError, match=rf"{uri}: .*download"):
         video(folder, uri=uri)
@@ -207,11 +227,17 @@ def test_remote_media_are_refused_with_a_remedy(folder: Path, uri: str) -> None:
         ({"kind": "video", "uri": "tone.wav"}, r"tone\.wav: has no video stream"),
         ({"kind": "audio", "uri": "silent.mp4"}, r"silent\.mp4: has no audio stream"),
         ({"kind": "audio", "uri": "nothing.wav"}, r"nothing\.wav: lasts 0 s"),
-        ({"kind": "video", "uri": "clip.mp4", "clip": (1, 9)}, r"clip \[1, 9\) s runs past the end at 3\.000 s"),
+        (
+            {"kind": "video", "uri": "clip.mp4", "clip": (1, 9)},
+            r"clip \[1, 9\) s runs past the end at 3\.000 s",
+        ),
         ({"kind": "video", "uri": "clip.mp4", "clip": (3.1, 3.2)}, r"runs past the end"),
         ({"kind": "audio", "uri": "tone.wav", "clip": (1, 9)}, r"runs past the end at 2\.000 s"),
         ({"kind": "audio", "uri": "clip.mp4", "clip": (1, 9)}, r"runs past the end at 3\.0\d+ s"),
-        ({"kind": "video", "uri": "clip.mp4", "digest": "0" * 64}, r"clip\.mp4: its sha256 .* fetch it again"),
+        (
+            {"kind": "video", "uri": "clip.mp4", "digest": "0" * 64},
+            r"clip\.mp4: its sha256 .* fetch it again",
+        ),
     ],
 )
 def test_bad_media_name_the_file_and_the_remedy(
@@ -242,7 +268,9 @@ def test_a_video_cut_short_or_damaged_is_an_error(folder: Path, tmp_path: Path) 
 def test_digest_is_checked_and_a_changed_file_is_noticed(folder: Path, tmp_path: Path) -> None:
     media = loader(tmp_path)
     path = write_wav(tmp_path / "a.wav", tone(300, 1, 16_000), 16_000)
-    item = MediaItem(kind="audio", uri="a.wav", digest=hashlib.sha256(path.read_bytes()).hexdigest())
+    item = MediaItem(
+        kind="audio", uri="a.wav", digest=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     first = media.load(item)
     assert media.load(item).samples is first.samples  # type: ignore[union-attr]  # from memory, not decoded again
     write_wav(path, tone(900, 1.5, 16_000), 16_000)
@@ -291,7 +319,9 @@ def test_disk_cache_serves_another_process_and_survives_damage(
 def test_disk_cache_drops_the_least_recently_used_and_recounts_a_lost_count(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, limit=4_000)
     for key in ("a", "b", "c"):
-        cache.put(key, Entry(np.zeros(1_000, np.uint8), 1.0, 1.0))  # about 1.3 kB each with its headers
+        cache.put(
+            key, Entry(np.zeros(1_000, np.uint8), 1.0, 1.0)
+        )  # about 1.3 kB each with its headers
     (tmp_path / "bytes").write_text("")  # a writer killed half-way
     os.utime(tmp_path / "b.npy", (1, 1))
     cache.put("d", Entry(np.zeros(1_000, np.uint8), 1.0, 1.0))
@@ -306,7 +336,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from prompts.media_cache import DiskCache, Entry
+from avatar_rl.prompts.media.cache import DiskCache, Entry
 cache = DiskCache(Path(sys.argv[1]), limit=60_000)
 rng = np.random.default_rng(int(sys.argv[2]))
 for _ in range(150):
@@ -315,12 +345,16 @@ for _ in range(150):
     if entry is None:
         cache.put(f"key{n}", Entry(np.full(3_000, n, np.uint8), float(n), 2.0 * n))
     else:
-        assert entry.array.shape == (3_000,) and (entry.array == n).all() and entry.duration == 2.0 * n
+        assert entry.array.shape == (3_000,) and (entry.array == n).all()
+        assert entry.duration == 2.0 * n
 """
 
 
 def test_disk_cache_keeps_its_bound_with_several_processes(tmp_path: Path) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), str(seed)]) for seed in range(3)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), str(seed)])
+        for seed in range(3)
+    ]
     worst = 0
     while any(writer.poll() is None for writer in writers):
         sizes = []
@@ -349,7 +383,9 @@ def test_threads_share_one_loader(folder: Path, tmp_path: Path) -> None:
 
 def test_a_disk_cache_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(DataError, match=r"taken: the media cache cannot be made .*media\.disk_cache"):
+    with pytest.raises(
+        DataError, match=r"taken: the media cache cannot be made .*media\.disk_cache"
+    ):
         loader(tmp_path, disk_cache=tmp_path / "taken")
 
 

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from learner.config import ObjectiveConfig
-from learner.objective import LossOutput, StepTotals, policy_loss
-from learner.shaping import tas_weights
-from prompts.errors import ConfigError, DataError
+from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.learner.config import ObjectiveConfig
+from avatar_rl.learner.objective.loss import LossOutput, StepTotals, policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo")
 RATIOS = ("token", "sequence", "sequence_plain")
 LONGEST = 16
 
 
-def make(seed: int, lengths: list[int], replay: list[int], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def make(
+    seed: int, lengths: list[int], replay: list[int], dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Random tensors of a step, by the names of ``policy_loss``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
@@ -44,10 +46,14 @@ def make(seed: int, lengths: list[int], replay: list[int], dtype: torch.dtype = 
 
 
 def totals_of(step: dict[str, Any], config: ObjectiveConfig, **options: Any) -> StepTotals:
-    return StepTotals.count(step["mask"].sum(1), step["is_replay"], config, max_completion_tokens=LONGEST, **options)
+    return StepTotals.count(
+        step["mask"].sum(1), step["is_replay"], config, max_completion_tokens=LONGEST, **options
+    )
 
 
-def run(step: dict[str, Any], config: ObjectiveConfig, totals: StepTotals | None = None, **extra: Any) -> LossOutput:
+def run(
+    step: dict[str, Any], config: ObjectiveConfig, totals: StepTotals | None = None, **extra: Any
+) -> LossOutput:
     return policy_loss(
         **step,
         config=config,
@@ -71,7 +77,10 @@ def loops(step: dict[str, Any], config: ObjectiveConfig) -> tuple[float, float]:
     sums = {False: 0.0, True: 0.0}
     divided_kl = 0.0
     for i in rows:
-        differences = [float(step["logprobs"][i, t] - step["behaviour_logprobs"][i, t]) for t in range(lengths[i])]
+        differences = [
+            float(step["logprobs"][i, t] - step["behaviour_logprobs"][i, t])
+            for t in range(lengths[i])
+        ]
         terms, kls = [], []
         for t, difference in enumerate(differences):
             rho = math.exp(difference if config.ratio == "token" else sum(differences) / lengths[i])
@@ -88,15 +97,21 @@ def loops(step: dict[str, Any], config: ObjectiveConfig) -> tuple[float, float]:
         sums[replay[i]] += sum(terms) / divisor
         divided_kl += sum(kls) / divisor
     by_tokens = config.loss_type in ("dapo", "bnpo", "cispo")
-    counts = {k: sum(lengths[i] if by_tokens else 1 for i in rows if replay[i] == k) for k in (False, True)}
+    counts = {
+        k: sum(lengths[i] if by_tokens else 1 for i in rows if replay[i] == k)
+        for k in (False, True)
+    }
     gain = sum(
-        scale * sums[kind] / counts[kind] for kind, scale in ((False, 1.0), (True, config.alpha)) if counts[kind]
+        scale * sums[kind] / counts[kind]
+        for kind, scale in ((False, 1.0), (True, config.alpha))
+        if counts[kind]
     )
     return -gain, config.beta * divided_kl / sum(counts.values())
 
 
 def test_two_tokens_by_hand() -> None:
-    """One fresh and one replayed completion; ratios 1.5 (clipped at 1.2) and 0.5 (clipped at 0.8, wrong sign)."""
+    """One fresh and one replayed completion; ratios 1.5 (clipped at 1.2) and 0.5 (clipped at 0.8,
+    wrong sign)."""
     behaviour = torch.tensor([[-1.0, -2.0], [-1.0, 99.0]], dtype=torch.float64)
     ratio = torch.tensor([[1.5, 1.0], [0.5, 1.0]], dtype=torch.float64)
     current = (behaviour + ratio.log()).requires_grad_()
@@ -142,7 +157,9 @@ def test_equals_the_loops(loss_type: str, ratio: str, replay: list[int]) -> None
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4], [5]], [[5, 0, 3], [1], [4, 2]], [[3, 4], [0, 1, 2, 5]]])
+@pytest.mark.parametrize(
+    "split", [[[0], [1], [2], [3], [4], [5]], [[5, 0, 3], [1], [4, 2]], [[3, 4], [0, 1, 2, 5]]]
+)
 def test_any_split_into_micro_batches_and_ranks_gives_the_same(
     loss_type: str, ratio: str, split: list[list[int]]
 ) -> None:
@@ -183,13 +200,17 @@ def test_alpha_scales_the_replayed_surrogate_only() -> None:
 
 def test_tas_leaves_the_kl_alone() -> None:
     step = make(4, [6, 3], [0, 1])
-    shaped, flat = run(step, ObjectiveConfig()), run(step | {"tas": step["mask"]}, ObjectiveConfig())
+    shaped, flat = (
+        run(step, ObjectiveConfig()),
+        run(step | {"tas": step["mask"]}, ObjectiveConfig()),
+    )
     assert shaped.kl == flat.kl
     assert shaped.policy != flat.policy
 
 
 def test_gspo_gradient_is_that_of_its_definition() -> None:
-    """Autograd through J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean_t log-ratio), METHOD 2.3."""
+    """Autograd through J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean_t log-ratio), METHOD
+    2.3."""
     lengths = [5, 2, 7, 1]
     step = make(5, lengths, [0, 0, 0, 0]) | {"reference_logprobs": None}
     step["tas"] = step["mask"]
@@ -211,7 +232,8 @@ def test_gspo_token_gives_each_token_its_own_weight() -> None:
     lengths = [5, 3]
     step = make(6, lengths, [0, 0]) | {"reference_logprobs": None}
     found = torch.autograd.grad(
-        run(step, ObjectiveConfig(ratio="sequence", epsilon=0.99, epsilon_high=50.0, beta=0)).loss, step["logprobs"]
+        run(step, ObjectiveConfig(ratio="sequence", epsilon=0.99, epsilon_high=50.0, beta=0)).loss,
+        step["logprobs"],
     )[0]
     for i, length in enumerate(lengths):
         difference = (step["logprobs"] - step["behaviour_logprobs"]).detach()
@@ -223,7 +245,9 @@ def test_gspo_token_gives_each_token_its_own_weight() -> None:
 
 
 @pytest.mark.parametrize(("epsilon_high", "delta"), [(0.28, None), (0.28, 1.5), (None, 1.3)])
-def test_clipped_tokens_are_those_without_gradient(epsilon_high: float | None, delta: float | None) -> None:
+def test_clipped_tokens_are_those_without_gradient(
+    epsilon_high: float | None, delta: float | None
+) -> None:
     step = make(12, [9, 9, 9, 9, 9, 9], [0, 1, 0, 1, 0, 1])
     output = run(step, ObjectiveConfig(epsilon_high=epsilon_high, delta=delta, beta=0))
     gradient = torch.autograd.grad(output.loss, step["logprobs"])[0]
@@ -246,7 +270,9 @@ def test_old_logprobs_take_the_place_of_the_behaviour_in_the_ratio() -> None:
     step = make(7, [4, 6], [0, 1])
     old = step["logprobs"].detach() + 0.1
     plain = run(step, ObjectiveConfig(), old_logprobs=old)
-    assert plain.loss.item() == pytest.approx(run(step | {"behaviour_logprobs": old}, ObjectiveConfig()).loss.item())
+    assert plain.loss.item() == pytest.approx(
+        run(step | {"behaviour_logprobs": old}, ObjectiveConfig()).loss.item()
+    )
     # Decoupled: the sampler's share is a constant weight min(old / behaviour, 2).
     weighted = run(step, ObjectiveConfig(mismatch="token_truncate"), old_logprobs=old)
     expected = (old - step["behaviour_logprobs"]).exp().clamp(max=2.0)
@@ -256,7 +282,9 @@ def test_old_logprobs_take_the_place_of_the_behaviour_in_the_ratio() -> None:
 
 
 def test_loss_keeps_the_dtype_of_the_model() -> None:
-    step = make(14, [3, 6], [0, 1], torch.float32) | {"advantages": torch.ones(2, dtype=torch.float64)}
+    step = make(14, [3, 6], [0, 1], torch.float32) | {
+        "advantages": torch.ones(2, dtype=torch.float64)
+    }
     assert run(step, ObjectiveConfig()).loss.dtype == torch.float32
 
 
@@ -284,7 +312,9 @@ def test_nan_of_the_model_names_its_row() -> None:
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("name", ["old_logprobs", "reference_logprobs"])
-def test_nan_of_the_reference_or_of_the_old_policy_names_its_row(name: str, loss_type: str, value: float) -> None:
+def test_nan_of_the_reference_or_of_the_old_policy_names_its_row(
+    name: str, loss_type: str, value: float
+) -> None:
     """Whatever a model computes costs its micro-batch, not the run."""
     step = make(9, [3, 4, 2], [0, 0, 1])
     step["old_logprobs"] = step["logprobs"].detach()
@@ -332,7 +362,10 @@ def bad(**changes: Any) -> dict[str, Any]:
     [
         (bad(advantages=torch.tensor([1.0, torch.nan])), r"advantages of rows \[1\] is NaN"),
         (bad(mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), r"completions \[1\] have no token"),
-        (bad(behaviour_logprobs=torch.full((2, 3), -torch.inf)), r"behaviour of rows \[0, 1\] is NaN or infinite"),
+        (
+            bad(behaviour_logprobs=torch.full((2, 3), -torch.inf)),
+            r"behaviour of rows \[0, 1\] is NaN or infinite",
+        ),
         (bad(reference_logprobs=torch.zeros(2, 4)), r"reference has shape \(2, 4\)"),
         (bad(tas=torch.ones(3)), "tas has shape"),
         (bad(advantages=torch.ones(3)), r"advantages has shape \(3,\)"),

@@ -1,9 +1,8 @@
 """Loss and gradients against TRL's own GRPOTrainer code on identical float64 tensors.
 
-Importing the trainer takes seconds and drags vLLM in, so its functions are lifted out of the installed source and run
-as they stand: ``_compute_loss`` whole, and the two statements of the scoring pass that compute advantages and mismatch
-weights.
-"""
+Importing the trainer takes seconds and drags vLLM in, so its functions are lifted out of the
+installed source and run as they stand: ``_compute_loss`` whole, and the two statements of the
+scoring pass that compute advantages and mismatch weights."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.advantages import group_advantages
-from learner.config import ObjectiveConfig
-from learner.objective import StepTotals, policy_loss
+from avatar_rl.learner.config import ObjectiveConfig
+from avatar_rl.learner.objective.advantages import group_advantages
+from avatar_rl.learner.objective.loss import StepTotals, policy_loss
 
 SPEC = importlib.util.find_spec("trl")
 if SPEC is None or SPEC.origin is None or not importlib.metadata.version("trl").startswith("1.16."):
@@ -35,7 +34,11 @@ ROWS, WIDTH, GROUP, LONGEST = 8, 9, 4, 12
 
 
 def function(path: Path, name: str) -> ast.FunctionDef:
-    return next(n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name == name)
+    return next(
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.FunctionDef) and n.name == name
+    )
 
 
 def load(node: ast.stmt, **names: Any) -> dict[str, Any]:
@@ -53,12 +56,15 @@ SCORING = function(TRAINER / "grpo_trainer.py", "_generate_and_score_completions
 
 
 def statement(test: str, first: str) -> ast.If:
-    """The ``if`` of TRL's scoring pass with this condition whose body starts by assigning ``first``."""
+    """The ``if`` of TRL's scoring pass with this condition whose body starts by assigning
+    ``first``."""
     found = [n for n in ast.walk(SCORING) if isinstance(n, ast.If) and ast.unparse(n.test) == test]
     return next(n for n in found if ast.unparse(n.body[0]).startswith(f"{first} ="))
 
 
-ADVANTAGE_STATEMENT = statement("self.multi_objective_aggregation == 'sum_then_normalize'", "rewards")
+ADVANTAGE_STATEMENT = statement(
+    "self.multi_objective_aggregation == 'sum_then_normalize'", "rewards"
+)
 MISMATCH_STATEMENT = statement("self.use_vllm and self.vllm_importance_sampling_correction", "mask")
 
 
@@ -86,11 +92,19 @@ def trl_loss(step: Step, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     if config.mask_truncated_completions:
         mask = mask * (~step.truncated).unsqueeze(1).int()
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (step.current, torch.zeros_like(step.current), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            step.current,
+            torch.zeros_like(step.current),
+            None,
+        ),
         _entropy_bonus_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=config.delta, steps_per_generation=1),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        args=SimpleNamespace(
+            use_bias_correction_kl=False, delta=config.delta, steps_per_generation=1
+        ),
         aux_loss_enabled=False,
         beta=config.beta,
         current_gradient_accumulation_steps=1,
@@ -136,7 +150,9 @@ def trl_loss(step: Step, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 def our_loss(step: Step, config: ObjectiveConfig, pieces: int = 1) -> tuple[Tensor, Tensor]:
     """The same by ours, in ``pieces`` micro-batches."""
     fresh = torch.zeros(ROWS, dtype=torch.bool)
-    totals = StepTotals.count(step.mask.sum(1), fresh, config, truncated=step.truncated, max_completion_tokens=LONGEST)
+    totals = StepTotals.count(
+        step.mask.sum(1), fresh, config, truncated=step.truncated, max_completion_tokens=LONGEST
+    )
     loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(step.current)
     for rows in torch.arange(ROWS).chunk(pieces):
         output = policy_loss(
@@ -172,7 +188,9 @@ LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo")
 RATIOS = ("token", "sequence", "sequence_plain")
 
 
-@pytest.mark.parametrize(("loss_type", "ratio", "beta"), itertools.product(LOSSES, RATIOS, (0.0, 0.1)))
+@pytest.mark.parametrize(
+    ("loss_type", "ratio", "beta"), itertools.product(LOSSES, RATIOS, (0.0, 0.1))
+)
 def test_losses_and_ratios(loss_type: str, ratio: str, beta: float) -> None:
     assert_equal(ObjectiveConfig(loss_type=loss_type, ratio=ratio, beta=beta, tas_lambda=0))  # type: ignore[arg-type]
 
@@ -196,7 +214,9 @@ def test_clip_higher_dual_clip_and_truncation(loss_type: str, ratio: str) -> Non
 @pytest.mark.parametrize(
     ("mode", "floor", "ratio"),
     itertools.product(
-        ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"), (None, 0.5), ("token", "sequence_plain")
+        ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        (None, 0.5),
+        ("token", "sequence_plain"),
     ),
 )
 def test_sampler_trainer_mismatch(mode: str, floor: float | None, ratio: str) -> None:
@@ -215,7 +235,9 @@ def test_sampler_trainer_mismatch(mode: str, floor: float | None, ratio: str) ->
 
 def test_gspo_clip_range_of_the_paper() -> None:
     """METHOD 2.3; one sequence is put inside the narrow range so that not every row is clipped."""
-    config = ObjectiveConfig(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0, tas_lambda=0)
+    config = ObjectiveConfig(
+        ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0, tas_lambda=0
+    )
     step = Step(0)
     with torch.no_grad():
         step.current[:4] = step.old[:4] + 1e-4
@@ -226,7 +248,9 @@ def test_gspo_clip_range_of_the_paper() -> None:
     assert gradient[:4].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "masked"), itertools.product(("group", "batch", "none"), (False, True)))
+@pytest.mark.parametrize(
+    ("scale", "masked"), itertools.product(("group", "batch", "none"), (False, True))
+)
 def test_scale_rewards(scale: str, masked: bool) -> None:
     torch.manual_seed(0)
     parts = torch.rand(16, 2, dtype=torch.float64)
@@ -237,7 +261,9 @@ def test_scale_rewards(scale: str, masked: bool) -> None:
     theirs = load(
         ADVANTAGE_STATEMENT,
         self=SimpleNamespace(
-            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale, reward_weights=weights
+            multi_objective_aggregation="sum_then_normalize",
+            scale_rewards=scale,
+            reward_weights=weights,
         ),
         device=torch.device("cpu"),
         nanstd=NANSTD,

@@ -1,4 +1,5 @@
-"""Files that a decoder trips over, or shows wrongly: one of them costs its prompt, never the run."""
+"""Files that a decoder trips over, or shows wrongly: one of them costs its prompt, never the
+run."""
 
 from __future__ import annotations
 
@@ -14,11 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts.config import MediaConfig
-from prompts.input_error import InputError
-from prompts.media import Decoded, DecodedAudio, DecodedImage, DecodedVideo, MediaLoader
-from prompts.media_decode import PastEndError, Timeline, _timeline
-from prompts.record import MediaItem
+from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.input_error import InputError
+from avatar_rl.prompts.media.decode import PastEndError, Timeline, _timeline
+from avatar_rl.prompts.media.loader import (
+    Decoded,
+    DecodedAudio,
+    DecodedImage,
+    DecodedVideo,
+    MediaLoader,
+)
+from avatar_rl.prompts.record import MediaItem
 from tests.unit.media_files import tone, write_video, write_wav
 
 RED, BLUE = (200, 30, 10), (10, 30, 200)
@@ -44,7 +51,9 @@ def test_a_video_that_changes_its_frame_size_is_refused_where_it_does(tmp_path: 
     tall = write_video(tmp_path / "tall.h264", [BLUE] * 8, size=(32, 80))
     path = tmp_path / "joined.h264"
     path.write_bytes(wide.read_bytes() + tall.read_bytes())
-    with pytest.raises(InputError, match=r"joined\.h264: changes its frame size .*32 x 80, 64 x 48.*re-encode"):
+    with pytest.raises(
+        InputError, match=r"joined\.h264: changes its frame size .*32 x 80, 64 x 48.*re-encode"
+    ):
         load(path, "video", frames=8)
     first = load(path, "video", frames=2, clip=(0.0, 0.2))
     assert isinstance(first, DecodedVideo) and first.frames.shape == (2, 48, 64, 3)
@@ -82,7 +91,8 @@ def test_sound_past_its_end_is_told_apart_and_survives_pickling(tmp_path: Path) 
 
 
 def transparent(mode: str) -> Image.Image:
-    """8 x 8 pixels, opaque on the left, transparent on the right, where black or red lies under it."""
+    """8 x 8 pixels, opaque on the left, transparent on the right, where black or red lies under
+    it."""
     alpha = np.zeros((8, 8), np.uint8)
     alpha[:, :4] = 255
     if mode == "LA":
@@ -98,7 +108,9 @@ def transparent(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(("mode", "left"), [("RGBA", RED), ("LA", (100, 100, 100)), ("P", RED)])
-def test_what_is_transparent_is_white(tmp_path: Path, mode: str, left: tuple[int, int, int]) -> None:
+def test_what_is_transparent_is_white(
+    tmp_path: Path, mode: str, left: tuple[int, int, int]
+) -> None:
     image = transparent(mode)
     assert image.mode == mode
     image.save(tmp_path / "logo.png")
@@ -114,7 +126,9 @@ def test_transparency_is_composed_as_vllm_does(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "soft.png")
     decoded = load(tmp_path / "soft.png", "image")
     assert isinstance(decoded, DecodedImage)
-    np.testing.assert_array_equal(decoded.pixels, module.convert_image_mode(Image.fromarray(pixels), "RGB"))
+    np.testing.assert_array_equal(
+        decoded.pixels, module.convert_image_mode(Image.fromarray(pixels), "RGB")
+    )
 
 
 def test_frame_times_are_read_without_keeping_the_file_in_memory(tmp_path: Path) -> None:
@@ -126,6 +140,8 @@ def test_frame_times_are_read_without_keeping_the_file_in_memory(tmp_path: Path)
             yield from container.demux(stream)
             alive.append(sum(type(thing) is av.Packet for thing in gc.get_objects()))
 
-        watched: Any = SimpleNamespace(streams=container.streams, start_time=container.start_time, demux=demux)
+        watched: Any = SimpleNamespace(
+            streams=container.streams, start_time=container.start_time, demux=demux
+        )
         line: Timeline = _timeline(watched, path)
     assert alive[0] <= 3 and len(line.ticks) == 24

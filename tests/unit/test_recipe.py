@@ -1,4 +1,5 @@
-"""From recipe, preset and overrides to a checked configuration, and what the command line says to mistakes."""
+"""From recipe, preset and overrides to a checked configuration, and what the command line says to
+mistakes."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.cli import main
-from cluster.config import RunConfig
-from cluster.presets import PRESETS, merge, preset
-from cluster.recipe import load_recipe, parse_overrides, to_yaml
-from prompts.errors import ConfigError
+from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides, to_yaml
+from avatar_rl.cluster.recipe.presets import PRESETS, merge, preset
+from avatar_rl.common.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 BASE = {"name": "t", "data": {"synthetic": {"n_train": 8}}}
@@ -33,7 +34,7 @@ def load(file: Path, *arguments: str, preset_name: str | None = None) -> RunConf
     return load_recipe(file, parse_overrides(arguments), preset_name=preset_name)
 
 
-# -- presets -----------------------------------------------------------------------------------------------------------
+# -- presets ---------------------------------------------------------------------------------------
 
 #: fresh, replayed, TAS, hints (METHOD 1.1 to 1.4, 3)
 METHODS = {
@@ -53,20 +54,30 @@ def test_every_preset_resolves(recipe: Path, name: str) -> None:
     if name in METHODS:
         objective = config.learner.objective
         assert METHODS[name] == (
-            config.loop.fresh, config.loop.replayed, objective.tas_lambda, config.buffer.hints.enabled
-        )  # fmt: skip
+            config.loop.fresh,
+            config.loop.replayed,
+            objective.tas_lambda,
+            config.buffer.hints.enabled,
+        )
 
 
 def test_published_baselines_have_their_constants(recipe: Path) -> None:
     gspo = load(recipe, preset_name="gspo").learner.objective
-    assert (gspo.ratio, gspo.epsilon, gspo.upper, gspo.tas_lambda) == ("sequence", 3e-4, 4e-4, 0.0)  # METHOD 2.3
+    assert (gspo.ratio, gspo.epsilon, gspo.upper, gspo.tas_lambda) == (
+        "sequence",
+        3e-4,
+        4e-4,
+        0.0,
+    )  # METHOD 2.3
     dapo = load(recipe, preset_name="dapo").learner.objective
     assert (dapo.loss_type, dapo.epsilon, dapo.upper) == ("dapo", 0.2, 0.28)
     dr_grpo = load(recipe, preset_name="dr_grpo").learner.objective
     assert (dr_grpo.loss_type, dr_grpo.scale_rewards) == ("dr_grpo", "none")
 
 
-def test_a_preset_of_the_recipe_lies_below_it_and_one_of_the_command_line_above(tmp_path: Path) -> None:
+def test_a_preset_of_the_recipe_lies_below_it_and_one_of_the_command_line_above(
+    tmp_path: Path,
+) -> None:
     file = write(tmp_path, {**BASE, "preset": "avatar", "loop": {"fresh": 3, "steps": 7}})
     config = load(file)
     assert (config.loop.fresh, config.loop.replayed, config.loop.steps) == (3, 4, 7)
@@ -83,15 +94,24 @@ def test_presets_are_not_changed_by_merging() -> None:
     assert json.dumps(preset("avatar")) == before
 
 
-# -- overrides ---------------------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------
 
 
 def test_overrides_reach_any_depth_and_keep_their_neighbours(tmp_path: Path) -> None:
     file = write(tmp_path, {**BASE, "learner": {"optimizer": {"lr": 1e-3, "zero_stage": 2}}})
     config = load(
-        file, "--learner.optimizer.lr", "1e-4", "--loop.max_staleness=0", "--learner.optimizer.freeze",
-        "[visual, audio_tower]", "--seed", "7", "--data.media.disk_cache", "null", "--output.export=false",
-    )  # fmt: skip
+        file,
+        "--learner.optimizer.lr",
+        "1e-4",
+        "--loop.max_staleness=0",
+        "--learner.optimizer.freeze",
+        "[visual, audio_tower]",
+        "--seed",
+        "7",
+        "--data.media.disk_cache",
+        "null",
+        "--output.export=false",
+    )
     assert config.learner.optimizer.lr == 1e-4  # YAML reads 1e-4 as a word
     assert config.learner.optimizer.zero_stage == 2
     assert config.learner.optimizer.freeze == ("visual", "audio_tower")
@@ -122,13 +142,22 @@ def test_malformed_overrides_are_refused(arguments: list[str], message: str) -> 
     [
         ("--learner.optimiser.lr=1", r"learner\.optimiser: unknown key, did you mean 'optimizer'"),
         ("--lop.steps=1", r"lop: unknown key, did you mean 'loop'"),
-        ("--data.synthetic.n_trian=1", r"data\.synthetic\.n_trian: unknown key, did you mean 'n_train'"),
+        (
+            "--data.synthetic.n_trian=1",
+            r"data\.synthetic\.n_trian: unknown key, did you mean 'n_train'",
+        ),
         ("--loop.zzz=1", r"loop\.zzz: unknown key, known here: steps, prompts_per_step, fresh"),
         ("--loop.steps=0", r"loop\.steps: .*greater than or equal to 1 \(given: 0\)"),
         ("--loop.steps=many", r"loop\.steps: .*integer.*\(given: 'many'\)"),
-        ("--learner.optimizer.zero_stage=4", r"learner\.optimizer\.zero_stage: .*less than or equal to 3"),
+        (
+            "--learner.optimizer.zero_stage=4",
+            r"learner\.optimizer\.zero_stage: .*less than or equal to 3",
+        ),
         ("--learner.objective.loss_type=ppo", r"learner\.objective\.loss_type: .*'grpo', 'dapo'"),
-        ("--learner.optimizer.offload_optimizer=true", r"offload_optimizer needs zero_stage 1, 2 or 3"),
+        (
+            "--learner.optimizer.offload_optimizer=true",
+            r"offload_optimizer needs zero_stage 1, 2 or 3",
+        ),
         ("--learner.gradient_checkpointing=true", r"set share_prefix false"),
         ("--data.train=x.jsonl", r"data: data has both `synthetic` and dataset files"),
         ("--rollout.max_sequences=2", r"rollout\.max_sequences 2 is below one group of 8"),
@@ -145,14 +174,19 @@ def test_what_is_wrong_is_named_with_its_remedy(recipe: Path, override: str, mes
 def test_fusion_needs_room_for_its_unimodal_rollouts(recipe: Path) -> None:
     overrides = ("--rewards.weights.fusion", "0.5", "--rollout.max_sequences")
     assert load(recipe, *overrides, "24").rewards.asks_unimodal
-    with pytest.raises(ConfigError, match=r"max_sequences 23 is below one group of 24 \(fusion: with video alone"):
+    with pytest.raises(
+        ConfigError, match=r"max_sequences 23 is below one group of 24 \(fusion: with video alone"
+    ):
         load(recipe, *overrides, "23")
 
 
 def test_all_mistakes_are_told_at_once(recipe: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(recipe, "--loop.steps=0", "--loop.fersh=1", "--learner.ranks=-1")
-    assert all(name in str(caught.value) for name in ("loop.steps", "loop.fersh", "learner.ranks", "'fresh'"))
+    assert all(
+        name in str(caught.value)
+        for name in ("loop.steps", "loop.fersh", "learner.ranks", "'fresh'")
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,10 +218,12 @@ def test_what_is_printed_loads_to_the_same_configuration(tmp_path: Path, recipe:
     assert load(printed) == config
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
-def test_exit_codes_and_messages(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_and_messages(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases: list[tuple[list[str], str]] = [
         (["train", str(tmp_path / "absent.yaml")], "does not exist"),
         (["train", str(recipe), "--dry-run", "--preset", "nonsense"], "unknown preset"),
@@ -221,6 +257,6 @@ def test_interruption_has_its_own_exit_code(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluster.recipe.load_recipe", interrupt)
+    monkeypatch.setattr("avatar_rl.cluster.recipe.load.load_recipe", interrupt)
     assert main(["train", str(recipe)]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -9,10 +9,24 @@ from typing import Any
 
 import pytest
 
-from cluster.plots import calm_limit, series, smooth, waiting_shares, with_completions
-from cluster.report import Change, changes, headline, ledger, tier_history, timing, write_report
-from cluster.telemetry import RunFolder
-from prompts.errors import DataError
+from avatar_rl.cluster.telemetry.plots import (
+    calm_limit,
+    series,
+    smooth,
+    waiting_shares,
+    with_completions,
+)
+from avatar_rl.cluster.telemetry.report import (
+    Change,
+    changes,
+    headline,
+    ledger,
+    tier_history,
+    timing,
+    write_report,
+)
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.common.errors import DataError
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -46,9 +60,16 @@ class Page(html.parser.HTMLParser):
 
 
 def answer(prompt: str, accuracy: float) -> dict[str, Any]:
-    return {"prompt_id": prompt, "question": f"Question {prompt} {EVIL}", "answer": EVIL,
-            "text": f"{EVIL} {accuracy}", "category": EVIL, "needs": ["audio"], "accuracy": accuracy,
-            "components": {EVIL: 1.0, "judge": None}}  # fmt: skip
+    return {
+        "prompt_id": prompt,
+        "question": f"Question {prompt} {EVIL}",
+        "answer": EVIL,
+        "text": f"{EVIL} {accuracy}",
+        "category": EVIL,
+        "needs": ["audio"],
+        "accuracy": accuracy,
+        "components": {EVIL: 1.0, "judge": None},
+    }
 
 
 def make_run(path: Path, state: str = "finished") -> Path:
@@ -57,14 +78,32 @@ def make_run(path: Path, state: str = "finished") -> Path:
     run.metrics(0, {"eval/accuracy": 0.52, f"eval/accuracy/{EVIL}": 0.4, "eval/needs/audio": 0.3})
     run.samples(0, [answer("a", 1.0), answer("b", 0.0)], kind="eval")
     for step in (1, 2, 3):
-        run.metrics(step, {
-            "reward/mean": 0.1 * step, "accuracy/train": 0.2 * step, "time/step": 2.0,
-            "time/learner_wait": 0.5, "tiers/easy": step, "tiers/medium": 2 * step, "tiers/hard": 3 * step,
-            "completions/generated": 32 * step, f"mine/{EVIL}": 1.0, "ledger/generated": 8 * step,
-            "ledger/trained_fresh": 8 * step - 3, "ledger/replay_only": 1, "ledger/dropped": 1, "ledger/in_flight": 1,
-        })  # fmt: skip
+        run.metrics(
+            step,
+            {
+                "reward/mean": 0.1 * step,
+                "accuracy/train": 0.2 * step,
+                "time/step": 2.0,
+                "time/learner_wait": 0.5,
+                "tiers/easy": step,
+                "tiers/medium": 2 * step,
+                "tiers/hard": 3 * step,
+                "completions/generated": 32 * step,
+                f"mine/{EVIL}": 1.0,
+                "ledger/generated": 8 * step,
+                "ledger/trained_fresh": 8 * step - 3,
+                "ledger/replay_only": 1,
+                "ledger/dropped": 1,
+                "ledger/in_flight": 1,
+            },
+        )
         run.distributions(
-            step, {"advantages/fresh": [0, 8, 0], "position_loss/fresh": [4, 1], "position_tokens/fresh": [2, 0]}
+            step,
+            {
+                "advantages/fresh": [0, 8, 0],
+                "position_loss/fresh": [4, 1],
+                "position_tokens/fresh": [2, 0],
+            },
         )
     run.samples(3, [{"prompt_id": "t", "text": EVIL, "reward": 0.5, "components": {"format": 1.0}}])
     run.metrics(3, {"eval/accuracy": 0.74, f"eval/accuracy/{EVIL}": 0.7, "eval/needs/audio": 0.25})
@@ -87,16 +126,26 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
 
 def test_headline_and_tables_are_on_the_page(page: tuple[str, Page]) -> None:
     text = page[1].text
-    for piece in ("Held-out accuracy 0.52 to 0.74 (+0.22)", "0.40 0.70 +0.30", "0.30 0.25 -0.05",
-                  "The ledger closes at step 3", "generated 24", "learner wait 0.500 25 %", "judge masked",
-                  "failed; this report covers the steps until then", "Outside the catalogue: mine/"):  # fmt: skip
+    for piece in (
+        "Held-out accuracy 0.52 to 0.74 (+0.22)",
+        "0.40 0.70 +0.30",
+        "0.30 0.25 -0.05",
+        "The ledger closes at step 3",
+        "generated 24",
+        "learner wait 0.500 25 %",
+        "judge masked",
+        "failed; this report covers the steps until then",
+        "Outside the catalogue: mine/",
+    ):
         assert piece in text, piece
 
 
 def test_nothing_from_a_completion_becomes_markup(page: tuple[str, Page]) -> None:
     source, parsed = page
     assert "script" not in parsed.tags and parsed.tags.count("img") == 2 and not parsed.open
-    assert parsed.text.count("alert('x')") >= 8  # shown as text: category, question, answer, completion, event, config
+    assert (
+        parsed.text.count("alert('x')") >= 8
+    )  # shown as text: category, question, answer, completion, event, config
     assert "hunter2" not in source
 
 
@@ -135,8 +184,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_headline_with_one_evaluation() -> None:
-    assert headline([{"step": 0.0, "eval/accuracy": 0.5}]) == "Held-out accuracy 0.50, measured once"
-    assert headline([{"eval/accuracy": 0.5}, {"eval/accuracy": 0.4}]) == "Held-out accuracy 0.50 to 0.40 (-0.10)"
+    assert (
+        headline([{"step": 0.0, "eval/accuracy": 0.5}]) == "Held-out accuracy 0.50, measured once"
+    )
+    assert (
+        headline([{"eval/accuracy": 0.5}, {"eval/accuracy": 0.4}])
+        == "Held-out accuracy 0.50 to 0.40 (-0.10)"
+    )
 
 
 def test_changes_are_first_to_last_largest_gain_first() -> None:
@@ -146,12 +200,22 @@ def test_changes_are_first_to_last_largest_gain_first() -> None:
         {"eval/needs/audio": 0.5, "eval/needs/video": 0.4, "eval/needs/late": 0.9},
     ]
     found = changes(rows, "eval/needs/<modality>")
-    assert found == [Change("audio", 0.1, 0.5), Change("late", 0.9, None), Change("video", 0.5, 0.4)]
+    assert found == [
+        Change("audio", 0.1, 0.5),
+        Change("late", 0.9, None),
+        Change("video", 0.5, 0.4),
+    ]
 
 
 def test_ledger_gap_is_told() -> None:
-    row: dict[str, float | None] = {"step": 7, "ledger/generated": 10, "ledger/trained_fresh": 4,
-                                    "ledger/replay_only": 1, "ledger/dropped": 1, "ledger/in_flight": 2}  # fmt: skip
+    row: dict[str, float | None] = {
+        "step": 7,
+        "ledger/generated": 10,
+        "ledger/trained_fresh": 4,
+        "ledger/replay_only": 1,
+        "ledger/dropped": 1,
+        "ledger/in_flight": 2,
+    }
     found = ledger([row, {"step": 8}])
     assert found is not None and (found["gap"], found["step"]) == (2, 7)
     partial = ledger([{"step": 1, "ledger/generated": 3}])
@@ -161,7 +225,14 @@ def test_ledger_gap_is_told() -> None:
 
 def test_timing_and_tier_history() -> None:
     rows: list[dict[str, float | None]] = [
-        {"step": n, "time/step": 2.0, "time/publish": 0.1 * n, "tiers/easy": n, "tiers/medium": 0, "tiers/hard": 1}
+        {
+            "step": n,
+            "time/step": 2.0,
+            "time/publish": 0.1 * n,
+            "tiers/easy": n,
+            "tiers/medium": 0,
+            "tiers/hard": 1,
+        }
         for n in range(1, 102)
     ]
     publish = next(entry for entry in timing(rows) if entry[0] == "time/publish")
@@ -172,11 +243,20 @@ def test_timing_and_tier_history() -> None:
 def test_plot_series() -> None:
     rows: list[dict[str, float | None]] = [
         {"step": 0, "eval/accuracy": 0.5},
-        {"step": 1, "completions/generated": 32, "time/step": 2, "time/learner_wait": 3, "time/rollout_wait": 0.5},
+        {
+            "step": 1,
+            "completions/generated": 32,
+            "time/step": 2,
+            "time/learner_wait": 3,
+            "time/rollout_wait": 0.5,
+        },
         {"step": 2, "eval/accuracy": 0.7, "time/step": 0, "time/learner_wait": 1},
     ]
     assert series(rows, "eval/accuracy") == ([0, 2], [0.5, 0.7])
-    assert series(with_completions(rows), "eval/accuracy", "completions/generated") == ([0, 32], [0.5, 0.7])
+    assert series(with_completions(rows), "eval/accuracy", "completions/generated") == (
+        [0, 32],
+        [0.5, 0.7],
+    )
     assert waiting_shares(rows)[1] == {"step": 1, "learner": 1.0, "rollout": 0.25}
     assert waiting_shares(rows)[2]["learner"] is None
     assert smooth([0, 3, 6, 3], 3) == [1.5, 3, 4, 4.5]

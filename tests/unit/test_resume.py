@@ -1,4 +1,5 @@
-"""Which run is gone on with, which changes of the recipe are harmless, and where its metrics are cut."""
+"""Which run is gone on with, which changes of the recipe are harmless, and where its metrics are
+cut."""
 
 from __future__ import annotations
 
@@ -9,9 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.checkpoint import Cut
-from cluster.config import RunConfig
-from cluster.resume import (
+from avatar_rl.cluster.checkpoints.checkpoint import Cut
+from avatar_rl.cluster.checkpoints.resume import (
     HARMLESS,
     Resumption,
     check_recipe,
@@ -22,9 +22,10 @@ from cluster.resume import (
     prepare,
     reusable_config,
 )
-from cluster.runlock import RunLock
-from cluster.telemetry import MASK, RunFolder, read_metrics, read_status
-from prompts.errors import ConfigError, DataError
+from avatar_rl.cluster.checkpoints.runlock import RunLock
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.telemetry.run_folder import MASK, RunFolder, read_metrics, read_status
+from avatar_rl.common.errors import ConfigError, DataError
 
 RAW: dict[str, Any] = {"name": "local", "data": {"synthetic": {}}}
 
@@ -51,9 +52,12 @@ def a_run(parent: Path, run_id: str, state: str = "training", **changes: Any) ->
 
 def test_auto_takes_the_newest_unfinished_run_of_the_recipe(tmp_path: Path) -> None:
     for run_id, state in (
-        ("local-1", "failed"), ("local-2", "interrupted"), ("local-3", "finished"), ("local-grpo-5", "failed"),
+        ("local-1", "failed"),
+        ("local-2", "interrupted"),
+        ("local-3", "finished"),
+        ("local-grpo-5", "failed"),
         ("other-4", "failed"),
-    ):  # fmt: skip
+    ):
         a_run(tmp_path, run_id, state)
     assert find_run(tmp_path, "auto", "local") == tmp_path / "local-2"
     assert find_run(tmp_path, "auto", "nobody") is None
@@ -93,14 +97,24 @@ def test_what_changes_the_results_is_refused_and_listed(tmp_path: Path) -> None:
 def test_what_only_changes_how_it_runs_is_harmless(tmp_path: Path) -> None:
     run = a_run(tmp_path, "local-1")
     harmless = a_config(
-        tmp_path, loop__steps=500, evaluation__every=3, rollout__workers=3, checkpoint__keep=9, screen="plain",
-        output__report=False, buffer__url="redis://there", supervision__stall_s=5,
-    )  # fmt: skip
+        tmp_path,
+        loop__steps=500,
+        evaluation__every=3,
+        rollout__workers=3,
+        checkpoint__keep=9,
+        screen="plain",
+        output__report=False,
+        buffer__url="redis://there",
+        supervision__stall_s=5,
+    )
     check_recipe(run, harmless)
 
 
 def test_every_harmless_key_is_a_key() -> None:
-    known = [key for key, _ in flatten(a_config(Path("runs"), cold_start__steps=2).model_dump(mode="json"))]
+    known = [
+        key
+        for key, _ in flatten(a_config(Path("runs"), cold_start__steps=2).model_dump(mode="json"))
+    ]
     for name in HARMLESS:
         assert any(key == name or key.startswith(name + ".") for key in known), name
 
@@ -110,7 +124,9 @@ def test_a_masked_secret_is_the_same_secret_but_cannot_be_reused(tmp_path: Path)
     run = a_run(tmp_path, "local-1", **url)
     assert "user:secret" not in (run / "config.yaml").read_text()
     check_recipe(run, a_config(tmp_path, **url))
-    with pytest.raises(ConfigError, match=r"buffer.url masked: use `avatar train RECIPE --resume local-1`"):
+    with pytest.raises(
+        ConfigError, match=r"buffer.url masked: use `avatar train RECIPE --resume local-1`"
+    ):
         reusable_config(run)
     assert MASK not in str(reusable_config(a_run(tmp_path, "local-2")))
 
@@ -137,7 +153,8 @@ def rows(path: Path) -> list[int]:
 
 
 def test_metrics_are_cut_where_the_checkpoint_was_taken(tmp_path: Path) -> None:
-    """Not by step: an evaluation begun at the step of the cut is logged under it long after, and will be again."""
+    """Not by step: an evaluation begun at the step of the cut is logged under it long after, and
+    will be again."""
     run = a_run(tmp_path, "local-1")
     file = run / "metrics.jsonl"
     for step in (1, 2):
@@ -162,11 +179,15 @@ def test_a_run_under_way_is_not_touched(tmp_path: Path) -> None:
     holder.acquire()
     before = (run / "status.json").read_bytes()
     with pytest.raises(ConfigError, match="under way"):
-        open_folder(run, RunLock(run, on_warning=pytest.fail), Resumption(run, None), 100, pytest.fail)
+        open_folder(
+            run, RunLock(run, on_warning=pytest.fail), Resumption(run, None), 100, pytest.fail
+        )
     assert (run / "status.json").read_bytes() == before
     holder.release()
 
 
 def test_config_yaml_round_trips(tmp_path: Path) -> None:
     run = a_run(tmp_path, "local-1")
-    assert RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())) == a_config(tmp_path)
+    assert RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())) == a_config(
+        tmp_path
+    )

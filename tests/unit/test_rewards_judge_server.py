@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-GOOD = '{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0, "caption_corr_score": 0.5}'
+GOOD = (
+    '{"audio_grounding_score": 0.5, "visual_id_score": 1.0, "location_acc_score": 0.0, '
+    '"caption_corr_score": 0.5}'
+)
 
 
 @dataclass
 class Reply:
-    """What to answer; ``hang_s`` waits first, ``cut`` sends half, ``raw`` replaces the whole body."""
+    """What to answer; ``hang_s`` waits first, ``cut`` sends half, ``raw`` replaces the whole
+    body."""
 
     content: str = GOOD
     status: int = 200
@@ -32,14 +36,18 @@ class Server:
 
 
 @contextmanager
-def judge_server(script: Callable[[int], Reply], models: tuple[str, ...] = ("judge",)) -> Iterator[Server]:
+def judge_server(
+    script: Callable[[int], Reply], models: tuple[str, ...] = ("judge",)
+) -> Iterator[Server]:
     """Serve; ``script(n)`` is the reply to the n-th chat request (from 0)."""
     seen: list[dict[str, Any]] = []
     lock, closing = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # headers and body are two writes: 40 ms of delayed acknowledgement otherwise
+        disable_nagle_algorithm = (
+            True  # headers and body are two writes: 40 ms of delayed acknowledgement otherwise
+        )
 
         def log_message(self, *args: object) -> None:
             pass
@@ -54,7 +62,9 @@ def judge_server(script: Callable[[int], Reply], models: tuple[str, ...] = ("jud
             self.close_connection = reply.cut
 
         def do_GET(self) -> None:
-            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in models]
+            data = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in models
+            ]
             self.send(Reply(), json.dumps({"object": "list", "data": data}).encode())
 
         def do_POST(self) -> None:
@@ -66,7 +76,13 @@ def judge_server(script: Callable[[int], Reply], models: tuple[str, ...] = ("jud
                 closing.wait(reply.hang_s)
             message = {"role": "assistant", "content": reply.content}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
-            body = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+            body = {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "judge",
+                "choices": [choice],
+            }
             try:
                 self.send(reply, (json.dumps(body) if reply.raw is None else reply.raw).encode())
             except (BrokenPipeError, ConnectionResetError):
@@ -77,7 +93,9 @@ def judge_server(script: Callable[[int], Reply], models: tuple[str, ...] = ("jud
         request_queue_size = 256
 
     server = Quiet(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield Server(f"http://127.0.0.1:{server.server_port}/v1", seen)

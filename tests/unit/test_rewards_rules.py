@@ -1,4 +1,5 @@
-"""Format, answers of every problem type, voting, grounding and fusion: hand values and independent libraries."""
+"""Format, answers of every problem type, voting, grounding and fusion: hand values and independent
+libraries."""
 
 from __future__ import annotations
 
@@ -10,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from prompts.record import ProblemType, Prompt
-from rewards.accuracy import SOLVED, accuracy_score, answer_score, canonical_answer
-from rewards.choice import choice_letter
-from rewards.format import extract_answer, format_score, think_text, well_formed
-from rewards.fusion import attention_score
-from rewards.grounding import Segment, parse_grounded
-from rewards.numeric import numeric_score, parse_number
-from rewards.record import Completion
-from rewards.self_consistency import self_consistency_scores
-from rewards.text import ocr_score, rouge_score
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.rewards.answers.accuracy import (
+    SOLVED,
+    accuracy_score,
+    answer_score,
+    canonical_answer,
+)
+from avatar_rl.rewards.answers.choice import choice_letter
+from avatar_rl.rewards.answers.format import extract_answer, format_score, think_text, well_formed
+from avatar_rl.rewards.answers.grounding import Segment, parse_grounded
+from avatar_rl.rewards.answers.numeric import numeric_score, parse_number
+from avatar_rl.rewards.answers.text import ocr_score, rouge_score
+from avatar_rl.rewards.fusion import attention_score
+from avatar_rl.rewards.record import Completion
+from avatar_rl.rewards.self_consistency import self_consistency_scores
 
 OPTIONS = ("A. red", "B. green", "C. a red ball")
 
@@ -133,7 +139,9 @@ def test_multiple_choice_truth_in_any_spelling() -> None:
         assert answer_score(prompt(ProblemType.MULTIPLE_CHOICE, truth, OPTIONS), "A") == 0.0
     digits = ("A. 3", "B. 4")
     assert answer_score(prompt(ProblemType.MULTIPLE_CHOICE, "B", digits), "4") == 1.0
-    assert answer_score(prompt(ProblemType.MULTIPLE_CHOICE, "yes"), "Yes.") == 1.0  # no letter in the truth
+    assert (
+        answer_score(prompt(ProblemType.MULTIPLE_CHOICE, "yes"), "Yes.") == 1.0
+    )  # no letter in the truth
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,9 @@ def test_parse_number(text: str, number: float | None) -> None:
         (1002.0, 1000.0, 0.998, 0.0, 0.0),
     ],
 )
-def test_numeric_modes_by_hand(given_: float, truth: float, rmae: float, exact: float, relative: float) -> None:
+def test_numeric_modes_by_hand(
+    given_: float, truth: float, rmae: float, exact: float, relative: float
+) -> None:
     assert numeric_score(given_, truth, "rmae") == pytest.approx(rmae, abs=1e-12)
     assert numeric_score(given_, truth, "exact") == exact
     assert numeric_score(given_, truth, "relative") == relative
@@ -200,14 +210,18 @@ def test_ocr_equals_jiwer() -> None:
         ("exit 24 north", "exit north"),
         ("a b", "a b c d e f"),
     ]:
-        assert ocr_score(answer, truth) == pytest.approx(1.0 - min(1.0, jiwer.wer(truth, answer)), abs=1e-12)
+        assert ocr_score(answer, truth) == pytest.approx(
+            1.0 - min(1.0, jiwer.wer(truth, answer)), abs=1e-12
+        )
     assert ocr_score("STOP", "stop") == 1.0
     assert ocr_score("出口", "出口") == 1.0
     assert ocr_score("出门", "出口") == 0.5
     assert ocr_score("", "stop") == 0.0
 
 
-WORDS = st.lists(st.sampled_from(["the", "a", "red", "blue", "car", "dog", "runs", "left"]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(["the", "a", "red", "blue", "car", "dog", "runs", "left"]), max_size=12
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -240,9 +254,9 @@ def test_rouge_of_one_word_and_other_scripts() -> None:
     ],
 )
 def test_localisation_by_slot(answer: str, score: float) -> None:
-    assert answer_score(prompt(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer) == pytest.approx(
-        score
-    )
+    assert answer_score(
+        prompt(ProblemType.LOCALISATION, "Left: cyclist / Center: girl"), answer
+    ) == pytest.approx(score)
 
 
 def test_localisation_without_slots() -> None:
@@ -272,11 +286,19 @@ def vote(kind: ProblemType, truth: str, *completions: Completion) -> list[float]
 
 def test_majority_after_normalisation() -> None:
     texts = (say("3"), say("3.0"), say("three"), say("4"), "no answer", say("3 or 4"))
-    assert vote(ProblemType.NUMERICAL, "4", *map(completion, texts)) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert vote(ProblemType.NUMERICAL, "4", *map(completion, texts)) == [
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_tie_goes_to_the_higher_logprob_per_token() -> None:
-    # 3: (-1.0*10 - 0.2*30) / 40 = -0.4;  4: (-0.45*10 - 0.45*10) / 20 = -0.45, above 3's plain mean of -0.6
+    # 3: (-1.0*10 - 0.2*30) / 40 = -0.4;  4: (-0.45*10 - 0.45*10) / 20 = -0.45, above 3's plain mean
+    # of -0.6
     group = (
         completion(say("3"), -1.0, 10),
         completion(say("4"), -0.45),
@@ -297,7 +319,10 @@ def test_hedges_do_not_vote() -> None:
     assert canonical_answer(prompt(ProblemType.NUMERICAL, "0"), "-0") == 0.0
 
 
-GOOD = "<time>0.0-1.5</time><caption>a dog barks</caption>\n<time>2.0-3.5</time><caption>it runs</caption>"
+GOOD = (
+    "<time>0.0-1.5</time><caption>a dog barks</caption>\n<time>2.0-3.5</time><caption>it "
+    "runs</caption>"
+)
 TAIL = "<thinking>so</thinking><answer>B</answer>"
 
 
@@ -314,10 +339,26 @@ TAIL = "<thinking>so</thinking><answer>B</answer>"
         (f"<time>2.0-1.0</time><caption>x</caption>{TAIL}", False, True),
         (f"<time>0-1</time><caption>x</caption>{TAIL}", False, True),
         (f"<time>0.0-1.0</time><caption> </caption>{TAIL}", False, True),
-        (f"<time>1.0-2.0</time><caption>x</caption><time>0.0-0.5</time><caption>y</caption>{TAIL}", False, True),
-        (f"<time>0.0-2.0</time><caption>x</caption><time>1.0-3.0</time><caption>y</caption>{TAIL}", False, True),
-        ("".join(f"<time>{i}.0-{i}.5</time><caption>x</caption>" for i in range(8)) + TAIL, True, True),
-        ("".join(f"<time>{i}.0-{i}.5</time><caption>x</caption>" for i in range(9)) + TAIL, False, True),
+        (
+            f"<time>1.0-2.0</time><caption>x</caption><time>0.0-0.5</time><caption>y</caption>{TAIL}",
+            False,
+            True,
+        ),
+        (
+            f"<time>0.0-2.0</time><caption>x</caption><time>1.0-3.0</time><caption>y</caption>{TAIL}",
+            False,
+            True,
+        ),
+        (
+            "".join(f"<time>{i}.0-{i}.5</time><caption>x</caption>" for i in range(8)) + TAIL,
+            True,
+            True,
+        ),
+        (
+            "".join(f"<time>{i}.0-{i}.5</time><caption>x</caption>" for i in range(9)) + TAIL,
+            False,
+            True,
+        ),
         ("", False, False),
     ],
 )
@@ -327,13 +368,21 @@ def test_grounded_output(text: str, strict: bool, lenient: bool) -> None:
 
 
 def test_grounded_segments_keep_the_unreadable_ones() -> None:
-    output = parse_grounded(f"<time>soon</time><caption>x</caption><time>1.0-2.5</time><caption> y </caption>{TAIL}")
+    output = parse_grounded(
+        f"<time>soon</time><caption>x</caption><time>1.0-2.5</time><caption> y </caption>{TAIL}"
+    )
     assert output.segments == (None, Segment(1.0, 2.5, "y"))
 
 
 @pytest.mark.parametrize(
     ("both", "video", "audio", "lax", "strict"),
-    [(1, 1, 0, 0.3, 0), (1, 0.5, 0.5, 0.3, 0.3), (0, 0, 0, 0.3, 0), (0.5, 1, 0, 0, 0), (0.5, 0, 1, 0, 0)],
+    [
+        (1, 1, 0, 0.3, 0),
+        (1, 0.5, 0.5, 0.3, 0.3),
+        (0, 0, 0, 0.3, 0),
+        (0.5, 1, 0, 0, 0),
+        (0.5, 0, 1, 0, 0),
+    ],
 )
 def test_fusion_bonus(both: float, video: float, audio: float, lax: float, strict: float) -> None:
     assert attention_score(both, video, audio, strict=False) == lax

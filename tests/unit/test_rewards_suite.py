@@ -14,18 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prompts.errors import ConfigError, DataError
-from prompts.record import ProblemType, Prompt
-from rewards.actor import RewardActor
-from rewards.config import BUILTIN, STAGE_WEIGHTS, RewardConfig
-from rewards.record import Completion, Scored, ScoreRequest
-from rewards.suite import RewardSuite, combine
-from rewards.template import brevity
-from rewards.testing import check_reward, sample_completions, sample_prompt
+from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.rewards.actor import RewardActor
+from avatar_rl.rewards.config import BUILTIN, STAGE_WEIGHTS, RewardConfig
+from avatar_rl.rewards.record import Completion, Scored, ScoreRequest
+from avatar_rl.rewards.suite import RewardSuite, combine
+from avatar_rl.rewards.template import brevity
+from avatar_rl.rewards.testing import check_reward, sample_completions, sample_prompt
 
 HERE = "tests.unit.test_rewards_suite"
 PROMPT = Prompt(
-    id="p", question="q", answer="B", problem_type=ProblemType.MULTIPLE_CHOICE, options=("A. red", "B. green")
+    id="p",
+    question="q",
+    answer="B",
+    problem_type=ProblemType.MULTIPLE_CHOICE,
+    options=("A. red", "B. green"),
 )
 RIGHT, WRONG, BROKEN = (
     "<think>x</think><answer>B</answer>",
@@ -62,7 +66,12 @@ def test_stage_1_and_2_by_hand() -> None:
 
 def test_stage_weights_are_those_of_the_method() -> None:
     assert all(sum(weights.values()) == pytest.approx(1.0) for weights in STAGE_WEIGHTS.values())
-    assert STAGE_WEIGHTS[3] == {"format": 0.1, "accuracy": 0.3, "self_consistency": 0.2, "judge": 0.4}
+    assert STAGE_WEIGHTS[3] == {
+        "format": 0.1,
+        "accuracy": 0.3,
+        "self_consistency": 0.2,
+        "judge": 0.4,
+    }
 
 
 def test_truncated_completion_loses_its_format_only() -> None:
@@ -73,7 +82,9 @@ def test_truncated_completion_loses_its_format_only() -> None:
 def test_combine_by_hand() -> None:
     weights = {"format": 0.2, "accuracy": 0.4, "judge": 0.4}
     assert combine({"format": 1.0, "accuracy": 0.5, "judge": 0.25}, weights) == pytest.approx(0.5)
-    assert combine({"format": 1.0, "accuracy": 0.5, "judge": None}, weights) == pytest.approx(0.4 / 0.6)
+    assert combine({"format": 1.0, "accuracy": 0.5, "judge": None}, weights) == pytest.approx(
+        0.4 / 0.6
+    )
     assert combine(dict.fromkeys(weights), weights) is None
     # weights that do not sum to 1 keep their scale: R_QI adds up (METHOD 2.1)
     assert combine({"a": 1.0, "b": None}, {"a": 1.0, "b": 2.0}) == pytest.approx(3.0)
@@ -81,12 +92,16 @@ def test_combine_by_hand() -> None:
 
 
 PARTS = st.dictionaries(
-    st.sampled_from("abcde"), st.tuples(st.none() | st.floats(-1, 1), st.floats(0.01, 10)), min_size=1
+    st.sampled_from("abcde"),
+    st.tuples(st.none() | st.floats(-1, 1), st.floats(0.01, 10)),
+    min_size=1,
 )
 
 
 @given(PARTS)
-def test_combined_reward_lies_between_its_scored_parts(parts: dict[str, tuple[float | None, float]]) -> None:
+def test_combined_reward_lies_between_its_scored_parts(
+    parts: dict[str, tuple[float | None, float]],
+) -> None:
     weights = {name: weight for name, (_, weight) in parts.items()}
     values = {name: value for name, (value, _) in parts.items()}
     scored = [value for value in values.values() if value is not None]
@@ -101,7 +116,9 @@ def test_combined_reward_lies_between_its_scored_parts(parts: dict[str, tuple[fl
 def test_fusion_needs_unimodal_rollouts() -> None:
     config = RewardConfig(weights={"accuracy": 1.0, "fusion": 1.0})
     scored, stats = score(config, request(RIGHT, WRONG))
-    assert [one.components["fusion"] for one in scored] == [None, None] and stats["fusion/masked"] == 2
+    assert [one.components["fusion"] for one in scored] == [None, None] and stats[
+        "fusion/masked"
+    ] == 2
     paired = ScoreRequest(
         prompt=PROMPT,
         completions=[completion(RIGHT), completion(WRONG)],
@@ -116,7 +133,9 @@ def test_fusion_needs_unimodal_rollouts() -> None:
 def test_grounding_format_follows_the_config() -> None:
     text = "<time>0-1</time><caption>x</caption><thinking>y</thinking><answer>B</answer>"
     for mode, paid in (("strict", 0.0), ("lenient", 1.0)):
-        config = RewardConfig.model_validate({"weights": {"grounding_format": 1.0}, "grounding": mode})
+        config = RewardConfig.model_validate(
+            {"weights": {"grounding_format": 1.0}, "grounding": mode}
+        )
         assert score(config, request(text))[0][0].reward == paid
 
 
@@ -144,7 +163,10 @@ def test_unknown_keys_and_modes_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("path", "match"),
-    [("no.such.module:fn", "importing no.such.module failed"), (f"{HERE}:nothing", "no function 'nothing'")],
+    [
+        ("no.such.module:fn", "importing no.such.module failed"),
+        (f"{HERE}:nothing", "no function 'nothing'"),
+    ],
 )
 def test_reward_that_cannot_be_imported(path: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
@@ -251,13 +273,20 @@ def test_hanging_custom_reward_times_out_and_is_not_piled_up() -> None:
 def test_template_passes_its_own_check() -> None:
     scores = check_reward(brevity)
     assert scores[0] == 1.0 and scores[3] is None and len(scores) == len(sample_completions())
-    long = Completion(text=f"<answer>{'word ' * 18}</answer>", finished=True, mean_logprob=-1.0, tokens=20)
+    long = Completion(
+        text=f"<answer>{'word ' * 18}</answer>", finished=True, mean_logprob=-1.0, tokens=20
+    )
     assert brevity(sample_prompt(), [long]) == [0.5]
 
 
 @pytest.mark.parametrize(
     ("function", "match"),
-    [(raising, "boom"), (not_a_number, "nan"), (too_short, "scores for"), (words_for_scores, "high")],
+    [
+        (raising, "boom"),
+        (not_a_number, "nan"),
+        (too_short, "scores for"),
+        (words_for_scores, "high"),
+    ],
 )
 def test_check_reward_names_the_fault(function: object, match: str) -> None:
     with pytest.raises(DataError, match=match):
@@ -271,9 +300,21 @@ def test_check_reward_finds_a_moving_reward() -> None:
 
 
 def test_injection_buys_nothing_from_the_rules() -> None:
-    pleas = ["Give me 1.0", '{"accuracy": 1.0}', "<think>the answer is B, score 1.0</think><answer>1.0</answer>", ""]
-    weights = {name: 1.0 for name in BUILTIN if name not in ("judge", "fusion", "self_consistency", "format")}
-    scored, _ = score(RewardConfig.model_validate({"weights": weights, "judge": {"kind": "rule"}}), request(*pleas))
+    pleas = [
+        "Give me 1.0",
+        '{"accuracy": 1.0}',
+        "<think>the answer is B, score 1.0</think><answer>1.0</answer>",
+        "",
+    ]
+    weights = {
+        name: 1.0
+        for name in BUILTIN
+        if name not in ("judge", "fusion", "self_consistency", "format")
+    }
+    scored, _ = score(
+        RewardConfig.model_validate({"weights": weights, "judge": {"kind": "rule"}}),
+        request(*pleas),
+    )
     assert [one.reward for one in scored] == [0.0] * 4
 
 
@@ -281,7 +322,9 @@ def test_actor_keeps_the_order_and_survives_the_wire() -> None:
     async def run() -> list[list[float | None]]:
         actor = RewardActor(RewardConfig())
         await actor.check()
-        requests = pickle.loads(pickle.dumps([request(RIGHT), request(WRONG, RIGHT), request(BROKEN)]))
+        requests = pickle.loads(
+            pickle.dumps([request(RIGHT), request(WRONG, RIGHT), request(BROKEN)])
+        )
         groups = pickle.loads(pickle.dumps(await actor.score(requests)))
         assert (await actor.stats())["format/scored"] == 4
         assert all(group.prompt_id == "p" and group.seconds >= 0 for group in groups)

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from buffer_service.config import BufferConfig
-from buffer_service.server import EmbeddedRedis
-from cluster.runlock import LOCK, RunLock
-from prompts.errors import ConfigError
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.cluster.checkpoints.runlock import LOCK, RunLock
+from avatar_rl.common.errors import ConfigError
 
 BEAT = 0.02
 
@@ -38,7 +38,13 @@ def held(tmp_path: Path) -> Iterator[RunLock]:
 
 def leave_behind(folder: Path, **changes: object) -> None:
     """The lock of a holder that does not beat any more."""
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": 1.0, "token": "other", "beats": 3}
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": 1.0,
+        "token": "other",
+        "beats": 3,
+    }
     (folder / LOCK).write_text(json.dumps({**holder, **changes}))
 
 
@@ -59,7 +65,10 @@ def test_a_released_lock_can_be_taken(tmp_path: Path) -> None:
 def test_the_lock_of_a_dead_process_is_broken_with_a_message(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for changes in ({"pid": gone.pid}, {"pid": os.getpid(), "started": 1.0}):  # the second: its pid lives on in us
+    for changes in (
+        {"pid": gone.pid},
+        {"pid": os.getpid(), "started": 1.0},
+    ):  # the second: its pid lives on in us
         leave_behind(tmp_path, **changes)
         said: list[str] = []
         lock = a_lock(tmp_path, said)
@@ -70,7 +79,9 @@ def test_the_lock_of_a_dead_process_is_broken_with_a_message(tmp_path: Path) -> 
 
 
 def test_a_silent_lock_of_another_host_is_broken(tmp_path: Path) -> None:
-    leave_behind(tmp_path, host="elsewhere", started=time.time() + 10**6)  # its clock is of no interest
+    leave_behind(
+        tmp_path, host="elsewhere", started=time.time() + 10**6
+    )  # its clock is of no interest
     said: list[str] = []
     lock = a_lock(tmp_path, said)
     lock.acquire()
@@ -148,7 +159,7 @@ def test_one_of_many_contenders_gets_it(tmp_path: Path) -> None:
 
 def test_in_redis_too_there_is_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs that share Redis but no disk: the folders differ, the run's name does not."""
-    monkeypatch.setattr("cluster.runlock.SILENCE_S", 0.4)
+    monkeypatch.setattr("avatar_rl.cluster.checkpoints.runlock.SILENCE_S", 0.4)
     folders = [tmp_path / name / "run-1" for name in ("a", "b")]
     for folder in folders:
         folder.mkdir(parents=True)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.config import Schedule
-from learner.schedule import lr_at
+from avatar_rl.learner.config import Schedule
+from avatar_rl.learner.schedule import lr_at
 
 
-def rates(schedule: Schedule, *, warmup: int, total: int, floor: float = 0.0, lr: float = 2.0) -> list[float]:
-    return [lr_at(u, lr=lr, warmup=warmup, total=total, schedule=schedule, floor=floor) for u in range(total)]
+def rates(
+    schedule: Schedule, *, warmup: int, total: int, floor: float = 0.0, lr: float = 2.0
+) -> list[float]:
+    return [
+        lr_at(u, lr=lr, warmup=warmup, total=total, schedule=schedule, floor=floor)
+        for u in range(total)
+    ]
 
 
 def test_warm_up_then_constant() -> None:
@@ -20,7 +25,9 @@ def test_warm_up_then_constant() -> None:
 
 def test_linear_falls_from_the_peak_to_the_floor_at_the_last_update() -> None:
     assert rates("linear", warmup=2, total=7) == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0])
-    assert rates("linear", warmup=2, total=7, floor=0.5) == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0])
+    assert rates("linear", warmup=2, total=7, floor=0.5) == pytest.approx(
+        [1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0]
+    )
 
 
 def test_cosine_is_torchs() -> None:

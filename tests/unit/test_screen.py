@@ -8,15 +8,32 @@ import math
 import pytest
 from rich.console import Console
 
-from cluster.screen import Screen, duration, held_up_by, sparkline
+from avatar_rl.cluster.telemetry.screen import Screen, duration, held_up_by, sparkline
 
 STEP = {
-    "reward/mean": 0.7, "reward/std": 0.2, "accuracy/moving": 0.58, "kl/reference": 0.01, "kl/behaviour": 0.001,
-    "staleness/mean": 0.8, "staleness/max": 1.0, "replay/share": 0.5, "rollout/tokens_per_s": 1203.0,
-    "learner/tokens_per_s": 2311.0, "time/step": 2.0, "time/learner_wait": 0.5, "time/rollout_wait": 0.1,
-    "version": 12.0, "tiers/easy": 100.0, "tiers/medium": 200.0, "tiers/hard": 300.0, "buffer/stored": 600.0,
-    "groups/dead_before": 0.5, "groups/dead_after": 0.1, "completions/generated": 384.0, "hints/active": 2.0,
-}  # fmt: skip
+    "reward/mean": 0.7,
+    "reward/std": 0.2,
+    "accuracy/moving": 0.58,
+    "kl/reference": 0.01,
+    "kl/behaviour": 0.001,
+    "staleness/mean": 0.8,
+    "staleness/max": 1.0,
+    "replay/share": 0.5,
+    "rollout/tokens_per_s": 1203.0,
+    "learner/tokens_per_s": 2311.0,
+    "time/step": 2.0,
+    "time/learner_wait": 0.5,
+    "time/rollout_wait": 0.1,
+    "version": 12.0,
+    "tiers/easy": 100.0,
+    "tiers/medium": 200.0,
+    "tiers/hard": 300.0,
+    "buffer/stored": 600.0,
+    "groups/dead_before": 0.5,
+    "groups/dead_after": 0.1,
+    "completions/generated": 384.0,
+    "hints/active": 2.0,
+}
 
 
 class Clock:
@@ -27,9 +44,18 @@ class Clock:
         return self.now
 
 
-def make(width: int = 100, live: bool = False, encoding: str = "utf-8") -> tuple[Screen, io.TextIOWrapper, Clock]:
+def make(
+    width: int = 100, live: bool = False, encoding: str = "utf-8"
+) -> tuple[Screen, io.TextIOWrapper, Clock]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=file, width=width, height=45, force_terminal=live, color_system=None, legacy_windows=False)
+    console = Console(
+        file=file,
+        width=width,
+        height=45,
+        force_terminal=live,
+        color_system=None,
+        legacy_windows=False,
+    )
     clock = Clock()
     return Screen(120, live, console=console, clock=clock, title="run-1"), file, clock
 
@@ -53,7 +79,7 @@ def train(screen: Screen, clock: Clock, steps: int = 12) -> None:
 
 
 def view(screen: Screen) -> str:
-    from cluster.screen import _View
+    from avatar_rl.cluster.telemetry.screen import _View
 
     with screen.console.capture() as capture:
         screen.console.print(_View(screen))
@@ -68,7 +94,9 @@ def test_plain_output_is_one_short_line_per_step() -> None:
     steps = [line for line in lines if "step " in line]
     assert len(steps) == 12 and len({line.index("reward") for line in steps}) == 1
     assert max(len(line) for line in lines) <= 120
-    assert "step  12/120" in steps[-1] and "eval 0.52" in steps[-1] and "wait L 25% R  5%" in steps[-1]
+    assert (
+        "step  12/120" in steps[-1] and "eval 0.52" in steps[-1] and "wait L 25% R  5%" in steps[-1]
+    )
     assert steps[-1].endswith("eta 3:36")  # 108 steps left, 2 s each
     assert "held-out accuracy 0.610 (+0.090 since the start)" in lines[-2]
     assert lines[-1].endswith("! version 12 published")
@@ -87,9 +115,20 @@ def test_live_view_shows_the_numbers() -> None:
     screen, _, clock = make(width=100, live=True)
     train(screen, clock)
     text = view(screen)
-    for piece in ("0.520 to 0.610  +0.090", "0.700 ± 0.200", "lag 0.8, max 1", "50% replayed", "1,203 tok/s, waits 5%",
-                  "2,311 tok/s, waits 25%", "held up by   rollouts", "600 stored, hints on 2", "step 12/120  ETA 3:36",
-                  "Easy 100  Medium 200  Hard 300", "version 12 published", "starting vLLM 0:20"):  # fmt: skip
+    for piece in (
+        "0.520 to 0.610  +0.090",
+        "0.700 ± 0.200",
+        "lag 0.8, max 1",
+        "50% replayed",
+        "1,203 tok/s, waits 5%",
+        "2,311 tok/s, waits 25%",
+        "held up by   rollouts",
+        "600 stored, hints on 2",
+        "step 12/120  ETA 3:36",
+        "Easy 100  Medium 200  Hard 300",
+        "version 12 published",
+        "starting vLLM 0:20",
+    ):
         assert piece in text, piece
 
 
@@ -178,7 +217,9 @@ def test_small_formats() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([1, 1, 1], 8) == "▁▁▁"
     assert sparkline([0, 0, 8, 8], 2) == "▁█"
-    assert [held_up_by(*waits) for waits in ((0.3, 0.1), (0.1, 0.3), (0.01, 0.02), (None, 0.2))] == [
+    assert [
+        held_up_by(*waits) for waits in ((0.3, 0.1), (0.1, 0.3), (0.01, 0.02), (None, 0.2))
+    ] == [
         "rollouts",
         "the learner",
         "neither side",

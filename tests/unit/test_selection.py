@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from prompts.errors import DataError
-from prompts.record import Modality, ProblemType, Prompt
-from prompts.selection import SelectionConfig, matching, select
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.record import Modality, ProblemType, Prompt
+from avatar_rl.prompts.selection import SelectionConfig, matching, select
 
 
 def prompt(name: str, category: str, kind: ProblemType, *needs: Modality) -> Prompt:
-    return Prompt(id=name, question="?", answer="x", problem_type=kind, category=category, needs=needs)
+    return Prompt(
+        id=name, question="?", answer="x", problem_type=kind, category=category, needs=needs
+    )
 
 
 WORLD = [
@@ -32,7 +34,9 @@ WORLD = [
         ({"categories": ["beeps", "count"], "needs": [["audio"]]}, "b"),
     ],
 )
-def test_a_prompt_passes_every_list_that_is_not_empty(selection: dict[str, object], ids: str) -> None:
+def test_a_prompt_passes_every_list_that_is_not_empty(
+    selection: dict[str, object], ids: str
+) -> None:
     assert "".join(select(WORLD, SelectionConfig.model_validate(selection))) == ids
 
 
@@ -47,7 +51,10 @@ def test_held_out_prompts_match_nothing_where_nothing_is_selected() -> None:
         ({"categories": ["color"]}, r"question type 'color'; there are beeps \(1\), colour \(1\)"),
         ({"problem_types": ["ocr"]}, "problem type 'ocr'"),
         ({"needs": [["image"]]}, "need 'image'"),
-        ({"categories": ["beeps"], "needs": [["video"]]}, r"passes all of the selection \(beeps, video\)"),
+        (
+            {"categories": ["beeps"], "needs": [["video"]]},
+            r"passes all of the selection \(beeps, video\)",
+        ),
     ],
 )
 def test_a_type_without_prompts_is_named(selection: dict[str, object], message: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.services import NODE_ATTEMPTS, _start_node
-from prompts.errors import ResourceError
+from avatar_rl.cluster.services.services import NODE_ATTEMPTS, _start_node
+from avatar_rl.common.errors import ResourceError
 
 SLOW = "The current node timed out during startup. This could happen because ..."
 

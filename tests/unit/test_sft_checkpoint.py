@@ -1,4 +1,5 @@
-"""Checkpoints of a cold start: whole or not used, the newest only, and a death that is told from an error."""
+"""Checkpoints of a cold start: whole or not used, the newest only, and a death that is told from an
+error."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.sft_checkpoint import MANIFEST, SftCheckpoints
-from learner.keeper import FileProof, write_files
+from avatar_rl.cluster.checkpoints.sft_checkpoint import MANIFEST, SftCheckpoints
+from avatar_rl.learner.state_replica import FileProof, write_files
 
 SETTING = {"ranks": 1, "zero_stage": 0}
 
@@ -60,7 +61,10 @@ def test_a_damaged_one_is_named_and_not_used(tmp_path: Path, damage: object) -> 
 def test_one_of_another_number_of_ranks_is_not_used(tmp_path: Path) -> None:
     said: list[str] = []
     SftCheckpoints(tmp_path / "cold-start-1", SETTING).save(20, write)
-    assert SftCheckpoints(tmp_path / "cold-start-1", {**SETTING, "ranks": 2}).newest(said.append) is None
+    assert (
+        SftCheckpoints(tmp_path / "cold-start-1", {**SETTING, "ranks": 2}).newest(said.append)
+        is None
+    )
     assert "was written with {'ranks': 1" in said[0]
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import learner.sft
-from learner.config import SftConfig
-from learner.sft import ColdStart
-from prompts.template import EncodedPrompt
+import avatar_rl.learner.sft
+from avatar_rl.learner.config import SftConfig
+from avatar_rl.learner.sft import ColdStart
+from avatar_rl.prompts.encoding.template import EncodedPrompt
 from tests.tiny_models import ArrayLoader, make_prompt
 
 
@@ -37,10 +37,13 @@ def test_ranks_add_their_losses_on_the_engines_device(monkeypatch: pytest.Monkey
 
     nothing = lambda *_: None  # noqa: E731
     engine = SimpleNamespace(
-        world_size=2, device=torch.device("meta"), policy=SimpleNamespace(share_prefix=True), accumulate=nothing,
+        world_size=2,
+        device=torch.device("meta"),
+        policy=SimpleNamespace(share_prefix=True),
+        accumulate=nothing,
         step=nothing,
-    )  # fmt: skip
-    monkeypatch.setattr(learner.sft.dist, "all_reduce", meet)
+    )
+    monkeypatch.setattr(avatar_rl.learner.sft.dist, "all_reduce", meet)
     prompts = [make_prompt(ArrayLoader(), f"p{i}", [], reasoning="so") for i in np.arange(2)]
     start = ColdStart(engine, Encoder(), prompts, SftConfig(steps=1, batch_size=2), rank=0)  # type: ignore[arg-type]
     with pytest.raises(Met):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.shaping import tas_weights
-from prompts.errors import ConfigError, DataError
+from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.learner.objective.shaping import tas_weights
 
 
 def weights(length: int, shape: str, **options: object) -> list[float]:
@@ -14,7 +14,8 @@ def weights(length: int, shape: str, **options: object) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(5, [1.3, 1.075, 1.0, 1.075, 1.3]), (2, [1.3, 1.3]), (1, [1.3]), (3, [1.3, 1.0, 1.3])]
+    ("length", "expected"),
+    [(5, [1.3, 1.075, 1.0, 1.075, 1.3]), (2, [1.3, 1.3]), (1, [1.3]), (3, [1.3, 1.0, 1.3])],
 )
 def test_parabola_has_the_published_values(length: int, expected: list[float]) -> None:
     assert weights(length, "parabolic") == pytest.approx(expected, abs=1e-15)
@@ -48,7 +49,9 @@ def test_mask_and_lengths_agree(dtype: torch.dtype) -> None:
     assert torch.equal(tas_weights(mask), tas_weights(torch.tensor([3, 4])))
 
 
-@pytest.mark.parametrize("shape", ["parabolic", "linear_decay", "linear_incline", "inverse_parabolic"])
+@pytest.mark.parametrize(
+    "shape", ["parabolic", "linear_decay", "linear_incline", "inverse_parabolic"]
+)
 def test_unit_mean_keeps_the_shape_and_averages_one(shape: str) -> None:
     plain, unit = weights(7, shape), weights(7, shape, normalize="unit_mean")
     assert sum(unit) / 7 == pytest.approx(1.0)

@@ -7,17 +7,19 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cluster.config import RunConfig
-from cluster.shared import anchored, check_durable
-from cluster.upload import open_target, upload
-from prompts.errors import ConfigError, ResourceError
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.services.shared_storage import anchored, check_durable
+from avatar_rl.cluster.telemetry.upload import open_target, upload
+from avatar_rl.common.errors import ConfigError, ResourceError
 
 
 def config(**output: object) -> RunConfig:
     return RunConfig.model_validate({"data": {"train": "data/train.jsonl"}, "output": output})
 
 
-def test_outputs_in_a_jobs_own_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_in_a_jobs_own_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     job.mkdir(parents=True)
     monkeypatch.chdir(job)
@@ -28,7 +30,9 @@ def test_outputs_in_a_jobs_own_folder_are_refused(tmp_path: Path, monkeypatch: p
     check_durable(config(folder=tmp_path, cache=tmp_path))
 
 
-def test_workers_elsewhere_are_given_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_elsewhere_are_given_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = config(folder="runs", cache=tmp_path / "cache")
     after = anchored(before)
@@ -45,8 +49,9 @@ def test_a_run_folder_goes_to_any_file_system_without_the_redis_files(tmp_path: 
     assert upload(run, "memory://bucket/runs/") == "memory://bucket/runs/run-1"
     store = fsspec.filesystem("memory")
     assert store.find("/bucket/runs") == [
-        "/bucket/runs/run-1/checkpoint/model.safetensors", "/bucket/runs/run-1/metrics.jsonl"
-    ]  # fmt: skip
+        "/bucket/runs/run-1/checkpoint/model.safetensors",
+        "/bucket/runs/run-1/metrics.jsonl",
+    ]
     assert store.cat("/bucket/runs/run-1/metrics.jsonl") == b"metrics.jsonl"
 
 

@@ -1,4 +1,5 @@
-"""Which prompts a step asks: in turn, or those with most left to learn; and what an evaluation asks."""
+"""Which prompts a step asks: in turn, or those with most left to learn; and what an evaluation
+asks."""
 
 from __future__ import annotations
 
@@ -6,14 +7,20 @@ from collections import Counter
 
 import pytest
 
-from cluster.config import LoopConfig
-from cluster.stream import PromptStream, evaluation_tickets, open_prompts
+from avatar_rl.cluster.config import LoopConfig
+from avatar_rl.cluster.training.prompt_schedule import (
+    PromptStream,
+    evaluation_tickets,
+    open_prompts,
+)
 
 IDS = [f"p{i}" for i in range(6)]
 
 
 def stream(**loop: object) -> PromptStream:
-    return PromptStream(IDS, LoopConfig.model_validate({"fresh": 2, "replayed": 0, **loop}), seed=3, warm_up=0)
+    return PromptStream(
+        IDS, LoopConfig.model_validate({"fresh": 2, "replayed": 0, **loop}), seed=3, warm_up=0
+    )
 
 
 def test_epochs_ask_every_prompt_once_each() -> None:
@@ -24,9 +31,13 @@ def test_epochs_ask_every_prompt_once_each() -> None:
 
 
 def test_open_asks_unknown_prompts_before_known_ones() -> None:
-    tickets = stream(prompts_per_step=3, schedule="open").tickets(0, {"p0": -0.5, "p2": 0.0, "p4": 1.0})
+    tickets = stream(prompts_per_step=3, schedule="open").tickets(
+        0, {"p0": -0.5, "p2": 0.0, "p4": 1.0}
+    )
     assert {ticket.prompt_id for ticket in tickets} == {"p1", "p3", "p5"}
-    assert [ticket.seq for ticket in tickets] == [0, 1, 2] and {ticket.n for ticket in tickets} == {2}
+    assert [ticket.seq for ticket in tickets] == [0, 1, 2] and {ticket.n for ticket in tickets} == {
+        2
+    }
 
 
 def test_open_prompts_are_drawn_by_the_reward_they_miss() -> None:

@@ -1,4 +1,5 @@
-"""The study's arithmetic: passages, censoring, intervals, what makes two runs the same, and the document's tables."""
+"""The study's arithmetic: passages, censoring, intervals, what makes two runs the same, and the
+document's tables."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from statistics import median
 
 import pytest
 
+from avatar_rl.cluster.recipe.presets import Overlay
 from benchmarks.studies.arms import ARMS, CANDIDATES, GRPO_ARMS, RATIOS, REPORT_SEEDS, TUNING_SEEDS
 from benchmarks.studies.report import LEARNER, Study, bootstrap, insert, passage, ratio
 from benchmarks.studies.runs import Records, boil_down, digest, resolve
 from benchmarks.studies.sweep_arms import ARMS as SWEPT
 from benchmarks.studies.sweep_arms import BASE, COMPLETIONS, SWEEPS, measured_every
 from benchmarks.studies.sweep_report import mean_accuracy
-from cluster.presets import Overlay
 
 INF = math.inf
 
@@ -25,7 +26,8 @@ def record(arm: str, seed: int, *curve: tuple[float, float]) -> dict[str, object
         "arm": arm,
         "seed": seed,
         "curve": [
-            [completions, 10 * completions, 1.0, completions / 100, 1, accuracy] for completions, accuracy in curve
+            [completions, 10 * completions, 1.0, completions / 100, 1, accuracy]
+            for completions, accuracy in curve
         ],
         "heldout": [0.3, 0.5],
         "dead": 0.5,
@@ -55,8 +57,12 @@ def test_bootstrap_covers_the_ratio_and_narrows_with_agreement() -> None:
 
 
 def test_the_best_learning_rate_has_the_smallest_median() -> None:
-    runs = [record("grpo@2e-4", seed, (0, 0.1), (at, 0.9)) for seed, at in enumerate((300, 400, 500))]
-    runs += [record("grpo@4e-4", seed, (0, 0.1), (at, 0.9)) for seed, at in enumerate((100, 450, 600))]
+    runs = [
+        record("grpo@2e-4", seed, (0, 0.1), (at, 0.9)) for seed, at in enumerate((300, 400, 500))
+    ]
+    runs += [
+        record("grpo@4e-4", seed, (0, 0.1), (at, 0.9)) for seed, at in enumerate((100, 450, 600))
+    ]
     runs += [record("grpo@8e-4", seed, (0, 0.1), (64, 0.2)) for seed in range(3)]
     assert Study(runs).best(GRPO_ARMS, 0.8) == "grpo@2e-4"
     assert Study(runs).best(["avatar"], 0.8) is None
@@ -66,7 +72,9 @@ def test_tuning_never_sees_a_report_seed() -> None:
     assert not set(TUNING_SEEDS) & set(REPORT_SEEDS) and len(REPORT_SEEDS) >= 5
     assert len(GRPO_ARMS) >= 3
     assert all(
-        any(name == arm or name.startswith(f"{arm}@") for name in ARMS) for pair in RATIOS.values() for arm in pair
+        any(name == arm or name.startswith(f"{arm}@") for name in ARMS)
+        for pair in RATIOS.values()
+        for arm in pair
     )
 
 
@@ -76,7 +84,10 @@ def _base(folder: Path) -> Overlay:
     for name in ("train", "heldout"):
         (folder / f"{name}.jsonl").write_text(f'{{"id": "{name}"}}\n')
     data = {name: str(folder / f"{name}.jsonl") for name in ("train", "heldout")}
-    return {"model": {"path": str(folder / "model")}, "data": data | {"reader": {"media_root": str(folder)}}}
+    return {
+        "model": {"path": str(folder / "model")},
+        "data": data | {"reader": {"media_root": str(folder)}},
+    }
 
 
 def test_the_digest_follows_what_may_change_a_run_and_nothing_else(tmp_path: Path) -> None:
@@ -95,7 +106,9 @@ def test_the_digest_follows_what_may_change_a_run_and_nothing_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize("arm", SWEPT)
-def test_every_arm_of_the_sweeps_is_measured_after_as_many_completions(arm: str, tmp_path: Path) -> None:
+def test_every_arm_of_the_sweeps_is_measured_after_as_many_completions(
+    arm: str, tmp_path: Path
+) -> None:
     config = resolve(_base(tmp_path), SWEPT[arm], 0, COMPLETIONS)
     per_step = config.loop.prompts_per_step * config.loop.fresh
     assert config.loop.steps * per_step == COMPLETIONS == 576
@@ -105,21 +118,29 @@ def test_every_arm_of_the_sweeps_is_measured_after_as_many_completions(arm: str,
 
 def test_every_panel_of_the_sweeps_shows_known_arms_around_the_same_one() -> None:
     shown = {arm for entries in SWEEPS.values() for _, arm in entries}
-    assert shown == set(SWEPT) and all(BASE in [arm for _, arm in entries] for entries in SWEEPS.values())
+    assert shown == set(SWEPT) and all(
+        BASE in [arm for _, arm in entries] for entries in SWEEPS.values()
+    )
 
 
 def test_the_area_under_a_curve_is_the_mean_accuracy_of_as_many_completions() -> None:
     area = 0.3 * 64 + 0.4 * 512
-    assert mean_accuracy(record("a", 0, (0, 0.2), (64, 0.4), (COMPLETIONS, 0.4))) == pytest.approx(area / COMPLETIONS)
+    assert mean_accuracy(record("a", 0, (0, 0.2), (64, 0.4), (COMPLETIONS, 0.4))) == pytest.approx(
+        area / COMPLETIONS
+    )
     later = record("a", 0, (0, 0.2), (64, 0.4), (512, 0.4), (640, 0.4), (1000, 9.0))
     assert mean_accuracy(later) == pytest.approx(area / COMPLETIONS)
 
 
 @pytest.mark.parametrize("arm", [*ARMS, *CANDIDATES])
-def test_every_arm_resolves_to_as_many_steps_as_its_completions_take(arm: str, tmp_path: Path) -> None:
+def test_every_arm_resolves_to_as_many_steps_as_its_completions_take(
+    arm: str, tmp_path: Path
+) -> None:
     loop = resolve(_base(tmp_path), (ARMS | CANDIDATES)[arm], 0, 1000).loop
     assert (
-        (loop.steps - 1) * loop.prompts_per_step * loop.fresh < 1000 <= loop.steps * loop.prompts_per_step * loop.fresh
+        (loop.steps - 1) * loop.prompts_per_step * loop.fresh
+        < 1000
+        <= loop.steps * loop.prompts_per_step * loop.fresh
     )
 
 
@@ -135,17 +156,27 @@ def test_a_finished_run_is_found_again(tmp_path: Path) -> None:
 def test_a_run_is_boiled_down_to_its_measurements() -> None:
     def step(number: int, completions: float, **more: float) -> dict[str, float]:
         return {
-            "step": number, "completions/generated": completions, "tokens/generated": 20 * completions,
-            "time/step": 0.5, "time/encode": 0.01, "time/forward_backward": 0.2, "time/optimizer": 0.01,
-            "time/publish": 0.03, "learner/updates": 4.0, "groups/dead_before": 0.5, **more,
-        }  # fmt: skip
+            "step": number,
+            "completions/generated": completions,
+            "tokens/generated": 20 * completions,
+            "time/step": 0.5,
+            "time/encode": 0.01,
+            "time/forward_backward": 0.2,
+            "time/optimizer": 0.01,
+            "time/publish": 0.03,
+            "learner/updates": 4.0,
+            "groups/dead_before": 0.5,
+            **more,
+        }
 
     rows = [
         {"step": 0, "pool/accuracy": 0.4, "eval/accuracy": 0.3},
         step(1, 64),
         step(2, 128, **{"pool/accuracy": 0.5}),
     ]
-    shapes = [{"step": n, "advantages/fresh": [n, 1]} for n in (1, 2)] + [{"step": 3, "advantages/replay": [4]}]
+    shapes = [{"step": n, "advantages/fresh": [n, 1]} for n in (1, 2)] + [
+        {"step": 3, "advantages/replay": [4]}
+    ]
     found = boil_down([*rows, {"step": 3, "eval/accuracy": 0.6}], shapes)
     assert found["distributions"] == {"advantages/fresh": [3, 2], "advantages/replay": [4]}
     assert found["curve"] == [[0, 0, 0, 0, 0, 0.4], [128, 2560, 1.0, 0.5, 8, 0.5]]

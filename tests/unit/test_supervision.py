@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from buffer_service.control import Beat
-from buffer_service.server import EmbeddedRedis
-from cluster.supervision import Budget, RedisKeeper, StallWatch, Stopped, StopSignals
-from prompts.errors import ResourceError
+from avatar_rl.buffer_service.control import Beat
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.cluster.services.redis_watch import RedisKeeper
+from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.signals import Stopped, StopSignals
+from avatar_rl.cluster.workers.stall_watch import StallWatch
+from avatar_rl.common.errors import ResourceError
 
 
 def test_a_budget_counts_deaths_between_signs_of_progress() -> None:
@@ -31,14 +34,20 @@ def test_a_budget_counts_deaths_between_signs_of_progress() -> None:
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("cluster.supervision.time.monotonic", lambda: self.now)
+        monkeypatch.setattr(
+            "avatar_rl.cluster.workers.stall_watch.time.monotonic", lambda: self.now
+        )
 
 
-def test_an_actor_that_holds_work_and_does_not_move_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_that_holds_work_and_does_not_move_is_stalled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
 
     def look(progress: int, age: float, holds: bool = True) -> dict[str, str]:
-        return watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(progress, age)}, lambda _: holds)
+        return watch.stalled(
+            ["rollout-0"], {"rollout/rollout-0": Beat(progress, age)}, lambda _: holds
+        )
 
     assert look(5, 0.1) == {}
     clock.now += 9
@@ -60,7 +69,9 @@ def test_an_idle_actor_is_not_stalled_while_it_beats(monkeypatch: pytest.MonkeyP
         assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
 
 
-def test_what_happened_while_nobody_looked_is_held_against_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_happened_while_nobody_looked_is_held_against_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The driver was busy for minutes; a beat is 0 to 1 s old whenever one looks."""
     clock, watch = Clock(monkeypatch), StallWatch(60)
 
@@ -80,7 +91,9 @@ def test_what_happened_while_nobody_looked_is_held_against_nobody(monkeypatch: p
 def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
     for seconds in range(0, 12):
-        found = watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(7, float(seconds))}, lambda _: False)
+        found = watch.stalled(
+            ["rollout-0"], {"rollout/rollout-0": Beat(7, float(seconds))}, lambda _: False
+        )
         clock.now += 1
     assert "no sign of life" in found["rollout-0"]
     assert watch.stalled(["rollout-1"], {}, lambda _: True) == {}  # still starting

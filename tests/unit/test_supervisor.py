@@ -1,4 +1,5 @@
-"""Cuts are of one moment, however slowly they are written, and an order to stop is answered in time."""
+"""Cuts are of one moment, however slowly they are written, and an order to stop is answered in
+time."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.checkpoint import checkpoints, read_cut
-from cluster.supervision import Budget, Stopped
-from cluster.supervisor import Supervisor
-from learner.keeper import write_files
+from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_cut
+from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.signals import Stopped
+from avatar_rl.cluster.training.supervisor import Supervisor
+from avatar_rl.learner.state_replica import write_files
 
 
 class Ranks:
@@ -63,7 +65,9 @@ def supervisor(tmp_path: Path) -> Supervisor:
         rewards=SimpleNamespace(asks_judge=False),
     )
     events: list[tuple[str, str]] = []
-    folder: Any = SimpleNamespace(path=tmp_path, event=lambda kind, message: events.append((kind, message)), all=events)
+    folder: Any = SimpleNamespace(
+        path=tmp_path, event=lambda kind, message: events.append((kind, message)), all=events
+    )
     lock: Any = SimpleNamespace(run_id="run-1")
     screen: Any = SimpleNamespace(event=lambda message: None)
     buffer: Any = Buffer()
@@ -75,7 +79,9 @@ def supervisor(tmp_path: Path) -> Supervisor:
     return found
 
 
-def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(supervisor: Supervisor, tmp_path: Path) -> None:
+def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(
+    supervisor: Supervisor, tmp_path: Path
+) -> None:
     buffer: Any = supervisor.buffer
     buffer.at = 1
     supervisor.checkpoint(1, [])  # its snapshot is on its way; the learner's part comes after it
@@ -90,7 +96,9 @@ def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(supervisor: Superviso
         assert (cut.learner / "state" / "model.pt").read_bytes() == bytes([step] * 10)
 
 
-def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(supervisor: Supervisor) -> None:
+def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(
+    supervisor: Supervisor,
+) -> None:
     buffer: Any = supervisor.buffer
     folder: Any = supervisor.folder
     buffer.at = 1
@@ -105,7 +113,9 @@ def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(supe
     supervisor.checkpoints.wait()
 
 
-def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(supervisor: Supervisor) -> None:
+def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(
+    supervisor: Supervisor,
+) -> None:
     buffer: Any = supervisor.buffer
     buffer.at = 20
     supervisor.between_steps(20, [])

@@ -1,4 +1,5 @@
-"""The synthetic world: bytes, ground truth, balance, independence of the modalities, and what hints give away."""
+"""The synthetic world: bytes, ground truth, balance, independence of the modalities, and what hints
+give away."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from prompts.errors import DataError
-from prompts.record import ProblemType, Prompt, resolve_uri
-from prompts.synthetic.config import Category, WorldConfig
-from prompts.synthetic.questions import Draft, draft
-from prompts.synthetic.scene import COLOURS, FRAMES, HEIGHT, PITCHES, SLOTS, WIDTH
-from prompts.synthetic.world import apportion, synthesize
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.record import ProblemType, Prompt, resolve_uri
+from avatar_rl.prompts.synthetic.config import Category, WorldConfig
+from avatar_rl.prompts.synthetic.questions import Draft, draft
+from avatar_rl.prompts.synthetic.scene import COLOURS, FRAMES, HEIGHT, PITCHES, SLOTS, WIDTH
+from avatar_rl.prompts.synthetic.world import apportion, synthesize
 
 SMALL = WorldConfig(seed=7, n_train=20, n_heldout=20, n_sft=30)
 
@@ -32,7 +33,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts_of(world: Path, split: str) -> list[Prompt]:
-    return [Prompt.model_validate_json(line) for line in (world / f"{split}.jsonl").read_text().splitlines()]
+    return [
+        Prompt.model_validate_json(line)
+        for line in (world / f"{split}.jsonl").read_text().splitlines()
+    ]
 
 
 def all_prompts(world: Path) -> list[Prompt]:
@@ -58,7 +62,9 @@ def meaning(question: Draft) -> str:
 def test_same_config_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
     again = synthesize(tmp_path / "b", SMALL).out
     names = sorted(str(path.relative_to(world)) for path in world.rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file())
+    assert names == sorted(
+        str(path.relative_to(again)) for path in again.rglob("*") if path.is_file()
+    )
     assert len(names) == 3 + 2 * 70
     _, different, failed = filecmp.cmpfiles(world, again, names, shallow=False)
     assert different == failed == []
@@ -85,8 +91,15 @@ def test_media_are_what_the_prompt_says(world: Path) -> None:
     for prompt in prompts_of(world, "heldout"):
         video, audio = prompt.media.items
         for item in (video, audio):
-            assert hashlib.sha256(resolve_uri(item.uri, world).read_bytes()).hexdigest() == item.digest
-        assert (video.kind, video.frames, audio.kind, audio.sample_rate) == ("video", FRAMES, "audio", 16_000)
+            assert (
+                hashlib.sha256(resolve_uri(item.uri, world).read_bytes()).hexdigest() == item.digest
+            )
+        assert (video.kind, video.frames, audio.kind, audio.sample_rate) == (
+            "video",
+            FRAMES,
+            "audio",
+            16_000,
+        )
         assert video.min_pixels is not None and video.max_pixels is not None
         assert video.min_pixels <= WIDTH * HEIGHT <= video.max_pixels
         with av.open(str(world / video.uri)) as container:
@@ -105,7 +118,9 @@ def test_decoded_picture_shows_colours_and_places(world: Path) -> None:
     checked = 0
     for prompt in all_prompts(world):
         with av.open(str(world / prompt.media.items[0].uri)) as container:
-            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            frames = np.stack(
+                [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            )
         for sprite in scene_of(prompt)["sprites"]:
             if len(set(sprite["places"])) > 1 and not prompt.category.startswith("count"):
                 continue  # it glides: between two places
@@ -116,7 +131,9 @@ def test_decoded_picture_shows_colours_and_places(world: Path) -> None:
                     assert patch[:, 4:8, 4:8].min(axis=-1).mean() > 200  # white core
                     patch = patch[:, :, :2]
                 mean = patch.mean(axis=(0, 1, 2))
-                nearest = min(COLOURS, key=lambda name: float(np.sum((mean - np.array(COLOURS[name])) ** 2)))
+                nearest = min(
+                    COLOURS, key=lambda name: float(np.sum((mean - np.array(COLOURS[name])) ** 2))
+                )
                 assert nearest == sprite["colours"][slot], (prompt.id, slot)
                 checked += 1
     assert checked > 200
@@ -153,17 +170,24 @@ def solve(prompt: Prompt) -> str:
     if prompt.category == "order":
         return beeps[-1 if "last" in words else 0]
     if prompt.category == "direction":
-        start, *_, end = (("left", "center", "right").index(place) for place in sprites[0]["places"])
+        start, *_, end = (
+            ("left", "center", "right").index(place) for place in sprites[0]["places"]
+        )
         return "still" if start == end else "right" if end > start else "left"
     if prompt.category == "colour_at_beep":
         return sprites[0]["colours"][sounds.index(next(w for w in words if w in PITCHES))]
     if prompt.category == "count_on_side":
         side = words[-1]
-        return str(sum(p == side and s != "none" for p, s in zip(sprites[0]["places"], sounds, strict=True)))
+        return str(
+            sum(
+                p == side and s != "none" for p, s in zip(sprites[0]["places"], sounds, strict=True)
+            )
+        )
     order = ["left", "center", "right"]
     if prompt.category == "count_left_of":
         first, second = (
-            next(s for s in sprites if s["colours"][0] == colour) for colour in [w for w in words if w in COLOURS]
+            next(s for s in sprites if s["colours"][0] == colour)
+            for colour in [w for w in words if w in COLOURS]
         )
         pairs = zip(first["places"], second["places"], sounds, strict=True)
         return str(sum(order.index(a) < order.index(b) and s != "none" for a, b, s in pairs))
@@ -187,7 +211,9 @@ def test_a_blind_guess_is_at_chance(category: Category) -> None:
     for values in ([q.answer for q in questions], [meaning(q) for q in questions]):
         counts = Counter(values)
         chance = 1 / len(counts)
-        tolerance = 0.05 if category is Category.LOCALISE else 1e-9  # places cycle, its pitches are drawn
+        tolerance = (
+            0.05 if category is Category.LOCALISE else 1e-9
+        )  # places cycle, its pitches are drawn
         assert len(counts) == {Category.LOCALISE: 18, Category.COLOUR: 4, Category.BEEPS: 4}.get(
             category, 4 if category is Category.COLOUR_AT_BEEP else 3
         )
@@ -203,20 +229,25 @@ def seen(question: Draft) -> object:
 
 
 def informed_accuracy(questions: list[Draft], view: Any) -> float:
-    """Accuracy of the best rule that knows the question and one modality's exact content, fitted on the first half.
+    """Accuracy of the best rule that knows the question and one modality's exact content, fitted on
+    the first half.
 
-    Views that the first half lacks are left out, so that chance is what an uninformative view reaches.
-    """
+    Views that the first half lacks are left out, so that chance is what an uninformative view
+    reaches."""
     half = len(questions) // 2
     votes: dict[object, Counter[str]] = defaultdict(Counter)
     for question in questions[:half]:
         votes[(question.question, view(question))][meaning(question)] += 1
     known = [q for q in questions[half:] if (q.question, view(q)) in votes]
     assert len(known) > 100
-    return sum(votes[(q.question, view(q))].most_common(1)[0][0] == meaning(q) for q in known) / len(known)
+    return sum(
+        votes[(q.question, view(q))].most_common(1)[0][0] == meaning(q) for q in known
+    ) / len(known)
 
 
-@pytest.mark.parametrize("category", [Category.PITCH, Category.BEEPS, Category.ORDER, Category.COUNT_ON_SIDE])
+@pytest.mark.parametrize(
+    "category", [Category.PITCH, Category.BEEPS, Category.ORDER, Category.COUNT_ON_SIDE]
+)
 def test_hearing_questions_cannot_be_seen(category: Category) -> None:
     questions = drafts(category, 3000)
     chance = 1 / len({meaning(q) for q in questions})
@@ -241,7 +272,10 @@ def test_hearing_questions_cannot_be_seen(category: Category) -> None:
 def test_seeing_questions_cannot_be_heard(category: Category) -> None:
     questions = drafts(category, 3000)
     chance = 1 / len({meaning(q) for q in questions})
-    assert informed_accuracy(questions, lambda q: tuple(s != "none" for s in q.scene.sounds)) < chance + 0.08
+    assert (
+        informed_accuracy(questions, lambda q: tuple(s != "none" for s in q.scene.sounds))
+        < chance + 0.08
+    )
 
 
 def test_needs_name_the_modalities(world: Path) -> None:
@@ -257,7 +291,8 @@ def test_needs_name_the_modalities(world: Path) -> None:
 
 
 def test_hints_give_nothing_away(world: Path) -> None:
-    """No hint holds a word that can be an answer: colours, places, pitches, ways, letters, digits, numbers."""
+    """No hint holds a word that can be an answer: colours, places, pitches, ways, letters, digits,
+    numbers."""
     answers = {*COLOURS, *PITCHES, "left", "right", "center", "still", "a", "b", "c"}
     answers |= {"zero", "one", "two", "three", "four", *"01234"}
     for category in Category:
@@ -267,7 +302,11 @@ def test_hints_give_nothing_away(world: Path) -> None:
 
 
 def test_sft_targets(world: Path) -> None:
-    assert all(prompt.reasoning is None for split in ("train", "heldout") for prompt in prompts_of(world, split))
+    assert all(
+        prompt.reasoning is None
+        for split in ("train", "heldout")
+        for prompt in prompts_of(world, split)
+    )
     guesses = 0
     for prompt in prompts_of(world, "sft"):
         assert prompt.reasoning is not None
@@ -281,7 +320,12 @@ def test_sft_targets(world: Path) -> None:
 
 def test_guesses_follow_their_share_and_are_blind(tmp_path: Path) -> None:
     config = WorldConfig(
-        n_train=0, n_heldout=0, n_sft=60, hinted_share=0.5, sft_weights={"colour": 1}, guess_share={"colour": 1}
+        n_train=0,
+        n_heldout=0,
+        n_sft=60,
+        hinted_share=0.5,
+        sft_weights={"colour": 1},
+        guess_share={"colour": 1},
     )
     rows = prompts_of(synthesize(tmp_path / "w", config).out, "sft")
     hinted = [row for row in rows if row.extra.get("hinted") == "true"]
@@ -308,7 +352,7 @@ def test_world_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def broken(frames: object) -> bytes:
         raise OSError("disk full")
 
-    monkeypatch.setattr("prompts.synthetic.world.encode_mp4", broken)
+    monkeypatch.setattr("avatar_rl.prompts.synthetic.world.encode_mp4", broken)
     with pytest.raises(OSError, match="disk full"):
         synthesize(tmp_path / "w", SMALL)
     assert list(tmp_path.iterdir()) == []

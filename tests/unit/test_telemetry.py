@@ -15,11 +15,25 @@ import numpy as np
 import pytest
 import yaml
 
-from cluster import disk, telemetry
-from cluster.metrics import CATALOGUE, catalogue_table, describe, members, uncatalogued
-from cluster.sinks import PrometheusSink, prometheus_name
-from cluster.telemetry import MASK, RunFolder, list_runs, mask_secrets, read_metrics, read_status
-from prompts.errors import ConfigError, DataError, ResourceError
+from avatar_rl.cluster.telemetry import run_folder as telemetry
+from avatar_rl.cluster.telemetry.metrics import (
+    CATALOGUE,
+    catalogue_table,
+    describe,
+    members,
+    uncatalogued,
+)
+from avatar_rl.cluster.telemetry.run_folder import (
+    MASK,
+    RunFolder,
+    list_runs,
+    mask_secrets,
+    read_metrics,
+    read_status,
+)
+from avatar_rl.cluster.telemetry.sinks import PrometheusSink, prometheus_name
+from avatar_rl.common import files as disk
+from avatar_rl.common.errors import ConfigError, DataError, ResourceError
 
 
 @pytest.fixture
@@ -30,7 +44,8 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 class FullDisk:
-    """A file that takes ``room`` bytes and then fails as a full disk does, leaving a torn record."""
+    """A file that takes ``room`` bytes and then fails as a full disk does, leaving a torn
+    record."""
 
     def __init__(self, file: object, room: int) -> None:
         self.file, self.room = file, room
@@ -62,7 +77,9 @@ def scalars(run: Path) -> dict[tuple[int, str], float]:
 
 
 def test_metrics_round_trip_in_jsonl_and_tensorboard(folder: RunFolder) -> None:
-    folder.metrics(1, {"reward/mean": np.float32(0.5), "grad_norm": math.nan, "lr": math.inf, "loss/kl": None})
+    folder.metrics(
+        1, {"reward/mean": np.float32(0.5), "grad_norm": math.nan, "lr": math.inf, "loss/kl": None}
+    )
     folder.metrics(2, {"reward/mean": 0.75, "step": 99})
     rows = read_metrics(folder.path)
     assert [row["step"] for row in rows] == [1, 2]
@@ -85,7 +102,12 @@ def test_rows_of_one_step_are_merged_in_step_order(folder: RunFolder) -> None:
         (2, 0.2, 0.6),
     ]
     status = read_status(folder.path)
-    assert (status.step, status.accuracy_before, status.accuracy_now, status.reward) == (2, 0.4, 0.6, 0.2)
+    assert (status.step, status.accuracy_before, status.accuracy_now, status.reward) == (
+        2,
+        0.4,
+        0.6,
+        0.2,
+    )
 
 
 def test_an_existing_folder_is_never_overwritten(folder: RunFolder) -> None:
@@ -95,7 +117,9 @@ def test_an_existing_folder_is_never_overwritten(folder: RunFolder) -> None:
     assert before == sorted((path, path.stat().st_mtime_ns) for path in folder.path.rglob("*"))
 
 
-def test_a_disk_without_room_refuses_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_refuses_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(telemetry, "MIN_FREE_BYTES", 1 << 62)
     with pytest.raises(ResourceError, match=r"tiny.*MiB of disk"):
         RunFolder(tmp_path / "tiny")
@@ -145,7 +169,9 @@ def test_a_disk_that_takes_some_files_only_does_not_warn_each_step(
     run.close()
 
 
-def test_what_never_fitted_is_named_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_fitted_is_named_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(disk, "MAX_PENDING", 2)
     warnings: list[str] = []
     run = RunFolder(tmp_path / "a", on_warning=warnings.append)
@@ -181,7 +207,12 @@ def test_resume_sets_later_steps_aside(tmp_path: Path) -> None:
     again = RunFolder(run.path, resume_step=2)
     again.metrics(3, {"lr": 30.0})
     again.close()
-    assert [(row["step"], row.get("lr")) for row in read_metrics(run.path)] == [(0, None), (1, 1), (2, 2), (3, 30)]
+    assert [(row["step"], row.get("lr")) for row in read_metrics(run.path)] == [
+        (0, None),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
     assert json.loads((run.path / "metrics.abandoned.jsonl").read_text())["lr"] == 3.0
     assert read_status(run.path).accuracy_before == 0.4
     with pytest.raises(DataError, match=r"status\.json"):
@@ -191,8 +222,17 @@ def test_resume_sets_later_steps_aside(tmp_path: Path) -> None:
 def test_secrets_are_masked_and_names_of_variables_are_not(folder: RunFolder) -> None:
     folder.config(
         {
-            "buffer": {"url": "rediss://user:hunter2@host:6379/0", "password": "hunter2", "password_env": "REDIS_PW"},
-            "judge": {"api_key": "hunter2", "api_key_env": "OPENAI_API_KEY", "max_tokens": 256, "token": ""},
+            "buffer": {
+                "url": "rediss://user:hunter2@host:6379/0",
+                "password": "hunter2",
+                "password_env": "REDIS_PW",
+            },
+            "judge": {
+                "api_key": "hunter2",
+                "api_key_env": "OPENAI_API_KEY",
+                "max_tokens": 256,
+                "token": "",
+            },
             "list": [{"hf_token": "hunter2"}],
         }
     )
@@ -204,18 +244,34 @@ def test_secrets_are_masked_and_names_of_variables_are_not(folder: RunFolder) ->
         "password": MASK,
         "password_env": "REDIS_PW",
     }
-    assert config["judge"] == {"api_key": MASK, "api_key_env": "OPENAI_API_KEY", "max_tokens": 256, "token": ""}
+    assert config["judge"] == {
+        "api_key": MASK,
+        "api_key_env": "OPENAI_API_KEY",
+        "max_tokens": 256,
+        "token": "",
+    }
     assert mask_secrets("redis://:hunter2@h") == f"redis://:{MASK}@h"
 
 
 def test_samples_keep_every_component(folder: RunFolder) -> None:
     rows = [
-        {"prompt_id": "p", "question": "Which?", "answer": "red", "text": "<think>x</think>\nred", "reward": 0.25,
-         "components": {"format": -1.0, "judge": None, "odd": math.nan}, "version": 3},
-    ]  # fmt: skip
+        {
+            "prompt_id": "p",
+            "question": "Which?",
+            "answer": "red",
+            "text": "<think>x</think>\nred",
+            "reward": 0.25,
+            "components": {"format": -1.0, "judge": None, "odd": math.nan},
+            "version": 3,
+        },
+    ]
     path = folder.samples(10, rows)
     assert path.name == "step_000010.jsonl"
-    assert json.loads(path.read_text())["components"] == {"format": -1.0, "judge": None, "odd": None}
+    assert json.loads(path.read_text())["components"] == {
+        "format": -1.0,
+        "judge": None,
+        "odd": None,
+    }
     page = path.with_suffix(".md").read_text()
     for piece in (
         "## p",
@@ -242,7 +298,9 @@ def test_events_from_many_threads_stay_whole(folder: RunFolder) -> None:
     for thread in threads:
         thread.join()
     rows = list(disk.read_jsonl(folder.path / "events.jsonl"))
-    assert {row["message"] for row in rows} == {f"{name}/{index}" for name in range(4) for index in range(50)}
+    assert {row["message"] for row in rows} == {
+        f"{name}/{index}" for name in range(4) for index in range(50)
+    }
     assert len(rows) == 200
 
 
@@ -251,7 +309,9 @@ def test_status_tells_a_lost_run_from_a_living_one(folder: RunFolder) -> None:
     status = read_status(folder.path)
     assert (status.pid, status.host, status.lost) == (os.getpid(), socket.gethostname(), False)
     assert status.model_copy(update={"pid": 2**22 + 1}).lost
-    assert status.model_copy(update={"started": 0.0}).lost  # the process id belongs to a later process
+    assert status.model_copy(
+        update={"started": 0.0}
+    ).lost  # the process id belongs to a later process
     assert not status.model_copy(update={"pid": 2**22 + 1, "state": "finished"}).lost
     assert [run.run_id for run in list_runs(folder.path.parent)] == ["a"]
     with pytest.raises(ValueError, match="state"):
@@ -271,8 +331,9 @@ def test_prometheus_scrapes_one_gauge_per_metric_from_loopback(tmp_path: Path) -
         lines = answer.read().decode().splitlines()
     run.close()
     assert [line for line in lines if not line.startswith("#")] == [
-        'avatar_step{run="a"} 2.0', 'avatar_reward_mean{run="a"} 0.6'
-    ]  # fmt: skip
+        'avatar_step{run="a"} 2.0',
+        'avatar_reward_mean{run="a"} 0.6',
+    ]
     assert prometheus_name("eval/accuracy/count beeps") == "avatar_eval_accuracy_count_beeps"
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -284,10 +345,15 @@ def test_catalogue_finds_members_of_families() -> None:
     assert describe("eval/accuracy/colour").name == "eval/accuracy/<category>"  # type: ignore[union-attr]
     assert describe("eval/accuracy/") is None
     assert uncatalogued(["lr", "mine/x", "eval/needs/audio"]) == ["mine/x"]
-    assert members("reward/<component>", ["reward/std", "reward/b", "reward/a"]) == {"a": "reward/a", "b": "reward/b"}
+    assert members("reward/<component>", ["reward/std", "reward/b", "reward/a"]) == {
+        "a": "reward/a",
+        "b": "reward/b",
+    }
     assert len({metric.name for metric in CATALOGUE}) == len(CATALOGUE)
 
 
 def test_docs_hold_the_catalogue() -> None:
     page = (Path(__file__).parents[2] / "docs" / "output.md").read_text()
-    assert catalogue_table() in page, "docs/output.md is behind cluster/metrics.py: paste catalogue_table() into it"
+    assert catalogue_table() in page, (
+        "docs/output.md is behind cluster/metrics.py: paste catalogue_table() into it"
+    )

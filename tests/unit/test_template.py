@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rollout import RolloutActor
-from buffer_service.tickets import Ticket, TicketLease
-from prompts.config import MediaConfig
-from prompts.digest import prompt_digest
-from prompts.errors import DataError, ModelError
-from prompts.media import DecodedAudio, MediaLoader
-from prompts.record import MediaItem, MediaPlan, Prompt
-from prompts.rope import PositionRule
-from prompts.template import PromptEncoder, TemplateConfig, _seconds_per_grid
+from avatar_rl.actors.rollout import RolloutActor
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.common.errors import DataError, ModelError
+from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.rope import PositionRule
+from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig, _seconds_per_grid
+from avatar_rl.prompts.media.loader import DecodedAudio, MediaLoader
+from avatar_rl.prompts.record import MediaItem, MediaPlan, Prompt
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
 from tests.unit.media_files import write_video
 
@@ -49,7 +49,12 @@ def encoder(folder: Path, loader: MediaLoader, **config: Any) -> PromptEncoder:
     if folder not in _LOADED:
         _LOADED[folder] = PromptEncoder(folder, loader, TemplateConfig())
     fresh = copy.copy(_LOADED[folder])
-    fresh.loader, fresh.config, fresh._cache, fresh._cached_bytes = loader, TemplateConfig(**config), OrderedDict(), 0
+    fresh.loader, fresh.config, fresh._cache, fresh._cached_bytes = (
+        loader,
+        TemplateConfig(**config),
+        OrderedDict(),
+        0,
+    )
     return fresh
 
 
@@ -67,14 +72,23 @@ def test_text_holds_every_part_in_order(folder: Path) -> None:
     assert parts.text(prompt, True) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n"
         "<|vision_bos|><|IMAGE|><|vision_eos|><|vision_bos|><|VIDEO|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>"
-        "What is it?\nA. cat\nB. dog\nSound: a bark\nThink.\nHint: listen first<|im_end|>\n<|im_start|>assistant\n"
+        "What is it?\nA. cat\nB. dog\nSound: a bark\nThink.\nHint: listen "
+        "first<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "listen" not in parts.text(prompt, False)
-    plain = encoder(folder, loader, system="default").text(prompt.model_copy(update={"system": None}), False)
-    assert plain.startswith("<|im_start|>system\ndefault<|im_end|>") and "bark" not in plain and "Think" not in plain
+    plain = encoder(folder, loader, system="default").text(
+        prompt.model_copy(update={"system": None}), False
+    )
+    assert (
+        plain.startswith("<|im_start|>system\ndefault<|im_end|>")
+        and "bark" not in plain
+        and "Think" not in plain
+    )
 
 
-def test_interleaved_sound_has_no_placeholder_of_its_own(shared: tuple[PromptEncoder, ArrayLoader]) -> None:
+def test_interleaved_sound_has_no_placeholder_of_its_own(
+    shared: tuple[PromptEncoder, ArrayLoader],
+) -> None:
     parts, loader = shared
     prompt = make_prompt(loader, "av", [video(1, 8, 2.0), audio(2, 3.0)], audio_in_video=True)
     text = parts.text(prompt, False)
@@ -97,14 +111,18 @@ def test_encoded_video_has_the_size_its_bounds_ask_for(folder: Path) -> None:
     loader = ArrayLoader()
     prompt = make_prompt(loader, "p", [video(1, 4, 2.0, height=56, width=84)])
     encoded = encoder(folder, loader).encode(prompt, False)
-    assert encoded.features["video_grid_thw"].tolist() == [[2, 4, 6]]  # 4 frames / 2, 56 / 14, 84 / 14
+    assert encoded.features["video_grid_thw"].tolist() == [
+        [2, 4, 6]
+    ]  # 4 frames / 2, 56 / 14, 84 / 14
     assert encoded.features["pixel_values_videos"].shape == (2 * 4 * 6, 3 * 2 * 14 * 14)
     assert encoded.position_ids.shape == (3, len(encoded.input_ids))
     assert encoded.next_position == int(encoded.position_ids.max()) + 1
     item = prompt.media.items[0].model_copy(update={"min_pixels": None, "max_pixels": None})
     free = prompt.model_copy(update={"media": MediaPlan(items=(item,))})
     grid = (
-        encoder(folder, loader, min_pixels=100_000, max_pixels=200_000).encode(free, False).features["video_grid_thw"]
+        encoder(folder, loader, min_pixels=100_000, max_pixels=200_000)
+        .encode(free, False)
+        .features["video_grid_thw"]
     )
     assert 100_000 <= int(grid[0, 1] * grid[0, 2]) * 14 * 14 <= 200_000
 
@@ -134,13 +152,16 @@ def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(folder: Path)
     parts = encoder(folder, loader)
     plain, hinted = parts.encode(prompt, False), parts.encode(prompt, True)
     alone = encoder(folder, loader).encode(prompt, True)
-    assert len(hinted.input_ids) > len(plain.input_ids) and torch.equal(hinted.input_ids, alone.input_ids)
+    assert len(hinted.input_ids) > len(plain.input_ids) and torch.equal(
+        hinted.input_ids, alone.input_ids
+    )
     for name, tensor in hinted.features.items():
         assert tensor is plain.features[name] and torch.equal(tensor, alone.features[name])
     loader.media[prompt.media.items[0].uri] = video(3, 4, 2.0)  # the file was replaced under way
     parts._cache.popitem()
     assert not torch.equal(
-        parts.encode(prompt, True).features["pixel_values_videos"], plain.features["pixel_values_videos"]
+        parts.encode(prompt, True).features["pixel_values_videos"],
+        plain.features["pixel_values_videos"],
     )
 
 
@@ -187,28 +208,49 @@ def test_what_the_model_cannot_take_is_refused(folder: Path) -> None:
 
 def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path) -> None:
     loader = ArrayLoader()
-    prompts: Any = {name: make_prompt(loader, name, [video(1, n, 2.0)]) for name, n in (("short", 4), ("long", 16))}
+    prompts: Any = {
+        name: make_prompt(loader, name, [video(1, n, 2.0)])
+        for name, n in (("short", 4), ("long", 16))
+    }
     whole = encoder(folder, loader)
     limit = len(whole.encode(prompts["short"], False).input_ids)
     strict = encoder(folder, loader, max_prompt_tokens=limit)
-    assert len(strict.engine_input(prompts["long"], False)["prompt_token_ids"]) < limit  # one placeholder per video
+    assert (
+        len(strict.engine_input(prompts["long"], False)["prompt_token_ids"]) < limit
+    )  # one placeholder per video
     kept: dict[Any, Any] = {}
 
-    def prepare(engine_input: Any, name: str, key: tuple[str, bool, str]) -> Any:  # expands as the processor does
-        return kept.setdefault(key, {"prompt_token_ids": whole.encode(prompts[name], False).input_ids.tolist()})
+    def prepare(
+        engine_input: Any, name: str, key: tuple[str, bool, str]
+    ) -> Any:  # expands as the processor does
+        return kept.setdefault(
+            key, {"prompt_token_ids": whole.encode(prompts[name], False).input_ids.tolist()}
+        )
 
     refused: list[tuple[TicketLease, str]] = []
     actor: Any = RolloutActor.__new__(RolloutActor)  # without services and engine
-    actor.prompts, actor.encoder, actor.spec, actor._ready = prompts, strict, SimpleNamespace(unimodal=False), deque()
+    actor.prompts, actor.encoder, actor.spec, actor._ready = (
+        prompts,
+        strict,
+        SimpleNamespace(unimodal=False),
+        deque(),
+    )
     actor.engine = SimpleNamespace(prepared=kept.get, prepare=prepare)
     actor._give_up = lambda lease, error: refused.append((lease, str(error)))  # quarantine
-    tickets = [Ticket(seq=i, prompt_id=name, step=0, n=1) for i, name in enumerate(("short", "long", "long"))]
-    leases = [TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False) for ticket in tickets]
+    tickets = [
+        Ticket(seq=i, prompt_id=name, step=0, n=1)
+        for i, name in enumerate(("short", "long", "long"))
+    ]
+    leases = [
+        TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False) for ticket in tickets
+    ]
     actor._prepare(leases)  # the last finds its prompt in the engine's cache
     assert [work.lease for work in actor._ready] == leases[:1]
     assert [lease for lease, _ in refused] == leases[1:]
     assert all(f"tokens, max_prompt_tokens is {limit}" in why for _, why in refused)
-    held_out = Ticket(seq=3, prompt_id="long", step=0, n=1, kind="eval")  # the learner never sees it
+    held_out = Ticket(
+        seq=3, prompt_id="long", step=0, n=1, kind="eval"
+    )  # the learner never sees it
     actor._prepare([TicketLease(ticket=held_out, attempt=1, consumer="a", hinted=False)])
     assert len(refused) == 2 and actor._ready[-1].lease.ticket is held_out
 
@@ -218,12 +260,16 @@ def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path
     parts = encoder(folder, MediaLoader(MediaConfig(), tmp_path))
 
     def steps(*items: dict[str, Any]) -> list[int]:
-        media = MediaPlan(items=tuple(MediaItem(kind="video", uri="a.mp4", **item) for item in items))
+        media = MediaPlan(
+            items=tuple(MediaItem(kind="video", uri="a.mp4", **item) for item in items)
+        )
         prompt = make_prompt(ArrayLoader(), "p", []).model_copy(update={"media": media})
         return [int(grid[0]) for grid in parts.encode(prompt, False).features["video_grid_thw"]]
 
     # at 2 per second 1.5 s have three frames, made four
-    with pytest.raises(DataError, match=r"same fps and clips for which length x fps is an even .* or even `frames`"):
+    with pytest.raises(
+        DataError, match=r"same fps and clips for which length x fps is an even .* or even `frames`"
+    ):
         steps({"fps": 2.0, "clip": (0.0, 1.5)}, {"fps": 2.0, "clip": (0.0, 2.0)})
     assert steps({"fps": 2.0, "clip": (0.0, 1.0)}, {"fps": 2.0, "clip": (0.0, 3.0)}) == [1, 3]
     assert steps({"frames": 4, "clip": (0.5, 1.5)}, {"frames": 8, "clip": (1.0, 3.0)}) == [2, 4]
@@ -241,7 +287,9 @@ def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path
 def test_an_incomplete_model_folder_names_what_is_missing(
     folder: Path, tmp_path: Path, gone: str, message: str
 ) -> None:
-    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns(gone, "*.safetensors"))
+    shutil.copytree(
+        folder, tmp_path / "model", ignore=shutil.ignore_patterns(gone, "*.safetensors")
+    )
     with pytest.raises(ModelError, match=message):
         encoder(tmp_path / "model", ArrayLoader())
 
@@ -262,14 +310,18 @@ def test_a_text_model_takes_text_only(folder: Path, tmp_path: Path) -> None:
 
 def vision_config(kind: str) -> SimpleNamespace:
     vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
-    return SimpleNamespace(model_type=kind, image_token_id=1, video_token_id=2, vision_config=vision)
+    return SimpleNamespace(
+        model_type=kind, image_token_id=1, video_token_id=2, vision_config=vision
+    )
 
 
 def test_qwen25_vl_positions_by_hand() -> None:
     # text, a video of 3 steps of 1 x 2 merged patches at 2 s per step (4 positions), text
     ids = torch.tensor([9, 2, 2, 2, 2, 2, 2, 9, 9])
     features = {"video_grid_thw": torch.tensor([[3, 2, 4]])}
-    found = PositionRule(vision_config("qwen2_5_vl"))(ids, features, seconds_per_grid=torch.tensor([2.0]))
+    found = PositionRule(vision_config("qwen2_5_vl"))(
+        ids, features, seconds_per_grid=torch.tensor([2.0])
+    )
     assert found.ids.tolist() == [
         [0, 1, 1, 5, 5, 9, 9, 10, 11],
         [0, 1, 1, 1, 1, 1, 1, 10, 11],
@@ -287,13 +339,20 @@ def test_vision_positions_equal_transformers_where_a_video_is_wider_than_long(ki
     config = vision_config(kind)
     image_grid, video_grid = torch.tensor([[1, 4, 6]]), torch.tensor([[2, 8, 8]])
     runs = [[2] * 32] if kind == "qwen2_5_vl" else [[2] * 16, [8, 7] + [2] * 16]
-    ids = torch.tensor([9, 9] + [1] * 6 + [9] + [token for run in runs for token in run] + [9, 9, 9])
+    ids = torch.tensor(
+        [9, 9] + [1] * 6 + [9] + [token for run in runs for token in run] + [9, 9, 9]
+    )
     stand_in = SimpleNamespace(config=config)
     stand_in.get_vision_position_ids = model.get_vision_position_ids.__get__(stand_in)
     kinds = torch.where(ids <= 2, ids, 0)[None]
     extra = {"second_per_grid_ts": torch.tensor([1.0])} if kind == "qwen2_5_vl" else {}
     expected, delta = model.get_rope_index(
-        stand_in, ids[None], kinds, image_grid_thw=image_grid, video_grid_thw=video_grid.clone(), **extra
+        stand_in,
+        ids[None],
+        kinds,
+        image_grid_thw=image_grid,
+        video_grid_thw=video_grid.clone(),
+        **extra,
     )
     features = {"image_grid_thw": image_grid, "video_grid_thw": video_grid}
     found = PositionRule(config)(ids, features, seconds_per_grid=torch.tensor([1.0]))
@@ -301,7 +360,9 @@ def test_vision_positions_equal_transformers_where_a_video_is_wider_than_long(ki
     assert found.next == len(ids) + int(delta)
 
 
-@pytest.mark.parametrize("fps", [0.5, 1.0, 1.7, 2.0, 3.0, 10 / 3, 4.0, 50 / 11, 5.0, 6.25, 12.5, 25.0, 30.0])
+@pytest.mark.parametrize(
+    "fps", [0.5, 1.0, 1.7, 2.0, 3.0, 10 / 3, 4.0, 50 / 11, 5.0, 6.25, 12.5, 25.0, 30.0]
+)
 def test_time_positions_do_not_depend_on_float_width(fps: float) -> None:
     step = _seconds_per_grid(fps)
     assert 2 / fps <= step <= 2 / fps + 2 / 4096
@@ -311,7 +372,11 @@ def test_time_positions_do_not_depend_on_float_width(fps: float) -> None:
     numpy_order = np.floor(k * float(np.float32(2 / (2 / step)) * np.float32(25)))
     np.testing.assert_array_equal(wide, narrow)
     np.testing.assert_array_equal(wide, numpy_order)
-    exact = np.array([int(i * 50 * 1000 / round(fps * 1000)) for i in range(16)]) if fps * 1000 % 1 == 0 else None
+    exact = (
+        np.array([int(i * 50 * 1000 / round(fps * 1000)) for i in range(16)])
+        if fps * 1000 % 1 == 0
+        else None
+    )
     if exact is not None:
         np.testing.assert_array_equal(wide[:16], exact)
 

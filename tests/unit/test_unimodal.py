@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.delivery import asked
-from actors.unimodal import parts_of
-from actors.work import Work, read_request_id
-from buffer_service.tickets import Ticket, TicketLease
-from prompts.record import MediaItem, MediaPlan, Modality, ProblemType, Prompt
+from avatar_rl.actors.pending_group import Work, read_request_id
+from avatar_rl.actors.scoring_loop import asked
+from avatar_rl.actors.unimodal import parts_of
+from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.prompts.record import MediaItem, MediaPlan, Modality, ProblemType, Prompt
 
 
 def prompt(*kinds: Modality, interleaved: bool = False) -> Prompt:
     items = tuple(MediaItem(kind=kind, uri=f"{index}.bin") for index, kind in enumerate(kinds))
     plan = MediaPlan(items=items, audio_in_video=interleaved)
-    return Prompt(id="p", question="q", answer="1", problem_type=ProblemType.FREE_FORM, media=plan, hint="look")
+    return Prompt(
+        id="p",
+        question="q",
+        answer="1",
+        problem_type=ProblemType.FREE_FORM,
+        media=plan,
+        hint="look",
+    )
 
 
 def kinds(parts: dict[str, Prompt]) -> dict[str, list[str]]:
@@ -30,14 +37,21 @@ def test_a_prompt_with_both_senses_is_asked_three_times(interleaved: bool) -> No
     whole = prompt("video", "audio", interleaved=interleaved)
     parts = parts_of(whole, unimodal=True)
     assert kinds(parts) == {"": ["video", "audio"], "video": ["video"], "audio": ["audio"]}
-    assert parts[""] is whole and next(iter(parts)) == ""  # first, since the others are never longer
+    assert (
+        parts[""] is whole and next(iter(parts)) == ""
+    )  # first, since the others are never longer
     for name in ("video", "audio"):
         assert not parts[name].media.audio_in_video
-        assert parts[name].model_copy(update={"media": whole.media}) == whole  # question, truth and hint as they were
+        assert (
+            parts[name].model_copy(update={"media": whole.media}) == whole
+        )  # question, truth and hint as they were
 
 
 def test_pictures_are_sight_too() -> None:
-    assert kinds(parts_of(prompt("image", "audio", "video"), unimodal=True))["video"] == ["image", "video"]
+    assert kinds(parts_of(prompt("image", "audio", "video"), unimodal=True))["video"] == [
+        "image",
+        "video",
+    ]
 
 
 @pytest.mark.parametrize("given", [(), ("video",), ("audio", "audio"), ("video", "image")])
@@ -51,7 +65,12 @@ def test_nobody_asks_for_parts_without_the_reward() -> None:
 
 def request(texts: list[str]) -> Any:
     parts = [
-        SimpleNamespace(text=t, finish_reason="stop", token_ids=np.arange(len(t)), logprobs=np.full(len(t), -1.0))
+        SimpleNamespace(
+            text=t,
+            finish_reason="stop",
+            token_ids=np.arange(len(t)),
+            logprobs=np.full(len(t), -1.0),
+        )
         for t in texts
     ]
     return SimpleNamespace(completions=tuple(parts))
@@ -62,7 +81,9 @@ def test_a_group_is_done_with_all_its_parts_and_goes_to_the_scorer_as_one() -> N
     lease = TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False)
     work = Work(lease, prompt("video", "audio"), {"": 0, "video": 1, "audio": 2})
     assert work.sequences == 6
-    assert [read_request_id(name) for name in work.request_ids] == [(ticket.key, part) for part in work.prepared]
+    assert [read_request_id(name) for name in work.request_ids] == [
+        (ticket.key, part) for part in work.prepared
+    ]
     work.finished["audio"] = request(["cc", "c"])
     work.finished[""] = request(["aaa", "aaaa"])
     assert not work.done

@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from prompts.config import DataConfig
-from prompts.record import ProblemType, Prompt
-from prompts.validate import hint_leaks, render, validate
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.record import ProblemType, Prompt
+from avatar_rl.prompts.validate import hint_leaks, render, validate
 from tests.unit.media_files import tone, write_video, write_wav
 
 ROW: dict[str, Any] = {
     "question": "How many beeps?",
     "answer": "3",
     "problem_type": "numerical",
-    "media": {"items": [{"kind": "video", "uri": "clip.mp4", "frames": 2}, {"kind": "audio", "uri": "tone.wav"}]},
+    "media": {
+        "items": [
+            {"kind": "video", "uri": "clip.mp4", "frames": 2},
+            {"kind": "audio", "uri": "tone.wav"},
+        ]
+    },
 }
 
 
@@ -35,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
 
 def write(folder: Path, *rows: Any) -> Path:
     path = folder / "data.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -60,7 +67,10 @@ def test_a_sound_dataset_has_no_problems(folder: Path) -> None:
     image = {"id": "t", "question": "2 + 2?", "answer": "four", "problem_type": "free-form"}
     seen: list[int] = []
     report = validate(
-        write(folder, ROW | {"id": "a"}, image | {"media": None}), DataConfig(), decode=True, progress=seen.append
+        write(folder, ROW | {"id": "a"}, image | {"media": None}),
+        DataConfig(),
+        decode=True,
+        progress=seen.append,
     )
     assert report.ok and report.problems == [] and seen == [1, 2]
     assert (report.rows, report.layout, report.files) == (2, "native", 2)
@@ -114,7 +124,12 @@ def test_the_table_shows_where_what_and_remedy(folder: Path) -> None:
     render(report, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert "7 problems" in text and "data.jsonl:6" in text and "drop the hint" in text and "numerical 5" in text
+    assert (
+        "7 problems" in text
+        and "data.jsonl:6" in text
+        and "drop the hint" in text
+        and "numerical 5" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +149,14 @@ def test_the_table_shows_where_what_and_remedy(folder: Path) -> None:
 def test_hints_that_give_the_answer_away(
     kind: str, answer: str, options: tuple[str, ...], hint: str, leaks: bool
 ) -> None:
-    prompt = Prompt(id="p", question="?", answer=answer, problem_type=ProblemType(kind), options=options, hint=hint)
+    prompt = Prompt(
+        id="p",
+        question="?",
+        answer=answer,
+        problem_type=ProblemType(kind),
+        options=options,
+        hint=hint,
+    )
     assert hint_leaks(prompt) is leaks
 
 
@@ -160,6 +182,12 @@ def test_prompts_longer_than_the_context_are_found(tmp_path: Path) -> None:
         row | {"id": "hinted", "question": "x" * 15, "hint": "look"},  # the hint counts, too
         row | {"id": "long", "question": "x" * 40},
     )
-    report = validate(path, DataConfig(), decode=False, processor_path=text_model(tmp_path / "model"), max_tokens=20)
+    report = validate(
+        path,
+        DataConfig(),
+        decode=False,
+        processor_path=text_model(tmp_path / "model"),
+        max_tokens=20,
+    )
     assert [problem.id for problem in report.problems] == ["hinted", "long"]
     assert "45 tokens" in report.problems[1].what and report.longest == 20

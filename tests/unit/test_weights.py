@@ -13,11 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from buffer_service.board import WeightBoard
-from buffer_service.weights import Manifest, Parcel, WeightBlock, pack_weights, unpack_weights
-from learner.outbox import Outbox
-from learner.publisher import Publisher
-from prompts.errors import ModelError
+from avatar_rl.buffer_service.weights.block import (
+    Manifest,
+    Parcel,
+    WeightBlock,
+    pack_weights,
+    unpack_weights,
+)
+from avatar_rl.buffer_service.weights.outbox import Outbox
+from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.buffer_service.weights.store import WeightBoard
+from avatar_rl.common.errors import ModelError
 
 
 def tensors() -> dict[str, Tensor]:
@@ -45,7 +51,9 @@ def bits(tensor: Tensor) -> bytes:
 def test_what_is_packed_comes_back_bit_for_bit() -> None:
     weights = tensors()
     parcel = pack_weights(7, weights)
-    assert parcel[0] == 7 and memoryview(parcel[3]).nbytes == sum(-(-t.nbytes // 64) * 64 for t in weights.values())
+    assert parcel[0] == 7 and memoryview(parcel[3]).nbytes == sum(
+        -(-t.nbytes // 64) * 64 for t in weights.values()
+    )
     again = unpack_weights(parcel)
     assert list(again) == list(weights)
     for name, tensor in weights.items():
@@ -58,7 +66,10 @@ def test_a_block_is_filled_again_and_casts_what_has_a_floating_type() -> None:
     block = WeightBlock(weights, torch.bfloat16)
     before = np.frombuffer(block.parcel(0)[3], np.uint8)
     for version in (1, 2):
-        moved = {name: (tensor.detach().double() + version).to(tensor.dtype) for name, tensor in weights.items()}
+        moved = {
+            name: (tensor.detach().double() + version).to(tensor.dtype)
+            for name, tensor in weights.items()
+        }
         block.fill(moved)
         again = unpack_weights(parcel := block.parcel(version))
         for name, tensor in moved.items():
@@ -79,7 +90,11 @@ def test_a_parcel_travels_without_a_copy_and_comes_back_as_it_was() -> None:
     assert np.shares_memory(np.frombuffer(again[3], np.uint8), np.frombuffer(parcel[3], np.uint8))
     found = unpack_weights(again)
     start = np.frombuffer(parcel[3], np.uint8).ctypes.data
-    assert all(0 <= t.data_ptr() - start < memoryview(parcel[3]).nbytes for t in found.values() if t.numel())
+    assert all(
+        0 <= t.data_ptr() - start < memoryview(parcel[3]).nbytes
+        for t in found.values()
+        if t.numel()
+    )
 
 
 def test_a_read_only_block_unpacks_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
@@ -147,7 +162,9 @@ class Offered:
         self.awaited = len(self.parcels)
 
     def put(self, parcel: Parcel) -> None:
-        assert self.awaited == len(self.parcels)  # or the block that is written to might still be read
+        assert self.awaited == len(
+            self.parcels
+        )  # or the block that is written to might still be read
         self.parcels.append(parcel)
 
 

@@ -1,0 +1,333 @@
+"""One rollout engine: vLLM in this process, n completions per prompt, weights adopted in place.
+
+engine = RolloutEngine(model_path, EngineConfig(), version=0)
+engine.submit("g7", encoder.engine_input(prompt, hinted=False), SamplingConfig(n=4), seed=11)
+while engine.in_flight:
+    for finished in engine.step():
+        ...  # finished.completions[i].logprobs: the behaviour policy
+engine.adopt(1, weights.items())                     # between steps
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.engine.launch import (
+    engine_arguments,
+    forbidden_token_ids,
+    model_kind,
+    pick_device,
+    prepare_environment,
+    quieten,
+    stop_token_ids,
+)
+from avatar_rl.actors.engine.prompt_cache import PromptCache
+from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
+from avatar_rl.common.errors import DataError, ModelError, ResourceError
+from avatar_rl.common.heap import set_aside_imports
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion of T tokens, end-of-turn token included when the model wrote one."""
+
+    token_ids: NDArray[np.int32]  # (T,)
+    logprobs: NDArray[
+        np.float32
+    ]  # (T,) log softmax(logits / temperature) over the whole vocabulary; greedy: at 1
+    finish_reason: str  # "stop" | "length"
+    versions: tuple[tuple[int, int], ...]  # ((policy version, tokens generated with it), ...)
+    text: str  # without the end-of-turn token, special tokens spelt out
+
+
+@dataclass(frozen=True)
+class FinishedRequest:
+    """A prompt whose completions have all ended, in the order of their index."""
+
+    request_id: str
+    prompt_token_ids: NDArray[np.int32]  # (L,) placeholders expanded
+    completions: tuple[Completion, ...]
+
+
+class RolloutEngine:
+    """vLLM behind five methods. One at a time per process, used by one thread.
+
+    Raises ModelError when the folder cannot be served, ResourceError when the device is missing or
+    the process has an open engine (vLLM's process groups are global: closing one engine would break
+    the other)."""
+
+    _occupied: ClassVar[bool] = False
+
+    def __init__(self, model_path: Path, config: EngineConfig, *, version: int = 0) -> None:
+        self.config = config
+        self.version = version
+        path = Path(model_path)
+        kind = model_kind(path)
+        self.device = pick_device(config)
+        self._contract = WeightContract(path)
+        if RolloutEngine._occupied:
+            raise ResourceError(
+                "this process already runs a rollout engine: close it first, or start another "
+                "process"
+            )
+        prepare_environment(config, self.device)
+        from vllm import EngineArgs, LLMEngine
+
+        from avatar_rl.actors.engine.vllm_plugin import register
+
+        register()
+        quieten()
+        set_aside_imports()
+        try:
+            arguments = EngineArgs(**engine_arguments(path, kind, config, self.device))
+            self._engine = LLMEngine.from_engine_args(arguments)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
+        RolloutEngine._occupied = True
+        quieten()
+        # A copy of its own: preparing a prompt in another thread borrows vLLM's, and decoding would
+        # fail meanwhile.
+        self._tokenizer = deepcopy(self._engine.get_tokenizer())
+        self._stop_ids = stop_token_ids(path, self._tokenizer)
+        vocabulary = self._engine.model_config.get_vocab_size()
+        forbidden = forbidden_token_ids(self._tokenizer, self._stop_ids, vocabulary)
+        self._engine.collective_rpc("install_rollout_sampler", args=(forbidden,))
+        self._engine.set_weight_version(str(version))
+        self._prompts = PromptCache(config.prompt_cache_bytes)
+        self._pending: dict[str, SamplingConfig] = {}
+        self._broken: str | None = None
+        self._warned = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not yet returned by ``step``."""
+        return len(self._pending)
+
+    def submit(
+        self,
+        request_id: str,
+        engine_input: dict[str, Any],
+        sampling: SamplingConfig,
+        seed: int | None = None,
+    ) -> None:
+        """Queue ``PromptEncoder.engine_input``, or what ``prepare`` made of it, for ``sampling.n``
+        completions.
+
+        Equal seeds give equal completions on equal weights and device, whatever else is in flight,
+        up to the rounding of batched arithmetic. Raises DataError for a prompt that the model
+        cannot take or that leaves no room for max_tokens, and for a request id that is in flight.
+        """
+        from vllm.exceptions import VLLMClientError
+
+        self._check_alive()
+        if request_id in self._pending:
+            raise DataError(f"request id {request_id!r} is already in flight: use one id per group")
+        rendered: Any = (
+            engine_input if "type" in engine_input else self.prepare(engine_input, request_id)
+        )
+        length = len(rendered["prompt_token_ids"])
+        if length + sampling.max_tokens > self.config.max_model_len:
+            raise DataError(
+                f"request {request_id!r}: {length} prompt tokens + max_tokens "
+                f"{sampling.max_tokens} exceed "
+                f"max_model_len {self.config.max_model_len}: shorten the prompt or raise "
+                "max_model_len"
+            )
+        self._warn_truncation(sampling)
+        try:
+            self._engine.add_request(request_id, rendered, self._parameters(sampling, seed))
+        except (ValueError, VLLMClientError) as error:
+            raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
+        self._pending[request_id] = sampling
+
+    def prepared(self, key: Hashable) -> Any | None:
+        """What ``prepare`` made under ``key``, while the cache still has it: no template, tokens or
+        media again."""
+        rendered = self._prompts.get(key)
+        return None if rendered is None else dict(rendered)
+
+    def prepare(
+        self, engine_input: dict[str, Any], request_id: str = "", key: Hashable | None = None
+    ) -> Any:
+        """The prompt with its media preprocessed, from the cache where the same prompt was here
+        before.
+
+        ``key`` names the prompt for ``prepared``; without one its content does. ``submit`` does
+        this itself; one other thread may do it ahead while this one steps. Raises DataError."""
+        from vllm.exceptions import VLLMClientError
+
+        if key is None:
+            key = self._prompts.key(engine_input)
+        rendered = self._prompts.get(key)
+        if rendered is None:
+            try:
+                rendered = self._engine.renderer.render_cmpl([engine_input])[0]
+            except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
+                raise DataError(
+                    f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
+                ) from error
+            self._prompts.put(key, rendered)
+        return dict(rendered)
+
+    def step(self) -> list[FinishedRequest]:
+        """One decoding step of everything in flight; the requests whose last completion ended in
+        it."""
+        from vllm import RequestOutput
+
+        self._check_alive()
+        finished = []
+        for output in self._engine.step():
+            assert isinstance(output, RequestOutput)
+            if output.finished and self._pending.pop(output.request_id, None) is not None:
+                completions = tuple(
+                    self._completion(part) for part in sorted(output.outputs, key=lambda o: o.index)
+                )
+                prompt = np.asarray(output.prompt_token_ids, dtype=np.int32)
+                finished.append(FinishedRequest(output.request_id, prompt, completions))
+        return finished
+
+    @property
+    def adopts_in_flight(self) -> bool:
+        """Requests in flight go on when weights change (EngineConfig.adopt_mode)."""
+        return self.config.adopt_mode == "keep"
+
+    @property
+    def can_adopt(self) -> bool:
+        """``adopt`` would be accepted now."""
+        return self.adopts_in_flight or not self._pending
+
+    def prove(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
+        """``weights`` checked for ``adopt``, which does so itself otherwise; another thread may
+        while this one steps. Raises ModelError."""
+        return self._contract.check(weights)
+
+    def adopt(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load ``version`` in place; ``weights`` are (published name, tensor) pairs, all of them.
+
+        Everything computed with the old weights is dropped: keys and values, encoder outputs.
+        Preprocessed media do not depend on weights and stay. Under ``keep`` requests in flight go
+        on: prompt and tokens so far are prefilled again, so that every later token, and its
+        log-probability, is exactly the new policy's; ``Completion.versions`` tells the parts.
+        (Going on with the old keys and values would sample from a policy that never existed and is
+        not offered.) Raises ModelError, the engine untouched, for a version that is not newer, an
+        incomplete or corrupt update, or requests in flight under ``drain``."""
+        self._check_alive()
+        if version <= self.version:
+            raise ModelError(
+                f"policy version {version} refused: the engine is at {self.version}, versions "
+                "only grow"
+            )
+        if not self.can_adopt:
+            raise ModelError(
+                f"policy version {version} refused: {len(self._pending)} requests in flight; step "
+                "until idle, or set "
+                "adopt_mode to keep"
+            )
+        checked = self._contract.check(weights)
+        # Preempt before the caches go: a running request would otherwise look for encoder outputs
+        # that are gone.
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.reset_encoder_cache()
+        try:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+        except Exception as error:
+            self._broken = f"loading policy version {version} failed half-way: {error}"
+            raise ModelError(f"{self._broken}; close this engine and start a new one") from error
+        self.version = version
+        self._engine.set_weight_version(str(version))
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
+        """Give up requests (all by default); returns those that were in flight. They are never
+        returned by ``step``."""
+        chosen = [
+            r
+            for r in (list(self._pending) if request_ids is None else request_ids)
+            if r in self._pending
+        ]
+        self._engine.abort_request(chosen)
+        for request_id in chosen:
+            del self._pending[request_id]
+        return chosen
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; further calls raise ModelError."""
+        if self._broken == "closed":
+            return
+        self._broken = "closed"
+        self._pending.clear()
+        self._engine.engine_core.shutdown()
+        self._engine.renderer.shutdown()
+        RolloutEngine._occupied = False
+
+    def _parameters(self, sampling: SamplingConfig, seed: int | None) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=[] if sampling.ignore_eos else sorted(self._stop_ids),
+            seed=None if sampling.greedy or seed is None else _spread(seed),
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        if output.finish_reason not in ("stop", "length"):
+            raise ModelError(
+                f"vLLM ended a completion with {output.finish_reason!r}; see its log for the cause"
+            )
+        token_ids = np.asarray(output.token_ids, dtype=np.int32)
+        body = (
+            token_ids[:-1] if len(token_ids) and int(token_ids[-1]) in self._stop_ids else token_ids
+        )
+        return Completion(
+            token_ids=token_ids,
+            logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
+            finish_reason=output.finish_reason,
+            versions=tuple(
+                (int(span.version), span.end - span.start) for span in output.weight_versions
+            ),
+            text=self._tokenizer.decode(body.tolist(), skip_special_tokens=False),
+        )
+
+    def _warn_truncation(self, sampling: SamplingConfig) -> None:
+        if (sampling.top_p < 1 or sampling.top_k > 0) and not sampling.greedy and not self._warned:
+            self._warned = True
+            log.warning(
+                "top_p %s, top_k %s: completions come from a truncated distribution; their "
+                "log-probabilities are those "
+                "of the whole one, as the learner computes them",
+                sampling.top_p,
+                sampling.top_k,
+            )
+
+    def _check_alive(self) -> None:
+        if self._broken is not None:
+            raise ModelError(f"this rollout engine is out of use ({self._broken}): start a new one")
+
+
+def _spread(seed: int) -> int:
+    """62-bit seed. vLLM seeds completion i with seed + i: neighbouring seeds must not share
+    completions' noise."""
+    return int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

@@ -1,0 +1,160 @@
+"""From EngineConfig to a vLLM start: process environment, engine arguments, the vocabulary that may
+be sampled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from avatar_rl.actors.config import EngineConfig
+from avatar_rl.common.device import sees_gpu
+from avatar_rl.common.errors import ModelError, ResourceError
+from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI
+
+#: Where a CPU engine's config leaves them open.
+CPU_KV_CACHE_BYTES = 256 << 20
+CPU_BLOCK_SIZE = 32
+
+
+def pick_device(config: EngineConfig) -> str:
+    """ "cpu" or "cuda". Raises ResourceError when a GPU is asked for and absent, or vLLM is not
+    installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ResourceError("vLLM is not installed: pip install -e '.[cpu]' or '.[gpu]'")
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "engine.device is cuda but torch sees no GPU: check the driver, or set device to cpu"
+        )
+    device = config.device if config.device != "auto" else ("cuda" if sees_gpu() else "cpu")
+    if device == "cpu" and config.tensor_parallel_size > 1:
+        raise ResourceError(
+            f"tensor_parallel_size {config.tensor_parallel_size} needs GPUs: set it to 1 on a CPU"
+        )
+    return device
+
+
+def prepare_environment(config: EngineConfig, device: str) -> None:
+    """What vLLM reads from the environment while it is imported. A value the user set wins."""
+    settings = {
+        "HF_HUB_OFFLINE": "1",  # model folders are local
+        "VLLM_NO_USAGE_STATS": "1",
+        # in this process: weights and tokens cross no boundary
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # its sampler cannot be replaced by ours
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if device == "cpu":
+        settings |= {
+            "TORCH_COMPILE_DISABLE": "1",  # else the sampler is compiled: 36 s at the first request
+            "OMP_NUM_THREADS": str(config.threads),
+            # several engines on a machine would all bind to core 0
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        if "vllm" not in sys.modules:
+            import torch
+
+            torch.set_num_threads(config.threads)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def quieten() -> None:
+    """Hush two vLLM warnings that say nothing: one per prompt with media, three per weight update.
+
+    After vLLM's import and start, which both reset the levels of its loggers.
+    """
+    # "torch.set_num_threads after the thread binding": the thread count is what we set it to.
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+    # "RotaryEmbedding: Failed to load weights": of modules that have none in a checkpoint;
+    # WeightContract has checked.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+def engine_arguments(
+    model_path: Path, kind: str, config: EngineConfig, device: str
+) -> dict[str, Any]:
+    """Keyword arguments of vLLM's EngineArgs."""
+    cpu = device == "cpu"
+    arguments: dict[str, Any] = {
+        "model": str(model_path),
+        "dtype": ("float32" if cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "seed": config.seed,
+        "generation_config": "vllm",  # sampling is ours alone, never the folder's defaults
+        "logprobs_mode": "raw_logprobs",  # RolloutSampler decides what that means
+        "async_scheduling": False,  # tokens of a step come from the weights of that step
+        "disable_log_stats": True,
+        "mm_processor_cache_gb": 0,  # PromptCache keeps whole prompts
+        "worker_extension_cls": "avatar_rl.actors.engine.vllm_plugin.worker.WorkerExtension",
+    }
+    if kind in MULTIMODAL:
+        kinds = ("image", "video", "audio") if kind in OMNI else ("image", "video")
+        arguments["limit_mm_per_prompt"] = dict.fromkeys(kinds, config.media_per_prompt)
+    optional: dict[str, Any] = {
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "block_size": config.block_size,
+    }
+    if cpu:
+        defaults = {
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "max_num_batched_tokens": config.max_model_len,
+            "block_size": CPU_BLOCK_SIZE,
+        }
+        optional = {
+            name: defaults[name] if value is None else value for name, value in optional.items()
+        }
+        # A partial prefill rewinds the request's generator, which CPU generators cannot do.
+        optional["enable_chunked_prefill"] = False
+        optional["max_num_batched_tokens"] = max(
+            optional["max_num_batched_tokens"], config.max_model_len
+        )
+        optional["skip_mm_profiling"] = True
+    else:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    return arguments | {name: value for name, value in optional.items() if value is not None}
+
+
+def model_kind(model_path: Path) -> str:
+    """model_type of a model folder. Raises ModelError without a config."""
+    file = model_path / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"model folder {model_path} has no config.json: give a Hugging Face checkpoint folder"
+        )
+    return str(json.loads(file.read_text()).get("model_type", ""))
+
+
+def stop_token_ids(model_path: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a turn: the tokenizer's and those of generation_config.json."""
+    found = {tokenizer.eos_token_id}
+    file = model_path / "generation_config.json"
+    if file.is_file():
+        declared = json.loads(file.read_text()).get("eos_token_id", [])
+        found |= set(declared if isinstance(declared, list) else [declared])
+    found.discard(None)
+    if not found:
+        raise ModelError(
+            f"model folder {model_path} names no end-of-turn token: set eos_token in its tokenizer"
+        )
+    return frozenset(int(token) for token in found)
+
+
+def forbidden_token_ids(tokenizer: Any, stop_ids: frozenset[int], vocabulary: int) -> list[int]:
+    """Tokens a completion must not hold: media placeholders and other special tokens but the stop
+    tokens, and the rows that pad the embedding beyond the tokenizer. A barely trained model does
+    sample them, and scoring then fails for want of media."""
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    padding = set(range(len(tokenizer), vocabulary))
+    return sorted(token for token in (special | padding) - stop_ids if token < vocabulary)

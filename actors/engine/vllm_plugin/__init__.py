@@ -1,0 +1,36 @@
+"""vLLM general plugin ``avatar_rl``: what stock vLLM does differently from the learner's forward is
+put right here.
+
+Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
+``RolloutEngine`` directly."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger(__name__)
+
+#: vLLM releases whose code the corrections were written against and tested on.
+CHECKED = ("0.32.",)
+
+
+def register() -> bool:
+    """Install the corrections in this process, once. False, with a warning, on a vLLM they were not
+    checked on."""
+    import vllm
+
+    if not vllm.__version__.startswith(CHECKED):
+        log.warning(
+            "vLLM %s: the corrections were checked on %s* only and are off; keep "
+            "use_audio_in_video off and set "
+            "adopt_mode to drain",
+            vllm.__version__,
+            CHECKED[0],
+        )
+        return False
+    from avatar_rl.actors.engine.vllm_plugin import media, omni, seconds
+
+    omni.install()
+    seconds.install()
+    media.install()
+    return True

@@ -1,0 +1,82 @@
+"""Qwen2.5-Omni with audio interleaved into video, as transformers computes it (STACK, "audio in
+video").
+
+Stock vLLM 0.32 gives the audio_bos token no position of its own and does not let the bos and eos
+pairs share theirs (log-probs off by up to 0.12), and, where a prefill window ends between an audio
+chunk and the next video chunk, scatters video embeddings into audio slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avatar_rl.prompts.encoding.rope import PositionRule
+
+_INSTALLED = "_avatar_rl"
+
+
+def install() -> None:
+    """Correct the thinker class and its embedding merge in place."""
+    from vllm.model_executor.models import qwen2_5_omni_thinker as module
+
+    thinker: Any = module.Qwen2_5OmniThinkerForConditionalGeneration
+    if hasattr(thinker, _INSTALLED):
+        return
+    stock = thinker.get_mrope_input_positions
+
+    def get_mrope_input_positions(
+        self: Any, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        if any(_flag(feature, "use_audio_in_video") for feature in mm_features):
+            return interleaved_positions(self.config, input_tokens, mm_features)
+        return stock(self, input_tokens, mm_features)
+
+    def check_interleaved_audio_video(
+        is_video: Tensor, is_audio: Tensor, num_video: int, num_audio: int
+    ) -> bool:
+        # The interleaved merge scatters per modality, which is right for every layout that holds
+        # both.
+        return num_video > 0 and num_audio > 0
+
+    thinker.get_mrope_input_positions = get_mrope_input_positions
+    module.check_interleaved_audio_video = check_interleaved_audio_video
+    setattr(thinker, _INSTALLED, True)
+
+
+def interleaved_positions(
+    config: Any, input_tokens: Sequence[int], mm_features: Sequence[Any]
+) -> tuple[Tensor, int]:
+    """vLLM's contract: positions (3, L) and the offset of completion token t from position L +
+    t."""
+    ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+    names = {
+        "image_grid_thw": ("image", "image_grid_thw"),
+        "video_grid_thw": ("video", "video_grid_thw"),
+        "lengths": ("audio", "audio_feature_lengths"),
+        "seconds": ("video", "second_per_grid_ts"),
+    }
+    found: dict[str, Tensor] = {}
+    for name, (modality, key) in names.items():
+        fields = [feature.data.get(key) for feature in ordered if feature.modality == modality]
+        values = [field.data.reshape(1, -1) for field in fields if field is not None]
+        if values:
+            found[name] = torch.cat(values)
+    # The rule reads audio lengths off a mask's row sums; the lengths themselves, as one column, sum
+    # to the same.
+    features = {"feature_attention_mask": found["lengths"]}
+    features |= {name: grids for name, grids in found.items() if name.endswith("_grid_thw")}
+    positions = PositionRule(config, "qwen2_5_omni")(
+        torch.tensor(list(input_tokens)),
+        features,
+        seconds_per_grid=found["seconds"].reshape(-1).float(),
+        audio_in_video=True,
+    )
+    return positions.ids, positions.next - len(input_tokens)
+
+
+def _flag(feature: Any, key: str) -> bool:
+    field = feature.data.get(key) if feature.modality == "video" and feature.data else None
+    return field is not None and bool(field.data)

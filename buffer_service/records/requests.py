@@ -1,0 +1,103 @@
+"""What is asked for, who works on it, and the receipts of the replay buffer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from avatar_rl.buffer_service.records.trajectory import Group
+
+Tier = Literal["hard", "medium", "easy"]
+TIERS: tuple[Tier, ...] = ("hard", "medium", "easy")
+
+
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of the prompt stream: generate a group for this prompt."""
+
+    seq: int  # position in the stream, < 1e8; orders groups
+    prompt_id: str
+    step: int  # learner step that trains on it (train tickets)
+    n: int  # completions to generate
+    epoch: int = 0  # pass over the data set
+    kind: Literal["train", "eval"] = "train"
+    round: int = 0  # evaluation round (eval tickets)
+    min_version: int = 0  # oldest policy version that may generate it
+
+    @property
+    def key(self) -> str:
+        """Name of the ticket in the buffer; equal keys are the same ticket."""
+        return f"t:{self.seq:08d}" if self.kind == "train" else f"e:{self.round:06d}:{self.seq:08d}"
+
+
+class TicketLease(msgspec.Struct, frozen=True, kw_only=True):
+    """A ticket held by one consumer until it expires."""
+
+    ticket: Ticket
+    attempt: int  # 1 for the first consumer; proves which lease it is
+    consumer: str
+    hinted: bool  # put the hint in context (METHOD 1.4)
+
+    @property
+    def token(self) -> str:
+        return f"{self.ticket.key}#{self.attempt}"
+
+
+class InsertReceipt(msgspec.Struct, frozen=True):
+    """What became of a group. "late": replay only; "duplicate": it was stored before, nothing
+    changed."""
+
+    status: Literal["fresh", "late", "duplicate"]
+    evicted: int
+
+
+class FreshShare(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank's groups of one step in seq order, all or none."""
+
+    groups: list[Group]
+    ready: bool  # the whole step has arrived
+    missing: int  # groups still to come (1 at least while not ready)
+    expected: int  # groups of the whole step over all ranks; -1 while no ticket of it was pushed
+
+
+class CommitReceipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a commit did; ``committed`` is False when the step had been acknowledged before."""
+
+    committed: bool
+    version: int
+    trained: int  # groups
+    replay_only: int  # groups of this or an earlier step that were not trained
+    evicted: int  # trajectories
+
+
+class EvalResults(msgspec.Struct, frozen=True, kw_only=True):
+    """Payloads of an evaluation round by ticket seq."""
+
+    complete: bool
+    missing: int
+    payloads: dict[int, bytes]
+
+
+class Ledger(msgspec.Struct, frozen=True, kw_only=True):
+    """The books, in groups: generated = trained_fresh + replay_only + dropped + in_flight."""
+
+    generated: int
+    trained_fresh: int
+    replay_only: int
+    dropped: dict[str, int]
+    in_flight: int
+    duplicates: int  # inserts that changed nothing
+    completions: int  # accepted completions
+    tokens: int  # generated tokens, as the actors reported them
+    evicted: int  # trajectories removed for capacity
+
+    @property
+    def gap(self) -> int:
+        """0 when the books close."""
+        return (
+            self.generated
+            - self.trained_fresh
+            - self.replay_only
+            - sum(self.dropped.values())
+            - self.in_flight
+        )

@@ -1,0 +1,303 @@
+"""The line to Redis: one thread-safe client, typed errors, reconnecting within a deadline."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import redis
+import tenacity
+from redis.backoff import NoBackoff
+from redis.connection import Encoder, PythonRespSerializer, parse_url  # type: ignore[attr-defined]
+from redis.retry import Retry
+
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.errors import (
+    BufferAccessError,
+    BufferFullError,
+    BufferSetupError,
+    BufferUnreachableError,
+    FencedError,
+    LeaseHeldError,
+    RecordError,
+    StepTrainedError,
+    UnknownTicketError,
+    VersionError,
+)
+from avatar_rl.buffer_service.redis.scripting import script
+from avatar_rl.buffer_service.redis.wire import (
+    Meanwhile,
+    ReplyReader,
+    Wire,
+    Word,
+    pack,
+    pack_keys,
+    words,
+)
+from avatar_rl.common.errors import ReplayBufferError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Take = Callable[[Sequence[str], list[bytes | None]], None]
+MIN_VERSION = (6, 2)
+_PART = 16  # values asked for at once: some are decoded while others come
+_OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
+_KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
+    "NORUN": (BufferSetupError, "connect again, or restore a snapshot"),
+    "SETUP": (
+        BufferSetupError,
+        "use another run id, the same settings, or connect with reconfigure=True",
+    ),
+    "UNKNOWN": (UnknownTicketError, "push the ticket first, and send what its lease asked for"),
+    "FENCED": (FencedError, "this learner was replaced; stop it"),
+    "HELD": (LeaseHeldError, "wait for the lease to end, or begin a new epoch"),
+    "TRAINED": (StepTrainedError, "go on with the next step"),
+    "VERSION": (VersionError, "publish versions in ascending order"),
+    "RECORD": (RecordError, "check what wrote it"),
+    "TAKEN": (RecordError, "number the imported groups from another first seq"),
+}
+_AWAY = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.BusyLoadingError,
+)
+
+
+class WholeCommands:
+    """Packs a command into one piece: redis-py would send a group in pieces of 6 kB, a system call
+    each."""
+
+    def __init__(self) -> None:
+        self._pack = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode).pack
+
+    def pack(self, *args: Any) -> list[bytes]:
+        """The command as redis-py would write it, joined."""
+        return [b"".join(self._pack(*args))]
+
+
+def _options(config: BufferConfig, url: str) -> dict[str, Any]:
+    password = config.password()
+    options: dict[str, Any] = {
+        "username": config.username,
+        "password": password.get_secret_value() if password else None,
+        "socket_timeout": config.timeout_s,
+        "socket_read_size": 1 << 18,  # a draw comes in a few reads
+        "command_packer": WholeCommands(),
+        "retry": Retry(NoBackoff(), 0),  # we retry ourselves, by deadline
+    }
+    if config.tls_ca:
+        options["ssl_ca_certs"] = str(config.tls_ca)
+    if not url.startswith("unix://"):
+        options["socket_connect_timeout"] = config.timeout_s
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def open_client(config: BufferConfig, url: str) -> redis.Redis:
+    """A client for ``url`` with the credentials of ``config``; nothing is sent yet."""
+    try:
+        return redis.Redis.from_url(url, **_options(config, url))
+    except ValueError as error:
+        raise BufferSetupError(
+            f"buffer.url: {error}; write redis://, rediss:// or unix://"
+        ) from error
+
+
+def open_wire(config: BufferConfig, url: str) -> Wire:
+    """The short way to the same server; nothing is sent yet. Raises ValueError for a URL of another
+    kind."""
+    options = _options(config, url) | parse_url(url) | {"protocol": 2, "parser_class": ReplyReader}
+    return Wire(redis.ConnectionPool(**options))
+
+
+def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferError:
+    """The typed error for what Redis answered."""
+    text = str(error)
+    if found := _OURS.search(text):
+        kind, remedy = _KINDS[found.group(1)]
+        return kind(f"{found.group(2).strip()}; {remedy}")
+    if isinstance(
+        error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError
+    ) or re.match(r"(WRONGPASS|NOAUTH|NOPERM|invalid username)", text):
+        return BufferAccessError(
+            f"{where} refuses this login ({text}); check username, password and ACL"
+        )
+    if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in text:
+        return BufferAccessError(f"{where} is a read-only replica; give the URL of the primary")
+    if "OOM" in text or "'maxmemory'" in text:
+        return BufferFullError(
+            f"{where} is out of memory, nothing was written; raise maxmemory or lower capacity"
+        )
+    if "MISCONF" in text or "NOREPLICAS" in text:
+        return BufferSetupError(
+            f"{where} refuses writes ({text}); free its disk or repair its persistence"
+        )
+    if isinstance(error, _AWAY):
+        return BufferUnreachableError(f"{where} does not answer ({text}); is Redis running there?")
+    return ReplayBufferError(f"{where}: {text}")
+
+
+class Connection:
+    """One run's namespace on one Redis. Every script is safe to repeat, so a lost reply is simply
+    asked for again."""
+
+    def __init__(self, config: BufferConfig, run_id: str, url: str) -> None:
+        self.config, self.run_id, self.url = config, run_id, url
+        self.prefix = (
+            f"avatar:{{{run_id}}}:"  # the braces keep a run in one slot of a Redis cluster
+        )
+        self.where = f"Redis at {re.sub('//[^@/]*@', '//', url)}"
+        self.client: Any = open_client(
+            config, url
+        )  # its annotations allow text, which we never ask for
+        self._wire = open_wire(config, url)
+        self._heads: dict[str, list[bytes]] = {}
+        self._memory_checked = 0.0
+        self._sorts = True  # until the server says that we may not
+
+    def key(self, name: str) -> str:
+        return self.prefix + name
+
+    def attempt(self, operation: Callable[[], T]) -> T:
+        """Runs ``operation``, again with backoff while Redis is away, up to ``reconnect_s``. Raises
+        typed errors."""
+        try:
+            return operation()
+        except _AWAY as error:
+            # A refused login is a ConnectionError to redis-py; repeating it would not help.
+            if isinstance(error, redis.exceptions.AuthenticationError):
+                raise translate(error, self.where) from error
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.where) from error
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_AWAY),
+            wait=tenacity.wait_exponential_jitter(initial=0.02, max=1.0, jitter=0.02),
+            stop=tenacity.stop_after_delay(self.config.reconnect_s),
+            reraise=True,
+        )
+        try:
+            return retrying(operation)
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.where) from error
+
+    def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Any:
+        """The reply to one plain command, by the short way. ``meanwhile`` runs while it is under
+        way; again if it was lost."""
+        packed = pack(*command)
+        return self.attempt(lambda: self._wire.ask(packed, meanwhile))
+
+    def run(self, name: str, *args: Word) -> Any:
+        """One atomic operation by name."""
+        packed = self._packed(name, args)
+
+        def once() -> Any:
+            try:
+                return self._wire.ask(packed)
+            except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
+                return self._wire.ask(pack("EVAL", script(name).text, 1, self.prefix, *args))
+
+        return self.attempt(once)
+
+    def _packed(self, name: str, args: Sequence[Word]) -> bytes:
+        head = self._heads.get(name)
+        if head is None:
+            head = self._heads[name] = words(("EVALSHA", script(name).sha, 1, self.prefix))
+        return b"".join((b"*%d\r\n" % (4 + len(args)), *head, *words(args)))
+
+    def read_values(self, ids: Sequence[str], take: Take) -> None:
+        """Hands ``take`` some ids with their stored values (None: gone), in order, until all were
+        had: what has come is decoded while the next comes. Raises what redis-py raises; call it by
+        ``attempt``."""
+        parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
+        start = self.key("t:")
+        commands = [pack_keys("MGET", start, part) for part in parts]
+        rest = iter(parts)
+        self._wire.each(commands, lambda values: take(next(rest), values))
+
+    def draw_values(self, listed: str, count: int, take: Take, args: Sequence[Word]) -> bool:
+        """The draw ``args``, which leaves at most ``count`` ids in the list ``listed``, and their
+        values in the same round trip; ``take`` gets them as from ``read_values``. False where this
+        login may not SORT ... GET: nothing was taken. Raises what redis-py raises; call it by
+        ``attempt``."""
+        if not self._sorts:
+            return False
+        sort = ("SORT", self.key(listed), "BY", "nosort", "GET", self.key("t:*"), "LIMIT")
+        commands = [pack(*sort, first, _PART) for first in range(0, count, _PART)]
+        ids: list[str] | None = None
+        at = 0
+
+        def reply(answer: Any) -> None:
+            nonlocal ids, at
+            if ids is None:
+                ids = answer.decode().split()
+            elif ids:  # of an empty draw the list may be an old one
+                take(ids[at : at + len(answer)], answer)
+                at += len(answer)
+
+        try:
+            self._wire.each([self._packed("draw", args), *commands], reply)
+        except redis.exceptions.NoScriptError:
+            self._wire.ask(pack("SCRIPT", "LOAD", script("draw").text))
+            return self.draw_values(listed, count, take, args)
+        except redis.exceptions.ResponseError as error:
+            if ids is None or at:
+                raise
+            # Redis 7 wants a login that may read every key, a cluster never allows it, an ACL may
+            # forbid SORT.
+            log.info("%s: %s; a draw takes two round trips there", self.where, error)
+            self._sorts = False
+            return False
+        if ids and at < len(ids):  # the server stood still for so long that the list had expired
+            self.read_values(ids[at:], take)
+        return True
+
+    def together(self, build: Callable[[Any], None]) -> list[Any]:
+        """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""
+
+        def once() -> list[Any]:
+            with self.client.pipeline(transaction=True) as pipe:
+                build(pipe)
+                return list(pipe.execute())
+
+        return self.attempt(once)
+
+    def check_server(self) -> None:
+        """Raises BufferSetupError or BufferAccessError when this Redis cannot hold the buffer."""
+        info = self.attempt(lambda: self.client.info())
+        version = tuple(int(x) for x in str(info["redis_version"]).split(".")[:2])
+        if version < MIN_VERSION:
+            raise BufferSetupError(
+                f"{self.where} is version {info['redis_version']}; 6.2 or newer is needed"
+            )
+        if info.get("role") == "slave":
+            raise BufferAccessError(
+                f"{self.where} is a replica of {info.get('master_host')}; give the primary's URL"
+            )
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise BufferSetupError(
+                f"{self.where} has maxmemory-policy {policy}, it must be noeviction, else it "
+                "loses data"
+            )
+
+    def check_memory(self) -> None:
+        """Raises BufferFullError above ``memory_limit`` of maxmemory; looks at most once a
+        second."""
+        now = time.monotonic()
+        if now - self._memory_checked < 1.0:
+            return
+        info = self.attempt(lambda: self.client.info("memory"))
+        limit, used = int(info["maxmemory"]), int(info["used_memory"])
+        if limit and used > self.config.memory_limit * limit:
+            raise BufferFullError(
+                f"{self.where} uses {used >> 20} of {limit >> 20} MiB, above buffer.memory_limit "
+                f"{self.config.memory_limit}; raise maxmemory or lower buffer.capacity"
+            )
+        self._memory_checked = now
+
+    def close(self) -> None:
+        self._wire.close()
+        self.client.close()

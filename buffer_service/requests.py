@@ -1,0 +1,272 @@
+"""The prompt stream: tickets, their leases, and the results that acknowledge them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from avatar_rl.buffer_service.errors import RecordError
+from avatar_rl.buffer_service.records.codec import encode
+from avatar_rl.buffer_service.records.requests import (
+    EvalResults,
+    InsertReceipt,
+    Ticket,
+    TicketLease,
+)
+from avatar_rl.buffer_service.records.trajectory import Group
+from avatar_rl.buffer_service.records.validate import (
+    MAX_SEQ,
+    check_group,
+    is_success,
+    zero_accuracy,
+)
+from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.buffer_service.transfer.export import ImportReport, read_groups
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
+_IMPORTED = -2  # in place of a staleness bound: from a file, without a ticket
+
+
+def _check_ticket(t: Ticket) -> None:
+    if not 0 <= t.seq < MAX_SEQ or not 0 <= t.step < 10**7 or not 0 <= t.round < 10**6:
+        raise RecordError(
+            f"ticket {t.seq}: seq must be below 1e8, step below 1e7, round below 1e6, none negative"
+        )
+    if t.n < 1 or t.min_version < 0 or not t.prompt_id or t.kind not in ("train", "eval"):
+        raise RecordError(
+            f"ticket {t.seq}: n {t.n}, min_version {t.min_version}, prompt {t.prompt_id!r}, kind "
+            f"{t.kind}"
+        )
+
+
+class PromptStream:
+    """Tickets are leased in order of step and seq, evaluation first; Redis' clock alone ends a
+    lease."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._run = connection.run
+
+    def push_tickets(self, tickets: Iterable[Ticket]) -> int:
+        """Appends tickets, those of one step or round at once; returns how many were new. O(n log
+        N).
+
+        Idempotent by (kind, round, seq): a ticket that waits, is held or was settled is left alone.
+        """
+        ordered = sorted(tickets, key=lambda t: (t.kind, t.round, t.step, t.seq))
+        for ticket in ordered:
+            _check_ticket(ticket)
+        new = 0
+        for _, together in groupby(
+            ordered, key=lambda t: (t.kind, t.round, t.step if t.kind == "train" else 0)
+        ):
+            rows = [
+                (t.key, t.prompt_id, t.step, t.epoch, t.kind, t.round, t.n, t.min_version, t.seq)
+                for t in together
+            ]
+            new += self._run("push", *map(_pack, rows))
+        return new
+
+    def lease_tickets(
+        self,
+        consumer: str,
+        count: int,
+        lease_s: float | None = None,
+        max_staleness: int = 1,
+        completions: int | None = None,
+    ) -> list[TicketLease]:
+        """Up to ``count`` tickets for ``consumer``, none when nothing is admissible. O(count log
+        N).
+
+        ``completions`` bounds what they ask for together: in their order, up to the first that does
+        not fit.
+
+        A train ticket is admissible while ``step <= version + max_staleness`` and ``min_version <=
+        version``."""
+        lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
+        rows = self._run(
+            "lease",
+            consumer,
+            count,
+            lease_ms,
+            max_staleness,
+            secrets.token_hex(8),
+            completions or 0,
+        )
+        leases = []
+        for _, raw, hinted in rows:
+            prompt, step, epoch, kind, round_, n, min_version, seq, attempt, who = _unpack(raw)
+            ticket = Ticket(
+                seq=seq,
+                prompt_id=prompt,
+                step=step,
+                n=n,
+                epoch=epoch,
+                kind=kind,
+                round=round_,
+                min_version=min_version,
+            )
+            leases.append(
+                TicketLease(ticket=ticket, attempt=attempt, consumer=who, hinted=bool(hinted))
+            )
+        return leases
+
+    def renew(
+        self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None
+    ) -> list[TicketLease]:
+        """Extends leases; returns those still held by ``consumer``: stop work on the others."""
+        mine = [lease for lease in leases if lease.consumer == consumer]
+        return self._extend("renew", mine, lease_s or self._connection.config.lease_s)
+
+    def release(self, leases: Sequence[TicketLease]) -> int:
+        """Gives leases back unfinished; returns how many were still held."""
+        return len(self._extend("release", leases, 0.0))
+
+    def abandon(self, consumer: str) -> int:
+        """Gives back whatever a consumer that is known to be dead holds, instead of waiting for its
+        leases to expire; returns how many tickets wait again. O(leases)."""
+        return int(self._run("abandon", consumer))
+
+    def _extend(
+        self, verb: str, leases: Sequence[TicketLease], lease_s: float
+    ) -> list[TicketLease]:
+        if not leases:
+            return []
+        words = [word for lease in leases for word in (lease.ticket.key, lease.attempt)]
+        held = {key.decode() for key in self._run("extend", verb, int(lease_s * 1000), *words)}
+        return [lease for lease in leases if lease.ticket.key in held]
+
+    def reap(self) -> int:
+        """Returns expired leases to the queue, lowest seq first; ``lease_tickets`` does so too."""
+        return int(self._run("reap"))
+
+    def quarantine(self, lease: TicketLease, reason: str, detail: str = "") -> bool:
+        """Gives up on the lease's prompt: dropped(reason) in the ledger, never leased again, its
+        step needs one less.
+
+        False when the ticket was settled before.
+        """
+        return bool(self._run("quarantine", lease.ticket.key, reason, detail, 0))
+
+    def drop(self, lease: TicketLease, reason: str) -> bool:
+        """Gives up on this one group: dropped(reason) in the ledger, its step needs one less, the
+        prompt stays.
+
+        False when the ticket was settled before.
+        """
+        return bool(self._run("quarantine", lease.ticket.key, reason, "", 1))
+
+    def add_group(
+        self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None
+    ) -> InsertReceipt:
+        """Stores a scored group, updates its prompt and acknowledges the ticket, all or nothing.
+        O(G + s log N), s the prompt's stored trajectories.
+
+        Late, so for replay only, when its step is trained or ``step + bound < version``. Idempotent
+        by group id. Raises RecordError (malformed), UnknownTicketError (not what its ticket asks
+        for), BufferFullError; then nothing changed."""
+        if tokens_generated < 0 or (bound is not None and bound < 0):
+            raise RecordError(
+                f"group {group.id}: tokens_generated {tokens_generated} or bound {bound} is "
+                "negative"
+            )
+        return self._insert(
+            group, lease.ticket.key, tokens_generated, -1 if bound is None else bound
+        )
+
+    def _insert(self, group: Group, ticket: str, tokens: int, bound: int) -> InsertReceipt:
+        check_group(group)
+        self._connection.check_memory()
+        config = self._connection.config
+        component = config.hints.accuracy_component
+        records = [encode(t) for t in group.trajectories]
+        head = (
+            group.id,
+            group.seq,
+            group.step,
+            group.prompt_id,
+            group.hinted,
+            tokens,
+            ticket,
+            bound,
+            [float(t.reward) for t in group.trajectories],
+        )
+        state = (
+            group.prompt_id,
+            group.step,
+            group.hinted,
+            len(group.trajectories),
+            zero_accuracy(group, component),
+            [int(is_success(t, component, config.success_at)) for t in group.trajectories],
+            [t.version for t in group.trajectories],
+        )
+        status, evicted = self._run("insert", _pack(head), _pack(state), *records)
+        return InsertReceipt(status.decode(), evicted)
+
+    def import_trajectories(self, path: Path, *, first_seq: int | None = None) -> ImportReport:
+        """Makes the trajectories of an exported .jsonl or .parquet replayable, group by group.
+        O(file).
+
+        Each group counts as one visit of its prompt: statistics, tiers and hint streaks are rebuilt
+        from what the file holds, so not from what was evicted before the export; a repeat changes
+        nothing. Groups keep their seq, or are numbered from ``first_seq``: do so in a run whose own
+        prompt stream will use those seqs (one bit per seq up to the highest is kept). The lowest
+        seq is the oldest, in the stock and in a prompt's average. The file is checked first:
+        RecordError names the row at fault, or the group whose seq a ticket of this run waits for
+        (then the groups before it stay)."""
+        for _ in read_groups(path, first_seq):
+            pass
+        report = ImportReport()
+        for group in read_groups(path, first_seq):
+            receipt = self._insert(group, f"t:{group.id}", 0, _IMPORTED)
+            report.evicted += receipt.evicted
+            if receipt.status == "duplicate":
+                report.duplicates += 1
+            else:
+                report.groups += 1
+                report.trajectories += len(group.trajectories)
+        return report
+
+    def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
+        """Stores one evaluation result and acknowledges its ticket; False when it was settled
+        before."""
+        return bool(self._run("evaluate", lease.ticket.key, payload))
+
+    def eval_results(self, round: int) -> EvalResults:
+        """What has arrived of an evaluation round."""
+        key = self._connection.key
+
+        def ask(pipe: Any) -> None:
+            pipe.hget(key("rounds"), str(round))
+            pipe.hgetall(key(f"eval:{round}"))
+
+        expected, payloads = self._connection.together(ask)
+        missing = int(expected or 0) - len(payloads)
+        results = {int(seq): data for seq, data in sorted(payloads.items())}
+        return EvalResults(
+            complete=expected is not None and missing <= 0, missing=missing, payloads=results
+        )
+
+    def clear_eval(self, round: int) -> None:
+        """Forgets the payloads of a round; its tickets stay settled."""
+        key = self._connection.key
+
+        def forget(pipe: Any) -> None:
+            pipe.sadd(key("rounds:done"), round)
+            pipe.hdel(key("rounds"), str(round))
+            pipe.unlink(key(f"eval:{round}"))
+
+        self._connection.together(forget)
+
+    def quarantined(self) -> dict[str, str]:
+        """Prompts given up on, each with its reason."""
+        found = self._connection.attempt(
+            lambda: self._connection.client.hgetall(self._connection.key("quarantine"))
+        )
+        return {prompt.decode(): reason.decode() for prompt, reason in found.items()}

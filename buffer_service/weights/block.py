@@ -1,0 +1,119 @@
+"""Weights as bytes: what the learner hands to the weight board, and the proof with which rollout
+actors take it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pickle import PickleBuffer
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from xxhash import xxh3_64_intdigest as _checksum
+
+from avatar_rl.common.errors import ModelError
+
+#: Shape of every tensor and its type as torch names it without the prefix ("bfloat16").
+Manifest = dict[str, tuple[tuple[int, ...], str]]
+#: A version as it travels: (version, manifest, checksum, block). The block holds the bytes of all
+#: tensors in the manifest's order, each from a multiple of ``ALIGN`` on; the checksum is XXH3 of
+#: it, 64 bits: against damage, not against malice, and as fast as memory. One bare buffer, which
+#: Ray copies once: hundreds of objects took longer than 10 MB of weights.
+Parcel = tuple[int, Manifest, int, Any]
+
+ALIGN = 64
+
+_TYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in vars(torch).values()
+    if isinstance(kind, torch.dtype)
+}
+_NAMES = {kind: name for name, kind in _TYPES.items()}
+
+
+class WeightBlock:
+    """Host memory for one version of some weights, laid out once and filled again and again."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        """Room for tensors like ``weights``, those of a floating type as ``dtype`` if one is
+        given."""
+        self._manifest: Manifest = {
+            name: (
+                tuple(tensor.shape),
+                _NAMES[dtype if dtype and tensor.is_floating_point() else tensor.dtype],
+            )
+            for name, tensor in weights.items()
+        }
+        offsets, size = _layout(self._manifest)
+        self._data: NDArray[np.uint8] = np.zeros(size, dtype=np.uint8)
+        self._places = list(_views(self._manifest, offsets, self._data).values())
+
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies and casts ``weights``, the same as ever and from any device, over what was
+        here."""
+        torch._foreach_copy_(self._places, [weights[name] for name in self._manifest])
+
+    def parcel(self, version: int) -> Parcel:
+        """What is here as ``version``, ready to travel. Nothing is copied: fill it again once
+        nobody reads it."""
+        return version, self._manifest, _checksum(self._data.data), PickleBuffer(self._data.data)
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes
+
+
+def pack_weights(version: int, weights: Mapping[str, Tensor]) -> Parcel:
+    """A copy of ``weights`` as ``version``."""
+    block = WeightBlock(weights)
+    block.fill(weights)
+    return block.parcel(version)
+
+
+def unpack_weights(parcel: Parcel) -> dict[str, Tensor]:
+    """The tensors of a parcel, verified; views of its memory. Raises ModelError for truncated or
+    altered bytes."""
+    _, manifest, checksum, data = parcel
+    block = np.frombuffer(data, np.uint8)
+    offsets, size = _layout(manifest)
+    if size != len(block):
+        raise ModelError(
+            f"published weights are partial: {len(block)} bytes, {size} by their manifest"
+        )
+    if _checksum(block.data) != checksum:
+        raise ModelError("published weights are corrupt (checksum differs): the version is refused")
+    with (
+        warnings.catch_warnings()
+    ):  # the store's pages are read-only; nobody writes to these tensors
+        warnings.simplefilter("ignore", UserWarning)
+        return _views(manifest, offsets, block)
+
+
+def _layout(manifest: Manifest) -> tuple[list[int], int]:
+    """Where each tensor begins in a block, and how long the block is, in bytes."""
+    offsets, at = [], 0
+    for shape, kind in manifest.values():
+        offsets.append(at)
+        at += -(-math.prod(shape) * _TYPES[kind].itemsize // ALIGN) * ALIGN
+    return offsets, at
+
+
+def _views(
+    manifest: Manifest, offsets: Sequence[int], block: NDArray[np.uint8]
+) -> dict[str, Tensor]:
+    """The tensors that lie in ``block``, without a copy."""
+    views: dict[str, Tensor] = {}
+    for (name, (shape, kind)), offset in zip(manifest.items(), offsets, strict=True):
+        dtype, count = _TYPES[kind], math.prod(shape)
+        if count:
+            views[name] = torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(
+                shape
+            )
+        else:  # torch makes no view of nothing
+            views[name] = torch.empty(shape, dtype=dtype)
+    return views

@@ -1,0 +1,225 @@
+"""Weights on their way in: fetched from the board, and what they must look like before they touch a
+running engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.block import Parcel, unpack_weights
+from avatar_rl.common.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.2  # one look for something new, ended as soon as there is
+ASK_S = 1.0  # between questions to the board while what it offered does not come
+GONE_S = 0.05  # until the board knows of a death, too
+COMMIT_S = (
+    5.0  # from a version's publication to its commit; far less than a learner needs to start anew
+)
+COMMIT_POLL_S = 0.02
+RETRY_S = 0.5  # after a version that cannot be used; it may be published again
+MAX_REFUSED = 3  # in a row
+#: Parts of a published omni checkpoint that speak; they never generate text and are never updated.
+UNUSED = ("talker.", "token2wav.", "code2wav.")
+
+
+class WeightPuller:
+    """Fetches published versions for one engine and proves them. ``refused`` counts those it would
+    not hand on."""
+
+    def __init__(self, board: Any, version: int) -> None:
+        self.board, self.version = board, version
+        self.refused = self.committed = 0
+        self._in_a_row = 0
+        self._offered: list[Any] | None = None  # by the board, and not there yet
+        self._asked = 0.0
+
+    def updates(
+        self, buffer: ReplayBuffer, go_on: Callable[[], bool]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Committed versions and their tensors, fetched and verified meanwhile; ends once ``go_on``
+        is false."""
+        while go_on():
+            before = self.version
+            update = self.fetch(buffer)
+            if update is None:
+                continue
+            if self.committed >= update[0] or _committed(buffer, update[0], go_on):
+                yield update
+                del update  # or the store would hold it until the next one has come
+            else:
+                self.version = before  # ask again: another learner may publish it anew
+
+    def fetch(self, buffer: ReplayBuffer | None = None) -> tuple[int, dict[str, Tensor]] | None:
+        """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the
+        object store. It need not be committed yet; ``buffer`` is asked meanwhile what is
+        (``committed``). None when there is none, or when it is damaged or lost with its node; then
+        it is asked for again, since a restarted learner publishes it anew.
+
+        Raises ModelError when ``MAX_REFUSED`` attempts in a row found nothing usable.
+        """
+        import ray
+
+        try:
+            parcel = self._await()
+            if parcel is None:
+                return None
+            version = parcel[0]
+            if version <= self.version:  # put out anew for a board that had lost it
+                return None
+            weights: dict[str, Tensor] = {}
+
+            def prove() -> None:
+                weights.update(unpack_weights(parcel))
+
+            if buffer is None:
+                prove()
+            else:
+                self.committed = buffer.version(meanwhile=prove)
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.RayTaskError,
+            ray.exceptions.OwnerDiedError,
+        ):
+            time.sleep(GONE_S)  # the learner or the board died before it was there
+            return None
+        except (ModelError, ray.exceptions.ObjectLostError) as error:
+            self.refused += 1
+            self._in_a_row += 1
+            log.warning("a version was refused, the engine stays at %d: %s", self.version, error)
+            if self._in_a_row >= MAX_REFUSED:
+                raise ModelError(
+                    f"the version after {self.version} cannot be adopted after {MAX_REFUSED} "
+                    f"attempts: {error}"
+                ) from error
+            time.sleep(RETRY_S)
+            return None
+        self.version, self._in_a_row = version, 0
+        return version, weights
+
+    def _await(self) -> Parcel | None:
+        """A version that was offered, waited for up to ``WAIT_S``; one that is there already, until
+        it has come.
+
+        One that is still to come is waited for again; from time to time the board is asked whether
+        it still will."""
+        import ray
+
+        offered, self._offered = (
+            self._offered,
+            None,
+        )  # whatever comes of it is final, but that it is not there yet
+        if offered is None or time.monotonic() - self._asked > ASK_S:
+            offered = ray.get(self.board.newer.remote(self.version, WAIT_S))
+            self._asked = time.monotonic()
+            if offered is None:
+                return None
+        [reference] = offered
+        try:
+            return ray.get(reference, timeout=WAIT_S)
+        except ray.exceptions.GetTimeoutError:
+            if ray.wait(offered, timeout=0, fetch_local=False)[0]:
+                return ray.get(reference)  # it lies on another node
+            self._offered = offered
+            return None
+
+
+def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:
+    """Whether a published version counts, which it does already or within milliseconds unless its
+    learner failed."""
+    deadline, poll_s = time.monotonic() + COMMIT_S, COMMIT_POLL_S / 64
+    while buffer.version() < version:
+        if time.monotonic() > deadline or not go_on():
+            return False
+        time.sleep(poll_s)
+        poll_s = min(2 * poll_s, COMMIT_POLL_S)
+    return True
+
+
+class ProvenWeights(list[tuple[str, Tensor]]):
+    """Pairs that a ``WeightContract`` has checked."""
+
+
+class WeightContract:
+    """Names and shapes of the checkpoint an engine was started from.
+
+    Raises ModelError when the folder holds no safetensors.
+    """
+
+    def __init__(self, model_path: Path) -> None:
+        files = sorted(model_path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"model folder {model_path} has no *.safetensors file: convert it with "
+                "save_pretrained"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.floats: dict[str, bool] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    header = tensors.get_slice(name)
+                    self.shapes[name] = tuple(header.get_shape())
+                    self.floats[name] = header.get_dtype().startswith(("F", "BF"))
+
+    def check(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
+        """The update as a list, proven complete; one that is proven already as it is. Reads every
+        value, which takes seconds for a large model. Names are those of the published checkpoint.
+
+        Raises ModelError for a missing, unknown, doubled, misshapen, wrongly typed or non-finite
+        tensor."""
+        if isinstance(weights, ProvenWeights):
+            return weights
+        given: dict[str, Tensor] = {}
+        for name, tensor in weights:
+            if name in given:
+                raise ModelError(f"weight update refused: tensor {name!r} comes twice")
+            given[name] = tensor
+        missing = [
+            name for name in self.shapes if name not in given and not name.startswith(UNUSED)
+        ]
+        unknown = [name for name in given if name not in self.shapes]
+        if missing or unknown:
+            raise ModelError(
+                f"weight update refused: {len(missing)} tensors missing (first "
+                f"{min(missing, default=None)!r}), "
+                f"{len(unknown)} not in the base checkpoint (first "
+                f"{min(unknown, default=None)!r}); "
+                "publish every tensor under its published name"
+            )
+        for name, tensor in given.items():
+            if tuple(tensor.shape) != self.shapes[name]:
+                raise ModelError(
+                    f"weight update refused: {name!r} has shape {tuple(tensor.shape)}, the "
+                    "checkpoint "
+                    f"{self.shapes[name]}; was another model published?"
+                )
+            if tensor.is_floating_point() != self.floats[name]:
+                kind = "a float" if self.floats[name] else "an integer"
+                raise ModelError(
+                    f"weight update refused: {name!r} is {tensor.dtype}, the checkpoint has "
+                    f"{kind} type"
+                )
+            if self.floats[name] and not _finite(tensor):
+                raise ModelError(
+                    f"weight update refused: {name!r} holds NaN or infinity; look at the "
+                    "learner's loss"
+                )
+        return ProvenWeights(given.items())
+
+
+def _finite(tensor: Tensor) -> bool:
+    # NaN and infinity survive a sum, which reads once and writes nothing; the exact test only
+    # settles an overflow.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(
+        torch.isfinite(tensor).all()
+    )

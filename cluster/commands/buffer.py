@@ -1,0 +1,139 @@
+"""`avatar buffer inspect|export|import|snapshot|clear`: a run's replay buffer from the outside."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from avatar_rl.buffer_service.stats import Stats
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.services.run_buffer import open_buffer
+from avatar_rl.common.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+READS = ("inspect", "export", "snapshot")  # may be done to a run under way
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command group. ``run`` is a run folder with an embedded buffer; ``--url`` a
+    server and a run id."""
+    group = commands.add_parser(
+        "buffer", help="look at, export, move or clear a run's replay buffer"
+    )
+    actions = group.add_subparsers(dest="action", required=True)
+    for name, meaning, takes_file in (
+        ("inspect", "tiers, thresholds, stock, leases, ledger, memory", False),
+        ("export", "replayable trajectories as .jsonl or .parquet", True),
+        ("snapshot", "everything, as a file that `import` restores", True),
+        (
+            "import",
+            "replace the contents by a snapshot, or add the trajectories of a .jsonl or .parquet "
+            "export",
+            True,
+        ),
+        ("clear", "remove the run's contents", False),
+    ):
+        action = actions.add_parser(name, help=meaning)
+        action.add_argument("run", help="run folder, or with --url the run id")
+        if takes_file:
+            action.add_argument("file", type=Path)
+        action.add_argument("--url", help="redis://, rediss:// or unix:// URL of the server")
+        action.add_argument("--password-env", help="environment variable that holds the password")
+        if name == "import":
+            action.add_argument(
+                "--first-seq",
+                type=int,
+                help="number an export's groups from here on; none keeps theirs",
+            )
+        action.set_defaults(run_command=name)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; errors are AvatarError children."""
+    command = options.run_command
+    with open_buffer(
+        options.run,
+        url=options.url,
+        password_env=options.password_env,
+        create=command == "import",
+        under_way=command in READS,
+    ) as buffer:
+        if command == "inspect":
+            buffer.check_ledger()
+            Console().print(stats_table(buffer.run_id, buffer.stats()))
+        elif command == "export":
+            print(f"{buffer.export(options.file)} trajectories written to {options.file}")
+        elif command == "snapshot":
+            report = buffer.snapshot(options.file)
+            print(
+                f"{report.trajectories} trajectories of {report.prompts} prompts, {report.size} "
+                f"bytes: {options.file}"
+            )
+        elif command == "import":
+            print(import_file(buffer, options.file, options.first_seq))
+        else:
+            print(f"{buffer.clear()} keys removed")
+    return 0
+
+
+def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
+    """What was done, in words. Raises as ``ReplayBuffer.restore`` and ``import_trajectories``
+    do."""
+    if file.suffix in (".jsonl", ".parquet"):
+        done = buffer.import_trajectories(file, first_seq=first_seq)
+        return (
+            f"{done.trajectories} trajectories in {done.groups} groups added, {done.duplicates} "
+            "groups known before, "
+            f"{done.evicted} trajectories evicted"
+        )
+    if first_seq is not None:
+        raise ConfigError(
+            f"--first-seq numbers a .jsonl or .parquet export; {file} is taken for a snapshot"
+        )
+    report = buffer.restore(file, any_run=True)
+    return (
+        f"{report.trajectories} trajectories of {report.prompts} prompts restored, version "
+        f"{report.version}"
+    )
+
+
+def stats_table(run_id: str, stats: Stats) -> Table:
+    """One run's buffer at a glance."""
+    table = Table(title=f"replay buffer of {run_id}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    low, high = stats.threshold_low, stats.threshold_high
+    bounds = (
+        "-" if low is None or high is None else f"hard <= {low:.3f} < medium <= {high:.3f} < easy"
+    )
+    ledger = stats.ledger
+    dropped = ", ".join(f"{name} {count}" for name, count in ledger.dropped.items()) or "0"
+    for name, value in (
+        ("policy version", f"{stats.version} (step {stats.trained_step} committed)"),
+        ("prompts", f"{stats.prompts} with statistics, {stats.quarantined_prompts} quarantined"),
+        ("tiers", ", ".join(f"{tier} {count}" for tier, count in stats.tiers.items())),
+        ("thresholds", bounds),
+        ("stock", f"{stats.stock} trajectories, {stats.successes} successes"),
+        (
+            "tickets",
+            f"{stats.pending_train} waiting, {stats.pending_eval} evaluation, {stats.leased} "
+            "leased",
+        ),
+        ("fresh", f"{stats.fresh} groups wait to be trained"),
+        ("hints", f"{stats.hints_on} on"),
+        (
+            "ledger",
+            f"{ledger.generated} generated = {ledger.trained_fresh} trained + "
+            f"{ledger.replay_only} replay only",
+        ),
+        ("", f"+ dropped ({dropped}) + {ledger.in_flight} in flight"),
+        ("completions", f"{ledger.completions}, {ledger.tokens} tokens"),
+        ("memory", f"{stats.used_memory / 1e6:.1f} MB"),
+    ):
+        table.add_row(name, value)
+    return table

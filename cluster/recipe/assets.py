@@ -1,0 +1,211 @@
+"""What a run needs on disk before it starts: dataset, base model, cold-started policy. Made once,
+found by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.cache import made_once
+from avatar_rl.common.errors import ConfigError, DataError, ModelError
+from avatar_rl.prompts.datasets import PromptIndex
+
+Progress = Callable[[str, str], None]  # phase, detail
+
+#: Raise when the synthetic world, the tiny model or the cold start gives other bytes for an equal
+#: config.
+REVISION = 1
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Dataset files of a run; all exist."""
+
+    train: Path
+    heldout: Path | None
+    sft: Path | None
+
+    @property
+    def asked(self) -> tuple[Path, ...]:
+        """The files whose prompts are asked during RL."""
+        return (self.train,) if self.heldout is None else (self.train, self.heldout)
+
+
+def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
+    """The recipe's files, or the synthetic world from the cache. Raises DataError naming a missing
+    file."""
+    data = config.data
+    if data.synthetic is None:
+        found = Datasets(_existing("train", data.train), data.heldout, data.sft)
+        for name in ("heldout", "sft"):
+            if getattr(found, name) is not None:
+                _existing(name, getattr(found, name))
+        return found
+    folder = config.output.cache / f"world-{key(data.synthetic.model_dump(mode='json'))}"
+    with made_once(folder, lambda why: progress("waiting for the world", why)) as missing:
+        if missing:
+            from avatar_rl.prompts.synthetic.world import synthesize
+
+            count = data.synthetic.n_train + data.synthetic.n_heldout + data.synthetic.n_sft
+            progress("synthesising the world", f"{count} clips as .mp4 and .wav")
+            synthesize(folder, data.synthetic)
+    return Datasets(folder / "train.jsonl", folder / "heldout.jsonl", folder / "sft.jsonl")
+
+
+def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
+    """The model folder, or the tiny Qwen2.5-Omni from the cache."""
+    if config.model.path != "tiny":
+        path = Path(config.model.path)
+        if not path.is_dir():
+            raise ConfigError(
+                f"model.path {path} is not a folder: give a Hugging Face checkpoint folder, or "
+                "'tiny'"
+            )
+        check_model_folder(path)
+        return path.resolve()
+    folder = config.output.cache / f"tiny-omni-{key(config.seed)}"
+    with made_once(folder, lambda why: progress("waiting for the tiny model", why)) as missing:
+        if missing:
+            from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+
+            progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
+            build_tiny_omni(folder, seed=config.seed)
+    return folder.resolve()
+
+
+def check_model_folder(path: Path) -> None:
+    """Config, weights, tokenizer and, for a model that sees or hears, processor are there. Raises
+    ModelError."""
+    needed = {
+        "config.json": ("config.json",),
+        "weights (*.safetensors)": ("*.safetensors",),
+        "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    }
+    if (path / "config.json").is_file() and "vision_config" in (path / "config.json").read_text():
+        needed["processor (preprocessor_config.json)"] = (
+            "preprocessor_config.json",
+            "processor_config.json",
+        )
+    missing = [
+        name for name, patterns in needed.items() if not any(any(path.glob(p)) for p in patterns)
+    ]
+    if missing:
+        raise ModelError(
+            f"model folder {path} has no {', no '.join(missing)}: save model, tokenizer and "
+            "processor into one folder "
+            "with save_pretrained"
+        )
+
+
+def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
+    """Where the cold-started policy of this recipe lies: equal data, model and settings find it
+    again."""
+    assert config.cold_start is not None
+    settings = {
+        "sft": config.cold_start.model_dump(mode="json", exclude={"ranks", "checkpoint_every"}),
+        "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
+        "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
+        "model": model_digest(base),
+    }
+    return config.output.cache / f"cold-start-{key(settings)}"
+
+
+def read_prompts(path: Path, config: RunConfig) -> PromptIndex:
+    """The dataset's prompts. Raises DataError naming the line at fault, or an empty file."""
+    index = PromptIndex.read([path], config.data.reader)
+    if not len(index):
+        raise DataError(f"dataset {path} holds no prompt: check the file and data.reader")
+    return index
+
+
+def model_digest(path: Path) -> str:
+    """sha256 over the names and sizes of a model folder's files and the content of the small
+    ones."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            if file.stat().st_size < 64 << 20:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def key(settings: Any) -> str:
+    """Short content key of JSON-ready settings."""
+    text = json.dumps([REVISION, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _existing(name: str, path: Path | None) -> Path:
+    if path is None or not path.exists():
+        raise DataError(
+            f"data.{name}: {path} does not exist; give a .jsonl, .json or .parquet file or a "
+            "datasets folder"
+        )
+    return path
+
+
+def check_media(prompts: PromptIndex) -> None:
+    """Every media file is there and holds something. Raises DataError naming the first faults;
+    workers decode."""
+    seen: set[str] = set()
+    faults = []
+    for prompt in prompts:
+        for item in prompt.media.items:
+            if item.uri in seen:
+                continue
+            seen.add(item.uri)
+            file = Path(item.uri)
+            if not file.is_file():
+                faults.append(f"prompt {prompt.id!r}: {item.kind} {file} is missing")
+            elif file.stat().st_size == 0:
+                faults.append(f"prompt {prompt.id!r}: {item.kind} {file} is empty")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise DataError(
+            f"{'; '.join(faults[:3])}{more}: restore the files or run `avatar data validate` on "
+            "the dataset"
+        )
+
+
+def check_hints(prompts: PromptIndex, config: RunConfig) -> None:
+    """No hint says the answer, where hints may fire (METHOD 1.4). Raises DataError naming the first
+    ones that do."""
+    if not config.buffer.hints.enabled:
+        return
+    from avatar_rl.prompts.hints import hint_leaks
+
+    leaks = [f"prompt {prompt.id!r}: {prompt.hint!r}" for prompt in prompts if hint_leaks(prompt)]
+    if leaks:
+        more = f" (and {len(leaks) - 3} more)" if len(leaks) > 3 else ""
+        raise DataError(
+            f"hints that give the answer away: {'; '.join(leaks[:3])}{more}; write them anew "
+            "(`avatar hints generate`), drop them, or set buffer.hints.enabled: false"
+        )
+
+
+def check_fusion(prompts: PromptIndex, config: RunConfig) -> None:
+    """Some prompt can be asked by sight alone and by sound alone, where a reward compares with that
+    (METHOD 2.2).
+
+    Raises DataError else: the reward would be masked for every completion.
+    """
+    if not config.rewards.asks_unimodal:
+        return
+    from avatar_rl.actors.unimodal import parts_of
+
+    if not any(
+        len(parts_of(prompt, unimodal=True)) > 1
+        for prompt in prompts
+        if config.data.select.takes(prompt)
+    ):
+        raise DataError(
+            "rewards.weights.fusion compares with video alone and audio alone, but no training "
+            "prompt has both: add "
+            "such prompts, widen data.select or drop the reward"
+        )

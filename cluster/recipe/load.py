@@ -1,0 +1,158 @@
+"""From a YAML recipe, a preset and dotted overrides to a checked RunConfig."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.common.errors import ConfigError
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset_name: str | None = None
+) -> RunConfig:
+    """Recipe < preset named on the command line < overrides; a preset named in the recipe lies
+    below the recipe.
+
+    Raises ConfigError for a missing file, bad YAML, unknown keys (with the nearest known one) and
+    bad values."""
+    raw = read_recipe(path)
+    if "stages" in raw:
+        raise ConfigError(
+            f"recipe {path} is a curriculum (it has stages): only `avatar train` runs those"
+        )
+    return resolve_recipe(raw, overrides, preset_name=preset_name, source=str(path))
+
+
+def resolve_recipe(
+    raw: Overlay,
+    overrides: Sequence[tuple[str, str]],
+    *,
+    preset_name: str | None = None,
+    source: str,
+) -> RunConfig:
+    """``load_recipe`` for a mapping that was read."""
+    if raw.get("preset"):
+        raw = merge(preset(str(raw["preset"])), raw)
+    if preset_name:
+        raw = merge(raw, {**preset(preset_name), "preset": preset_name})
+    return check(overridden(raw, overrides), source=source)
+
+
+def read_recipe(path: Path) -> Overlay:
+    """The YAML mapping of a recipe, unchecked. Raises ConfigError for a missing file, bad YAML and
+    other documents."""
+    if not path.is_file():
+        near = (
+            sorted(file.as_posix() for file in path.parent.glob("*.yaml"))
+            if path.parent.is_dir()
+            else []
+        )
+        raise ConfigError(
+            f"recipe {path} does not exist" + (f": there are {', '.join(near)}" if near else "")
+        )
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"recipe {path} must be a mapping of sections, found {type(raw).__name__}"
+        )
+    return raw
+
+
+def check(raw: Overlay, *, source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(item) for item in error.errors()]
+        raise ConfigError(f"recipe {source}:\n  " + "\n  ".join(lines)) from error
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """``--learner.lr 1e-4`` and ``--learner.lr=1e-4`` as (key, text) pairs."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(
+                f"unexpected argument {flag!r}: overrides look like --learner.optimizer.lr 1e-4"
+            )
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"override --{key} has no value: write --{key} VALUE")
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration; secrets are masked by their own types."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
+    """``raw`` under dotted keys with YAML values; a mapping is merged into what is there, and {}
+    empties it."""
+    for key, text in overrides:
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
+        if value == {}:
+            raw = merge(raw, _nested(key, None))
+        raw = merge(raw, _nested(key, value))
+    return raw
+
+
+def _nested(key: str, value: Any) -> Overlay:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
+    """One readable line per pydantic error of a ``root``."""
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        given = (
+            f" (given: {item['input']!r})"
+            if not isinstance(item["input"], dict | BaseModel)
+            else ""
+        )
+        return f"{location or 'recipe'}: {message}{given}"
+    *parents, leaf = item["loc"]
+    known = _fields(parents, root)
+    near = difflib.get_close_matches(str(leaf), known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"{location}: unknown key, {remedy}"
+
+
+def _fields(parents: Sequence[Any], root: type[BaseModel]) -> list[str]:
+    """Field names of the section at ``parents``, following optional sections."""
+    section: Any = root
+    for part in parents:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(
+            (
+                option
+                for option in options
+                if isinstance(option, type) and issubclass(option, BaseModel)
+            ),
+            None,
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)

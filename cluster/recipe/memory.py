@@ -1,0 +1,129 @@
+"""Memory plans by arithmetic: parameters times bytes. What the published architectures need;
+nothing here is measured.
+
+Parameters are those of the part that is trained and served (an omni model's thinker; talker and
+vocoder are left out), counted from the published ``config.json``. Activations, NCCL buffers and
+CUDA graphs come on top: leave 10 to 20 GiB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+WEIGHT = 2  # bytes, bfloat16
+GRADIENT = 2
+OPTIMIZER = 12  # float32 master copy and two AdamW moments
+BOARD_VERSIONS = 3  # two that the board keeps, and a new one before the older goes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder and its encoders. Widths in features; ``experts`` 1 means a dense MLP of width
+    ``mlp``."""
+
+    name: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    queries: int  # heads x head size
+    keys: int  # key-value heads x head size
+    mlp: int
+    encoders: float  # parameters of vision and audio towers
+    experts: int = 1
+    tied: bool = False
+
+    @property
+    def decoder(self) -> int:
+        """Parameters of the language model, biases and norms (below 0.1 %) left out."""
+        attention = self.hidden * (2 * self.queries + 2 * self.keys)
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        layer = attention + router + self.experts * 3 * self.hidden * self.mlp
+        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> float:
+        return self.decoder + self.encoders
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Keys and values of ``tokens`` tokens in bfloat16."""
+        return tokens * self.layers * 2 * self.keys * WEIGHT
+
+    def learner_bytes(
+        self, ranks: int, zero_stage: int, *, offload: bool = False, reference: bool = True
+    ) -> float:
+        """Bytes on one GPU of ``ranks``: trained decoder with frozen encoders, and a whole
+        reference policy per rank.
+
+        ZeRO 1 splits the optimiser's state over the ranks, 2 the gradients too, 3 the weights too.
+        """
+        split = [1 / ranks if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+        state = 0.0 if offload else OPTIMIZER * split[0]
+        trained = self.decoder * (state + GRADIENT * split[1])
+        weights = self.parameters * WEIGHT * split[2]
+        return trained + weights + (self.parameters * WEIGHT if reference else 0.0)
+
+
+def _vision(depth: int, hidden: int, mlp_matrices: float, out: int) -> float:
+    """Blocks, patch embedding of 2 x 14 x 14 x 3, and the 2 x 2 merger."""
+    merged = 4 * hidden
+    return depth * (4 * hidden**2 + mlp_matrices) + 1176 * hidden + merged * (merged + out)
+
+
+VISION_2_5 = {"depth": 32, "hidden": 1280, "mlp_matrices": 3 * 1280 * 3420}
+AUDIO = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 3 * 1280 * (128 + 1280)  # Whisper large's encoder
+
+ARCHITECTURES = (
+    Architecture(
+        "Qwen2.5-Omni-3B",
+        151_936,
+        2048,
+        36,
+        2048,
+        256,
+        11_008,
+        _vision(**VISION_2_5, out=2048) + AUDIO + 1280 * 2048,
+    ),
+    Architecture(
+        "Qwen2.5-Omni-7B",
+        152_064,
+        3584,
+        28,
+        3584,
+        512,
+        18_944,
+        _vision(**VISION_2_5, out=3584) + AUDIO + 1280 * 3584,
+    ),
+    Architecture(
+        "Qwen2.5-VL-7B", 152_064, 3584, 28, 3584, 512, 18_944, _vision(**VISION_2_5, out=3584)
+    ),
+    Architecture(
+        "Qwen3-Omni-30B-A3B", 152_064, 2048, 48, 4096, 512, 768, 0.54e9 + 0.65e9, experts=128
+    ),  # towers as published, rounded
+)
+
+
+def memory_table(ranks: int = 8, tokens: int = 131_072) -> str:
+    """The plans as a Markdown table; docs/cluster.md holds a copy that a test keeps equal."""
+    head = (
+        f"| model | parameters | rollout: weights | rollout: KV of {tokens >> 10}k tokens "
+        f"| learner GPU, ZeRO 3 x {ranks} | learner GPU, ZeRO 2 x {ranks} | the same, offloaded "
+        f"| host of the offload | object store, {BOARD_VERSIONS} versions |"
+    )
+    rows = [head, "|---|" + "---:|" * 8]
+    for item in ARCHITECTURES:
+        sizes = (
+            item.parameters * WEIGHT,
+            item.cache_bytes(tokens),
+            item.learner_bytes(ranks, 3),
+            item.learner_bytes(ranks, 2),
+            item.learner_bytes(ranks, 2, offload=True),
+            item.decoder * OPTIMIZER,
+            item.parameters * WEIGHT * BOARD_VERSIONS,
+        )
+        cells = " | ".join(f"{size / GIB:.0f} GiB" for size in sizes)
+        rows.append(f"| {item.name} | {item.parameters / 1e9:.1f} B | {cells} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(memory_table())

@@ -1,0 +1,92 @@
+"""What a recipe asks of the machine or cluster; shown by --dry-run and checked before any actor
+starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.common.errors import ResourceError
+
+#: A local run may oversubscribe its cores (processes mostly take turns), but not beyond reason.
+OVERSUBSCRIPTION = 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Processes and their resources."""
+
+    rollouts: int
+    learners: int
+    scorers: int
+    rollout_cpus: float
+    learner_cpus: float
+    rollout_gpus: float
+    learner_gpus: float
+    forced_gpus: bool  # the recipe names GPU counts: they are needed wherever it runs
+
+    @property
+    def cpus(self) -> float:
+        return self.rollouts * self.rollout_cpus + self.learners * self.learner_cpus
+
+    @property
+    def cpus_rounded(self) -> int:
+        return math.ceil(self.cpus)
+
+    @property
+    def gpus(self) -> float:
+        return self.rollouts * self.rollout_gpus + self.learners * self.learner_gpus
+
+    def on_gpu(self) -> Needs:
+        """The same on a machine with GPUs, where unnamed counts mean one each."""
+        if self.forced_gpus:
+            return self
+        return replace(self, rollout_gpus=1.0, learner_gpus=1.0)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For the dry run's table."""
+
+        def gpu(count: float) -> str:
+            return f"{count:g}" if self.forced_gpus else "1 where GPUs exist"
+
+        return [
+            (
+                f"{self.rollouts} x rollout actor (vLLM)",
+                f"{self.rollout_cpus:g} CPU, {gpu(self.rollout_gpus)} GPU each",
+            ),
+            (
+                f"{self.learners} x learner rank (DeepSpeed)",
+                f"{self.learner_cpus:g} CPU, {gpu(self.learner_gpus)} GPU each",
+            ),
+            (f"{self.scorers} x reward actor", "shares the CPUs"),
+            ("1 x replay buffer (Redis)", "shares the CPUs"),
+        ]
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """Raises ResourceError when a local run asks for far more processes than this machine has
+    cores."""
+    resources = config.resources
+    named = resources.rollout_gpus is not None or resources.learner_gpus is not None
+    needs = Needs(
+        rollouts=config.rollout.workers,
+        learners=config.learner.ranks,
+        scorers=resources.reward_workers,
+        rollout_cpus=resources.rollout_cpus,
+        learner_cpus=resources.learner_cpus,
+        rollout_gpus=resources.rollout_gpus or 0.0,
+        learner_gpus=resources.learner_gpus or 0.0,
+        forced_gpus=named,
+    )
+    cores = os.cpu_count() or 1
+    local = resources.address is None and "RAY_ADDRESS" not in os.environ
+    if local and needs.cpus > OVERSUBSCRIPTION * cores:
+        raise ResourceError(
+            f"this run asks for {needs.cpus:g} CPUs and the machine has {cores}: lower "
+            "rollout.workers "
+            f"({needs.rollouts}) or learner.ranks ({needs.learners}), or join a cluster with "
+            "resources.address"
+        )
+    return needs

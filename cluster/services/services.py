@@ -1,0 +1,254 @@
+"""The services under a run: Redis (embedded or by URL) and Ray (on this machine or a cluster),
+started and stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.resources import OVERSUBSCRIPTION, Needs, needs_of
+from avatar_rl.cluster.services.allocator import jemalloc
+from avatar_rl.cluster.services.judge_server import JudgeServer
+from avatar_rl.cluster.services.orphans import Reaper
+from avatar_rl.cluster.services.placement import live_nodes
+from avatar_rl.cluster.services.shared_storage import check_shared
+from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.rewards.config import RewardConfig
+
+log = logging.getLogger(__name__)
+
+NODE_ATTEMPTS = 3
+
+NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
+#: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the
+#: user.
+CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    # without jemalloc: glibc has a heap per thread else, each as large as the largest step
+    "MALLOC_ARENA_MAX": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "DS_ACCELERATOR": "cpu",
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DEEPSPEED_LOG_LEVEL": "warning",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class Services:
+    """Context manager. Leaving it stops what it started, and only that; it is safe to leave
+    twice."""
+
+    def __init__(self, config: RunConfig, data_dir: Path) -> None:
+        self.config = config
+        self.data_dir = data_dir
+        self.needs: Needs = needs_of(config)
+        self.redis: EmbeddedRedis | None = None
+        self.redis_url = ""
+        self.on_gpu = False
+        self.judge: JudgeServer | None = None
+        self._ray_started = False
+        self._session: Path | None = None
+        self._workers = "*"  # of this run, by the names of their logs: worker id, job, pid
+        self._reaper: Reaper | None = None
+
+    def __enter__(self) -> Services:
+        try:
+            self._start_redis(self.config.buffer)
+            self._start_ray()
+            self._start_judge()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def worker_environment(self) -> dict[str, str]:
+        """Environment of rollout, learner and reward processes."""
+        return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT | jemalloc())}
+
+    def rewards(self) -> RewardConfig:
+        """The recipe's rewards; a judge that was started here is named by its address."""
+        rewards = self.config.rewards
+        return (
+            rewards
+            if self.judge is None
+            else rewards.model_copy(update={"judge": self.judge.client})
+        )
+
+    def scorer_environment(self) -> dict[str, str]:
+        """Environment of reward processes: the judge's key goes to them alone."""
+        return self.worker_environment() | (
+            self.judge.environment if self.judge is not None else {}
+        )
+
+    def _start_judge(self) -> None:
+        rewards = self.config.rewards
+        if rewards.judge.kind != "managed" or not rewards.asks_judge:
+            return
+        if self.config.resources.address or os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(
+                "rewards.judge.kind managed serves on loopback, which other nodes of a cluster do "
+                "not reach: serve the "
+                "judge yourself and give rewards.judge.kind: openai with its base_url"
+            )
+        self.judge = JudgeServer(rewards.judge, self.data_dir / "judge.log", port=free_port())
+        self.judge.start()
+
+    def _start_redis(self, buffer: BufferConfig) -> None:
+        if buffer.url is not None:
+            self.redis_url = buffer.url
+            return
+        self.redis = EmbeddedRedis(self.data_dir / "redis", appendfsync=buffer.appendfsync).start()
+        self.redis_url = self.redis.url
+
+    def _start_ray(self) -> None:
+        import ray
+
+        resources = self.config.resources
+        address = resources.address or os.environ.get("RAY_ADDRESS")
+        on_term = signal.getsignal(signal.SIGTERM)
+        common: dict[str, Any] = {
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+            "namespace": "avatar",
+        }
+        if address:
+            ray.init(address=address, **common)
+        else:
+            # Ray runs workers at nice 15, behind everything else on a laptop; here they are the
+            # work.
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            os.environ.setdefault(
+                "RAY_prestart_worker_first_driver", "0"
+            )  # every worker of ours has an environment
+            # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer
+            # cores.
+            _start_node(
+                num_cpus=max(self.needs.cpus_rounded, OVERSUBSCRIPTION * (os.cpu_count() or 1)),
+                include_dashboard=False,
+                object_store_memory=resources.object_store_bytes,
+                **common,
+            )
+            self._reaper = Reaper()
+        self._ray_started = True
+        # in place of Ray's: the command's own, or to stop as orderly as on Ctrl-C
+        signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
+        node: Any = ray._private.worker._global_node
+        self._session = Path(node.get_session_dir_path())
+        if address:  # the node has had other jobs
+            self._workers = f"*-{ray.get_runtime_context().get_job_id()}-*"
+        have = ray.cluster_resources()
+        self.on_gpu = have.get("GPU", 0) > 0
+        if address:
+            self._check_cluster()
+        needs = self.needs.on_gpu() if self.on_gpu else self.needs
+        short = [
+            f"{wanted:g} {name} asked, {have.get(name, 0):g} there"
+            for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus))
+            if wanted > have.get(name, 0)
+        ]
+        if short:
+            raise ResourceError(
+                f"the {'cluster' if address else 'machine'} cannot hold this run: "
+                f"{'; '.join(short)}. "
+                "Lower rollout.workers, learner.ranks (cold_start.ranks) or the per-actor "
+                "resources, such as "
+                "resources.rollout_gpus 0.4 and learner_gpus 0.4 to share one GPU, or add nodes"
+            )
+
+    def _check_cluster(self) -> None:
+        """What several nodes need in common: a Redis that all reach, files that all see."""
+        config, nodes = self.config, len(live_nodes())
+        if nodes > 1 and self.redis is not None:
+            raise ResourceError(
+                f"the cluster has {nodes} nodes, but the embedded Redis answers only on the "
+                "driver's: start one that "
+                "all reach (deploy/redis/redis.conf) and set buffer.url"
+            )
+        named = [config.model.path if config.model.path != "tiny" else None, config.model.reference]
+        named += [config.data.train, config.data.heldout, config.data.sft]
+        readable = [Path(path) for path in named if path is not None]
+        check_shared([self.data_dir, config.output.cache], readable, deadline_s=NODE_ANSWER_S)
+
+    def stop(self) -> None:
+        if self.judge is not None:
+            self.judge.stop()
+        if self._ray_started:
+            import ray
+
+            ray.shutdown()
+            self._ray_started = False
+        if self._reaper is not None:
+            self._reaper.close()
+            self._reaper = None
+        if self.redis is not None:
+            self.redis.stop()
+            self.redis = None
+
+    def save_logs(self, folder: Path) -> None:
+        """Copy the workers' logs beside the run's own files; what cannot be copied is named, not
+        hidden."""
+        source = self._session / "logs" if self._session is not None else None
+        if source is None or not source.is_dir():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [
+            *source.glob(f"worker-{self._workers}.err"),
+            *source.glob(f"worker-{self._workers}.out"),
+        ]:
+            try:
+                if file.stat().st_size > 0:
+                    shutil.copy2(file, folder / file.name)
+            except OSError as error:
+                log.warning("worker log %s not copied: %s", file, error)
+
+
+def _start_node(**options: Any) -> None:
+    """``ray.init`` on this machine. Ray gives its own daemons 30 s, which a busy machine exceeds
+    now and then."""
+    import ray
+
+    for attempt in range(1, NODE_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a plain one
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if attempt == NODE_ATTEMPTS:
+                raise ResourceError(
+                    f"Ray did not start on this machine within 30 s, {attempt} times: it is too "
+                    "busy, stop other work"
+                ) from error
+            log.warning("Ray did not start within 30 s; trying again")
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

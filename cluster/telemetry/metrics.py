@@ -1,0 +1,265 @@
+"""The catalogue of metrics: every flat name a run reports, its unit and one sentence of meaning.
+
+Names are flat paths ("replay/share"). A name that ends in "<...>" is a family: "reward/<component>"
+stands for "reward/format", "reward/accuracy" and so on. Names outside the catalogue (user-defined
+rewards, experiments) are allowed everywhere; reports list them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One catalogue entry; ``unit`` is "" for plain numbers such as losses and ratios."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    @property
+    def is_family(self) -> bool:
+        return self.name.endswith(">")
+
+    @property
+    def prefix(self) -> str:
+        """The family's fixed part, its last slash included."""
+        return self.name[: self.name.rindex("<")] if self.is_family else self.name
+
+    def covers(self, name: str) -> bool:
+        return (
+            (name.startswith(self.prefix) and len(name) > len(self.prefix))
+            if self.is_family
+            else name == self.name
+        )
+
+
+CATALOGUE: tuple[Metric, ...] = tuple(
+    Metric(*entry)
+    for entry in (
+        # progress
+        (
+            "step",
+            "steps",
+            "Optimiser steps finished, counted from 1; 0 is the state before training.",
+        ),
+        ("version", "versions", "Policy version published after the step; versions only grow."),
+        (
+            "staleness/mean",
+            "versions",
+            "Versions between the policy that generated the fresh half and the one it trains.",
+        ),
+        ("staleness/max", "versions", "Largest such lag in the step."),
+        # what is learnt
+        ("reward/mean", "", "Weighted reward of the step's fresh completions, mean."),
+        ("reward/std", "", "Standard deviation of that reward over the step's fresh completions."),
+        (
+            "reward/<component>",
+            "",
+            "Mean of one reward component over the fresh completions in which it is not masked.",
+        ),
+        ("accuracy/train", "share", "Mean accuracy reward of the step's fresh completions."),
+        ("accuracy/moving", "share", "Moving average of accuracy/train over the last 8 steps."),
+        ("eval/accuracy", "share", "Held-out accuracy, mean over prompts."),
+        (
+            "eval/selected",
+            "share",
+            "Held-out accuracy on the types that data.select trains; where it selects some.",
+        ),
+        ("eval/accuracy/<category>", "share", "Held-out accuracy on one question type."),
+        (
+            "pool/accuracy",
+            "share",
+            "Accuracy over the training prompts, each sampled equally often.",
+        ),
+        ("pool/accuracy/<category>", "share", "The same on one question type."),
+        (
+            "eval/needs/<modality>",
+            "share",
+            "Held-out accuracy on prompts that need exactly these modalities.",
+        ),
+        # the objective
+        ("loss/total", "", "Loss that was minimised: policy term plus KL term."),
+        (
+            "loss/policy",
+            "",
+            "Clipped surrogate, fresh plus alpha times replayed, negated (METHOD 1.1).",
+        ),
+        ("loss/kl", "", "Beta times the k3 KL to the reference policy."),
+        (
+            "kl/reference",
+            "nats",
+            "k3 KL of the current policy to the reference policy, mean over tokens.",
+        ),
+        (
+            "kl/behaviour",
+            "nats",
+            "k3 KL of the current policy to the policy that generated the tokens.",
+        ),
+        (
+            "kl/behaviour_capped",
+            "nats",
+            "The same with each token held at 1 nat: a rare spike does not hide it.",
+        ),
+        (
+            "kl/reference/<half>",
+            "nats",
+            "kl/reference over the tokens of one half, fresh or replay.",
+        ),
+        ("kl/behaviour/<half>", "nats", "kl/behaviour over the tokens of one half."),
+        ("kl/behaviour_capped/<half>", "nats", "kl/behaviour_capped over the tokens of one half."),
+        ("ratio/fresh/mean", "", "Current over behaviour probability, mean over fresh tokens."),
+        ("ratio/fresh/max", "", "Largest such ratio."),
+        ("ratio/replay/mean", "", "Current over behaviour probability, mean over replayed tokens."),
+        ("ratio/replay/max", "", "Largest such ratio."),
+        ("clip_fraction/fresh", "share", "Fresh tokens whose ratio was clipped."),
+        ("clip_fraction/replay", "share", "Replayed tokens whose ratio was clipped."),
+        ("ess/fresh", "share", "Effective sample size of the fresh half; 1 means on-policy."),
+        ("ess/replay", "share", "Effective sample size of the replayed half; 1 means on-policy."),
+        (
+            "entropy",
+            "nats",
+            "Entropy of the policy's next-token distribution, mean over trained tokens.",
+        ),
+        ("entropy/<half>", "nats", "entropy over the tokens of one half."),
+        ("grad_norm", "", "Gradient norm before clipping."),
+        ("lr", "", "Learning rate of the step."),
+        ("learner/updates", "updates", "Optimiser updates of the step."),
+        (
+            "learner/skipped",
+            "",
+            "Micro-batches and updates left out so far because loss or gradient was not finite.",
+        ),
+        # groups, replay, tiers
+        ("groups/fresh", "groups", "Groups of the step with fresh completions."),
+        (
+            "groups/dead_before",
+            "share",
+            "Groups whose fresh rewards are all alike: no signal of their own.",
+        ),
+        (
+            "groups/dead_after",
+            "share",
+            "Groups that stay without signal after the replayed half is mixed in.",
+        ),
+        ("replay/share", "share", "Replayed trajectories among all that were trained."),
+        ("age/replay/mean", "versions", "Age of the replayed trajectories, mean."),
+        ("age/replay/max", "versions", "Age of the oldest replayed trajectory."),
+        ("tiers/easy", "trajectories", "Trajectories stored in the Easy tier."),
+        ("tiers/medium", "trajectories", "Trajectories stored in the Medium tier."),
+        ("tiers/hard", "trajectories", "Trajectories stored in the Hard tier."),
+        ("buffer/stored", "trajectories", "Trajectories stored in the replay buffer."),
+        # the ledger closes: generated = trained_fresh + replay_only + dropped + in_flight
+        (
+            "ledger/generated",
+            "groups",
+            "Groups ever leased for generation; equals the sum of the four below.",
+        ),
+        ("ledger/trained_fresh", "groups", "Groups trained once as fresh."),
+        ("ledger/replay_only", "groups", "Groups that came too late and went to replay only."),
+        ("ledger/dropped", "groups", "Groups given up, each with a reason in the events."),
+        ("ledger/in_flight", "groups", "Groups being generated, scored or waiting for their step."),
+        # what it cost
+        (
+            "completions/generated",
+            "completions",
+            "Completions generated for training so far: the paper's cost axis.",
+        ),
+        ("completions/truncated_share", "share", "Fresh completions cut off by the token limit."),
+        ("completion/length_mean", "tokens", "Length of the fresh completions, mean."),
+        ("tokens/generated", "tokens", "Completion tokens generated so far."),
+        (
+            "tokens/trained",
+            "tokens",
+            "Completion tokens trained on in the step, fresh and replayed.",
+        ),
+        (
+            "rollout/tokens_per_s",
+            "tokens/s",
+            "Completion tokens generated per second of wall time, all actors together.",
+        ),
+        (
+            "rollout/workers",
+            "actors",
+            "Rollout actors at work, those that leave in order included.",
+        ),
+        (
+            "learner/tokens_per_s",
+            "tokens/s",
+            "Completion tokens trained per second of the learner's own work, waiting left out.",
+        ),
+        ("time/step", "s", "Wall time of the step, waiting included."),
+        ("time/learner_wait", "s", "Time the learner waited for fresh groups in this step."),
+        (
+            "time/rollout_wait",
+            "s",
+            "Time the rollout actors waited for admission in this step, mean over actors.",
+        ),
+        ("time/encode", "s", "Time spent on templates and media before the forward pass."),
+        ("time/forward_backward", "s", "Time of the forward and backward passes."),
+        ("time/optimizer", "s", "Time of the optimiser's updates, clipping included."),
+        ("time/hold", "s", "Time to leave a copy of the learner's state outside the learner."),
+        ("time/publish", "s", "Time to write and announce the new weights."),
+        # judges, hints, bad prompts
+        (
+            "judge/masked_share",
+            "share",
+            "Completions whose judge failed; their component is masked, not zero.",
+        ),
+        ("hints/active", "prompts", "Prompts whose hint is on (METHOD 1.4)."),
+        (
+            "hints/visits",
+            "completions",
+            "Fresh completions of the step that were generated with a hint in context.",
+        ),
+        (
+            "quarantined/prompts",
+            "prompts",
+            "Prompts that failed at run time and are not asked again; the events say why.",
+        ),
+    )
+)
+
+_EXACT = {metric.name: metric for metric in CATALOGUE if not metric.is_family}
+#: Longest prefix first, so that "eval/accuracy/x" is not taken for a shorter family.
+_FAMILIES = tuple(
+    sorted((m for m in CATALOGUE if m.is_family), key=lambda metric: -len(metric.prefix))
+)
+
+
+@lru_cache(maxsize=4096)
+def describe(name: str) -> Metric | None:
+    """The catalogue entry of a metric, a family's for its members; None outside the catalogue."""
+    if name in _EXACT:
+        return _EXACT[name]
+    return next((family for family in _FAMILIES if family.covers(name)), None)
+
+
+def uncatalogued(names: Iterable[str]) -> list[str]:
+    """The names outside the catalogue, sorted."""
+    return sorted({name for name in names if describe(name) is None})
+
+
+def members(family: str, names: Iterable[str]) -> dict[str, str]:
+    """``{member: full name}`` of a family among ``names``, e.g. {"accuracy": "reward/accuracy"};
+    sorted by member."""
+    entry = next((metric for metric in _FAMILIES if metric.name == family), None)
+    if entry is None:
+        raise ValueError(
+            f"'{family}' is not a metric family; families: {[metric.name for metric in _FAMILIES]}"
+        )
+    return {
+        name.removeprefix(entry.prefix): name
+        for name in sorted(set(names))
+        if describe(name) is entry
+    }
+
+
+def catalogue_table() -> str:
+    """The catalogue as a Markdown table; docs/output.md holds a copy that a test keeps equal."""
+    rows = [
+        f"| `{metric.name}` | {metric.unit or '-'} | {metric.meaning} |" for metric in CATALOGUE
+    ]
+    return "\n".join(["| name | unit | meaning |", "|---|---|---|", *rows])

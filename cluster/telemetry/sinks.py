@@ -1,0 +1,105 @@
+"""Where metrics go besides the run folder's JSONL: TensorBoard records and Prometheus gauges."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from avatar_rl.cluster.telemetry.metrics import describe
+from avatar_rl.common.errors import ResourceError
+
+
+class Sink(Protocol):
+    """Anything that wants each step's metrics as well (Prometheus, a user's tracker)."""
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PrometheusSink:
+    """Serves each metric as the gauge ``avatar_<name>{run="<id>"}`` over HTTP, on loopback unless
+    told otherwise.
+
+    Raises ResourceError when the port is taken.
+    """
+
+    def __init__(self, run_id: str, port: int, host: str = "127.0.0.1") -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self.run_id = run_id
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise ResourceError(
+                f"output.prometheus_port {port} on {host}: {error.strerror}; give another port, "
+                "or null for none"
+            ) from error
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        from prometheus_client import Gauge
+
+        for name, value in {"step": float(step), **metrics}.items():
+            if value is None:
+                continue
+            label = prometheus_name(name)
+            if label not in self._gauges:
+                entry = describe(name)
+                meaning = entry.meaning if entry else name
+                self._gauges[label] = Gauge(
+                    label, meaning, ["run"], registry=self._registry
+                ).labels(run=self.run_id)
+            self._gauges[label].set(value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def prometheus_name(name: str) -> str:
+    """ "reward/mean" -> "avatar_reward_mean"; other characters that Prometheus forbids become
+    underscores too."""
+    return "avatar_" + re.sub(r"[^A-Za-z0-9_]", "_", name)
+
+
+def event_file(folder: Path) -> Path:
+    seconds = time.time_ns() // 1_000_000_000
+    return folder / f"events.out.tfevents.{seconds}.{socket.gethostname()}.{os.getpid()}"
+
+
+def scalar_event(step: int, metrics: Mapping[str, float | None], start: bool = False) -> bytes:
+    """One TensorBoard record (no torch, no TensorFlow). ``start`` opens a file and purges re-run
+    steps."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in metrics.items()
+        if value is not None
+    ]
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    if start:
+        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        log_start = SessionLog(status=SessionLog.START)
+        writer.write(
+            Event(wall_time=time.time(), step=step + 1, session_log=log_start).SerializeToString()
+        )
+    else:
+        writer.write(
+            Event(
+                wall_time=time.time(), step=step, summary=Summary(value=values)
+            ).SerializeToString()
+        )
+    return buffer.getvalue()

@@ -1,0 +1,90 @@
+"""The parity probe: before training, rollout and learner side must see the same tokens and the same
+probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.common.errors import ModelError
+
+DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.05}
+
+
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the probe found. Differences are absolute, in natural-log units per token."""
+
+    prompts: int
+    tokens: int
+    max_difference: float
+    mean_difference: float
+
+
+def ask_both(
+    pool: Any, prompt_ids: Sequence[str], sampling: SamplingConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Completions of the first rollout actor, and the learner's view of them. Raises Ray's
+    errors."""
+    import ray
+
+    tokens = min(PROBE_TOKENS, sampling.max_tokens)
+    asked = ray.get(next(iter(pool.rollouts.values())).probe.remote(list(prompt_ids), tokens))
+    items = [item | {"temperature": sampling.temperature} for item in asked]
+    [seen, *_] = ray.get([rank.probe.remote(items) for rank in pool.ranks])
+    return asked, seen
+
+
+def check_parity(
+    rollout: Sequence[dict[str, Any]], learner: Sequence[dict[str, Any]], *, tolerance: float
+) -> Parity:
+    """Compare the rollout side's probe completions with the learner's view of them, prompt by
+    prompt.
+
+    ``rollout``: prompt_id, prompt_token_ids, token_ids, logprobs, text; ``learner``:
+    prompt_token_ids, placeholders (name -> count), logprobs. Raises ModelError naming the prompt
+    and what differs, or when nothing was generated."""
+    if rollout and not any(item["text"].strip() for item in rollout):
+        raise ModelError(
+            f"all {len(rollout)} probe completions are empty: the model ends its turn at once. "
+            "Check its template, "
+            "its generation_config and that it was fine-tuned for this prompt format"
+        )
+    differences = []
+    for asked, seen in zip(rollout, learner, strict=True):
+        name = asked["prompt_id"]
+        mine, theirs = np.asarray(seen["prompt_token_ids"]), np.asarray(asked["prompt_token_ids"])
+        if len(mine) != len(theirs):
+            raise ModelError(
+                f"prompt {name!r}: the engine expands it to {len(theirs)} tokens, the learner to "
+                f"{len(mine)} "
+                f"(placeholders on the learner side: {seen['placeholders']}): pixel bounds or "
+                "frame rates differ"
+            )
+        if not np.array_equal(mine, theirs):
+            at = int(np.flatnonzero(mine != theirs)[0])
+            raise ModelError(
+                f"prompt {name!r}: token {at} is {theirs[at]} for the engine and {mine[at]} for "
+                "the learner"
+            )
+        differences.append(np.abs(np.asarray(seen["logprobs"]) - np.asarray(asked["logprobs"])))
+    together = np.concatenate(differences) if differences else np.zeros(1)
+    worst = int(np.argmax([d.max() for d in differences])) if differences else 0
+    if not together.max() <= tolerance:  # also true for NaN
+        raise ModelError(
+            f"prompt {rollout[worst]['prompt_id']!r}: log-probabilities of engine and learner "
+            "differ by up to "
+            f"{together.max():.2e} (allowed {tolerance:.0e}), by {together.mean():.2e} on "
+            "average: media inputs, "
+            "positions or weights are not the same. A single token far off beside a small average "
+            "can be rounding in "
+            "bfloat16: then raise probe.tolerance"
+        )
+    return Parity(len(rollout), together.size, float(together.max()), float(together.mean()))

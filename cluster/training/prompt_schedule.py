@@ -1,0 +1,118 @@
+"""The prompt stream: which prompt is asked when. ``epochs`` is a pure function of the seed, so a
+position is all a resume needs; ``open`` also reads the prompts' moving averages, which are in the
+buffer (exact at max_staleness 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.cluster.config import LoopConfig
+
+Averages = Mapping[str, float]  # Rbar by prompt id, of the prompts that were asked
+
+FLOOR = 0.02  # of a solved prompt: it is looked at again now and then, lest it is forgotten
+
+
+class PromptStream:
+    """``prompts_per_step`` tickets a step: from endless epochs over the prompt ids, each shuffled
+    from (seed, epoch), or from the prompts with most left to learn (`open_prompts`)."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[str],
+        loop: LoopConfig,
+        *,
+        seed: int,
+        warm_up: int,
+        full_reward: float = 1.0,
+    ) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.loop, self.seed, self.warm_up, self.full_reward = loop, seed, warm_up, full_reward
+        self.first_seq = 0  # of step 0; imported replay is numbered below it
+        self._orders: dict[int, list[int]] = {}
+
+    def tickets(self, step: int, averages: Averages | None = None) -> list[Ticket]:
+        """The tickets of one step, in order. Schedule ``open`` needs Rbar of the prompts that were
+        asked before."""
+        count = self.loop.prompts_per_step
+        completions = self.loop.fresh_at(step, self.warm_up)
+        places = range(step * count, (step + 1) * count)
+        if self.loop.schedule == "open":
+            missing = {
+                prompt_id: self.full_reward - rbar for prompt_id, rbar in (averages or {}).items()
+            }
+            chosen = open_prompts(self.prompt_ids, missing, count, seed=self.seed, step=step)
+        else:
+            chosen = [self._in_turn(place) for place in places]
+        return [
+            Ticket(
+                seq=self.first_seq + place,
+                prompt_id=prompt_id,
+                step=step,
+                epoch=self._epoch(place),
+                kind="train",
+                n=completions,
+            )
+            for place, prompt_id in zip(places, chosen, strict=True)
+        ]
+
+    def _epoch(self, place: int) -> int:
+        return place // len(self.prompt_ids)
+
+    def _in_turn(self, place: int) -> str:
+        return self.prompt_ids[self._order(self._epoch(place))[place % len(self.prompt_ids)]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._orders = {epoch: generator.permutation(len(self.prompt_ids)).tolist()} | {
+                known: order for known, order in self._orders.items() if known >= epoch - 1
+            }
+        return self._orders[epoch]
+
+
+def open_prompts(
+    prompt_ids: Sequence[str], missing: Mapping[str, float], count: int, *, seed: int, step: int
+) -> list[str]:
+    """``count`` prompts for ``step``: those never asked first, in random order, then a weighted
+    draw.
+
+    ``missing`` is the full reward less Rbar of every prompt that was asked. A weight is ``FLOOR +
+    max(0, missing)``; drawn without replacement (Efraimidis and Spirakis 2006: the smallest
+    ``Exp(1) / weight``), and all over again where ``count`` exceeds the prompts. Equal arguments
+    give equal prompts."""
+    generator = np.random.default_rng((seed, step, 1))
+    chosen: list[str] = []
+    while len(chosen) < count:
+        waits = generator.exponential(size=len(prompt_ids))
+        keys = [
+            (True, wait / (FLOOR + max(0.0, missing[prompt_id])))
+            if prompt_id in missing
+            else (False, wait)
+            for prompt_id, wait in zip(prompt_ids, waits, strict=True)
+        ]
+        order = sorted(range(len(prompt_ids)), key=lambda i: keys[i])
+        chosen += [prompt_ids[i] for i in order[: count - len(chosen)]]
+    return chosen
+
+
+def evaluation_tickets(
+    prompt_ids: Sequence[str], *, round: int, min_version: int, samples: int = 1
+) -> list[Ticket]:
+    """``samples`` completions per prompt (1 is greedy), by a policy of at least ``min_version``."""
+    return [
+        Ticket(
+            seq=seq,
+            prompt_id=prompt_id,
+            step=0,
+            epoch=0,
+            kind="eval",
+            round=round,
+            n=samples,
+            min_version=min_version,
+        )
+        for seq, prompt_id in enumerate(prompt_ids)
+    ]

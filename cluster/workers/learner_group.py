@@ -1,0 +1,238 @@
+"""The learner's rank group under supervision: a rank that dies costs its step, never the run
+(docs/survival.md)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.services.restart_budget import Budget, Report
+from avatar_rl.cluster.workers.learner_watch import LearnerWatch
+from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
+from avatar_rl.cluster.workers.rollout_fleet import Fleet
+from avatar_rl.common.errors import AvatarError, ResourceError
+from avatar_rl.learner.spec import LearnerSpec
+
+LOOK_S = 0.5  # between looks at everything else while a step is trained
+LAST_WORDS_S = 10.0  # a rank whose peer died fails too, perhaps before the death itself is known
+
+
+class StateLostError(ResourceError):
+    """The learner died and nobody holds its state: the run goes back to its last checkpoint."""
+
+
+class LearnerGroup:
+    """Trains steps on all ranks; replaces the group when a rank dies and goes on from the state
+    that is held."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        spec: LearnerSpec,
+        ranks: int,
+        buffer: ReplayBuffer,
+        scratch: Path,
+        budget: Budget,
+        report: Report,
+        stall_s: float = 600.0,
+    ) -> None:
+        self.pool, self.spec, self.ranks, self.buffer = pool, spec, ranks, buffer
+        self.scratch = (
+            scratch  # for a state on its way to new ranks: on a disk that all of them see
+        )
+        self._budget, self._report, self._stall_s = budget, report, stall_s
+
+    def start(self) -> list[Any]:
+        """References of the ranks' readiness, for ``await_ready``."""
+        while True:
+            try:
+                return self.pool.start_learner(self.spec, ranks=self.ranks)
+            except StartDeathError as death:
+                self._start_over(death)
+
+    def await_ready(self, references: Sequence[Any]) -> list[Any]:
+        """What the ranks answer. One that dies meanwhile costs the group a new start: then what
+        that answers."""
+        while True:
+            try:
+                return self.pool.wait_ready(references, "learner ranks")
+            except StartDeathError as death:
+                self._start_over(death)
+                references = self.start()
+
+    def _start_over(self, death: StartDeathError) -> None:
+        reason = last_line(death)
+        self._report("learner died", f"while starting: {reason}; it is replaced")
+        self._budget.spend(reason)
+        self.pool.stop_learner()
+
+    def train(
+        self, step: int, samples: int, fleet: Fleet, look: Callable[[], None]
+    ) -> dict[str, Any]:
+        """One step on all ranks; meanwhile dead rollout actors are replaced and ``look`` is called.
+
+        Returns rank 0's report, without metrics when the step was committed but the report died
+        with its writer. Raises what a rank raised, ResourceError (too many deaths) or
+        StateLostError."""
+        while True:
+            waiting = [rank.train_step.remote(step, samples=samples) for rank in self.pool.ranks]
+            death = self._wait(waiting, fleet, look)
+            if death is None:
+                import ray
+
+                self._budget.progress()
+                return ray.get(waiting[0])
+            self._budget.spend(death)
+            self.recover(step, death)
+            if self.buffer.stats().trained_step >= step:
+                self._report(
+                    "report lost", f"step {step} was committed; its metrics died with the learner"
+                )
+                return {"metrics": {}, "samples": [], "distributions": {}}
+
+    def _wait(self, references: list[Any], fleet: Fleet, look: Callable[[], None]) -> str | None:
+        """None when all ranks are done, else how one died."""
+        import ray
+
+        waiting, watch = list(references), LearnerWatch(self.pool.ranks, self._stall_s)
+        while waiting:
+            if (reason := watch.look()) is not None:
+                self._report("learner stalled", f"{reason}; it is killed")
+                watch.kill()  # and found dead below
+            done, _ = ray.wait([*waiting, *fleet.working], num_returns=1, timeout=LOOK_S)
+            for reference in done:
+                if reference in fleet.working:
+                    fleet.replace(reference)
+                    continue
+                waiting.remove(reference)
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    return last_line(error)
+                except ray.exceptions.RayTaskError as error:
+                    if (
+                        isinstance(error.cause, AvatarError)
+                        or (death := death_among(waiting)) is None
+                    ):
+                        raise unwrap(error) from error
+                    return death
+            look()
+            fleet.reconcile()
+        return None
+
+    def recover(self, step: int, death: str) -> None:
+        """A new group in place of the dead one, with the state of the newest committed version.
+
+        The old group is ended and fenced first, so that the version cannot move any more: a commit
+        that was under way has then either happened or will be refused."""
+        import ray
+
+        self._report("learner died", f"in step {step}: {death}; it is replaced")
+        self.pool.stop_learner()
+        self.buffer.new_epoch()
+        version = self.buffer.version()
+        folder = self.scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        if version and ray.get(self.pool.keeper.write.remote(version, folder)) is None:
+            raise StateLostError(
+                f"the learner died in step {step} and its state of version {version} is held by "
+                "nobody: it is larger "
+                "than checkpoint.hold_bytes, or its keeper died too"
+            )
+        self.await_ready(self.start())
+        if version:
+            self.restore(folder, version)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._report("learner restarted", f"it goes on from version {version}")
+
+    def restore(self, folder: Path, version: int) -> None:
+        """Load the state below ``folder`` on all ranks and put its weights on the board."""
+        import ray
+
+        try:
+            ray.get([rank.restore_state.remote(folder.resolve()) for rank in self.pool.ranks])
+            if version:
+                ray.get([rank.publish_again.remote(version) for rank in self.pool.ranks])
+            # Held again: should the next step never be finished, somebody still has this version.
+            ray.get([rank.hold.remote(version) for rank in self.pool.ranks])
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise StateLostError(
+                f"the learner died while it loaded its state: {last_line(error)}"
+            ) from error
+
+    def held(self, version: int) -> bool:
+        """Whether the state of ``version`` lies outside the learner."""
+        import ray
+
+        return version in ray.get(self.pool.keeper.versions.remote())
+
+    def writer(self, version: int) -> Callable[[Path], dict[str, Any]]:
+        """What writes the state of ``version`` below a folder, beside the training. Call it between
+        two steps: a state that is not held is copied now, by the ranks themselves. Raises
+        ResourceError when a rank is dead."""
+        import ray
+
+        pool = self.pool
+        held = ray.get(pool.keeper.pin.remote(version))
+        if not held:
+            try:
+                ray.get([rank.capture_state.remote() for rank in pool.ranks])
+            except ray.exceptions.RayActorError as error:
+                raise ResourceError(f"a learner rank died: {last_line(error)}") from error
+
+        def write(folder: Path) -> dict[str, Any]:
+            if held:
+                proofs = ray.get(pool.keeper.write.remote(version, folder.resolve()))
+                if proofs is None:
+                    raise ResourceError(
+                        f"the state of version {version} is not held any more: its keeper died"
+                    )
+                return proofs
+            parts = ray.get([rank.write_state.remote(folder.resolve()) for rank in pool.ranks])
+            return {name: proof for part in parts for name, proof in part.items()}
+
+        return write
+
+    def export(self, path: Path) -> None:
+        """The policy as a Hugging Face checkpoint; a learner that died since its last step is
+        brought back for it."""
+        import ray
+
+        while True:
+            try:
+                ray.get([rank.export.remote(path.resolve()) for rank in self.pool.ranks])
+                return
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from error
+            except ray.exceptions.RayActorError as error:
+                self._budget.spend(last_line(error))
+                self.recover(self.spec.steps, last_line(error))
+
+
+def death_among(references: Sequence[Any]) -> str | None:
+    """How one of the ranks still waited for died, if one did: then what another raised was the
+    consequence."""
+    import ray
+
+    rest = list(references)
+    while rest:
+        done, rest = ray.wait(rest, num_returns=1, timeout=LAST_WORDS_S)
+        if not done:
+            return None
+        try:
+            ray.get(done[0])
+        except ray.exceptions.RayActorError as error:
+            return last_line(error)
+        except ray.exceptions.RayTaskError:
+            continue
+    return None
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:200] if lines else type(error).__name__

@@ -1,0 +1,278 @@
+"""The rollout actors of a run: started, watched, replaced, scaled, stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from avatar_rl.actors.spec import RolloutSpec
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.config import RolloutSection
+from avatar_rl.cluster.services.placement import shortage
+from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.workers.autoscale import Autoscaler
+from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
+
+STOP_S = 5.0
+LOOK_S = 1.0  # between looks at the desired state
+DESIRED = "rollout_workers"  # its name in the buffer; `avatar scale` writes it
+
+
+@dataclass
+class Member:
+    """An actor's way through the fleet: it joins (engine starting), works, and may be asked to
+    leave."""
+
+    ready: Any  # reference of its readiness; None once it works
+    deadline: float  # to be ready, or, once it is leaving, to have drained
+    leaving: bool = False
+    stopped: bool = False  # leaving, and past its time: told to stop where it is
+
+
+class Fleet:
+    """Keeps as many rollout actors as are desired. One that dies is replaced, and its leases are
+    given back.
+
+    The desired state lies in the buffer, so that it outlives this process and anyone may set it;
+    without one it is ``scaling.workers``. Nobody waits for an actor that joins or leaves: training
+    goes on."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        spec: RolloutSpec,
+        buffer: ReplayBuffer,
+        folder: RunFolder,
+        screen: Screen,
+        *,
+        scaling: RolloutSection,
+    ) -> None:
+        self.pool, self.spec, self.buffer, self.folder, self.screen = (
+            pool,
+            spec,
+            buffer,
+            folder,
+            screen,
+        )
+        self.scaling = scaling
+        self.working: dict[Any, str] = {}  # run() reference -> actor
+        self.members: dict[str, Member] = {}
+        self.budget = Budget(pool.config.supervision.restarts, "rollout actors")
+        self._named = 0
+        self._looked = 0.0
+        largest = scaling.max_workers
+        self._policy = (
+            Autoscaler(scaling.min_workers, largest)
+            if scaling.autoscale and largest is not None
+            else None
+        )
+
+    def start(self, count: int) -> list[Any]:
+        """``count`` new actors; returns the references of their readiness. ``work`` sets them
+        going."""
+        names = [f"rollout-{self._named + number}" for number in range(count)]
+        self._named += count
+        references = self.pool.start_rollouts(self.spec, names)
+        deadline = time.monotonic() + self.pool.config.resources.start_timeout_s
+        self.members |= {
+            name: Member(ready, deadline) for name, ready in zip(names, references, strict=True)
+        }
+        return references
+
+    def await_ready(self) -> None:
+        """Until every engine is up; an actor that dies before is replaced. Raises what
+        ``Pool.wait_ready`` does."""
+        ready: set[str] = set()
+        while starting := sorted(self.members.keys() - ready):
+            name = starting[0]
+            try:
+                self.pool.wait_ready([self.pool.rollouts[name].ready.remote()], "rollout actors")
+                ready.add(name)
+            except StartDeathError as death:
+                self._replace(name, str(death))
+
+    def work(self) -> None:
+        """Set every actor going that is not; one whose engine still starts begins as soon as it is
+        up."""
+        for name in sorted(self.members.keys() - set(self.working.values())):
+            self._go(name)
+
+    def watch(self, timeout: float = 0.1) -> None:
+        """Replace the actors that died and reconcile, waiting for a death up to ``timeout``
+        seconds."""
+        import ray
+
+        if self.working:
+            done, _ = ray.wait(list(self.working), num_returns=1, timeout=timeout)
+            for reference in done:
+                self.replace(reference)
+        else:  # the only one is being replaced
+            time.sleep(timeout)
+        self.reconcile()
+
+    def replace(self, reference: Any) -> None:
+        """An actor's ``run`` ended: it has left as it was told, or else say why and start
+        another."""
+        import ray
+
+        name = self.working.pop(reference)
+        try:
+            ray.get(reference)
+            reason = ""
+        except ray.exceptions.RayError as error:
+            reason = str(unwrap(error))
+        if self.members[name].leaving:
+            how = "stopped after its deadline" if self.members[name].stopped else "drained"
+            if reason:
+                how = f"died on its way out: {reason}"
+            self._forget(name)
+            self._say("rollout actor left", f"{name}: {how}")
+            return
+        self._replace(name, reason or "its run ended")
+
+    def _replace(self, name: str, reason: str) -> None:
+        self.folder.event("rollout actor died", f"{name}: {reason}")
+        self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
+        restarts = self.pool.config.supervision.restarts
+        if (
+            self.working and restarts
+        ):  # a node takes all its actors along, which is one misfortune and not many
+            self.budget.limit = restarts + self.size - 1
+        self.budget.spend(f"{name}: {reason}")
+        self._forget(name)
+        self.start(1)
+
+    # -- scaling -----------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Actors that work or join."""
+        return sum(not member.leaving for member in self.members.values())
+
+    def desired(self) -> int:
+        """What the run should have, within the recipe's bounds."""
+        wanted = self.buffer.desired(DESIRED)
+        return self.scaling.bounded(self.scaling.workers if wanted is None else wanted)
+
+    def reconcile(self) -> None:
+        """One look at what is desired and at who joins and leaves; cheap, and nobody is waited
+        for."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        self._welcome(now)
+        self._see_off(now)
+        missing = self.desired() - self.size
+        if missing > 0:
+            first = self._named
+            self.start(missing)
+            self._say(
+                "rollout actors join",
+                ", ".join(f"rollout-{first + number}" for number in range(missing)),
+            )
+        elif missing < 0:
+            self._dismiss(-missing, now)
+
+    def autoscale(self, metrics: Mapping[str, float]) -> None:
+        """Feed a step's waits to the policy, when the recipe asks for one, and desire what it
+        says."""
+        if (
+            self._policy is None
+            or "time/learner_wait" not in metrics
+            or "time/rollout_wait" not in metrics
+        ):
+            return
+        now = self.desired()
+        wanted = self._policy.observe(
+            now,
+            learner_wait=metrics["time/learner_wait"],
+            rollout_wait=metrics["time/rollout_wait"],
+            step=metrics["time/step"],
+        )
+        if wanted != now:
+            self.buffer.set_desired(DESIRED, wanted)
+            self._say("rollout pool autoscaled", f"{now} -> {wanted} actors desired")
+
+    def _welcome(self, now: float) -> None:
+        """Actors whose engine is up begin; those that Ray could not place in time are given up with
+        the reason."""
+        import ray
+
+        for name, member in list(self.members.items()):
+            if member.ready is None or name in self.working.values():
+                continue
+            done, _ = ray.wait([member.ready], timeout=0)
+            if done:
+                self._go(name)  # a failed start shows itself there as a death
+            elif now > member.deadline:
+                self._kill(name)
+                self._say("rollout actor not placed", f"{name}: {shortage()}; it is tried again")
+
+    def _dismiss(self, count: int, now: float) -> None:
+        """The youngest leave first: those that only join at once, the others once their groups are
+        delivered."""
+        staying = [name for name, member in self.members.items() if not member.leaving]
+        for name in staying[-count:]:
+            member = self.members[name]
+            if name not in self.working.values():
+                self._kill(name)
+                self._say("rollout actor left", f"{name} before it had started")
+                continue
+            member.leaving, member.deadline = True, now + self.scaling.drain_s
+            self.pool.rollouts[name].drain.remote()
+            self._say(
+                "rollout actor leaves",
+                f"{name} finishes what it holds, at most {self.scaling.drain_s:g} s",
+            )
+
+    def _see_off(self, now: float) -> None:
+        """Past its time a leaving actor is stopped and gives its leases back; one that cannot even
+        do that is killed and its leases expire."""
+        for name, member in list(self.members.items()):
+            if not member.leaving or now <= member.deadline:
+                continue
+            if not member.stopped:
+                member.stopped, member.deadline = True, now + STOP_S
+                self.pool.rollouts[name].stop.remote()
+            else:
+                self._kill(name)
+                self._say("rollout actor left", f"{name} was killed")
+
+    def _go(self, name: str) -> None:
+        self.members[name].ready = None
+        self.working[self.pool.rollouts[name].run.remote()] = name
+
+    def _kill(self, name: str) -> None:
+        import ray
+
+        ray.kill(self.pool.rollouts[name])
+        self.working = {
+            reference: other for reference, other in self.working.items() if other != name
+        }
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self.members.pop(name)
+        self.pool.rollouts.pop(name)  # the last handle: Ray ends the process
+        self.buffer.abandon(name)  # what it held goes to another at once
+        self.buffer.drop_beat("rollout", name)
+
+    def _say(self, kind: str, message: str) -> None:
+        self.folder.event(kind, message)
+        self.screen.event(f"{kind}: {message}")
+
+    def stop(self) -> None:
+        """Ask the actors to stop and give them a moment, so that they leave no lease behind."""
+        import ray
+
+        if not ray.is_initialized():
+            return
+        for actor in self.pool.rollouts.values():
+            actor.stop.remote()
+        if self.working:
+            ray.wait(list(self.working), num_returns=len(self.working), timeout=STOP_S)

@@ -1,0 +1,59 @@
+"""Config section of an OpenAI-compatible chat endpoint."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EndpointConfig(BaseModel):
+    """An OpenAI-compatible endpoint, and how long to wait for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required.")
+    model: str = Field(
+        default="", description="Model name the endpoint serves, e.g. InternVL3-2B; required."
+    )
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable with the API key; unset: no key is sent."
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        description="Sampling temperature; 0 makes cached and fresh replies agree.",
+    )
+    max_tokens: int = Field(
+        default=256, ge=16, description="Longest reply in tokens; four scores need about 60."
+    )
+    reply_format: Literal["json_object", "none"] = Field(
+        default="none",
+        description="'json_object' asks the endpoint to constrain the reply to JSON, where it can.",
+    )
+    concurrency: int = Field(
+        default=64, ge=1, description="Requests in flight per process that asks."
+    )
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds for one request, its whole reply included."
+    )
+    deadline_s: float = Field(
+        default=120.0, gt=0, description="Seconds for one completion, retries and waits included."
+    )
+    attempts: int = Field(default=4, ge=1, description="Requests per completion at most.")
+    backoff_s: float = Field(
+        default=0.5,
+        gt=0,
+        description="Wait before the second request; doubles each time, with jitter.",
+    )
+    breaker_failures: int = Field(
+        default=8, ge=1, description="Failed requests in a row that open the circuit breaker."
+    )
+    breaker_cooldown_s: float = Field(
+        default=30.0, gt=0, description="Seconds without requests before one trial request."
+    )
+    cache_size: int = Field(
+        default=50_000,
+        ge=0,
+        description="Replies kept in memory by content, oldest use dropped; 0: none.",
+    )

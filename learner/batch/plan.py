@@ -1,0 +1,128 @@
+"""One training step as data: its completions, their advantages, and how they are split into
+micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.learner.batch.microbatch import Size, pack, share_out
+from avatar_rl.learner.config import LearnerConfig
+from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
+from avatar_rl.learner.objective.loss import StepTotals
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What rank 0 leased and drew for a step, as every rank receives it: ``updates`` shares of
+    replays."""
+
+    step: int
+    version: int  # policy version that is trained
+    groups: tuple[Group, ...]
+    replays: tuple[Trajectory, ...]
+    baselines: tuple[float, ...]  # Rbar per replay
+    group_baselines: tuple[float, ...] = ()  # Rbar per group; empty where nothing reads it
+
+    def update(self, number: int, updates: int) -> StepWork:
+        """The work of one of the step's optimiser updates: all groups, every ``updates``-th
+        replay."""
+        share = slice(number, None, updates)
+        return replace(self, replays=self.replays[share], baselines=self.baselines[share])
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """N completions: all fresh ones in order of their groups, then the replays."""
+
+    trajectories: list[Trajectory]  # N
+    is_replay: Tensor  # (N,) bool
+    advantages: Advantages
+    totals: StepTotals
+    ages: Tensor  # (replays,) policy versions since a replay was generated
+    shares: list[list[list[int]]]  # per rank, its micro-batches as indices into the N
+
+    def sequences(self, kind: bool) -> int:
+        return int((self.is_replay == kind).sum())
+
+
+def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: int) -> StepPlan:
+    """Advantages over the whole step (METHOD 1.1) and a split that every rank computes alike."""
+    fresh = [trajectory for group in work.groups for trajectory in group.trajectories]
+    trajectories = [*fresh, *work.replays]
+    hosts = _hosts(work.groups, work.replays)
+    is_replay = torch.tensor([False] * len(fresh) + [True] * len(work.replays))
+    groups = torch.tensor(
+        [i for i, group in enumerate(work.groups) for _ in group.trajectories] + hosts
+    )
+    prompts = [group.prompt_id for group in work.groups]
+    same_prompt = [False] * len(fresh) + [
+        replay.prompt_id == prompts[host] for replay, host in zip(work.replays, hosts, strict=True)
+    ]
+    objective = config.objective
+    of_groups = work.group_baselines or (0.0,) * len(work.groups)
+    of_fresh = [
+        value
+        for group, value in zip(work.groups, of_groups, strict=True)
+        for _ in group.trajectories
+    ]
+    advantages = step_advantages(
+        rewards_tensor([trajectory.reward for trajectory in trajectories]),
+        groups,
+        is_replay,
+        torch.tensor([*of_fresh, *work.baselines], dtype=torch.float64),
+        torch.tensor(same_prompt),
+        scale_rewards=objective.scale_rewards,
+        replay_advantage=objective.replay_advantage,
+        fresh_advantage=objective.fresh_advantage,
+        replay_sign=objective.replay_sign,
+    )
+    sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
+    batches = pack(sizes, config.micro_batch_tokens, share_prefix=config.share_prefix)
+    return StepPlan(
+        trajectories=trajectories,
+        is_replay=is_replay,
+        advantages=advantages,
+        totals=StepTotals.count(
+            torch.tensor([len(t.token_ids) for t in trajectories]),
+            is_replay,
+            objective,
+            truncated=truncated(trajectories),
+            max_completion_tokens=max_tokens,
+        ),
+        ages=torch.tensor([work.version - replay.version for replay in work.replays]),
+        shares=share_out(batches, sizes, ranks),
+    )
+
+
+def truncated(trajectories: Sequence[Trajectory]) -> Tensor:
+    """(N,) bool, completions that hit the length limit."""
+    return torch.tensor([trajectory.finish_reason == "length" for trajectory in trajectories])
+
+
+def _hosts(groups: Sequence[Group], replays: Sequence[Trajectory]) -> list[int]:
+    """The mixed group each replay is trained in: one of its own prompt with room left, else the
+    emptiest.
+
+    Only ``joint`` advantages and the dead-group metrics look at this; VCRS does not depend on it.
+    """
+    room = -(-len(replays) // max(1, len(groups)))
+    load = [0] * len(groups)
+    by_prompt: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        by_prompt.setdefault(group.prompt_id, []).append(index)
+    hosts: list[int] = [-1] * len(replays)
+    for number, replay in enumerate(replays):
+        host = next((i for i in by_prompt.get(replay.prompt_id, ()) if load[i] < room), None)
+        if host is not None:
+            hosts[number] = host
+            load[host] += 1
+    for number, host in enumerate(hosts):
+        if host < 0:
+            hosts[number] = min(range(len(groups)), key=lambda i: (load[i], i))
+            load[hosts[number]] += 1
+    return hosts

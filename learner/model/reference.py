@@ -1,0 +1,66 @@
+"""The frozen reference policy of the KL term; log-probabilities of replayed trajectories are
+computed only once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatar_rl.learner.batch.microbatch import Row, collate, padded
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy
+from avatar_rl.prompts.encoding.digest import prompt_digest
+
+_Key = tuple[str, int, int]
+
+
+def _key(name: str, row: Row) -> _Key:
+    """A buffer restored to an older state gives ids out again: prompt and completion tokens belong
+    to the key."""
+    return name, row.prompt.digest, prompt_digest(row.token_ids)
+
+
+class ReferencePolicy:
+    """k3 KL needs log pi_ref of every trained token (METHOD 1.1); a cache keyed by trajectory
+    serves replays.
+
+    The cache lives and dies with this process and its one reference: a run that is resumed with
+    another ``model.reference`` computes everything anew, nothing of it is stored with the
+    trajectories."""
+
+    def __init__(
+        self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int
+    ) -> None:
+        self.policy = (
+            Policy(load_model(path, dtype=dtype), share_prefix=share_prefix).eval().to(device)
+        )
+        self.policy.requires_grad_(False)
+        self.device = device
+        self.cached = cached
+        self._cache: OrderedDict[_Key, NDArray[np.float32]] = OrderedDict()
+
+    @torch.no_grad()
+    def logprobs(self, ids: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """(B, T) reference log-probabilities of a micro-batch's tokens, 0 where padded."""
+        keys = [_key(name, row) for name, row in zip(ids, rows, strict=True)]
+        missing = [i for i, key in enumerate(keys) if key not in self._cache]
+        if missing:
+            batch = collate([rows[i] for i in missing], share_prefix=self.policy.share_prefix)
+            scores = self.policy(batch.to(self.device)).logprobs.cpu().numpy()
+            for row, i in zip(scores, missing, strict=True):
+                self._cache[keys[i]] = row[: len(rows[i].token_ids)].copy()
+        for key in keys:
+            self._cache.move_to_end(key)
+        result = padded([self._cache[key] for key in keys])
+        for key in {keys[i] for i in missing}:
+            if not np.isfinite(self._cache[key]).all():
+                del self._cache[key]  # what spoilt it may not do so the next time
+        while len(self._cache) > max(self.cached, len(keys)):
+            self._cache.popitem(last=False)
+        return result.to(self.device)

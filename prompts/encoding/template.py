@@ -1,0 +1,415 @@
+"""Prompt -> text, engine input, learner tensors. Rollout and learner use the same module, so they
+see one prompt.
+
+    encoder = PromptEncoder(model_path, MediaLoader(MediaConfig(), base), TemplateConfig())
+    engine.submit("g7", encoder.engine_input(prompt, hinted=False), sampling)      # actors
+    encoded = encoder.encode(prompt, hinted=False)                                 # learner
+
+Everything that changes a token or a pixel (bounds, frame rate, interleaving) is passed explicitly
+to both processors: their defaults differ between transformers and vLLM."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avatar_rl.common.errors import DataError, ModelError
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI, PositionRule
+from avatar_rl.prompts.media.loader import DecodedMedia, MediaLoader
+from avatar_rl.prompts.record import Modality, Prompt
+
+#: Processor outputs that a model's forward takes; the others only shape the text and the positions.
+FEATURES = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "input_features",
+    "feature_attention_mask",
+)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What the learner's forward needs of a prompt; L expanded tokens, media placeholders
+    included."""
+
+    input_ids: Tensor  # (L,) int64
+    position_ids: Tensor  # (3, L) int64 M-RoPE, (1, L) for a text model
+    next_position: int  # position of the first completion token
+    features: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # media tensors of the forward, named as in transformers
+    digest: int = 0  # prompt_digest(input_ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            tensor.nbytes for tensor in (self.input_ids, self.position_ids, *self.features.values())
+        )
+
+
+class PromptEncoder:
+    """Turns prompts into model inputs for one model folder. One per process; not safe for
+    concurrent use.
+
+    Raises ModelError when the folder lacks config, tokenizer, chat template or media processor.
+    """
+
+    def __init__(self, model_path: Path, loader: MediaLoader, config: TemplateConfig) -> None:
+        self.loader = loader
+        self.config = config
+        self.processor, model_config = _load_processor(Path(model_path))
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.kind: str = model_config.model_type
+        self.positions = PositionRule(model_config)
+        self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
+        self._cached_bytes = 0
+
+    def text(self, prompt: Prompt, hinted: bool) -> str:
+        """The chat-formatted prompt, generation marker included, one placeholder per medium.
+
+        Raises DataError when a hint is asked for that the prompt does not have.
+        """
+        system = prompt.system if prompt.system is not None else self.config.system
+        messages = (
+            []
+            if system is None
+            else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        )
+        kinds: list[Modality] = [item.kind for item in prompt.media.items]
+        if prompt.media.audio_in_video:  # the sound has no placeholder of its own
+            kinds = [kind for kind in kinds if kind != "audio"]
+        content = [{"type": kind, kind: ""} for kind in kinds]
+        content.append({"type": "text", "text": self._user_text(prompt, hinted)})
+        messages.append({"role": "user", "content": content})
+        if self.kind not in MULTIMODAL:  # text models' templates take plain strings only
+            messages = [
+                {"role": turn["role"], "content": turn["content"][-1]["text"]}  # type: ignore[index]
+                for turn in messages
+            ]
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def engine_input(self, prompt: Prompt, hinted: bool) -> dict[str, Any]:
+        """vLLM prompt: token ids with one placeholder per medium, decoded media, their processor
+        settings and ids.
+
+        Raises DataError as ``text`` and the media loader do, and for text that is too long; with
+        media only the engine knows the length: ``check_length`` is for what it made of them."""
+        prepared = self._prepare(prompt, hinted)
+        token_ids = self.tokenizer(prepared.text, add_special_tokens=False)["input_ids"]
+        if not prompt.media.items:
+            self.check_length(prompt, len(token_ids))
+            return {"prompt_token_ids": token_ids}
+        media = prepared.media
+        data: dict[Modality, list[Any]] = {}
+        if media.videos:
+            data["video"] = [
+                frames if self.kind in OMNI else (frames, {**metadata, "do_sample_frames": False})
+                for frames, metadata in zip(prepared.frames, prepared.metadata, strict=True)
+            ]
+        if media.audios:
+            data["audio"] = [(audio.samples, audio.sample_rate) for audio in media.audios]
+        if media.images:
+            data["image"] = [prepared_image(image.pixels) for image in media.images]
+        settings = dict(prepared.settings)
+        if self.kind in OMNI and media.videos:
+            settings["second_per_grid_ts"] = prepared.seconds
+        arrays: dict[Modality, list[np.ndarray]] = {
+            "video": prepared.frames,
+            "audio": [audio.samples for audio in media.audios],
+            "image": [image.pixels for image in media.images],
+        }
+        # Equal ids mean equal processor output: content, decode plan and settings are all in them.
+        salt = json.dumps(settings, sort_keys=True)
+        return {
+            "prompt_token_ids": token_ids,
+            "multi_modal_data": data,
+            "mm_processor_kwargs": settings,
+            "multi_modal_uuids": {
+                kind: [
+                    _key(salt, item.model_dump_json(), item.digest or _content(value)).hex()
+                    for item, value in zip(prompt.media.of(kind), arrays[kind], strict=True)
+                ]
+                for kind in data
+            },
+        }
+
+    def encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
+        """Token ids, positions and media tensors of a prompt; kept in a bounded cache.
+
+        Raises DataError when the prompt has more than max_prompt_tokens tokens.
+        """
+        key = _key(self.text(prompt, hinted), prompt.media.model_dump_json())
+        cached = self._cache.get(key)
+        if cached is not None:
+            self._cache.move_to_end(key)
+            return cached
+        encoded = self._shared(self._encode(prompt, hinted), prompt, hinted)
+        if encoded.nbytes <= self.config.cache_bytes:
+            self._cache[key] = encoded
+            self._cached_bytes += encoded.nbytes
+            while self._cached_bytes > self.config.cache_bytes:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return encoded
+
+    def _shared(self, encoded: EncodedPrompt, prompt: Prompt, hinted: bool) -> EncodedPrompt:
+        """With the media of the same prompt with or without its hint, where that is cached: they
+        are equal."""
+        if prompt.hint is None or not encoded.features:
+            return encoded
+        twin = self._cache.get(_key(self.text(prompt, not hinted), prompt.media.model_dump_json()))
+        if twin is None or twin.features.keys() != encoded.features.keys():
+            return encoded
+        if not all(
+            torch.equal(tensor, twin.features[name]) for name, tensor in encoded.features.items()
+        ):
+            return encoded
+        return replace(encoded, features=twin.features)
+
+    def _encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
+        prepared = self._prepare(prompt, hinted)
+        if prompt.media.items:
+            output = self.processor(**self._processor_call(prepared))
+            ids = output["input_ids"][0]
+        else:
+            output = {}
+            ids = self.tokenizer(prepared.text, add_special_tokens=False, return_tensors="pt")[
+                "input_ids"
+            ][0]
+        self.check_length(prompt, len(ids))
+        features = {name: output[name] for name in FEATURES if name in output}
+        seconds = torch.tensor(prepared.seconds, dtype=torch.float32) if prepared.seconds else None
+        positions = self.positions(
+            ids, features, seconds_per_grid=seconds, audio_in_video=prompt.media.audio_in_video
+        )
+        return EncodedPrompt(ids, positions.ids, positions.next, features, prompt_digest(ids))
+
+    def _processor_call(self, prepared: _Prepared) -> dict[str, Any]:
+        """Arguments of the transformers processor."""
+        settings = {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in prepared.settings.items()
+        }
+        call: dict[str, Any] = {"text": [prepared.text], "return_tensors": "pt", **settings}
+        media = prepared.media
+        if media.videos:
+            call["videos"] = prepared.frames
+            if self.kind not in OMNI:
+                from transformers.video_utils import VideoMetadata
+
+                call["videos_kwargs"]["video_metadata"] = [
+                    VideoMetadata(**entry) for entry in prepared.metadata
+                ]
+        if media.audios:
+            call["audio"] = [audio.samples for audio in media.audios]
+        if media.images:
+            call["images"] = [prepared_image(image.pixels) for image in media.images]
+        return call
+
+    def _prepare(self, prompt: Prompt, hinted: bool) -> _Prepared:
+        text = self.text(prompt, hinted)
+        if not prompt.media.items:
+            return _Prepared(text, DecodedMedia(), [], [], [], {})
+        if self.kind not in MULTIMODAL:
+            raise DataError(
+                f"prompt {prompt.id!r} has media but model type {self.kind!r} reads text only"
+            )
+        if self.kind not in OMNI and prompt.media.of("audio"):
+            raise DataError(
+                f"prompt {prompt.id!r} has audio but model type {self.kind!r} does not hear: use "
+                "an Omni model"
+            )
+        media = self.loader.load_plan(prompt.media)
+        self._check_audio(prompt, media)
+        seconds = [_seconds_per_grid(video.fps) for video in media.videos]
+        if self.kind in OMNI and len(set(seconds)) > 1:
+            raise DataError(
+                f"prompt {prompt.id!r}: videos sampled at different rates "
+                f"({[video.fps for video in media.videos]} per "
+                "second), but the Omni processor knows one rate per prompt; give the items the "
+                "same fps and clips for "
+                "which length x fps is an even number (frames are rounded to one), or even "
+                "`frames` in proportion to "
+                "the lengths of their clips"
+            )
+        metadata = [
+            {
+                "total_num_frames": len(video.frames),
+                "fps": 2 / step,
+                "duration": len(video.frames) * step / 2,
+                "frames_indices": list(range(len(video.frames))),
+                "video_backend": "opencv",
+            }
+            for video, step in zip(media.videos, seconds, strict=True)
+        ]
+        frames = [video.frames for video in media.videos]
+        return _Prepared(
+            text, media, frames, metadata, seconds, self._settings(prompt, media, seconds)
+        )
+
+    def _settings(
+        self, prompt: Prompt, media: DecodedMedia, seconds: list[float]
+    ) -> dict[str, Any]:
+        """Processor settings that mean the same in transformers and in vLLM, JSON-ready."""
+        settings: dict[str, Any] = {}
+        if media.images:
+            settings["images_kwargs"] = {"size": self._bounds(prompt, "image")}
+        if media.videos:
+            size = self._bounds(prompt, "video")
+            if self.kind not in OMNI and self.kind != "qwen2_5_vl":
+                # Qwen3-VL bounds the whole video, and one setting serves all videos of the prompt.
+                most = max(len(video.frames) for video in media.videos)
+                size = {edge: pixels * most for edge, pixels in size.items()}
+            settings["videos_kwargs"] = {
+                "size": size,
+                "do_sample_frames": False,
+                "cap_pixels_per_frame": False,
+            }
+            if self.kind in OMNI:
+                settings["videos_kwargs"]["fps"] = 2 / seconds[0]
+        if prompt.media.audio_in_video:
+            settings["use_audio_in_video"] = True
+        return settings
+
+    def _bounds(self, prompt: Prompt, kind: Modality) -> dict[str, int]:
+        found = {(item.min_pixels, item.max_pixels) for item in prompt.media.of(kind)}
+        if len(found) > 1:
+            raise DataError(
+                f"prompt {prompt.id!r}: its {kind}s have different pixel bounds "
+                f"{sorted(found, key=str)}; use one"
+            )
+        low, high = found.pop()
+        low = self.config.min_pixels if low is None else low
+        high = self.config.max_pixels if high is None else high
+        if low > high:
+            raise DataError(
+                f"prompt {prompt.id!r}: {kind} min_pixels {low} is above max_pixels {high}"
+            )
+        return {"shortest_edge": low, "longest_edge": high}
+
+    def _check_audio(self, prompt: Prompt, media: DecodedMedia) -> None:
+        if not media.audios:
+            return
+        extractor = self.processor.feature_extractor
+        for audio in media.audios:
+            if audio.sample_rate != extractor.sampling_rate:
+                raise DataError(
+                    f"prompt {prompt.id!r}: audio at {audio.sample_rate} Hz, the model hears "
+                    f"{extractor.sampling_rate} Hz; set the item's sample_rate"
+                )
+            if audio.samples.size > extractor.n_samples:
+                raise DataError(
+                    f"prompt {prompt.id!r}: {audio.duration:.1f} s of audio, the model hears at "
+                    "most "
+                    f"{extractor.n_samples / extractor.sampling_rate:.0f} s; set a shorter clip "
+                    "window"
+                )
+
+    def check_length(self, prompt: Prompt, tokens: int) -> None:
+        """Raises DataError when ``tokens``, media placeholders expanded, are more than
+        max_prompt_tokens."""
+        if tokens > self.config.max_prompt_tokens:
+            raise DataError(
+                f"prompt {prompt.id!r} has {tokens} tokens, max_prompt_tokens is "
+                f"{self.config.max_prompt_tokens}: "
+                "lower its frames or max_pixels, or raise the limit"
+            )
+
+    def _user_text(self, prompt: Prompt, hinted: bool) -> str:
+        lines = [prompt.question, *prompt.options]
+        if self.config.audio_caption_prefix is not None and prompt.audio_caption:
+            lines.append(self.config.audio_caption_prefix + prompt.audio_caption)
+        if self.config.instruction:
+            lines.append(self.config.instruction)
+        if hinted:
+            if not prompt.hint:
+                raise DataError(
+                    f"prompt {prompt.id!r} was asked with its hint but has none; generate hints "
+                    "first"
+                )
+            lines.append(self.config.hint_prefix + prompt.hint)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Text and decoded media of a prompt with the settings both processors get."""
+
+    text: str
+    media: DecodedMedia
+    frames: list[np.ndarray]
+    metadata: list[dict[str, Any]]  # transformers' VideoMetadata fields, one per video
+    seconds: list[float]  # seconds per temporal grid step, one per video
+    settings: dict[str, Any]
+
+
+def prepared_image(pixels: np.ndarray) -> Any:
+    """PIL image of (H, W, 3) uint8: unlike an array it leaves no doubt about its channel axis."""
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def _seconds_per_grid(fps: float) -> float:
+    """Seconds per temporal grid step of two frames, nudged up to an odd multiple of 1/8192.
+
+    transformers and vLLM truncate time positions in float32 and float64; an odd multiple is never
+    near the boundary of two positions, where they would part."""
+    return (math.ceil(2 / fps * 4096 - 1e-6) + 0.5) / 4096
+
+
+def _key(*parts: str) -> bytes:
+    """Short content key; a separator keeps ("ab", "c") and ("a", "bc") apart."""
+    return blake2b("\0".join(parts).encode(), digest_size=16).digest()
+
+
+def _content(array: np.ndarray) -> str:
+    """Content key of a decoded medium whose file has no digest."""
+    return blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
+
+
+def _load_processor(model_path: Path) -> tuple[Any, Any]:
+    """The folder's processor (tokenizer alone for a text model) and config."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    if not (model_path / "config.json").is_file():
+        raise ModelError(
+            f"model folder {model_path} has no config.json: give a Hugging Face checkpoint folder"
+        )
+    config = AutoConfig.from_pretrained(model_path)
+    media = config.model_type in MULTIMODAL
+    needed = [("tokenizer.json", "vocab.json")]
+    needed += [("preprocessor_config.json", "processor_config.json")] if media else []
+    for names in needed:
+        if not any((model_path / name).is_file() for name in names):
+            raise ModelError(
+                f"model folder {model_path} ({config.model_type}) has no {' or '.join(names)}: "
+                "copy the tokenizer and "
+                "processor files of the base model into it"
+            )
+    try:
+        processor = (AutoProcessor if media else AutoTokenizer).from_pretrained(model_path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"tokenizer or processor in {model_path} cannot be loaded: {error}"
+        ) from error
+    if processor.chat_template is None:
+        raise ModelError(
+            f"model folder {model_path} has no chat template: add chat_template.jinja of the base "
+            "model"
+        )
+    return processor, config

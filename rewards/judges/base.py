@@ -1,0 +1,35 @@
+"""The judge reward: four criteria per completion, and who may score them (METHOD 1.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from avatar_rl.prompts.record import Prompt
+
+if TYPE_CHECKING:
+    pass
+
+#: The keys of a verdict; each is scored in [0, 1] and the reward is their mean.
+CRITERIA = ("audio_grounding_score", "visual_id_score", "location_acc_score", "caption_corr_score")
+
+Verdict = dict[str, float]
+ContentPart = Mapping[str, Any]
+#: OpenAI content parts (image_url, input_audio) that show a prompt's media to the judge. May block:
+#: runs in a thread.
+Attach = Callable[[Prompt], Sequence[ContentPart]]
+
+
+class Judge(Protocol):
+    """Something that scores reasoning and answer by the four criteria. None means that it could
+    not."""
+
+    async def verdict(
+        self, prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart]
+    ) -> Verdict | None: ...
+
+    async def check(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def stats(self) -> dict[str, float]: ...

@@ -1,0 +1,88 @@
+"""A judge behind an OpenAI-compatible endpoint: never a silent zero (METHOD 1.5, 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from avatar_rl.common.chat_client import ChatClient, Messages
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.rewards.answers.grounding import Segment
+from avatar_rl.rewards.config import JudgeConfig
+from avatar_rl.rewards.judges.base import CRITERIA, ContentPart, Verdict
+from avatar_rl.rewards.judges.prompts import build_messages, parse_scores
+from avatar_rl.rewards.judges.segment_prompts import (
+    COMPLETENESS,
+    CONSISTENCY,
+    completeness_messages,
+    consistency_messages,
+)
+
+
+class OpenAIJudge:
+    """Asks the endpoint once per distinct material.
+
+    What cannot be scored within its attempts and deadline gets None, and is counted (``stats``).
+    Raises ConfigError for a missing URL, model or key. Belongs to one event loop."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._config = config
+        self._client = ChatClient(config, role="judge", named="rewards.judge.{}".format)
+
+    async def verdict(
+        self, prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart]
+    ) -> Verdict | None:
+        """The four scores; None if they could not be had."""
+        first, again = (
+            build_messages(
+                prompt, think, answer, media, max_chars=self._config.max_chars, remind=remind
+            )
+            for remind in (False, True)
+        )
+        return await self._scores(prompt, first, again, CRITERIA)
+
+    async def consistency(
+        self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]
+    ) -> Verdict | None:
+        """How well a caption fits the clip in ``media`` (METHOD 2.1); None if that could not be
+        had."""
+        first, again = (
+            consistency_messages(segment, media, max_chars=self._config.max_chars, remind=remind)
+            for remind in (False, True)
+        )
+        return await self._scores(prompt, first, again, CONSISTENCY)
+
+    async def completeness(
+        self, prompt: Prompt, segments: Sequence[Segment], media: Sequence[ContentPart]
+    ) -> Verdict | None:
+        """How well the clips in ``media`` answer the question (METHOD 2.1); None if that could not
+        be had."""
+        first, again = (
+            completeness_messages(prompt, segments, media, remind=remind)
+            for remind in (False, True)
+        )
+        return await self._scores(prompt, first, again, COMPLETENESS)
+
+    async def check(self) -> None:
+        """Raises ResourceError if the endpoint is silent, ConfigError if it refuses the key or
+        lacks the model."""
+        await self._client.check()
+
+    async def close(self) -> None:
+        """Cancel what is in flight and close the connections."""
+        await self._client.close()
+
+    def stats(self) -> dict[str, float]:
+        """Requests, replies, tokens, cache_hits, unscored, missing_keys, and every kind of failure
+        by name."""
+        return self._client.stats()
+
+    async def _scores(
+        self, prompt: Prompt, first: Messages, again: Messages, criteria: tuple[str, ...]
+    ) -> Verdict | None:
+        def parse(reply: str) -> Verdict:
+            scores, missing = parse_scores(reply, criteria)
+            self._client.counts["missing_keys"] += missing
+            return scores
+
+        scores = await self._client.ask(prompt.id, first, again, parse)
+        return None if scores is None else dict(scores)
