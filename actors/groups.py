@@ -11,7 +11,7 @@ from avatar_rl.prompts.encoding.digest import prompt_digest
 
 if TYPE_CHECKING:
     from avatar_rl.actors.engine.engine import FinishedRequest
-    from avatar_rl.buffer_service.records.requests import TicketLease
+    from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.prompts.record import Prompt
 
 #: Per completion: (reward, None when every component is masked; components by name, None where
@@ -43,16 +43,16 @@ def completion_facts(finished: FinishedRequest) -> list[tuple[str, bool, float, 
 
 
 def make_group(
-    finished: FinishedRequest, lease: TicketLease, scores: Scores, *, temperature: float
+    finished: FinishedRequest, lease: RequestLease, scores: Scores, *, temperature: float
 ) -> Group:
-    """The scored group of one ticket. Completions whose every component is masked are left out:
-    nothing is known of them, and a zero would be a lie (METHOD 1.5); so are those without a token,
-    which have no log-probability.
+    """The scored group of one request. Completions whose every component is masked are left out:
+    nothing is known of them, and a zero would be a lie (docs/method.md 1.5); so are those without a
+    token, which have no log-probability.
 
     Raises UnusableGroupError when that is all of them: ``unscored`` (a judge was out), or
     ``empty``."""
-    ticket = lease.ticket
-    group_id = f"{ticket.seq:08d}"
+    request = lease.request
+    group_id = f"{request.seq:08d}"
     digest = prompt_digest(finished.prompt_token_ids)
     scored = [(item, *score) for item, score in zip(finished.completions, scores, strict=True)]
     written = [entry for entry in scored if len(entry[0].token_ids)]
@@ -63,7 +63,7 @@ def make_group(
         Trajectory(
             id=f"{group_id}.{index}",
             group_id=group_id,
-            prompt_id=ticket.prompt_id,
+            prompt_id=request.prompt_id,
             index=index,
             hinted=lease.hinted,
             prompt_tokens=len(finished.prompt_token_ids),
@@ -75,7 +75,7 @@ def make_group(
             temperature=temperature,
             reward=reward,
             components=components,
-            step=ticket.step,
+            step=request.step,
         )
         for index, (item, reward, components) in enumerate(kept)
     )
@@ -87,13 +87,13 @@ def make_group(
         )
         raise UnusableGroupError(
             "unscored" if written else "empty",
-            f"group {group_id} of prompt {ticket.prompt_id!r}: {what}",
+            f"group {group_id} of prompt {request.prompt_id!r}: {what}",
         )
     return Group(
         id=group_id,
-        prompt_id=ticket.prompt_id,
-        seq=ticket.seq,
-        step=ticket.step,
+        prompt_id=request.prompt_id,
+        seq=request.seq,
+        step=request.step,
         hinted=lease.hinted,
         trajectories=trajectories,
     )

@@ -10,15 +10,15 @@ from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
     from avatar_rl.actors.engine.engine import FinishedRequest
-    from avatar_rl.buffer_service.records.requests import TicketLease
+    from avatar_rl.buffer_service.records.requests import RequestLease
 
 
 @dataclass
-class Work:
+class PendingGroup:
     """One request to the engine for the prompt, and one for each of its unimodal parts that the
     rewards ask for."""
 
-    lease: TicketLease
+    lease: RequestLease
     prompt: Prompt
     prepared: dict[str, Any]  # by part, RolloutEngine.prepare; the whole prompt first
     finished: dict[str, FinishedRequest] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Work:
     @property
     def sequences(self) -> int:
         """Completions that the engine generates for it."""
-        return self.lease.ticket.n * len(self.prepared)
+        return self.lease.request.n * len(self.prepared)
 
     @property
     def done(self) -> bool:
@@ -45,7 +45,7 @@ class Work:
         )
 
     def request_id(self, part: str) -> str:
-        return f"{self.lease.ticket.key}/{part}"
+        return f"{self.lease.request.key}/{part}"
 
     @property
     def request_ids(self) -> list[str]:
@@ -53,6 +53,6 @@ class Work:
 
 
 def read_request_id(request_id: str) -> tuple[str, str]:
-    """(ticket key, part) of ``Work.request_id``."""
+    """(request key, part) of ``Work.request_id``."""
     key, _, part = request_id.partition("/")
     return key, part

@@ -2,7 +2,7 @@
 inserts the group.
 
 It pulls everything (prompts, weights) and is called by nobody while it runs, so that a slow or dead
-actor holds up nothing but its own leases (DESIGN 2)."""
+actor holds up nothing but its own leases (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ import msgspec
 import numpy as np
 
 from avatar_rl.actors.config import SamplingConfig
-from avatar_rl.actors.pending_group import Work, read_request_id
-from avatar_rl.actors.scoring_loop import Delivery, quarantine
+from avatar_rl.actors.pending_group import PendingGroup, read_request_id
+from avatar_rl.actors.scoring_loop import ScoringLoop, quarantine
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.actors.unimodal import KEPT, MOST_PARTS, WHOLE, parts_of
-from avatar_rl.actors.update_policy import Boundary
+from avatar_rl.actors.update_policy import WeightUpdatePolicy
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.common.heap import HeapTrimmer, no_collections
 from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
-    from avatar_rl.buffer_service.records.requests import TicketLease
+    from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.weights.receiver import ProvenWeights
 
-IDLE_POLL_S = 0.005  # between looks for tickets and versions while the engine has nothing to do
+IDLE_POLL_S = 0.005  # between looks for requests and versions while the engine has nothing to do
 BUSY_POLL_S = 0.02
 BEAT_S = 1.0
 BACKLOG = 4  # engine loads that may wait for their scores
@@ -47,27 +47,27 @@ class RolloutActor:
     the questions.
 
     ``scorer`` answers ``score.remote([delivery.asked(work), ...])`` with, per group, ``[(reward |
-    None, components), ...]`` or an AvatarError; ``board`` is the weight board."""
+    None, components), ...]`` or an AvatarError; ``board`` is the weight store."""
 
     @no_collections()
-    def __init__(self, name: str, spec: RolloutSpec, scorer: Any, board: Any) -> None:
+    def __init__(self, name: str, spec: RolloutSpec, scorer: Any, weight_store: Any) -> None:
         from avatar_rl.actors.engine.engine import RolloutEngine
         from avatar_rl.buffer_service.store import ReplayBuffer
-        from avatar_rl.buffer_service.weights.receiver import WeightPuller
+        from avatar_rl.buffer_service.weights.receiver import WeightReceiver
         from avatar_rl.prompts.datasets import PromptIndex
         from avatar_rl.prompts.encoding.template import PromptEncoder
         from avatar_rl.prompts.media.loader import MediaLoader
 
-        self.name, self.spec, self.scorer, self.board = name, spec, scorer, board
+        self.name, self.spec, self.scorer, self.weight_store = name, spec, scorer, weight_store
         self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
         self.engine = RolloutEngine(spec.model, spec.engine)
-        self.puller = WeightPuller(board, self.engine.version)
-        self._ready: deque[Work] = deque()
-        self._working: dict[str, Work] = {}
-        self._held: dict[str, TicketLease] = {}  # leased and not yet acknowledged
+        self.receiver = WeightReceiver(weight_store, self.engine.version)
+        self._ready: deque[PendingGroup] = deque()
+        self._working: dict[str, PendingGroup] = {}
+        self._held: dict[str, RequestLease] = {}  # leased and not yet acknowledged
         self._holding = (
             threading.Lock()
         )  # lest a lease that comes back is noted after its group was acknowledged
@@ -80,7 +80,7 @@ class RolloutActor:
         self._failure: BaseException | None = None
         self.tokens = self.groups = 0
         self.busy_s = self.wait_s = self.adopt_s = 0.0
-        self.boundary = Boundary()
+        self.update_policy = WeightUpdatePolicy()
         self._heap = HeapTrimmer(active=self.engine.device == "cpu")
 
     def ready(self) -> dict[str, Any]:
@@ -98,15 +98,15 @@ class RolloutActor:
     def run(self) -> dict[str, Any]:
         """Work until ``stop``, then give unfinished leases back. Returns the totals; raises what
         broke a thread."""
-        delivery = Delivery(self.spec, self.buffer, self.scorer, self._settled)
-        deliver = partial(delivery.run, failed=lambda: self._failure is not None)
+        scoring_loop = ScoringLoop(self.spec, self.buffer, self.scorer, self._settled)
+        deliver = partial(scoring_loop.run, failed=lambda: self._failure is not None)
         loops = (self._feed, self._pull, deliver, self._keep_alive)
         with ThreadPoolExecutor(len(loops), thread_name_prefix="rollout") as pool:
             helpers = [pool.submit(self._guard, loop) for loop in loops]
-            self._guard(partial(self._generate, delivery))
+            self._guard(partial(self._generate, scoring_loop))
             self._stop.set()
             self._look.set()
-            delivery.close()
+            scoring_loop.close()
             wait(helpers)
         self._stop.clear()
         self._drain.clear()
@@ -138,12 +138,12 @@ class RolloutActor:
             "in_flight": len(self._held),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "refused_versions": self.puller.refused,
+            "refused_versions": self.receiver.refused,
         }
 
     # -- the engine's thread -----------------------------------------------------------------------
 
-    def _generate(self, delivery: Delivery) -> None:
+    def _generate(self, scoring_loop: ScoringLoop) -> None:
         if self.engine.device == "cpu":
             import torch
 
@@ -152,25 +152,25 @@ class RolloutActor:
             )  # OpenMP counts per thread; the engine was made in another
         mark = time.perf_counter()
         while self._running() and not (self._drain.is_set() and self._emptied()):
-            if self._incoming and self.engine.can_adopt and self._at_a_boundary():
+            if self._incoming and self.engine.can_adopt and self._update_is_due():
                 self._adopt(*self._incoming.pop())
             if not self._incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
-            requests = self.engine.in_flight
-            if requests:
-                self._step(requests, delivery)
+            in_flight = self.engine.in_flight
+            if in_flight:
+                self._step(in_flight, scoring_loop)
             now = time.perf_counter()
             spent, mark = now - mark, now
-            if requests:
+            if in_flight:
                 self.busy_s += spent
             else:
                 self.wait_s += spent
-                self.boundary.prefill_follows()
+                self.update_policy.prefill_follows()
                 time.sleep(
                     IDLE_POLL_S / 2
                 )  # or spinning would starve the thread that fetches weights
 
-    def _step(self, requests: int, delivery: Delivery) -> None:
+    def _step(self, in_flight: int, scoring_loop: ScoringLoop) -> None:
         start = time.perf_counter()
         idle_share = self._free() / self.spec.max_sequences if self._incoming else 0.0
         for finished in self.engine.step():
@@ -178,35 +178,35 @@ class RolloutActor:
             work = self._working[key]
             work.finished[part] = finished
             if work.done:
-                delivery.put(self._working.pop(key))
+                scoring_loop.put(self._working.pop(key))
                 self._look.set()
-        self.boundary.stepped(time.perf_counter() - start, requests, idle_share=idle_share)
+        self.update_policy.stepped(time.perf_counter() - start, in_flight, idle_share=idle_share)
 
     def _emptied(self) -> bool:
         """Draining: give back what has not begun; whether everything else is delivered."""
         while self._ready:
             lease = self._ready.popleft().lease
             with self._holding:
-                lease = self._held.pop(lease.ticket.key, lease)
-            self.buffer.release([lease])
+                lease = self._held.pop(lease.request.key, lease)
+            self.buffer.requests.release([lease])
         return not self._held
 
-    def _at_a_boundary(self) -> bool:
+    def _update_is_due(self) -> bool:
         following = self._ready[0] if self._ready else None
         room = (
             following is not None
             and self._wants_news(following)
             and self._free() >= following.sequences
         )
-        return self.boundary.reached(len(self._working), room_for_next_step=room)
+        return self.update_policy.reached(len(self._working), room_for_next_step=room)
 
-    def _wants_news(self, work: Work) -> bool:
+    def _wants_news(self, work: PendingGroup) -> bool:
         """It asks for newer weights than the engine's, or begins a step of the stream."""
-        ticket = work.lease.ticket
-        if ticket.min_version > self.engine.version:
+        request = work.lease.request
+        if request.min_version > self.engine.version:
             return True
-        return ticket.step > max(
-            (other.lease.ticket.step for other in self._working.values()), default=-1
+        return request.step > max(
+            (other.lease.request.step for other in self._working.values()), default=-1
         )
 
     def _free(self) -> int:
@@ -219,7 +219,7 @@ class RolloutActor:
         start = time.perf_counter()
         self.engine.adopt(version, weights)
         self.adopt_s += time.perf_counter() - start
-        self.boundary.prefill_follows()
+        self.update_policy.prefill_follows()
 
     def _submit_ready(self) -> None:
         """Move prepared prompts into the engine; those whose step needs a newer policy wait for
@@ -227,14 +227,14 @@ class RolloutActor:
         while self._ready:
             lease = self._ready[0].lease
             if (
-                max(lease.ticket.min_version, lease.ticket.step - self.spec.max_staleness)
+                max(lease.request.min_version, lease.request.step - self.spec.max_staleness)
                 > self.engine.version
             ):
                 return
             work = self._ready[0]
             if self._incoming and self._wants_news(work):
                 return  # submitted now it would be prefilled again when the weights come in
-            self._working[lease.ticket.key] = (
+            self._working[lease.request.key] = (
                 work  # before it leaves the queue: `_room` must not miss it
             )
             self._ready.popleft()
@@ -244,29 +244,29 @@ class RolloutActor:
                     self.engine.submit(work.request_id(part), prepared, sampling, seed=seed)
             except AvatarError as error:
                 self.engine.abort(work.request_ids)
-                del self._working[lease.ticket.key]
+                del self._working[lease.request.key]
                 self._give_up(lease, error)
 
-    def _sampling(self, lease: TicketLease, part: str) -> tuple[SamplingConfig, int]:
-        ticket = lease.ticket
-        if ticket.kind == "eval":
-            update: dict[str, Any] = {"n": ticket.n}
-            if ticket.n == 1:
+    def _sampling(self, lease: RequestLease, part: str) -> tuple[SamplingConfig, int]:
+        request = lease.request
+        if request.kind == "eval":
+            update: dict[str, Any] = {"n": request.n}
+            if request.n == 1:
                 update["temperature"] = 0.0  # several greedy completions would be one and the same
             if self.spec.evaluation_tokens is not None:
                 update["max_tokens"] = self.spec.evaluation_tokens
-            entropy = (self.spec.seed, ticket.round, ticket.seq)
+            entropy = (self.spec.seed, request.round, request.seq)
             seed = int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
             return self.spec.sampling.model_copy(update=update), seed
-        # A ticket's seed depends on nothing but the run and its place in the stream: a retry
+        # A request's seed depends on nothing but the run and its place in the stream: a retry
         # generates the same.
         place = (
             self.spec.seed,
-            ticket.seq,
+            request.seq,
             *((1 + list(KEPT).index(part),) if part != WHOLE else ()),
         )
         seed = int(np.random.SeedSequence(place).generate_state(1)[0]) >> 1
-        return self.spec.sampling.model_copy(update={"n": ticket.n}), seed
+        return self.spec.sampling.model_copy(update={"n": request.n}), seed
 
     # -- helper threads ----------------------------------------------------------------------------
 
@@ -290,16 +290,16 @@ class RolloutActor:
         unscored at most."""
         load, width = self.spec.max_sequences, MOST_PARTS if self.spec.unimodal else 1
         ahead = sum(work.sequences for work in (*self._ready, *list(self._working.values())))
-        held = width * sum(lease.ticket.n for lease in list(self._held.values()))
+        held = width * sum(lease.request.n for lease in list(self._held.values()))
         return min(load + load // 2 - ahead, BACKLOG * load - held) // width
 
     def _feed(self) -> None:
         """Lease prompts and preprocess their media ahead of the engine."""
-        narrowest = 1  # completions of a ticket: with less room there is no use in asking
+        narrowest = 1  # completions of a request: with less room there is no use in asking
         while self._running() and not self._drain.is_set():
             room = self._room()
             leases = (
-                self.buffer.lease_tickets(
+                self.buffer.requests.lease(
                     self.name,
                     room,
                     lease_s=self.spec.lease_s,
@@ -312,38 +312,38 @@ class RolloutActor:
             with self._holding:
                 # After a standstill our own expired leases come back: their work goes on, under the
                 # new attempt.
-                new = [lease for lease in leases if lease.ticket.key not in self._held]
-                self._held.update((lease.ticket.key, lease) for lease in leases)
+                new = [lease for lease in leases if lease.request.key not in self._held]
+                self._held.update((lease.request.key, lease) for lease in leases)
             self._prepare(new)
             if leases:
-                narrowest = min(lease.ticket.n for lease in leases)
+                narrowest = min(lease.request.n for lease in leases)
             else:
                 narrowest = 1
                 self._look.wait(self._poll_s())
                 self._look.clear()
 
-    def _prepare(self, leases: list[TicketLease]) -> None:
-        bunch: list[Work] = []
+    def _prepare(self, leases: list[RequestLease]) -> None:
+        bunch: list[PendingGroup] = []
         start = time.perf_counter()
         for lease in leases:
             try:
-                prompt = self.prompts[lease.ticket.prompt_id]
+                prompt = self.prompts[lease.request.prompt_id]
                 if (
                     lease.hinted and not prompt.hint
                 ):  # the gate knows no data set; asked plainly it counts as plain
                     lease = msgspec.structs.replace(lease, hinted=False)
                 parts = parts_of(
-                    prompt, unimodal=self.spec.unimodal and lease.ticket.kind == "train"
+                    prompt, unimodal=self.spec.unimodal and lease.request.kind == "train"
                 )
                 prepared = {
                     part: self._rendered(one, lease.hinted, part) for part, one in parts.items()
                 }
                 if (
-                    lease.ticket.kind == "train"
+                    lease.request.kind == "train"
                 ):  # the learner refuses longer ones, which would end the run
                     for known in prepared.values():
                         self.encoder.check_length(prompt, len(known["prompt_token_ids"]))
-                bunch.append(Work(lease, prompt, prepared))
+                bunch.append(PendingGroup(lease, prompt, prepared))
             except AvatarError as error:
                 self._give_up(lease, error)
             if time.perf_counter() - start > BUNCH_S:
@@ -362,25 +362,25 @@ class RolloutActor:
 
     def _pull(self) -> None:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
-        self.puller.version = self.engine.version
-        for version, weights in self.puller.updates(self.buffer, self._running):
+        self.receiver.version = self.engine.version
+        for version, weights in self.receiver.updates(self.buffer, self._running):
             self._incoming.append((version, self.engine.prove(weights.items())))
             del weights  # its tensors are pages of the object store, which the next version needs
-            self._look.set()  # a newer version admits more tickets
+            self._look.set()  # a newer version admits more requests
 
     def _keep_alive(self) -> None:
         """Renew leases and report progress."""
         while not self._stop.wait(min(BEAT_S, self.spec.lease_s / 3)):
             held = list(self._held.values())
             if held:
-                self.buffer.renew(self.name, held, lease_s=self.spec.lease_s)
-            self.buffer.beat("rollout", self.name, self.tokens)
-            self.buffer.put_fact(f"rollout/{self.name}", self.stats())
+                self.buffer.requests.renew(self.name, held, lease_s=self.spec.lease_s)
+            self.buffer.control.heartbeat("rollout", self.name, self.tokens)
+            self.buffer.control.set_value(f"rollout/{self.name}", self.stats())
             self._heap.trim()
 
-    def _give_up(self, lease: TicketLease, error: AvatarError) -> None:
+    def _give_up(self, lease: RequestLease, error: AvatarError) -> None:
         quarantine(self.buffer, lease, error)
-        self._settled(lease.ticket.key, None)
+        self._settled(lease.request.key, None)
 
     def _settled(self, key: str, tokens: int | None) -> None:
         with self._holding:
@@ -395,5 +395,5 @@ class RolloutActor:
         self._working.clear()
         self._ready.clear()
         self._incoming.clear()
-        self.buffer.release(list(self._held.values()))
+        self.buffer.requests.release(list(self._held.values()))
         self._held.clear()

@@ -19,13 +19,13 @@ from avatar_rl.actors.groups import (
     evaluation_payload,
     make_group,
 )
-from avatar_rl.actors.pending_group import Work
+from avatar_rl.actors.pending_group import PendingGroup
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.actors.unimodal import WHOLE
 from avatar_rl.common.errors import AvatarError
 
 if TYPE_CHECKING:
-    from avatar_rl.buffer_service.records.requests import TicketLease
+    from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.store import ReplayBuffer
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ Answer = Scores | BaseException
 
 
 @dataclass
-class Outcome:
+class ScoredGroup:
     """A finished group on its way through the scorer."""
 
-    work: Work
+    work: PendingGroup
     scores: Answer | None = None  # None until they have come
 
 
-class Delivery:
+class ScoringLoop:
     """``run`` in a thread of its own; ``put`` hands it a finished group, ``close`` says that none
     will follow."""
 
@@ -52,13 +52,13 @@ class Delivery:
         scorer: Any,
         settled: Callable[[str, int | None], None],
     ) -> None:
-        """``settled(ticket key, tokens)`` is told of every group that leaves our hands; None: not
+        """``settled(request key, tokens)`` is told of every group that leaves our hands; None: not
         inserted."""
         self.spec, self.buffer, self.scorer, self._settled = spec, buffer, scorer, settled
-        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()  # None: no more will come
+        self._outcomes: SimpleQueue[ScoredGroup | None] = SimpleQueue()  # None: no more will come
 
-    def put(self, work: Work) -> None:
-        self._outcomes.put(Outcome(work))
+    def put(self, work: PendingGroup) -> None:
+        self._outcomes.put(ScoredGroup(work))
 
     def close(self) -> None:
         self._outcomes.put(None)
@@ -81,14 +81,14 @@ class Delivery:
             for outcome in scored:
                 self._insert(outcome)
 
-    def _waiting(self) -> list[Outcome | None]:
+    def _waiting(self) -> list[ScoredGroup | None]:
         items = [self._outcomes.get()]
         with suppress(Empty):
             while True:
                 items.append(self._outcomes.get_nowait())
         return items
 
-    def _ask(self, outcomes: list[Outcome]) -> None:
+    def _ask(self, outcomes: list[ScoredGroup]) -> None:
         """A call costs the engine's thread about a millisecond, so groups share one unless they
         would have to wait for each other's judge."""
         together = max(1, len(outcomes)) if self.spec.scores_together else 1
@@ -98,26 +98,26 @@ class Delivery:
             future: Future[list[Answer]] = self.scorer.score.remote(groups).future()
             future.add_done_callback(partial(self._scored, part))
 
-    def _scored(self, outcomes: list[Outcome], answer: Future[list[Answer]]) -> None:
+    def _scored(self, outcomes: list[ScoredGroup], answer: Future[list[Answer]]) -> None:
         error = answer.exception()
         answers: Sequence[Answer] = [error] * len(outcomes) if error else answer.result()
         for outcome, scores in zip(outcomes, answers, strict=True):
             outcome.scores = scores
             self._outcomes.put(outcome)
 
-    def _insert(self, outcome: Outcome) -> None:
+    def _insert(self, outcome: ScoredGroup) -> None:
         finished, lease, scores = outcome.work.whole, outcome.work.lease, outcome.scores
         if isinstance(scores, AvatarError):
             quarantine(self.buffer, lease, scores)
-            self._settled(lease.ticket.key, None)
+            self._settled(lease.request.key, None)
             return
         if isinstance(scores, BaseException):
             raise scores
         assert scores is not None
         generated = outcome.work.tokens
-        if lease.ticket.kind == "eval":
+        if lease.request.kind == "eval":
             payload = evaluation_payload(outcome.work.prompt, finished, scores)
-            self.buffer.add_eval(lease, json.dumps(payload).encode())
+            self.buffer.requests.add_eval(lease, json.dumps(payload).encode())
         else:
             try:
                 group = make_group(
@@ -125,14 +125,14 @@ class Delivery:
                 )
             except UnusableGroupError as error:
                 log.warning("%s: dropped, its prompt stays", error)
-                self.buffer.drop(lease, error.reason)
-                self._settled(lease.ticket.key, None)
+                self.buffer.requests.drop(lease, error.reason)
+                self._settled(lease.request.key, None)
                 return
-            self.buffer.add_group(group, lease, tokens_generated=generated)
-        self._settled(lease.ticket.key, generated)
+            self.buffer.requests.add_group(group, lease, tokens_generated=generated)
+        self._settled(lease.request.key, generated)
 
 
-def asked(work: Work) -> tuple[Any, ...]:
+def asked(work: PendingGroup) -> tuple[Any, ...]:
     """One group as the scorer takes it: prompt id, facts of its completions and, where there are
     any, those of its unimodal parts by name."""
     facts = {part: completion_facts(request) for part, request in work.finished.items()}
@@ -140,7 +140,7 @@ def asked(work: Work) -> tuple[Any, ...]:
     return (work.prompt.id, whole, facts) if facts else (work.prompt.id, whole)
 
 
-def quarantine(buffer: ReplayBuffer, lease: TicketLease, error: AvatarError) -> None:
+def quarantine(buffer: ReplayBuffer, lease: RequestLease, error: AvatarError) -> None:
     """A prompt that cannot be asked or scored is set aside with its reason; the run goes on."""
-    log.warning("prompt %s quarantined: %s", lease.ticket.prompt_id, error)
-    buffer.quarantine(lease, reason=type(error).__name__, detail=str(error))
+    log.warning("prompt %s quarantined: %s", lease.request.prompt_id, error)
+    buffer.requests.quarantine(lease, reason=type(error).__name__, detail=str(error))

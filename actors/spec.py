@@ -31,5 +31,6 @@ class RolloutSpec:
     lease_s: float
     scores_together: bool  # scoring never waits for anything, so finished groups may share one call
     unimodal: (
-        bool  # the rewards compare with rollouts of sight alone and of sound alone (METHOD 2.2)
+        # the rewards compare with rollouts of sight alone and of sound alone (docs/method.md 2.2)
+        bool
     )

@@ -1,8 +1,8 @@
 """What is left of a prompt for its eyes and for its ears alone: rollouts that only the fusion
 reward looks at.
 
-They have no gradient, and the i-th is compared with the i-th completion of the whole prompt (METHOD
-2.2)."""
+They have no gradient, and the i-th is compared with the i-th completion of the whole prompt
+(docs/method.md 2.2)."""
 
 from __future__ import annotations
 

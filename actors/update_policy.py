@@ -8,7 +8,7 @@ choice made with the lengths of the completions known."""
 from __future__ import annotations
 
 
-class Boundary:
+class WeightUpdatePolicy:
     """Weighs idle places against prefill, both in seconds of a full engine; measures the latter as
     it goes."""
 

@@ -24,7 +24,7 @@ import redis
 
 from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
 from avatar_rl.buffer_service.records.codec import encode
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.redis.wire import pack
@@ -35,10 +35,10 @@ GROUP, TOKENS, DRAW = 8, 512, 64
 
 
 def group_for(
-    lease: TicketLease, rng: np.random.Generator, *, n: int = GROUP, tokens: int = TOKENS
+    lease: RequestLease, rng: np.random.Generator, *, n: int = GROUP, tokens: int = TOKENS
 ) -> Group:
     """A group with random contents and a success rate that depends on the prompt."""
-    t = lease.ticket
+    t = lease.request
     gid = f"{t.seq:08d}"
     rate = (zlib.crc32(t.prompt_id.encode()) % 97) / 97
     members = tuple(
@@ -67,7 +67,7 @@ def group_for(
 
 
 class Bench:
-    """One run of the buffer with a stream of tickets over ``prompts`` prompts."""
+    """One run of the buffer with a stream of requests over ``prompts`` prompts."""
 
     def __init__(self, url: str, name: str, *, capacity: int, prompts: int) -> None:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
@@ -76,35 +76,37 @@ class Bench:
             self.buffer._connection.client
         )  # redis-py as it is, with the options of the buffer
         self.wire = self.buffer._connection._wire  # the buffer's own short way, by itself
-        self.epoch = self.buffer.new_epoch()
+        self.epoch = self.buffer.replay.new_fencing_token()
         self.prompts, self.seq, self.step = prompts, 0, 0
         self.rng = np.random.default_rng(1)
 
-    def leases(self, n: int, *, stride: int = 1) -> list[TicketLease]:
-        """``n`` leased tickets of the present step, prompts spread over the whole set."""
+    def leases(self, n: int, *, stride: int = 1) -> list[RequestLease]:
+        """``n`` leased requests of the present step, prompts spread over the whole set."""
         at = [((self.seq + i) * stride) % self.prompts for i in range(n)]
-        self.buffer.push_tickets(
+        self.buffer.requests.push(
             [
-                Ticket(seq=self.seq + i, prompt_id=f"prompt-{p:07d}", step=self.step, n=GROUP)
+                RolloutRequest(
+                    seq=self.seq + i, prompt_id=f"prompt-{p:07d}", step=self.step, n=GROUP
+                )
                 for i, p in enumerate(at)
             ]
         )
         self.seq += n
-        found: list[TicketLease] = []
+        found: list[RequestLease] = []
         while len(found) < n:
-            found += self.buffer.lease_tickets("bench", n - len(found), 3600)
+            found += self.buffer.requests.lease("bench", n - len(found), 3600)
         return found
 
     def commit(self) -> None:
         gids = [g.decode() for g in self.raw.zrange(self.buffer._connection.key("fresh"), 0, -1)]
-        self.buffer.commit_step(self.step, self.step + 1, gids, self.epoch)
+        self.buffer.replay.commit_step(self.step, self.step + 1, gids, self.epoch)
         self.step += 1
 
     def fill(self, trajectories: int, *, tokens: int = TOKENS, n: int = GROUP) -> None:
         for first in range(0, trajectories // n, 250):
             for lease in self.leases(min(250, trajectories // n - first), stride=7919):
                 group = group_for(lease, self.rng, tokens=tokens, n=n)
-                self.buffer.add_group(group, lease, tokens_generated=tokens * n)
+                self.buffer.requests.add_group(group, lease, tokens_generated=tokens * n)
             self.commit()
 
     def seed_prompts(self) -> None:
@@ -134,15 +136,15 @@ class Bench:
         times = []
         for lease, group in work:
             begin = time.perf_counter()
-            self.buffer.add_group(group, lease, tokens_generated=GROUP * TOKENS)
+            self.buffer.requests.add_group(group, lease, tokens_generated=GROUP * TOKENS)
             times.append(time.perf_counter() - begin)
         return times
 
     def raw_insert_times(self, n: int) -> Times:
         """A plain pipelined client: SET of the same bytes, encoded beforehand, in one round
         trip."""
-        ticket = Ticket(seq=0, prompt_id="raw", step=0, n=GROUP)
-        lease = TicketLease(ticket=ticket, attempt=1, consumer="raw", hinted=False)
+        request = RolloutRequest(seq=0, prompt_id="raw", step=0, n=GROUP)
+        lease = RequestLease(request=request, attempt=1, consumer="raw", hinted=False)
         groups = [[encode(t) for t in group_for(lease, self.rng).trajectories] for _ in range(n)]
         times = []
         for i in range(n):
@@ -157,8 +159,8 @@ class Bench:
 
     def wire_insert_times(self, n: int) -> Times:
         """The same bytes in one MSET by the buffer's own wire, encoded beforehand."""
-        ticket = Ticket(seq=0, prompt_id="raw", step=0, n=GROUP)
-        lease = TicketLease(ticket=ticket, attempt=1, consumer="raw", hinted=False)
+        request = RolloutRequest(seq=0, prompt_id="raw", step=0, n=GROUP)
+        lease = RequestLease(request=request, attempt=1, consumer="raw", hinted=False)
         groups = [[encode(t) for t in group_for(lease, self.rng).trajectories] for _ in range(n)]
         times = []
         for i in range(n):
@@ -173,7 +175,7 @@ class Bench:
         times = []
         for seed in range(first_seed, first_seed + n):
             begin = time.perf_counter()
-            drawn = self.buffer.draw(DRAW, step=self.step, seed=seed)
+            drawn = self.buffer.replay.draw(DRAW, step=self.step, seed=seed)
             times.append(time.perf_counter() - begin)
             assert len(drawn) == DRAW
         return times
@@ -182,7 +184,7 @@ class Bench:
         """The ids that draws return; made long before they are read, so that they are in no cache
         by then."""
         return [
-            [t.id for t in self.buffer.draw(DRAW, step=self.step, seed=first_seed + i)]
+            [t.id for t in self.buffer.replay.draw(DRAW, step=self.step, seed=first_seed + i)]
             for i in range(n)
         ]
 
@@ -279,8 +281,8 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         for bench in (few, many):
             bench.seed_prompts()
             bench.fill(bench.config.capacity)
-        yield "million_prompts", many.buffer.stats().prompts
-        yield "million_stock", many.buffer.stats().stock
+        yield "million_prompts", many.buffer.stats.read().prompts
+        yield "million_stock", many.buffer.stats.read().stock
         yield "memory_million_mib", memory(many.raw) / 2**20
         rounds = 4 if quick else 16
         small, large = by_turns(
@@ -293,7 +295,7 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
             [lambda _: few.draw_times(30), lambda _: many.draw_times(30)], rounds
         )
         yield "growth_draw", statistics.median(large) / statistics.median(small)
-        yield "stats_ms_million", _timed(many.buffer.stats) * 1e3
+        yield "stats_ms_million", _timed(many.buffer.stats.read) * 1e3
         yield from snapshot_figures(many, folder)
 
 
@@ -349,8 +351,8 @@ def footprint(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         empty = memory(redis.Redis.from_url(server.url))
         bench = Bench(server.url, "memory", capacity=4 * n, prompts=2000)
         bench.fill(n, tokens=1000)
-        lease = TicketLease(
-            ticket=Ticket(seq=1, prompt_id="prompt-0000001", step=0, n=1),
+        lease = RequestLease(
+            request=RolloutRequest(seq=1, prompt_id="prompt-0000001", step=0, n=1),
             attempt=1,
             consumer="x",
             hinted=False,
@@ -359,7 +361,7 @@ def footprint(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
             "record_bytes",
             len(encode(group_for(lease, bench.rng, n=1, tokens=1000).trajectories[0])),
         )
-        yield "bytes_per_trajectory", (memory(bench.raw) - empty) / bench.buffer.stats().stock
+        yield "bytes_per_trajectory", (memory(bench.raw) - empty) / bench.buffer.stats.read().stock
         yield "memory_10k_mib", memory(bench.raw) / 2**20 * (10_000 / n)
 
 

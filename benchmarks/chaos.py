@@ -308,7 +308,7 @@ def check_books(run: Path, books: Books, steps: int, figures: Figures) -> None:
     """Compare what was seen with what the buffer holds in the end."""
     recipe = saved_config(run)
     with open_buffer(str(run), url=None) as buffer:
-        ledger = buffer.ledger()
+        ledger = buffer.stats.ledger()
         connection = buffer._connection
         bits = connection.client.get(connection.key("seen")) or b""
     settled = {f"{seq:08d}" for seq in range(len(bits) * 8) if bits[seq // 8] >> (7 - seq % 8) & 1}

@@ -23,8 +23,8 @@ from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
 
 #: Reward of the server's good reply: the mean of its four scores.
 GOOD_REWARD = 0.5
-#: Replies that can be read; the last lacks a criterion, which by METHOD 1.5 counts 0: (0.5 + 1.0 +
-#: 0.0 + 0) / 4.
+#: Replies that can be read; the last lacks a criterion, which by docs/method.md 1.5 counts 0: (0.5
+#: + 1.0 + 0.0 + 0) / 4.
 READABLE = (
     Reply(),
     Reply(content=f"```json\n{GOOD}\n```"),

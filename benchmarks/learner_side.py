@@ -78,7 +78,7 @@ class TextRank(BenchRank):
     def __init__(self, spec: LearnerSpec, prompts: Mapping[str, EncodedPrompt]) -> None:
         self.spec, self.rank, self.ranks = spec, 0, 1
         self.encoded = prompts
-        self.reference = self.buffer = self.publisher = self.cold_start = self.outbox = None
+        self.reference = self.buffer = self.sender = self.cold_start = self.outbox = None
         self.skipped = 0
         self.clock = Clock()
 

@@ -24,7 +24,7 @@ import ray
 
 from avatar_rl.actors.groups import completion_facts
 from avatar_rl.actors.rollout import RolloutActor
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.block import pack_weights
 from avatar_rl.cluster.config import RunConfig
@@ -66,8 +66,8 @@ class MeasuredActor(RolloutActor):
         self._left = 0
         self._delivered = Spent.now()
         self._inner = {name: getattr(self.buffer, name) for name in ("lease_tickets", "add_group")}
-        self.buffer.lease_tickets = self._lease  # type: ignore[method-assign]
-        self.buffer.add_group = self._add  # type: ignore[method-assign]
+        self.buffer.requests.lease = self._lease  # type: ignore[method-assign]
+        self.buffer.requests.add_group = self._add  # type: ignore[method-assign]
 
     def _lease(self, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -94,49 +94,49 @@ class MeasuredActor(RolloutActor):
         self.spec = replace(self.spec, sampling=sampling)
 
     def path(self, groups: int) -> Spent:
-        """Time until ``groups`` tickets, in the stream already, are groups that the buffer has
+        """Time until ``groups`` requests, in the stream already, are groups that the buffer has
         acknowledged."""
         self._left = groups
         start = Spent.now()
         self.run()
         return self._delivered.since(start)
 
-    def bare(self, tickets: list[Ticket]) -> Spent:
-        """Time the engine alone needs for ``tickets``: all queued at once, media preprocessed
+    def bare(self, requests: list[RolloutRequest]) -> Spent:
+        """Time the engine alone needs for ``requests``: all queued at once, media preprocessed
         before."""
         work = [
-            (ticket, self._rendered(self.prompts[ticket.prompt_id], hinted=False))
-            for ticket in tickets
+            (request, self._rendered(self.prompts[request.prompt_id], hinted=False))
+            for request in requests
         ]
         start = Spent.now()
-        for ticket, entry in work:
-            sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
-            self.engine.submit(f"bare-{ticket.seq}", entry, sampling, seed=ticket.seq)
+        for request, entry in work:
+            sampling = self.spec.sampling.model_copy(update={"n": request.n})
+            self.engine.submit(f"bare-{request.seq}", entry, sampling, seed=request.seq)
         finished = []
         while self.engine.in_flight:
             finished += self.engine.step()
         spent = Spent.now().since(start)
-        assert len(finished) == len(tickets)
+        assert len(finished) == len(requests)
         return spent
 
-    def cold(self, tickets: list[Ticket]) -> Spent:
+    def cold(self, requests: list[RolloutRequest]) -> Spent:
         """Time as ``bare``, media decoded and preprocessed by the same thread whenever the engine
         has a free slot."""
-        waiting = list(reversed(tickets))
+        waiting = list(reversed(requests))
         start = Spent.now()
         while waiting or self.engine.in_flight:
             while waiting and (self.engine.in_flight + 1) * waiting[-1].n <= SEQUENCES:
-                ticket = waiting.pop()
-                entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
-                sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
-                self.engine.submit(f"cold-{ticket.seq}", entry, sampling, seed=ticket.seq)
+                request = waiting.pop()
+                entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
+                sampling = self.spec.sampling.model_copy(update={"n": request.n})
+                self.engine.submit(f"cold-{request.seq}", entry, sampling, seed=request.seq)
             self.engine.step()
         return Spent.now().since(start)
 
-    def score_s(self, ticket: Ticket, calls: int) -> float:
+    def score_s(self, request: RolloutRequest, calls: int) -> float:
         """Median seconds of one scoring round trip, engine idle."""
-        entry = self.encoder.engine_input(self.prompts[ticket.prompt_id], hinted=False)
-        sampling = self.spec.sampling.model_copy(update={"n": ticket.n})
+        entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
+        sampling = self.spec.sampling.model_copy(update={"n": request.n})
         self.engine.submit("score", entry, sampling, seed=0)
         finished = []
         while self.engine.in_flight:
@@ -145,7 +145,7 @@ class MeasuredActor(RolloutActor):
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            ray.get(self.scorer.score.remote([(ticket.prompt_id, facts)]))
+            ray.get(self.scorer.score.remote([(request.prompt_id, facts)]))
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
@@ -190,13 +190,13 @@ class Stage:
         datasets = prepare_datasets(config, lambda *_: None)
         model = prepare_base_model(config, lambda *_: None)
         self.buffer = ReplayBuffer.connect(config.buffer, RUN_ID, url=self.services.redis_url)
-        self.epoch = self.buffer.new_epoch()
+        self.epoch = self.buffer.replay.new_fencing_token()
         self.pool = Pool(config, self.services)
-        self.pool.start_board()
+        self.pool.start_weight_store()
         self.pool.start_scorers(datasets.asked)
         spec = rollout_spec(config, RUN_ID, model, datasets, self.services.redis_url)
         make = self.pool._remote(MeasuredActor, cpus=1, max_concurrency=4)
-        self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.board)
+        self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.weight_store)
         self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
         self.weights = _published_weights(model)
         return self
@@ -205,22 +205,22 @@ class Stage:
         self.buffer.close()
         self.services.__exit__(*error)
 
-    def tickets(
+    def requests(
         self, groups: int, n: int, step: int = 0, first: int = 0, pool: int = POOL
-    ) -> list[Ticket]:
-        """Tickets over ``pool`` recurring prompts from prompt ``first`` on."""
+    ) -> list[RolloutRequest]:
+        """Requests over ``pool`` recurring prompts from prompt ``first`` on."""
         chosen = [next(self.numbers) for _ in range(groups)]
         return [
-            Ticket(seq=seq, prompt_id=f"train-{first + place % pool:05d}", step=step, n=n)
+            RolloutRequest(seq=seq, prompt_id=f"train-{first + place % pool:05d}", step=step, n=n)
             for place, seq in enumerate(chosen)
         ]
 
     def call(self, method: str, *arguments: Any) -> Any:
         return ray.get(getattr(self.actor, method).remote(*arguments))
 
-    def path(self, tickets: list[Ticket]) -> Spent:
-        self.buffer.push_tickets(tickets)
-        return self.call("path", len(tickets))
+    def path(self, requests: list[RolloutRequest]) -> Spent:
+        self.buffer.requests.push(requests)
+        return self.call("path", len(requests))
 
 
 def _published_weights(model: Path) -> Any:
@@ -235,14 +235,14 @@ def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
     for tokens, n in ((64, 4), (64, 8), (24, 4), (24, 8)):
         stage.call("set_length", tokens)
         groups = waves * SEQUENCES // n * (64 // tokens)
-        stage.call("bare", stage.tickets(POOL, n))  # warms the media
+        stage.call("bare", stage.requests(POOL, n))  # warms the media
         stage.call("medians")
         spent: dict[str, list[Spent]] = {"bare": [], "path": []}
         for turn in range(rounds):
             for what in ("bare", "path") if turn % 2 == 0 else ("path", "bare"):
-                tickets = stage.tickets(groups, n)
+                requests = stage.requests(groups, n)
                 spent[what].append(
-                    stage.path(tickets) if what == "path" else stage.call("bare", tickets)
+                    stage.path(requests) if what == "path" else stage.call("bare", requests)
                 )
         name = f"{tokens}x{n}"
         pairs = list(zip(spent["bare"], spent["path"], strict=True))
@@ -261,7 +261,7 @@ def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
             )
         for what, seconds in stage.call("medians").items():
             yield f"{what}_ms_{name}", 1e3 * seconds
-        yield f"score_ms_{name}", 1e3 * stage.call("score_s", stage.tickets(1, n)[0], 50)
+        yield f"score_ms_{name}", 1e3 * stage.call("score_s", stage.requests(1, n)[0], 50)
     yield "rollout_efficiency", statistics.median(ratios[0])
 
 
@@ -271,8 +271,8 @@ def cold_pass(stage: Stage, rounds: int) -> Figure:
     pairs = []
     for turn in range(rounds):
         first = POOL * (1 + 2 * turn)
-        bare = stage.call("cold", stage.tickets(POOL, 4, first=first))
-        path = stage.path(stage.tickets(POOL, 4, first=first + POOL))
+        bare = stage.call("cold", stage.requests(POOL, 4, first=first))
+        path = stage.path(stage.requests(POOL, 4, first=first + POOL))
         pairs.append(bare.wall / path.wall)
     yield "rollout_efficiency_cold", statistics.median(pairs)
 
@@ -288,15 +288,17 @@ class SimulatedTrainer:
 
     def push(self, step: int) -> None:
         while self.pushed <= step:
-            self.stage.buffer.push_tickets(
-                self.stage.tickets(self.groups, self.n, step=self.pushed)
+            self.stage.buffer.requests.push(
+                self.stage.requests(self.groups, self.n, step=self.pushed)
             )
             self.pushed += 1
 
     def train(self, seconds: float) -> None:
         """One step that takes ``seconds`` from the moment its groups are in."""
         buffer, deadline = self.stage.buffer, time.monotonic() + DEADLINE_S
-        while not (share := buffer.lease_fresh("trainer", self.step, epoch=self.stage.epoch)).ready:
+        while not (
+            share := buffer.replay.lease_fresh("trainer", self.step, epoch=self.stage.epoch)
+        ).ready:
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"step {self.step}: {share.missing} groups missing after {DEADLINE_S:g} s"
@@ -307,8 +309,8 @@ class SimulatedTrainer:
         start = time.monotonic()
         reference = ray.put((self.step + 1, *self.stage.weights))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
-        ray.get(self.stage.pool.board.publish.remote(reference))
-        buffer.commit_step(
+        ray.get(self.stage.pool.weight_store.publish.remote(reference))
+        buffer.replay.commit_step(
             self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch
         )
         self.step += 1

@@ -1,8 +1,8 @@
 """What publishing weights costs -> build/bench/weights.json; run with ``make bench NAME=weights``,
 5 minutes.
 
-A publishing actor does what the learner's rank 0 does after a step (`Publisher.publish`, then the
-version's commit in Redis); readers do what a rollout actor's pull thread does, then copy the
+A publishing actor does what the learner's rank 0 does after a step (`WeightSender.publish`, then
+the version's commit in Redis); readers do what a rollout actor's pull thread does, then copy the
 tensors into a state dict of their own. The floor is the same bytes through a file in /dev/shm,
 written by one process, then read by as many processes at once: a file that is written over, whose
 pages are there; and beside it a new one, as versions that others still read need.
@@ -24,10 +24,9 @@ import torch
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.buffer_service.weights.outbox import Outbox
-from avatar_rl.buffer_service.weights.receiver import WeightPuller
-from avatar_rl.buffer_service.weights.sender import Publisher
-from avatar_rl.buffer_service.weights.store import WeightBoard
+from avatar_rl.buffer_service.weights.receiver import WeightReceiver
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
+from avatar_rl.buffer_service.weights.store import WeightStore
 from benchmarks.harness import Figures
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
@@ -44,11 +43,11 @@ STEP_S = 1.2  # between versions, as steps take; Ray gives freed objects back on
 class Source:
     """Rank 0: publishes through its ``publisher`` and commits the version."""
 
-    def __init__(self, board: Any, size: int, url: str) -> None:
+    def __init__(self, weight_store: Any, size: int, url: str) -> None:
         torch.set_num_threads(1)
         self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
-        self.outbox = Outbox(board)
-        self.publisher = Publisher(
+        self.outbox = Outbox(weight_store)
+        self.sender = WeightSender(
             {name: name for name in self.weights}, self.outbox, dtype="float32"
         )
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
@@ -58,8 +57,8 @@ class Source:
         for tensor in self.weights.values():
             tensor[0] = float(version)
         start = time.monotonic()
-        self.publisher.publish(version, self.weights)
-        self.buffer.publish_version(version)
+        self.sender.publish(version, self.weights)
+        self.buffer.replay.publish_version(version)
         return start, time.monotonic() - start
 
     def write_file(self, anew: bool) -> float:
@@ -76,16 +75,16 @@ class Source:
 class Reader:
     """A rollout actor's pull thread, and a state dict for its engine."""
 
-    def __init__(self, board: Any, size: int, url: str) -> None:
+    def __init__(self, weight_store: Any, size: int, url: str) -> None:
         torch.set_num_threads(1)
-        self.puller = WeightPuller(board, 0)
+        self.receiver = WeightReceiver(weight_store, 0)
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
         self.state = {f"w{i}": torch.zeros(size // 4 // TENSORS) for i in range(TENSORS)}
 
     def adopt(self, version: int) -> float:
         """Monotonic time at which ``version`` is in the state dict (one clock for all processes of
         a machine)."""
-        for found, weights in self.puller.updates(self.buffer, lambda: True):
+        for found, weights in self.receiver.updates(self.buffer, lambda: True):
             for name, tensor in weights.items():
                 self.state[name].copy_(tensor)
             if found >= version:
@@ -105,11 +104,13 @@ class Reader:
 def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: Figures) -> None:
     """One size and number of readers; published and plain rounds by turns."""
     make = {"num_cpus": 0, "max_concurrency": 2}
-    board = ray.remote(WeightBoard).options(num_cpus=0).remote()
-    source = ray.remote(Source).options(**make).remote(board, size, url)
-    actors = [ray.remote(Reader).options(**make).remote(board, size, url) for _ in range(readers)]
+    weight_store = ray.remote(WeightStore).options(num_cpus=0).remote()
+    source = ray.remote(Source).options(**make).remote(weight_store, size, url)
+    actors = [
+        ray.remote(Reader).options(**make).remote(weight_store, size, url) for _ in range(readers)
+    ]
     version = ray.get(
-        source.__ray_call__.remote(lambda self: self.buffer.version()), timeout=DEADLINE_S
+        source.__ray_call__.remote(lambda self: self.buffer.replay.version()), timeout=DEADLINE_S
     )
     latencies, pauses = [], []
     floors: dict[bool, list[float]] = {True: [], False: []}
@@ -129,7 +130,7 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
                 floors[anew].append(
                     written + max(end for _, end in spans) - min(begin for begin, _ in spans)
                 )
-    for actor in [*actors, source, board]:
+    for actor in [*actors, source, weight_store]:
         ray.kill(actor)
     SHM.unlink()
     key = f"{name}_{readers}reader"

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class TierShares(Section):
-    """Fixed share of the capacity each tier may hold (METHOD 1.3)."""
+    """Fixed share of the capacity each tier may hold (docs/method.md 1.3)."""
 
     easy: float = Field(
         0.25, ge=0, le=1, description="share of the capacity for trajectories of Easy prompts"
@@ -43,7 +43,7 @@ class TierShares(Section):
 
 
 class HintGateConfig(Section):
-    """When a prompt's pre-computed hint comes on (METHOD 1.4)."""
+    """When a prompt's pre-computed hint comes on (docs/method.md 1.4)."""
 
     enabled: bool = Field(True, description="whether hints may fire at all")
     hard_patience: int = Field(

@@ -12,14 +12,14 @@ from avatar_rl.buffer_service.redis.connection import Connection
 MAX_FACT = 1 << 20
 
 
-class Beat(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True):
     """Last sign of progress of a process."""
 
     progress: int  # counts what it has done; alive means it grows
     age_s: float  # by Redis' clock
 
 
-class ControlBoard:
+class RunControl:
     """Small values that processes of a run tell one another. O(1) each."""
 
     def __init__(self, connection: Connection) -> None:
@@ -42,7 +42,7 @@ class ControlBoard:
         found = self._hget("desired", name)
         return None if found is None else int(found)
 
-    def put_fact(self, name: str, value: Any) -> None:
+    def set_value(self, name: str, value: Any) -> None:
         """Stores anything JSON, up to 1 MiB. Part of a snapshot. Raises RecordError when it is
         not."""
         try:
@@ -55,16 +55,16 @@ class ControlBoard:
             )
         self._hset("facts", name, data)
 
-    def get_fact(self, name: str) -> Any:
+    def get_value(self, name: str) -> Any:
         """The fact; None when nobody put it."""
         found = self._hget("facts", name)
         return None if found is None else msgspec.json.decode(found)
 
-    def beat(self, role: str, id: str, progress: int) -> None:
+    def heartbeat(self, role: str, id: str, progress: int) -> None:
         """Reports progress, stamped with Redis' clock."""
         self._connection.run("beat", f"{role}/{id}", int(progress))
 
-    def beats(self) -> dict[str, Beat]:
+    def heartbeats(self) -> dict[str, Heartbeat]:
         """Latest beat by "role/id"."""
 
         def ask(pipe: Any) -> None:
@@ -76,23 +76,10 @@ class ControlBoard:
         beats = {}
         for who, raw in found.items():
             at, progress = msgspec.msgpack.decode(raw)
-            beats[who.decode()] = Beat(int(progress), max(0.0, (now - at) / 1000))
+            beats[who.decode()] = Heartbeat(int(progress), max(0.0, (now - at) / 1000))
         return beats
 
-    def drop_beat(self, role: str, id: str) -> None:
+    def drop_heartbeat(self, role: str, id: str) -> None:
         """Forgets a process that was stopped on purpose."""
         key = self._connection.key("beats")
         self._connection.attempt(lambda: self._connection.client.hdel(key, f"{role}/{id}"))
-
-    def set_flag(self, name: str, value: str = "1") -> None:
-        """Raises a flag, e.g. "stop" with its reason."""
-        self._hset("flags", name, value)
-
-    def flag(self, name: str) -> str | None:
-        """The flag's text; None when it is down."""
-        found = self._hget("flags", name)
-        return None if found is None else found.decode()
-
-    def clear_flag(self, name: str) -> None:
-        key = self._connection.key("flags")
-        self._connection.attempt(lambda: self._connection.client.hdel(key, name))

@@ -28,8 +28,8 @@ class RecordError(ReplayBufferError):
     """A record is malformed, corrupt, foreign or of a newer format."""
 
 
-class UnknownTicketError(ReplayBufferError):
-    """A group or lease does not belong to a ticket of this run."""
+class UnknownRequestError(ReplayBufferError):
+    """A group or lease does not belong to a request of this run."""
 
 
 class FencedError(ReplayBufferError):

@@ -36,7 +36,7 @@ def _checked(share: tuple[int, int]) -> tuple[int, int]:
     return share
 
 
-class ReplaySide:
+class ReplayStock:
     """Nothing is replayed in the step that produced it: a group becomes replayable when its step is
     committed."""
 
@@ -209,8 +209,8 @@ class ReplaySide:
         self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None
     ) -> list[float]:
         """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts
-        where it has none (METHOD 1.1). O(prompts). Raises ReplayBufferError before the first group.
-        """
+        where it has none (docs/method.md 1.1). O(prompts). Raises ReplayBufferError before the
+        first group."""
         if not prompt_ids:
             return []
         flags = [False] * len(prompt_ids) if hinted is None else hinted
@@ -249,7 +249,7 @@ class ReplaySide:
         becomes replay only, all of it replayable, the policy version grows. O(groups log N). A
         repeat changes nothing.
 
-        Raises FencedError, UnknownTicketError (a group that is not waiting), VersionError; then
+        Raises FencedError, UnknownRequestError (a group that is not waiting), VersionError; then
         nothing changed."""
         done, version, trained, rest, evicted = self._run(
             "commit", step, new_version, epoch, *group_ids
@@ -262,7 +262,7 @@ class ReplaySide:
             evicted=evicted,
         )
 
-    def new_epoch(self) -> int:
+    def new_fencing_token(self) -> int:
         """Begins a learner epoch and shuts out every older one."""
         return int(self._run("epoch"))
 
@@ -285,7 +285,7 @@ class ReplaySide:
 
     def report_behaviour_kl(self, value: float) -> None:
         """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low
-        (METHOD 1.4)."""
+        (docs/method.md 1.4)."""
         if not math.isfinite(value):
             raise RecordError(f"behaviour KL is {value}; report finite values only")
         key = self._connection.key("meta")

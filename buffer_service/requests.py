@@ -1,4 +1,4 @@
-"""The prompt stream: tickets, their leases, and the results that acknowledge them."""
+"""The prompt stream: requests, their leases, and the results that acknowledge them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import (
     EvalResults,
     InsertReceipt,
-    Ticket,
-    TicketLease,
+    RequestLease,
+    RolloutRequest,
 )
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.records.validate import (
@@ -30,38 +30,39 @@ from avatar_rl.buffer_service.transfer.export import ImportReport, read_groups
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
-_IMPORTED = -2  # in place of a staleness bound: from a file, without a ticket
+_IMPORTED = -2  # in place of a staleness bound: from a file, without a request
 
 
-def _check_ticket(t: Ticket) -> None:
+def _check_request(t: RolloutRequest) -> None:
     if not 0 <= t.seq < MAX_SEQ or not 0 <= t.step < 10**7 or not 0 <= t.round < 10**6:
         raise RecordError(
-            f"ticket {t.seq}: seq must be below 1e8, step below 1e7, round below 1e6, none negative"
+            f"request {t.seq}: seq must be below 1e8, step below 1e7, round below 1e6, none "
+            "negative"
         )
     if t.n < 1 or t.min_version < 0 or not t.prompt_id or t.kind not in ("train", "eval"):
         raise RecordError(
-            f"ticket {t.seq}: n {t.n}, min_version {t.min_version}, prompt {t.prompt_id!r}, kind "
+            f"request {t.seq}: n {t.n}, min_version {t.min_version}, prompt {t.prompt_id!r}, kind "
             f"{t.kind}"
         )
 
 
-class PromptStream:
-    """Tickets are leased in order of step and seq, evaluation first; Redis' clock alone ends a
+class RequestQueue:
+    """Requests are leased in order of step and seq, evaluation first; Redis' clock alone ends a
     lease."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._run = connection.run
 
-    def push_tickets(self, tickets: Iterable[Ticket]) -> int:
-        """Appends tickets, those of one step or round at once; returns how many were new. O(n log
+    def push(self, requests: Iterable[RolloutRequest]) -> int:
+        """Appends requests, those of one step or round at once; returns how many were new. O(n log
         N).
 
-        Idempotent by (kind, round, seq): a ticket that waits, is held or was settled is left alone.
-        """
-        ordered = sorted(tickets, key=lambda t: (t.kind, t.round, t.step, t.seq))
-        for ticket in ordered:
-            _check_ticket(ticket)
+        Idempotent by (kind, round, seq): a request that waits, is held or was settled is left
+        alone."""
+        ordered = sorted(requests, key=lambda t: (t.kind, t.round, t.step, t.seq))
+        for request in ordered:
+            _check_request(request)
         new = 0
         for _, together in groupby(
             ordered, key=lambda t: (t.kind, t.round, t.step if t.kind == "train" else 0)
@@ -73,21 +74,21 @@ class PromptStream:
             new += self._run("push", *map(_pack, rows))
         return new
 
-    def lease_tickets(
+    def lease(
         self,
         consumer: str,
         count: int,
         lease_s: float | None = None,
         max_staleness: int = 1,
         completions: int | None = None,
-    ) -> list[TicketLease]:
-        """Up to ``count`` tickets for ``consumer``, none when nothing is admissible. O(count log
+    ) -> list[RequestLease]:
+        """Up to ``count`` requests for ``consumer``, none when nothing is admissible. O(count log
         N).
 
         ``completions`` bounds what they ask for together: in their order, up to the first that does
         not fit.
 
-        A train ticket is admissible while ``step <= version + max_staleness`` and ``min_version <=
+        A train request is admissible while ``step <= version + max_staleness`` and ``min_version <=
         version``."""
         lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
         rows = self._run(
@@ -102,7 +103,7 @@ class PromptStream:
         leases = []
         for _, raw, hinted in rows:
             prompt, step, epoch, kind, round_, n, min_version, seq, attempt, who = _unpack(raw)
-            ticket = Ticket(
+            request = RolloutRequest(
                 seq=seq,
                 prompt_id=prompt,
                 step=step,
@@ -113,63 +114,63 @@ class PromptStream:
                 min_version=min_version,
             )
             leases.append(
-                TicketLease(ticket=ticket, attempt=attempt, consumer=who, hinted=bool(hinted))
+                RequestLease(request=request, attempt=attempt, consumer=who, hinted=bool(hinted))
             )
         return leases
 
     def renew(
-        self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None
-    ) -> list[TicketLease]:
+        self, consumer: str, leases: Sequence[RequestLease], lease_s: float | None = None
+    ) -> list[RequestLease]:
         """Extends leases; returns those still held by ``consumer``: stop work on the others."""
         mine = [lease for lease in leases if lease.consumer == consumer]
         return self._extend("renew", mine, lease_s or self._connection.config.lease_s)
 
-    def release(self, leases: Sequence[TicketLease]) -> int:
+    def release(self, leases: Sequence[RequestLease]) -> int:
         """Gives leases back unfinished; returns how many were still held."""
         return len(self._extend("release", leases, 0.0))
 
     def abandon(self, consumer: str) -> int:
         """Gives back whatever a consumer that is known to be dead holds, instead of waiting for its
-        leases to expire; returns how many tickets wait again. O(leases)."""
+        leases to expire; returns how many requests wait again. O(leases)."""
         return int(self._run("abandon", consumer))
 
     def _extend(
-        self, verb: str, leases: Sequence[TicketLease], lease_s: float
-    ) -> list[TicketLease]:
+        self, verb: str, leases: Sequence[RequestLease], lease_s: float
+    ) -> list[RequestLease]:
         if not leases:
             return []
-        words = [word for lease in leases for word in (lease.ticket.key, lease.attempt)]
+        words = [word for lease in leases for word in (lease.request.key, lease.attempt)]
         held = {key.decode() for key in self._run("extend", verb, int(lease_s * 1000), *words)}
-        return [lease for lease in leases if lease.ticket.key in held]
+        return [lease for lease in leases if lease.request.key in held]
 
     def reap(self) -> int:
         """Returns expired leases to the queue, lowest seq first; ``lease_tickets`` does so too."""
         return int(self._run("reap"))
 
-    def quarantine(self, lease: TicketLease, reason: str, detail: str = "") -> bool:
+    def quarantine(self, lease: RequestLease, reason: str, detail: str = "") -> bool:
         """Gives up on the lease's prompt: dropped(reason) in the ledger, never leased again, its
         step needs one less.
 
-        False when the ticket was settled before.
+        False when the request was settled before.
         """
-        return bool(self._run("quarantine", lease.ticket.key, reason, detail, 0))
+        return bool(self._run("quarantine", lease.request.key, reason, detail, 0))
 
-    def drop(self, lease: TicketLease, reason: str) -> bool:
+    def drop(self, lease: RequestLease, reason: str) -> bool:
         """Gives up on this one group: dropped(reason) in the ledger, its step needs one less, the
         prompt stays.
 
-        False when the ticket was settled before.
+        False when the request was settled before.
         """
-        return bool(self._run("quarantine", lease.ticket.key, reason, "", 1))
+        return bool(self._run("quarantine", lease.request.key, reason, "", 1))
 
     def add_group(
-        self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None
+        self, group: Group, lease: RequestLease, *, tokens_generated: int, bound: int | None = None
     ) -> InsertReceipt:
-        """Stores a scored group, updates its prompt and acknowledges the ticket, all or nothing.
+        """Stores a scored group, updates its prompt and acknowledges the request, all or nothing.
         O(G + s log N), s the prompt's stored trajectories.
 
         Late, so for replay only, when its step is trained or ``step + bound < version``. Idempotent
-        by group id. Raises RecordError (malformed), UnknownTicketError (not what its ticket asks
+        by group id. Raises RecordError (malformed), UnknownRequestError (not what its request asks
         for), BufferFullError; then nothing changed."""
         if tokens_generated < 0 or (bound is not None and bound < 0):
             raise RecordError(
@@ -177,10 +178,10 @@ class PromptStream:
                 "negative"
             )
         return self._insert(
-            group, lease.ticket.key, tokens_generated, -1 if bound is None else bound
+            group, lease.request.key, tokens_generated, -1 if bound is None else bound
         )
 
-    def _insert(self, group: Group, ticket: str, tokens: int, bound: int) -> InsertReceipt:
+    def _insert(self, group: Group, request: str, tokens: int, bound: int) -> InsertReceipt:
         check_group(group)
         self._connection.check_memory()
         config = self._connection.config
@@ -193,7 +194,7 @@ class PromptStream:
             group.prompt_id,
             group.hinted,
             tokens,
-            ticket,
+            request,
             bound,
             [float(t.reward) for t in group.trajectories],
         )
@@ -218,7 +219,7 @@ class PromptStream:
         nothing. Groups keep their seq, or are numbered from ``first_seq``: do so in a run whose own
         prompt stream will use those seqs (one bit per seq up to the highest is kept). The lowest
         seq is the oldest, in the stock and in a prompt's average. The file is checked first:
-        RecordError names the row at fault, or the group whose seq a ticket of this run waits for
+        RecordError names the row at fault, or the group whose seq a request of this run waits for
         (then the groups before it stay)."""
         for _ in read_groups(path, first_seq):
             pass
@@ -233,10 +234,10 @@ class PromptStream:
                 report.trajectories += len(group.trajectories)
         return report
 
-    def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
-        """Stores one evaluation result and acknowledges its ticket; False when it was settled
+    def add_eval(self, lease: RequestLease, payload: bytes) -> bool:
+        """Stores one evaluation result and acknowledges its request; False when it was settled
         before."""
-        return bool(self._run("evaluate", lease.ticket.key, payload))
+        return bool(self._run("evaluate", lease.request.key, payload))
 
     def eval_results(self, round: int) -> EvalResults:
         """What has arrived of an evaluation round."""
@@ -254,7 +255,7 @@ class PromptStream:
         )
 
     def clear_eval(self, round: int) -> None:
-        """Forgets the payloads of a round; its tickets stay settled."""
+        """Forgets the payloads of a round; its requests stay settled."""
         key = self._connection.key
 
         def forget(pipe: Any) -> None:

@@ -56,13 +56,13 @@ def _ledger(counters: dict[str, int], in_flight: int) -> Ledger:
     )
 
 
-class Telemetry:
-    """Reads only."""
+class BufferStats:
+    """What the buffer holds and has done. Changes nothing."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def stats(self) -> Stats:
+    def read(self) -> Stats:
         """Tiers, stock, versions, leases, ledger and memory in one round trip. O(log N)."""
         lua = script("stats")
 
@@ -100,11 +100,11 @@ class Telemetry:
 
     def tier_counts(self) -> dict[Tier, int]:
         """Replayable trajectories per tier by the present thresholds."""
-        return self.stats().tiers
+        return self.read().tiers
 
     def ledger(self) -> Ledger:
         """The books; ``in_flight`` is counted from the waiting groups, not kept."""
-        return self.stats().ledger
+        return self.read().ledger
 
     def check_ledger(self) -> Ledger:
         """The books, or LedgerError when they do not close."""

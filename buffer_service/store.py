@@ -7,25 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avatar_rl.buffer_service.config import BufferConfig
-from avatar_rl.buffer_service.control import ControlBoard
+from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.errors import BufferSetupError
 from avatar_rl.buffer_service.records.validate import RUN_ID
 from avatar_rl.buffer_service.redis.connection import Connection
-from avatar_rl.buffer_service.replay import ReplaySide
-from avatar_rl.buffer_service.requests import PromptStream
-from avatar_rl.buffer_service.stats import Telemetry
+from avatar_rl.buffer_service.replay import ReplayStock
+from avatar_rl.buffer_service.requests import RequestQueue
+from avatar_rl.buffer_service.stats import BufferStats
 from avatar_rl.buffer_service.transfer import export as exchange
 from avatar_rl.buffer_service.transfer.snapshot import SnapshotReport, load, save, wipe
 
 LAYOUT = 1  # of the keys; a client of another layout refuses the namespace
 
 
-class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
-    """One run's buffer. Thread-safe; not to be carried over a fork: connect again in the child."""
+class ReplayBuffer:
+    """One run's buffer. Thread-safe; not to be carried over a fork: connect again in the child.
+
+    What it does is grouped by who asks: ``requests`` (rollout actors), ``replay`` (the learner),
+    ``stats`` (whoever looks) and ``control`` (values and heartbeats of the run's processes)."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._run = connection.run
+        self.requests = RequestQueue(connection)
+        self.replay = ReplayStock(connection)
+        self.stats = BufferStats(connection)
+        self.control = RunControl(connection)
 
     @classmethod
     def connect(
@@ -111,6 +117,13 @@ class ReplayBuffer(PromptStream, ReplaySide, Telemetry, ControlBoard):
     def export(self, path: Path) -> int:
         """Writes the replayable trajectories as .jsonl or .parquet, by id; returns how many."""
         return exchange.export(self._connection, path)
+
+    def import_trajectories(
+        self, path: Path, *, first_seq: int | None = None
+    ) -> exchange.ImportReport:
+        """Makes the trajectories of an exported .jsonl or .parquet replayable: see
+        ``RequestQueue.import_trajectories``."""
+        return self.requests.import_trajectories(path, first_seq=first_seq)
 
     def clear(self) -> int:
         """Removes the run from Redis, for good; returns how many keys went. This client must

@@ -72,7 +72,7 @@ class DataSection(Section):
 
 
 class LoopConfig(Section):
-    """The training loop and its flow control, in policy versions (DESIGN 2)."""
+    """The training loop and its flow control, in policy versions (docs/architecture.md)."""
 
     steps: int = Field(
         100, ge=1, description="Optimiser steps, each from `prompts_per_step` groups."
@@ -116,7 +116,7 @@ class LoopConfig(Section):
 
     def fresh_at(self, step: int, warm_up: int) -> int:
         """Completions generated per prompt of ``step``: the whole group until replay is warm
-        (METHOD 1.3)."""
+        (docs/method.md 1.3)."""
         if self.replayed == 0:
             return self.fresh
         return (

@@ -1,4 +1,4 @@
-"""The learner rank as Ray knows it: who only holds a handle (the driver, the weight board) need not
+"""The learner rank as Ray knows it: who only holds a handle (the driver, the weight store) need not
 import torch."""
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class LearnerRankActor:
 
     @no_collections()
     def __init__(
-        self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None
+        self, spec: LearnerSpec, rank: int, ranks: int, weight_store: Any, state_replica: Any = None
     ) -> None:
         from avatar_rl.learner.rank import LearnerRank
 
-        self.learner = LearnerRank(spec, rank, ranks, board, keeper)
-        self.outbox = self.learner.outbox  # for the board's standing call
+        self.learner = LearnerRank(spec, rank, ranks, weight_store, state_replica)
+        self.outbox = self.learner.outbox  # for the weight store's standing call
 
 
 def _passed_on(name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ MismatchCorrection = Literal[
 
 
 class ObjectiveConfig(BaseModel):
-    """What the learner minimises (METHOD 1.1, 1.2, 2.3, 3); the defaults are AVATAR's."""
+    """What the learner minimises (docs/method.md 1.1, 1.2, 2.3, 3); the defaults are AVATAR's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -235,7 +235,7 @@ class LearnerConfig(BaseModel):
 
 
 class SftConfig(BaseModel):
-    """Stage 0: supervised cold start (METHOD 1.6)."""
+    """Stage 0: supervised cold start (docs/method.md 1.6)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -52,8 +52,8 @@ def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
 
 
 def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration for one optimiser step per training step (STACK
-    "DeepSpeed")."""
+    """DeepSpeed's own configuration for one optimiser step per training step
+    (docs/dependencies.md)."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = WHOLE_BELOW

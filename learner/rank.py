@@ -3,7 +3,7 @@ publishes and commits.
 
 Only rank 0 talks to the buffer: one lease, one fence and one draw per step, so the deviation of the
 replayed batch and the denominators of the loss are those of the whole step without any further
-exchange (METHOD 1.1)."""
+exchange (docs/method.md 1.1)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.buffer_service.weights.outbox import Outbox
-from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.common.device import sees_gpu
 from avatar_rl.common.errors import ModelError, ReplayBufferError
 from avatar_rl.common.heap import HeapTrimmer, no_collections, set_aside_imports
@@ -38,7 +37,7 @@ from avatar_rl.learner.model.policy import Policy, PolicyOutput
 from avatar_rl.learner.model.reference import ReferencePolicy
 from avatar_rl.learner.objective.loss import policy_loss
 from avatar_rl.learner.objective.shaping import tas_weights
-from avatar_rl.learner.objective.step_metrics import HealthAccumulator, reward_metrics
+from avatar_rl.learner.objective.step_metrics import StepMetrics, reward_metrics
 from avatar_rl.learner.samples import sample_row
 from avatar_rl.learner.schedule import lr_at
 from avatar_rl.learner.sft import ColdStart
@@ -62,10 +61,10 @@ class LearnerRank(DurableState):
     moves = 0  # grows whenever this rank gets somewhere
 
     def __init__(
-        self, spec: LearnerSpec, rank: int, ranks: int, board: Any, keeper: Any = None
+        self, spec: LearnerSpec, rank: int, ranks: int, weight_store: Any, state_replica: Any = None
     ) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.keeper, self.hold_bytes = keeper, spec.hold_bytes
+        self.state_replica, self.hold_bytes = state_replica, spec.hold_bytes
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         self.encoder = PromptEncoder(
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
@@ -74,8 +73,8 @@ class LearnerRank(DurableState):
         self.heap: HeapTrimmer
         self.reference: ReferencePolicy | None = None
         self.buffer: ReplayBuffer | None = None
-        self.outbox: Outbox | None = Outbox(board)
-        self.publisher: Publisher | None = None
+        self.outbox: Outbox | None = Outbox(weight_store)
+        self.sender: WeightSender | None = None
         self.cold_start: ColdStart | None = None
         self.epoch = 0
         self.skipped = 0
@@ -127,7 +126,7 @@ class LearnerRank(DurableState):
         names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
         if self.rank == 0:
             published = published_names(names, checkpoint_names(spec.model))
-            self.publisher = Publisher(published, self.outbox, dtype=dtype)
+            self.sender = WeightSender(published, self.outbox, dtype=dtype)
         if spec.sft is not None:
             prompts = list(self.prompts)
             self.cold_start = ColdStart(
@@ -157,7 +156,7 @@ class LearnerRank(DurableState):
             )
         if self.rank == 0:
             self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
-            self.epoch = self.buffer.new_epoch()
+            self.epoch = self.buffer.replay.new_fencing_token()
 
     # -- Stage 0 -----------------------------------------------------------------------------------
 
@@ -197,19 +196,19 @@ class LearnerRank(DurableState):
         with self.clock("learner_wait"):
             work = self._receive(self._collect(step) if self.rank == 0 else None)
         rate, updates = self._lr(step), self.spec.learner.updates
-        health = HealthAccumulator()
+        step_metrics = StepMetrics()
         for number in range(updates):
             part = work.update(number, updates)
             plan = plan_step(
                 part, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens
             )
-            self._train(plan, health)
+            self._train(plan, step_metrics)
             with self.clock("optimizer"):
                 norm = (
                     self.engine.step(rate) if plan.trajectories else 0.0
                 )  # nothing was computed on any rank
             if not np.isfinite(norm):
-                self._note_no_update(plan, health)
+                self._note_no_update(plan, step_metrics)
             self.moves += 1
         with self.clock("hold"):
             self.hold(work.version + 1)
@@ -218,7 +217,7 @@ class LearnerRank(DurableState):
             if self.rank == 0:
                 self._commit(work, weights)
         self.heap.trim()
-        gathered = self._gather(health)
+        gathered = self._gather(step_metrics)
         self._count_skipped(gathered)
         if self.rank != 0:
             return {}
@@ -230,8 +229,8 @@ class LearnerRank(DurableState):
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
         weights = self.engine.state_dict(keep=self.rank == 0)
-        if self.publisher is not None:
-            export_checkpoint(self.publisher.rename(weights), self.spec.model, path)
+        if self.sender is not None:
+            export_checkpoint(self.sender.rename(weights), self.spec.model, path)
         return str(path)
 
     # -- the parts of a step -----------------------------------------------------------------------
@@ -243,7 +242,7 @@ class LearnerRank(DurableState):
         deadline = time.monotonic() + spec.step_timeout_s
         while True:
             self.moves += 1  # waiting for groups is no standstill
-            share = buffer.lease_fresh(
+            share = buffer.replay.lease_fresh(
                 "learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch
             )
             if share.ready:
@@ -256,9 +255,9 @@ class LearnerRank(DurableState):
                     "raise loop.step_timeout_s"
                 )
             time.sleep(POLL_S)
-        version = buffer.version()
+        version = buffer.replay.version()
         replays = (
-            buffer.draw(
+            buffer.replay.draw(
                 len(share.groups) * spec.replayed * spec.learner.updates,
                 step=step,
                 seed=spec.seed,
@@ -268,10 +267,12 @@ class LearnerRank(DurableState):
             if share.groups
             else []
         )
-        baselines = buffer.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
+        baselines = buffer.replay.baselines(
+            [r.prompt_id for r in replays], [r.hinted for r in replays]
+        )
         of_groups: list[float] = []
         if spec.learner.objective.fresh_advantage == "vcrs":
-            of_groups = buffer.baselines(
+            of_groups = buffer.replay.baselines(
                 [g.prompt_id for g in share.groups], [g.hinted for g in share.groups]
             )
         return StepWork(
@@ -288,10 +289,10 @@ class LearnerRank(DurableState):
         assert received is not None
         return received
 
-    def _train(self, plan: StepPlan, health: HealthAccumulator) -> None:
+    def _train(self, plan: StepPlan, step_metrics: StepMetrics) -> None:
         """Forward and backward over this rank's micro-batches."""
         if self.rank == 0:
-            health.add_step(plan.advantages, plan.is_replay, plan.ages)
+            step_metrics.add_step(plan.advantages, plan.is_replay, plan.ages)
         if not plan.trajectories:
             return
         share = plan.shares[self.rank]
@@ -308,7 +309,7 @@ class LearnerRank(DurableState):
             indices = share[number]
             self.moves += 1
             return self._loss(
-                plan, indices, [rows[i] for i in indices], micro_batch, output, health
+                plan, indices, [rows[i] for i in indices], micro_batch, output, step_metrics
             )
 
         with self.clock("forward_backward"):
@@ -321,7 +322,7 @@ class LearnerRank(DurableState):
         rows: list[Row],
         batch: MicroBatch,
         output: PolicyOutput,
-        health: HealthAccumulator,
+        step_metrics: StepMetrics,
     ) -> Tensor:
         config, device = self.spec.learner.objective, output.logprobs.device
         chosen = [plan.trajectories[i] for i in indices]
@@ -351,12 +352,12 @@ class LearnerRank(DurableState):
                 if not np.isfinite(row)
             ]
             log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
-            health.skip(culprits)
+            step_metrics.skip(culprits)
         else:
-            health.add(result, output.entropy)
+            step_metrics.add(result, output.entropy)
         return result.loss
 
-    def _note_no_update(self, plan: StepPlan, health: HealthAccumulator) -> None:
+    def _note_no_update(self, plan: StepPlan, step_metrics: StepMetrics) -> None:
         """The engine made no update for want of a finite gradient; the step is published and
         committed all the same."""
         share = plan.shares[self.rank]
@@ -367,9 +368,9 @@ class LearnerRank(DurableState):
             "no update: the gradient is not finite; on this rank it came from trajectories %s",
             culprits,
         )
-        health.skip(culprits, count=int(self.rank == 0))
+        step_metrics.skip(culprits, count=int(self.rank == 0))
 
-    def _count_skipped(self, gathered: HealthAccumulator) -> None:
+    def _count_skipped(self, gathered: StepMetrics) -> None:
         """Every rank knows of all that was left out, so all stop at the same step, after its
         commit."""
         self.skipped += gathered.skipped
@@ -420,32 +421,32 @@ class LearnerRank(DurableState):
     def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
         """Weights first, then the version that announces them: whoever sees the number has only to
         wait for a copy."""
-        assert self.publisher is not None and self.buffer is not None
-        self.publisher.publish(work.version + 1, weights)
-        self.buffer.commit_step(
+        assert self.sender is not None and self.buffer is not None
+        self.sender.publish(work.version + 1, weights)
+        self.buffer.replay.commit_step(
             work.step, work.version + 1, [group.id for group in work.groups], self.epoch
         )
 
-    def _gather(self, health: HealthAccumulator) -> HealthAccumulator:
+    def _gather(self, step_metrics: StepMetrics) -> StepMetrics:
         if self.ranks == 1:
-            return health
+            return step_metrics
         box: list[Any] = [None] * self.ranks
-        dist.all_gather_object(box, health)
+        dist.all_gather_object(box, step_metrics)
         for other in box[1:]:
             box[0].merge(other)
         return box[0]
 
-    def _metrics(self, work: StepWork, health: HealthAccumulator) -> dict[str, float]:
+    def _metrics(self, work: StepWork, step_metrics: StepMetrics) -> dict[str, float]:
         fresh, updates = (
             [t for group in work.groups for t in group.trajectories],
             self.spec.learner.updates,
         )
-        metrics = health.metrics()
+        metrics = step_metrics.metrics()
         for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
             metrics[name] /= updates
         metrics["loss/total"] = metrics["loss/policy"] + metrics["loss/kl"]
         if self.buffer is not None and "kl/behaviour" in metrics:
-            self.buffer.report_behaviour_kl(metrics["kl/behaviour"])
+            self.buffer.replay.report_behaviour_kl(metrics["kl/behaviour"])
         if fresh:
             metrics |= reward_metrics(fresh)
             lag = [work.version - trajectory.version for trajectory in fresh]

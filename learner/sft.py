@@ -1,5 +1,5 @@
 """Stage 0: supervised cold start on prompts with reasoning, through the RL learner's own engine
-(METHOD 1.6)."""
+(docs/method.md 1.6)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def target_text(prompt: Prompt) -> str:
-    """The completion a prompt teaches: its reasoning and its answer in the output format (METHOD
-    1.5)."""
+    """The completion a prompt teaches: its reasoning and its answer in the output format
+    (docs/method.md 1.5)."""
     if not prompt.reasoning:
         raise DataError(
             f"cold-start prompt {prompt.id!r} has no reasoning: fill its `reasoning` or leave it "

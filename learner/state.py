@@ -22,7 +22,7 @@ from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.state_replica import TAG, FileProof, Files, write_files
 
 if TYPE_CHECKING:
-    from avatar_rl.buffer_service.weights.sender import Publisher
+    from avatar_rl.buffer_service.weights.sender import WeightSender
     from avatar_rl.learner.engine import TrainEngine
 
 
@@ -103,19 +103,20 @@ class DurableState:
     engine: TrainEngine
     rank: int
     ranks: int
-    keeper: Any
+    state_replica: Any
     hold_bytes: int
-    publisher: Publisher | None
+    sender: WeightSender | None
     _captured: Files | None = None
 
     def hold(self, version: int) -> None:
-        """Leave a copy of the state that is about to become ``version`` with the keeper. Returns
-        once all ranks have: whatever version is committed after that can be gone on from."""
+        """Leave a copy of the state that is about to become ``version`` with the state replica.
+        Returns once all ranks have: whatever version is committed after that can be gone on
+        from."""
         import ray
 
-        if self.keeper is None or state_bytes(self.engine) > self.hold_bytes:
+        if self.state_replica is None or state_bytes(self.engine) > self.hold_bytes:
             return
-        ray.get(self.keeper.hold.remote(version, self.rank, capture(self.engine, self.rank)))
+        ray.get(self.state_replica.hold.remote(version, self.rank, capture(self.engine, self.rank)))
         if self.ranks > 1:
             dist.barrier()
 
@@ -139,11 +140,11 @@ class DurableState:
         restore(self.engine, self.rank, folder)
 
     def publish_again(self, version: int | None = None) -> int:
-        """Rank 0 puts the newest version on a board that lost it, or after a restore, when all
-        ranks are asked, these weights as ``version``; returns the version."""
+        """Rank 0 puts the newest version on a weight store that lost it, or after a restore, when
+        all ranks are asked, these weights as ``version``; returns the version."""
         if version is None:
-            return self.publisher.put_again() if self.publisher is not None else 0
+            return self.sender.put_again() if self.sender is not None else 0
         with self.engine.whole_weights() as weights:
-            if self.publisher is not None:
-                self.publisher.publish(version, weights)
+            if self.sender is not None:
+                self.sender.publish(version, weights)
         return version

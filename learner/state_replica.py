@@ -41,7 +41,7 @@ def write_files(files: Mapping[str, NDArray[np.uint8]], folder: Path) -> dict[st
     return proofs
 
 
-class StateKeeper:
+class StateReplica:
     """Plain class; the cluster makes it a Ray actor. Holds the state of the ``keep`` newest
     versions, and a pinned one.
 

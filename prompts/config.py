@@ -119,8 +119,8 @@ class TemplateConfig(BaseModel):
     )
     audio_caption_prefix: str | None = Field(
         None,
-        description="Words before the audio caption as text cue (METHOD 1.6); null leaves the "
-        "caption out.",
+        description="Words before the audio caption as text cue (docs/method.md 1.6); null leaves "
+        "it out.",
     )
     min_pixels: int = Field(
         128 * 28 * 28,

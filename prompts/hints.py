@@ -1,4 +1,4 @@
-"""Does a hint give the answer away? A hint is a strategy, never the answer (METHOD 1.4)."""
+"""Does a hint give the answer away? A hint is a strategy, never the answer (docs/method.md 1.4)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _EVERYDAY = {"yes", "no", "true", "false", "a", "i", "1", "one", "none"}
 
 
 def hint_leaks(prompt: Prompt) -> bool:
-    """Whether the hint gives the answer away (METHOD 1.4): says it, in words, digits or a synonym,
-    or singles out the right option; of an answer of several slots or labels, all values or one slot
-    with its value."""
+    """Whether the hint gives the answer away (docs/method.md 1.4): says it, in words, digits or a
+    synonym, or singles out the right option; of an answer of several slots or labels, all values or
+    one slot with its value."""
     return bool(prompt.hint) and text_leaks(prompt, prompt.hint or "")
 
 

@@ -1,4 +1,5 @@
-"""The prompt record: what is asked, with which media, and how the answer is judged (DESIGN 3)."""
+"""The prompt record: what is asked, with which media, and how the answer is judged
+(docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ Modality = Literal["video", "audio", "image"]
 
 
 class ProblemType(StrEnum):
-    """How an answer is compared with the ground truth (METHOD 1.5)."""
+    """How an answer is compared with the ground truth (docs/method.md 1.5)."""
 
     MULTIPLE_CHOICE = "multiple_choice"
     NUMERICAL = "numerical"
@@ -27,8 +28,8 @@ class ProblemType(StrEnum):
     MULTI_LABEL = "multi_label"
 
 
-#: Spellings found in the published datasets (METHOD 1.5), lower-cased, "-", "/" and " " folded to
-#: "_".
+#: Spellings found in the published datasets (docs/method.md 1.5), lower-cased, "-", "/" and " "
+#: folded to "_".
 PROBLEM_TYPE_SPELLINGS: dict[str, ProblemType] = {
     "multiple_choice": ProblemType.MULTIPLE_CHOICE,
     "multi_choice": ProblemType.MULTIPLE_CHOICE,
@@ -118,10 +119,12 @@ class Prompt(Strict):
         None, description="SFT target inside <think>; cold start only (Stage 0)"
     )
     hint: str | None = Field(
-        None, description="one strategic sentence, never the answer (METHOD 1.4)"
+        None, description="one strategic sentence, never the answer (docs/method.md 1.4)"
     )
     caption: str | None = Field(None, description="what is seen and heard; for judges")
-    audio_caption: str | None = Field(None, description="what is heard, as text cue (METHOD 1.6)")
+    audio_caption: str | None = Field(
+        None, description="what is heard, as text cue (docs/method.md 1.6)"
+    )
     category: str = Field("", description="question type for per-type evaluation")
     needs: tuple[Modality, ...] = Field(
         (), description="modalities without which it cannot be answered"

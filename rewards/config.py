@@ -17,21 +17,20 @@ from avatar_rl.rewards.answers.numeric import NumericMode
 
 #: Built-in components and what they pay.
 BUILTIN: dict[str, str] = {
-    "format": "<think>...</think><answer>...</answer>, whole string (METHOD 1.5)",
-    "accuracy": "the answer against the truth, by problem type (METHOD 1.5)",
-    "self_consistency": "agreement with the majority of the fresh group (METHOD 1.5)",
-    "judge": "mean of four criteria scored by a frozen model or by exact rules (METHOD 1.5)",
-    "grounding_format": "time-caption segments, thinking, answer; 1/0 (METHOD 2.1)",
-    "segment_consistency": "how well each caption fits its clip, mean over the segments (METHOD "
-    "2.1)",
-    "segment_completeness": "how well the segments' clips answer the question (METHOD 2.1)",
-    "fusion": "0.3 if the answer is at least as good as both unimodal ones (METHOD 2.2)",
+    "format": "<think>...</think><answer>...</answer>, whole string (docs/method.md 1.5)",
+    "accuracy": "the answer against the truth, by problem type (docs/method.md 1.5)",
+    "self_consistency": "agreement with the majority of the fresh group (docs/method.md 1.5)",
+    "judge": "mean of four criteria by a frozen model or exact rules (docs/method.md 1.5)",
+    "grounding_format": "time-caption segments, thinking, answer; 1/0 (docs/method.md 2.1)",
+    "segment_consistency": "how well each caption fits its clip (docs/method.md 2.1)",
+    "segment_completeness": "how well the segments' clips answer the question (docs/method.md 2.1)",
+    "fusion": "0.3 if the answer is at least as good as both unimodal ones (docs/method.md 2.2)",
 }
 
 #: Components that ask the judge.
 JUDGED = frozenset({"judge", "segment_consistency", "segment_completeness"})
 
-#: Weights of the three RL stages (METHOD 1.5).
+#: Weights of the three RL stages (docs/method.md 1.5).
 STAGE_WEIGHTS: dict[int, dict[str, float]] = {
     1: {"format": 0.5, "accuracy": 0.5},
     2: {"format": 0.2, "accuracy": 0.4, "self_consistency": 0.4},

@@ -1,5 +1,5 @@
-"""User-defined rewards by import path: found at start, and kept from harming the run (METHOD 1.5,
-README)."""
+"""User-defined rewards by import path: found at start, and kept from harming the run
+(docs/method.md 1.5, README)."""
 
 from __future__ import annotations
 

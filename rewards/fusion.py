@@ -1,4 +1,4 @@
-"""The modality-attentive reward of OmniVideo-R1 (METHOD 2.2)."""
+"""The modality-attentive reward of OmniVideo-R1 (docs/method.md 2.2)."""
 
 from __future__ import annotations
 

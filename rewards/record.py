@@ -35,8 +35,8 @@ class Completion:
 class ScoreRequest:
     """The fresh completions of one prompt, scored together.
 
-    The unimodal rollouts are for the ``fusion`` reward only (METHOD 2.2): the i-th is paired with
-    the i-th completion."""
+    The unimodal rollouts are for the ``fusion`` reward only (docs/method.md 2.2): the i-th is
+    paired with the i-th completion."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -53,7 +53,7 @@ class ScoreRequest:
                 raise DataError(
                     f"prompt {self.prompt.id}: {len(rollouts)} {name} rollouts for "
                     f"{len(self.completions)} "
-                    "completions; they are paired one to one (METHOD 2.2)"
+                    "completions; they are paired one to one (docs/method.md 2.2)"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Agreement with the majority of the group (METHOD 1.5)."""
+"""Agreement with the majority of the group (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

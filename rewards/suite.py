@@ -1,4 +1,4 @@
-"""The weighted set of reward components of one run (METHOD 1.5)."""
+"""The weighted set of reward components of one run (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import redis
 
 from avatar_rl.buffer_service.config import BufferConfig
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 
@@ -16,7 +16,7 @@ CONFIG = BufferConfig(capacity=100, warm_up=4, reconnect_s=20.0)
 
 
 def make_group(
-    lease: TicketLease,
+    lease: RequestLease,
     rewards: Sequence[float],
     *,
     tokens: int = 6,
@@ -24,7 +24,7 @@ def make_group(
     accuracy: bool = True,
 ) -> Group:
     """The group its lease asks for, with the given rewards; contents depend on the seq only."""
-    t = lease.ticket
+    t = lease.request
     gid = f"{t.seq:08d}"
     rng = np.random.default_rng(t.seq)
     members = tuple(
@@ -57,11 +57,14 @@ def make_group(
     )
 
 
-def tickets(step: int, n: int = 2, *, first: int | None = None, prompt: str = "p") -> list[Ticket]:
-    """``n`` tickets of a step, each for a prompt of its own."""
+def requests(
+    step: int, n: int = 2, *, first: int | None = None, prompt: str = "p"
+) -> list[RolloutRequest]:
+    """``n`` requests of a step, each for a prompt of its own."""
     start = step * n if first is None else first
     return [
-        Ticket(seq=start + i, prompt_id=f"{prompt}{start + i}", step=step, n=4) for i in range(n)
+        RolloutRequest(seq=start + i, prompt_id=f"{prompt}{start + i}", step=step, n=4)
+        for i in range(n)
     ]
 
 
@@ -69,12 +72,14 @@ def run_step(
     buffer: ReplayBuffer, step: int, epoch: int, rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0)
 ) -> None:
     """A whole step of two groups: pushed, generated, trained and committed."""
-    buffer.push_tickets(tickets(step))
-    for lease in buffer.lease_tickets("actor", 2, max_staleness=0):
-        buffer.add_group(make_group(lease, rewards, version=step), lease, tokens_generated=24)
-    share = buffer.lease_fresh("learner", step, epoch=epoch)
+    buffer.requests.push(requests(step))
+    for lease in buffer.requests.lease("actor", 2, max_staleness=0):
+        buffer.requests.add_group(
+            make_group(lease, rewards, version=step), lease, tokens_generated=24
+        )
+    share = buffer.replay.lease_fresh("learner", step, epoch=epoch)
     assert share.ready
-    buffer.commit_step(step, step + 1, [g.id for g in share.groups], epoch)
+    buffer.replay.commit_step(step, step + 1, [g.id for g in share.groups], epoch)
 
 
 def namespace(buffer: ReplayBuffer) -> dict[bytes, bytes]:

@@ -17,7 +17,7 @@ from avatar_rl.buffer_service.errors import (
     FencedError,
     LeaseHeldError,
     StepTrainedError,
-    UnknownTicketError,
+    UnknownRequestError,
     VersionError,
 )
 from avatar_rl.buffer_service.records.requests import (
@@ -25,8 +25,8 @@ from avatar_rl.buffer_service.records.requests import (
     FreshShare,
     InsertReceipt,
     Ledger,
-    Ticket,
-    TicketLease,
+    RequestLease,
+    RolloutRequest,
     Tier,
 )
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
@@ -73,10 +73,11 @@ class ReferenceBuffer:
 
     def __init__(self, config: BufferConfig) -> None:
         self.config = config
+        self.requests = self.replay = self.stats = self  # one object answers for all parts
         self.now = 0.0
         self.current, self.trained, self.epoch = 0, -1, 0
         self.kl: float | None = None
-        self.tickets: dict[str, Ticket] = {}
+        self.queue: dict[str, RolloutRequest] = {}
         self.attempts: dict[str, int] = {}
         self.held: dict[str, Held] = {}
         self.seen: set[int] = set()
@@ -103,16 +104,16 @@ class ReferenceBuffer:
 
     # -- prompt stream
 
-    def push_tickets(self, tickets: Sequence[Ticket]) -> int:
+    def push(self, requests: Sequence[RolloutRequest]) -> int:
         new = 0
-        for t in tickets:
-            known = t.key in self.tickets
+        for t in requests:
+            known = t.key in self.queue
             if t.kind == "train":
                 known = known or t.step <= self.trained or t.seq in self.seen
             else:
                 known = known or t.seq in self.evals.get(t.round, {})
             if not known:
-                self.tickets[t.key] = t
+                self.queue[t.key] = t
                 self.attempts[t.key] = 0
                 table, at = (self.rounds, t.round) if t.kind == "eval" else (self.steps, t.step)
                 table[at] = table.get(at, 0) + 1
@@ -120,10 +121,10 @@ class ReferenceBuffer:
         return new
 
     def _settle(self, key: str) -> None:
-        del self.tickets[key], self.attempts[key]
+        del self.queue[key], self.attempts[key]
         self.held.pop(key, None)
 
-    def _hint(self, t: Ticket) -> bool:
+    def _hint(self, t: RolloutRequest) -> bool:
         gate, state = self.config.hints, self.prompts.get(t.prompt_id)
         if t.kind == "eval" or not gate.enabled or state is None:
             return False
@@ -137,32 +138,32 @@ class ReferenceBuffer:
             self._count("hints_fired")
         return state.on
 
-    def lease_tickets(
+    def lease(
         self,
         consumer: str,
         count: int,
         lease_s: float | None = None,
         max_staleness: int = 1,
         completions: int | None = None,
-    ) -> list[TicketLease]:
+    ) -> list[RequestLease]:
         budget = completions or 10**9
         full = False
         self.reap()
         waiting = [
             t
-            for key, t in self.tickets.items()
+            for key, t in self.queue.items()
             if key not in self.held and t.min_version <= self.current
         ]
         first = sorted(
             (t for t in waiting if t.kind == "eval"), key=lambda t: (t.min_version, t.key)
         )
         train = [t for t in waiting if t.kind == "train" and t.step <= self.current + max_staleness]
-        # A quarantined prompt's ticket takes a place among the evaluation tickets looked at, not
+        # A quarantined prompt's request takes a place among the evaluation requests looked at, not
         # among the train ones.
         queue = [(t, i < count) for i, t in enumerate(first)] + [
             (t, True) for t in sorted(train, key=lambda t: (t.step, t.seq))
         ]
-        leases: list[TicketLease] = []
+        leases: list[RequestLease] = []
         for t, admitted in queue:
             if full or len(leases) == count or not admitted:
                 continue
@@ -177,34 +178,34 @@ class ReferenceBuffer:
             expires = self.now + (lease_s or self.config.lease_s)
             self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
             leases.append(
-                TicketLease(
-                    ticket=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t)
+                RequestLease(
+                    request=t, attempt=self.attempts[t.key], consumer=consumer, hinted=self._hint(t)
                 )
             )
         return leases
 
-    def _holds(self, lease: TicketLease) -> bool:
-        held = self.held.get(lease.ticket.key)
+    def _holds(self, lease: RequestLease) -> bool:
+        held = self.held.get(lease.request.key)
         return held is not None and held.attempt == lease.attempt
 
     def renew(
-        self, consumer: str, leases: Sequence[TicketLease], lease_s: float | None = None
-    ) -> list[TicketLease]:
+        self, consumer: str, leases: Sequence[RequestLease], lease_s: float | None = None
+    ) -> list[RequestLease]:
         mine = [lease for lease in leases if lease.consumer == consumer and self._holds(lease)]
         for lease in mine:
-            self.held[lease.ticket.key].expires = self.now + (lease_s or self.config.lease_s)
+            self.held[lease.request.key].expires = self.now + (lease_s or self.config.lease_s)
         return mine
 
     def _give_back(self, key: str) -> None:
         del self.held[key]
-        t = self.tickets[key]
+        t = self.queue[key]
         if t.kind == "train" and t.step <= self.trained:
             self._settle(key)
 
-    def release(self, leases: Sequence[TicketLease]) -> int:
+    def release(self, leases: Sequence[RequestLease]) -> int:
         mine = [lease for lease in leases if self._holds(lease)]
         for lease in mine:
-            self._give_back(lease.ticket.key)
+            self._give_back(lease.request.key)
         return len(mine)
 
     def reap(self) -> int:
@@ -213,7 +214,7 @@ class ReferenceBuffer:
             self._give_back(key)
         return len(gone)
 
-    def _drop(self, t: Ticket, reason: str) -> None:
+    def _drop(self, t: RolloutRequest, reason: str) -> None:
         self._settle(t.key)
         if t.kind == "eval":
             self.rounds[t.round] -= 1
@@ -224,23 +225,23 @@ class ReferenceBuffer:
         self._count("generated")
         self._count(f"dropped:{reason}")
 
-    def quarantine(self, lease: TicketLease, reason: str, detail: str = "") -> bool:
-        t = self.tickets.get(lease.ticket.key)
+    def quarantine(self, lease: RequestLease, reason: str, detail: str = "") -> bool:
+        t = self.queue.get(lease.request.key)
         if t is None:
             return False
         self.bad_prompts.setdefault(t.prompt_id, f"{reason}: {detail}")
         self._drop(t, reason)
         return True
 
-    def drop(self, lease: TicketLease, reason: str) -> bool:
-        t = self.tickets.get(lease.ticket.key)
+    def drop(self, lease: RequestLease, reason: str) -> bool:
+        t = self.queue.get(lease.request.key)
         if t is None:
             return False
         self._drop(t, reason)
         return True
 
-    def add_eval(self, lease: TicketLease, payload: bytes) -> bool:
-        t = self.tickets.get(lease.ticket.key)
+    def add_eval(self, lease: RequestLease, payload: bytes) -> bool:
+        t = self.queue.get(lease.request.key)
         if t is None:
             return False
         self.evals.setdefault(t.round, {})[t.seq] = payload
@@ -329,17 +330,17 @@ class ReferenceBuffer:
     # -- insert
 
     def add_group(
-        self, group: Group, lease: TicketLease, *, tokens_generated: int, bound: int | None = None
+        self, group: Group, lease: RequestLease, *, tokens_generated: int, bound: int | None = None
     ) -> InsertReceipt:
         check_group(group)
         if group.seq in self.seen:
             self._count("duplicates")
             return InsertReceipt("duplicate", 0)
-        t = self.tickets.get(lease.ticket.key)
+        t = self.queue.get(lease.request.key)
         if t is None and group.step > self.trained:
-            raise UnknownTicketError(f"group {group.id} has no ticket")
+            raise UnknownRequestError(f"group {group.id} has no request")
         if t is not None and (t.prompt_id, t.step) != (group.prompt_id, group.step):
-            raise UnknownTicketError(f"group {group.id} does not match a ticket")
+            raise UnknownRequestError(f"group {group.id} does not match a request")
         late = group.step <= self.trained or (
             bound is not None and group.step + bound < self.current
         )
@@ -384,7 +385,7 @@ class ReferenceBuffer:
 
     # -- learner
 
-    def new_epoch(self) -> int:
+    def new_fencing_token(self) -> int:
         self.shares.clear()
         self.drawn.clear()
         self.epoch += 1
@@ -440,7 +441,7 @@ class ReferenceBuffer:
             raise VersionError(f"version {new_version} is older than {self.current}")
         named = set(group_ids)
         if any(gid not in self.fresh or self.fresh[gid].step > step for gid in named):
-            raise UnknownTicketError("a group is not waiting to be trained")
+            raise UnknownRequestError("a group is not waiting to be trained")
         self.trained, self.current = step, new_version
         due = sorted(
             (g for g in self.fresh.values() if g.step <= step), key=lambda g: (g.step, g.seq)
@@ -457,7 +458,7 @@ class ReferenceBuffer:
                     self._remove(tid)
         self.drawn.clear()
         self.shares.clear()
-        for key, t in list(self.tickets.items()):
+        for key, t in list(self.queue.items()):
             if t.kind == "train" and t.step <= step and key not in self.held:
                 self._settle(key)
         self.steps = {s: n for s, n in self.steps.items() if s > step}

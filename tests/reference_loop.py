@@ -21,7 +21,7 @@ from torch import Tensor
 
 from avatar_rl.actors.config import SamplingConfig
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.load import load_recipe
@@ -58,7 +58,7 @@ class ReferenceLoop:
         self.engine = RolloutEngine(model, config.rollout.engine)
         self.rewards = RewardSuite(config.rewards)
         self.buffer = ReferenceBuffer(config.buffer)
-        self.epoch = self.buffer.new_epoch()
+        self.epoch = self.buffer.replay.new_fencing_token()
         settings = config.learner.optimizer
         assert settings.weight_decay == 0
         self.optimizer = torch.optim.AdamW(
@@ -80,27 +80,27 @@ class ReferenceLoop:
     def step(self, step: int) -> dict[str, Any]:
         """Ask, generate, score, insert, draw, train, adopt, commit."""
         loop = self.config.loop
-        tickets = self._tickets(step)
-        self.buffer.push_tickets(tickets)
-        for lease in self.buffer.lease_tickets("reference", len(tickets), max_staleness=0):
+        requests = self._requests(step)
+        self.buffer.requests.push(requests)
+        for lease in self.buffer.requests.lease("reference", len(requests), max_staleness=0):
             group = self._score(lease, self._generate(lease))
             generated = sum(len(t.token_ids) for t in group.trajectories)
-            self.buffer.add_group(group, lease, tokens_generated=generated)
-        groups = self.buffer.lease_fresh("reference", step).groups
-        replays = self.buffer.draw(
+            self.buffer.requests.add_group(group, lease, tokens_generated=generated)
+        groups = self.buffer.replay.lease_fresh("reference", step).groups
+        replays = self.buffer.replay.draw(
             len(groups) * loop.replayed,
             step=step,
             seed=self.config.seed,
             version=step,
             prompt_ids=[group.prompt_id for group in groups],
         )
-        baselines = self.buffer.baselines(
+        baselines = self.buffer.replay.baselines(
             [r.prompt_id for r in replays], [r.hinted for r in replays]
         )
         work = StepWork(step, step, tuple(groups), tuple(replays), tuple(baselines))
         loss, norm = self._train(work)
         self.engine.adopt(step + 1, self.weights().items())
-        self.buffer.commit_step(step, step + 1, [group.id for group in groups], self.epoch)
+        self.buffer.replay.commit_step(step, step + 1, [group.id for group in groups], self.epoch)
         fresh = [t for group in groups for t in group.trajectories]
         return {
             "loss": loss,
@@ -112,19 +112,19 @@ class ReferenceLoop:
             "tokens": sum(len(t.token_ids) for t in [*fresh, *replays]),
         }
 
-    def _tickets(self, step: int) -> list[Ticket]:
+    def _requests(self, step: int) -> list[RolloutRequest]:
         """Prompts of a step: endless epochs, each shuffled from (seed, epoch). Whole groups until
         replay is warm."""
         loop, count = self.config.loop, self.config.loop.prompts_per_step
         group = loop.fresh + loop.replayed
         cold = loop.replayed > 0 and step * count * group < self.config.buffer.warm_up
-        tickets = []
+        requests = []
         for seq in range(step * count, (step + 1) * count):
             epoch, position = divmod(seq, len(self.prompts))
             order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
             prompt_id = self.prompts.ids[int(order[position])]
-            tickets.append(
-                Ticket(
+            requests.append(
+                RolloutRequest(
                     seq=seq,
                     prompt_id=prompt_id,
                     step=step,
@@ -132,23 +132,25 @@ class ReferenceLoop:
                     n=group if cold else loop.fresh,
                 )
             )
-        return tickets
+        return requests
 
-    def _generate(self, lease: TicketLease) -> FinishedRequest:
-        ticket = lease.ticket
-        seed = int(np.random.SeedSequence((self.config.seed, ticket.seq)).generate_state(1)[0]) >> 1
-        sampling: SamplingConfig = self.config.rollout.sampling.model_copy(update={"n": ticket.n})
-        engine_input = self.encoder.engine_input(
-            self.prompts[ticket.prompt_id], hinted=lease.hinted
+    def _generate(self, lease: RequestLease) -> FinishedRequest:
+        request = lease.request
+        seed = (
+            int(np.random.SeedSequence((self.config.seed, request.seq)).generate_state(1)[0]) >> 1
         )
-        self.engine.submit(ticket.key, engine_input, sampling, seed=seed)
+        sampling: SamplingConfig = self.config.rollout.sampling.model_copy(update={"n": request.n})
+        engine_input = self.encoder.engine_input(
+            self.prompts[request.prompt_id], hinted=lease.hinted
+        )
+        self.engine.submit(request.key, engine_input, sampling, seed=seed)
         finished: list[FinishedRequest] = []
         while not finished:
             finished = self.engine.step()
         return finished[0]
 
-    def _score(self, lease: TicketLease, finished: FinishedRequest) -> Group:
-        ticket, parts = lease.ticket, finished.completions
+    def _score(self, lease: RequestLease, finished: FinishedRequest) -> Group:
+        request, parts = lease.request, finished.completions
         completions = [
             Completion(
                 text=part.text,
@@ -158,8 +160,8 @@ class ReferenceLoop:
             )
             for part in parts
         ]
-        request = ScoreRequest(prompt=self.prompts[ticket.prompt_id], completions=completions)
-        name = f"{ticket.seq:08d}"
+        request = ScoreRequest(prompt=self.prompts[request.prompt_id], completions=completions)
+        name = f"{request.seq:08d}"
         trajectories = []
         for index, (part, scored) in enumerate(
             zip(parts, self.rewards.score(request), strict=True)
@@ -169,7 +171,7 @@ class ReferenceLoop:
                 Trajectory(
                     id=f"{name}.{index}",
                     group_id=name,
-                    prompt_id=ticket.prompt_id,
+                    prompt_id=request.prompt_id,
                     index=index,
                     hinted=lease.hinted,
                     prompt_tokens=len(finished.prompt_token_ids),
@@ -181,14 +183,14 @@ class ReferenceLoop:
                     temperature=self.config.rollout.sampling.temperature,
                     reward=scored.reward,
                     components=scored.components,
-                    step=ticket.step,
+                    step=request.step,
                 )
             )
         return Group(
             id=name,
-            prompt_id=ticket.prompt_id,
-            seq=ticket.seq,
-            step=ticket.step,
+            prompt_id=request.prompt_id,
+            seq=request.seq,
+            step=request.step,
             hinted=lease.hinted,
             trajectories=tuple(trajectories),
         )

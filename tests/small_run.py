@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from avatar_rl.cluster.checkpoints.checkpoint import newest_cut
+from avatar_rl.cluster.checkpoints.checkpoint import newest_checkpoint
 from avatar_rl.cluster.telemetry.run_folder import read_status
 
 RECIPE = """
@@ -108,4 +108,4 @@ def assert_ended_in_order(process: subprocess.Popen[str], run: Path, before: set
     assert left_over(process.pid) == []
     until_freed(before)
     assert read_status(run).state == "interrupted"
-    assert newest_cut(run, pytest.fail) is not None
+    assert newest_checkpoint(run, pytest.fail) is not None

@@ -12,35 +12,35 @@ Tier = Literal["hard", "medium", "easy"]
 TIERS: tuple[Tier, ...] = ("hard", "medium", "easy")
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+class RolloutRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request of the prompt stream: generate a group for this prompt."""
 
     seq: int  # position in the stream, < 1e8; orders groups
     prompt_id: str
-    step: int  # learner step that trains on it (train tickets)
+    step: int  # learner step that trains on it (train requests)
     n: int  # completions to generate
     epoch: int = 0  # pass over the data set
     kind: Literal["train", "eval"] = "train"
-    round: int = 0  # evaluation round (eval tickets)
+    round: int = 0  # evaluation round (eval requests)
     min_version: int = 0  # oldest policy version that may generate it
 
     @property
     def key(self) -> str:
-        """Name of the ticket in the buffer; equal keys are the same ticket."""
+        """Name of the request in the buffer; equal keys are the same request."""
         return f"t:{self.seq:08d}" if self.kind == "train" else f"e:{self.round:06d}:{self.seq:08d}"
 
 
-class TicketLease(msgspec.Struct, frozen=True, kw_only=True):
-    """A ticket held by one consumer until it expires."""
+class RequestLease(msgspec.Struct, frozen=True, kw_only=True):
+    """A request held by one consumer until it expires."""
 
-    ticket: Ticket
+    request: RolloutRequest
     attempt: int  # 1 for the first consumer; proves which lease it is
     consumer: str
-    hinted: bool  # put the hint in context (METHOD 1.4)
+    hinted: bool  # put the hint in context (docs/method.md 1.4)
 
     @property
     def token(self) -> str:
-        return f"{self.ticket.key}#{self.attempt}"
+        return f"{self.request.key}#{self.attempt}"
 
 
 class InsertReceipt(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ class FreshShare(msgspec.Struct, frozen=True, kw_only=True):
     groups: list[Group]
     ready: bool  # the whole step has arrived
     missing: int  # groups still to come (1 at least while not ready)
-    expected: int  # groups of the whole step over all ranks; -1 while no ticket of it was pushed
+    expected: int  # groups of the whole step over all ranks; -1 while no request of it was pushed
 
 
 class CommitReceipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +71,7 @@ class CommitReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvalResults(msgspec.Struct, frozen=True, kw_only=True):
-    """Payloads of an evaluation round by ticket seq."""
+    """Payloads of an evaluation round by request seq."""
 
     complete: bool
     missing: int

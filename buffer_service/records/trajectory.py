@@ -1,4 +1,5 @@
-"""What one generated completion is, and the group it was generated in (DESIGN 3, METHOD 1.3)."""
+"""What one generated completion is, and the group it was generated in (docs/architecture.md,
+docs/method.md 1.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     group_id: str
     prompt_id: str
     index: int  # position in the group, 0..G-1
-    hinted: bool  # the hint was in context: train with it in context (METHOD 1.4)
+    hinted: bool  # the hint was in context: train with it in context (docs/method.md 1.4)
     prompt_tokens: int  # expanded prompt length the behaviour policy saw
     prompt_digest: int  # crc32 of the expanded prompt token ids (int32, little endian)
     token_ids: NDArray[np.int32]  # (T,)
@@ -23,7 +24,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str  # "stop" | "length"
     temperature: float
     reward: float  # weighted over the unmasked components
-    components: dict[str, float | None]  # None = masked, never 0 (METHOD 1.5)
+    components: dict[str, float | None]  # None = masked, never 0 (docs/method.md 1.5)
     step: int  # learner step this group was generated for
 
     @property

@@ -15,7 +15,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def group_id(seq: int) -> str:
-    """Group id of the ticket at position ``seq`` of the prompt stream."""
+    """Group id of the request at position ``seq`` of the prompt stream."""
     return f"{seq:08d}"
 
 

@@ -24,7 +24,7 @@ from avatar_rl.buffer_service.errors import (
     LeaseHeldError,
     RecordError,
     StepTrainedError,
-    UnknownTicketError,
+    UnknownRequestError,
     VersionError,
 )
 from avatar_rl.buffer_service.redis.scripting import script
@@ -52,7 +52,7 @@ _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
         BufferSetupError,
         "use another run id, the same settings, or connect with reconfigure=True",
     ),
-    "UNKNOWN": (UnknownTicketError, "push the ticket first, and send what its lease asked for"),
+    "UNKNOWN": (UnknownRequestError, "push the request first, and send what its lease asked for"),
     "FENCED": (FencedError, "this learner was replaced; stop it"),
     "HELD": (LeaseHeldError, "wait for the lease to end, or begin a new epoch"),
     "TRAINED": (StepTrainedError, "go on with the next step"),

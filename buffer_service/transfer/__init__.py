@@ -1,0 +1,3 @@
+"""A run's buffer as a file: snapshot.py everything, for a restore; export.py trajectories for other
+tools and back.
+"""

@@ -56,7 +56,7 @@ class SnapshotReport(msgspec.Struct, frozen=True):
 
     prompts: int
     trajectories: int
-    tickets: int
+    requests: int
     version: int
     trained_step: int
     size: int  # bytes
@@ -212,7 +212,7 @@ def wipe(connection: Connection) -> int:
 
 def load(connection: Connection, path: Path, *, any_run: bool = False) -> SnapshotReport:
     """Replaces the run's contents by a snapshot. The whole file is checked first. Leases end, their
-    tickets wait again; a new epoch begins. No other client may write meanwhile: they are refused.
+    requests wait again; a new epoch begins. No other client may write meanwhile: they are refused.
 
     Raises RecordError (bad file) or BufferSetupError (a snapshot of another run, unless
     ``any_run``)."""

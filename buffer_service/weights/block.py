@@ -1,4 +1,4 @@
-"""Weights as bytes: what the learner hands to the weight board, and the proof with which rollout
+"""Weights as bytes: what the learner hands to the weight store, and the proof with which rollout
 actors take it."""
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Manifest = dict[str, tuple[tuple[int, ...], str]]
 #: tensors in the manifest's order, each from a multiple of ``ALIGN`` on; the checksum is XXH3 of
 #: it, 64 bits: against damage, not against malice, and as fast as memory. One bare buffer, which
 #: Ray copies once: hundreds of objects took longer than 10 MB of weights.
-Parcel = tuple[int, Manifest, int, Any]
+WeightMessage = tuple[int, Manifest, int, Any]
 
 ALIGN = 64
 
-_TYPES = {
+DTYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in vars(torch).values()
     if isinstance(kind, torch.dtype)
 }
-_NAMES = {kind: name for name, kind in _TYPES.items()}
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 
 
 class WeightBlock:
@@ -58,7 +58,7 @@ class WeightBlock:
         here."""
         torch._foreach_copy_(self._places, [weights[name] for name in self._manifest])
 
-    def parcel(self, version: int) -> Parcel:
+    def message(self, version: int) -> WeightMessage:
         """What is here as ``version``, ready to travel. Nothing is copied: fill it again once
         nobody reads it."""
         return version, self._manifest, _checksum(self._data.data), PickleBuffer(self._data.data)
@@ -68,17 +68,17 @@ class WeightBlock:
         return self._data.nbytes
 
 
-def pack_weights(version: int, weights: Mapping[str, Tensor]) -> Parcel:
+def pack_weights(version: int, weights: Mapping[str, Tensor]) -> WeightMessage:
     """A copy of ``weights`` as ``version``."""
     block = WeightBlock(weights)
     block.fill(weights)
-    return block.parcel(version)
+    return block.message(version)
 
 
-def unpack_weights(parcel: Parcel) -> dict[str, Tensor]:
-    """The tensors of a parcel, verified; views of its memory. Raises ModelError for truncated or
+def unpack_weights(message: WeightMessage) -> dict[str, Tensor]:
+    """The tensors of a message, verified; views of its memory. Raises ModelError for truncated or
     altered bytes."""
-    _, manifest, checksum, data = parcel
+    _, manifest, checksum, data = message
     block = np.frombuffer(data, np.uint8)
     offsets, size = _layout(manifest)
     if size != len(block):
@@ -99,7 +99,7 @@ def _layout(manifest: Manifest) -> tuple[list[int], int]:
     offsets, at = [], 0
     for shape, kind in manifest.values():
         offsets.append(at)
-        at += -(-math.prod(shape) * _TYPES[kind].itemsize // ALIGN) * ALIGN
+        at += -(-math.prod(shape) * DTYPES[kind].itemsize // ALIGN) * ALIGN
     return offsets, at
 
 
@@ -109,7 +109,7 @@ def _views(
     """The tensors that lie in ``block``, without a copy."""
     views: dict[str, Tensor] = {}
     for (name, (shape, kind)), offset in zip(manifest.items(), offsets, strict=True):
-        dtype, count = _TYPES[kind], math.prod(shape)
+        dtype, count = DTYPES[kind], math.prod(shape)
         if count:
             views[name] = torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(
                 shape

@@ -1,5 +1,5 @@
-"""Weights on their way in: fetched from the board, and what they must look like before they touch a
-running engine."""
+"""Weights on their way in: fetched from the weight store, and what they must look like before they
+touch a running engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.buffer_service.weights.block import Parcel, unpack_weights
+from avatar_rl.buffer_service.weights.block import WeightMessage, unpack_weights
 from avatar_rl.common.errors import ModelError
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 0.2  # one look for something new, ended as soon as there is
-ASK_S = 1.0  # between questions to the board while what it offered does not come
-GONE_S = 0.05  # until the board knows of a death, too
+ASK_S = 1.0  # between questions to the weight store while what it offered does not come
+GONE_S = 0.05  # until the weight store knows of a death, too
 COMMIT_S = (
     5.0  # from a version's publication to its commit; far less than a learner needs to start anew
 )
@@ -32,15 +32,15 @@ MAX_REFUSED = 3  # in a row
 UNUSED = ("talker.", "token2wav.", "code2wav.")
 
 
-class WeightPuller:
+class WeightReceiver:
     """Fetches published versions for one engine and proves them. ``refused`` counts those it would
     not hand on."""
 
-    def __init__(self, board: Any, version: int) -> None:
-        self.board, self.version = board, version
+    def __init__(self, weight_store: Any, version: int) -> None:
+        self.weight_store, self.version = weight_store, version
         self.refused = self.committed = 0
         self._in_a_row = 0
-        self._offered: list[Any] | None = None  # by the board, and not there yet
+        self._offered: list[Any] | None = None  # by the weight store, and not there yet
         self._asked = 0.0
 
     def updates(
@@ -70,27 +70,27 @@ class WeightPuller:
         import ray
 
         try:
-            parcel = self._await()
-            if parcel is None:
+            message = self._await()
+            if message is None:
                 return None
-            version = parcel[0]
-            if version <= self.version:  # put out anew for a board that had lost it
+            version = message[0]
+            if version <= self.version:  # put out anew for a weight store that had lost it
                 return None
             weights: dict[str, Tensor] = {}
 
             def prove() -> None:
-                weights.update(unpack_weights(parcel))
+                weights.update(unpack_weights(message))
 
             if buffer is None:
                 prove()
             else:
-                self.committed = buffer.version(meanwhile=prove)
+                self.committed = buffer.replay.version(meanwhile=prove)
         except (
             ray.exceptions.RayActorError,
             ray.exceptions.RayTaskError,
             ray.exceptions.OwnerDiedError,
         ):
-            time.sleep(GONE_S)  # the learner or the board died before it was there
+            time.sleep(GONE_S)  # the learner or the weight store died before it was there
             return None
         except (ModelError, ray.exceptions.ObjectLostError) as error:
             self.refused += 1
@@ -106,12 +106,12 @@ class WeightPuller:
         self.version, self._in_a_row = version, 0
         return version, weights
 
-    def _await(self) -> Parcel | None:
+    def _await(self) -> WeightMessage | None:
         """A version that was offered, waited for up to ``WAIT_S``; one that is there already, until
         it has come.
 
-        One that is still to come is waited for again; from time to time the board is asked whether
-        it still will."""
+        One that is still to come is waited for again; from time to time the weight store is asked
+        whether it still will."""
         import ray
 
         offered, self._offered = (
@@ -119,7 +119,7 @@ class WeightPuller:
             None,
         )  # whatever comes of it is final, but that it is not there yet
         if offered is None or time.monotonic() - self._asked > ASK_S:
-            offered = ray.get(self.board.newer.remote(self.version, WAIT_S))
+            offered = ray.get(self.weight_store.newer.remote(self.version, WAIT_S))
             self._asked = time.monotonic()
             if offered is None:
                 return None
@@ -137,7 +137,7 @@ def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) ->
     """Whether a published version counts, which it does already or within milliseconds unless its
     learner failed."""
     deadline, poll_s = time.monotonic() + COMMIT_S, COMMIT_POLL_S / 64
-    while buffer.version() < version:
+    while buffer.replay.version() < version:
         if time.monotonic() > deadline or not go_on():
             return False
         time.sleep(poll_s)

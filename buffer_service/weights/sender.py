@@ -1,18 +1,100 @@
-"""Weights out: a trained version becomes visible to rollout actors through the weight board."""
+"""Weights out: a trained version becomes visible to rollout actors through the weight store."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from avatar_rl.buffer_service.weights.block import WeightBlock
-from avatar_rl.buffer_service.weights.outbox import Outbox
-from avatar_rl.learner.model.load import DTYPES
+from avatar_rl.buffer_service.weights.block import DTYPES, WeightBlock, WeightMessage
+from avatar_rl.common.errors import ModelError
+
+TAKE_S = 600.0  # one copy within a machine; this long only when the object store has to spill
+# a weight store that has not taken a version by then may be a new one, which follows nobody yet
+ASK_S = 5.0
 
 
-class Publisher:
+class Outbox:
+    """Of the actor that publishes, under the name ``outbox``; one version at a time is on its way
+    to the weight store.
+
+    The actor needs one thread (max_concurrency) more than calls that may publish at once: the
+    standing call waits in it, and copies the tensors into the object store while the learner goes
+    on."""
+
+    def __init__(self, weight_store: Any) -> None:
+        self.weight_store = weight_store
+        self._changed = threading.Condition()
+        self._put_out: WeightMessage | None = None
+        self._serial = self._taken = (
+            0  # of what was put out last, and of what the weight store has last
+        )
+        # the standing call is the newest one: a new weight store may ask while its predecessor's
+        # still waits
+        self._call = 0
+        self._followed = False
+
+    def await_taken(self) -> None:
+        """Returns once the weight store has what was put out last, at once where nothing was.
+
+        Raises ModelError when it does not take it.
+        """
+        deadline = time.monotonic() + TAKE_S
+        while not self._await_taken(ASK_S):
+            if time.monotonic() > deadline:
+                version = self._put_out[0] if self._put_out else 0
+                raise ModelError(
+                    f"the weight store did not take version {version} within {TAKE_S:g} s"
+                )
+            self._ask_to_follow()
+
+    def put(self, message: WeightMessage) -> None:
+        """Let the weight store have ``message``, after ``await_taken``. It takes it meanwhile, so
+        leave its memory alone until the one after it was taken: a new weight store may ask for this
+        one again."""
+        with self._changed:
+            self._put_out = message
+            self._serial += 1
+            self._changed.notify_all()
+        if not self._followed:
+            self._ask_to_follow()
+
+    def put_again(self) -> int:
+        """Let a weight store that knows nothing have what was put out last; its version, 0 where
+        there is none."""
+        if self._put_out is None:
+            return 0
+        self._ask_to_follow()
+        return self._put_out[0]
+
+    def _ask_to_follow(self) -> None:
+        import ray
+
+        ray.get(self.weight_store.follow.remote([ray.get_runtime_context().current_actor]))
+        self._followed = True
+
+    def _await_taken(self, wait_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._taken >= self._serial, wait_s)
+
+    def hand_over(self, taken: int) -> tuple[WeightMessage, tuple[int, int]]:
+        """The weight store's standing call: it has what was put out as number ``taken``; returns
+        (message, (number, version)) once there is more. Raises ModelError when another weight store
+        has asked meanwhile."""
+        with self._changed:
+            self._call += 1
+            call, self._taken = self._call, taken
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._serial > taken or self._call != call)
+            if self._call != call or self._put_out is None:
+                raise ModelError("another weight store took over")
+            return self._put_out, (self._serial, self._put_out[0])
+
+
+class WeightSender:
     """Names, casts, copies, checksums and hands over one full set of weights per version. Runs on
     rank 0.
 
@@ -23,8 +105,8 @@ class Publisher:
         self.names = names
         self.outbox = outbox
         self.dtype = DTYPES[dtype]
-        #: The one the board may still be reading, or be asked to read again, and the one to write
-        #: to.
+        #: The one the weight store may still be reading, or be asked to read again, and the one to
+        #: write to.
         self._blocks: list[WeightBlock] = []
         self._turn = threading.Lock()
 
@@ -36,22 +118,22 @@ class Publisher:
         }
 
     def publish(self, version: int, weights: Mapping[str, Tensor]) -> int:
-        """Put ``version`` out for the board and return its bytes. ``weights`` may be the parameters
-        themselves: they are copied here, and may change as soon as this returns.
+        """Put ``version`` out for the weight store and return its bytes. ``weights`` may be the
+        parameters themselves: they are copied here, and may change as soon as this returns.
 
-        Raises ModelError when the board does not take the version before.
+        Raises ModelError when the weight store does not take the version before.
         """
         assert self.outbox is not None
         with self._turn:
             self.outbox.await_taken()  # so nobody reads the version before the last
             block = self._other_block(published := self._published(weights))
             block.fill(published)
-            self.outbox.put(block.parcel(version))
+            self.outbox.put(block.message(version))
         return block.nbytes
 
     def put_again(self) -> int:
-        """Let a board that lost it have the last published version; its number, 0 where there is
-        none."""
+        """Let a weight store that lost it have the last published version; its number, 0 where
+        there is none."""
         return self.outbox.put_again() if self.outbox is not None else 0
 
     def _published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""The weight board: where the learner leaves a policy version and rollout actors pull it from
-(DESIGN 2, step 5 and 6).
+"""The weight store: where the learner leaves a policy version and rollout actors pull it from
+(docs/architecture.md).
 
 Learner and rollout actors never call each other; both know only this actor. Tensors travel through
-the Ray object store (one transfer per node); the board holds the references."""
+the Ray object store (one transfer per node); the weight store holds the references."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def hand_over(source: Any, taken: int) -> tuple[Any, tuple[int, int]]:
     return source.outbox.hand_over(taken)
 
 
-class WeightBoard:
+class WeightStore:
     """Plain class; the cluster makes it an asynchronous Ray actor. Keeps the newest ``keep``
     versions alive.
 
-    What an actor *returns* belongs to its caller, so the board has a standing call with the
+    What an actor *returns* belongs to its caller, so the weight store has a standing call with the
     publisher, which returns with the next version: its bytes are copied once, into the publisher's
     own node, and outlive the publisher. Who waits for a version waits for that call's result, and
     hears of it from Ray without a line of Python in between."""
@@ -35,12 +35,12 @@ class WeightBoard:
         self._following: asyncio.Task[None] | None = None  # or the loop would forget the task
         self._news = asyncio.Event()
 
-    def publish(self, parcel: Any) -> None:
-        """Keep a ``Parcel`` of somebody who is no actor: copied into an object of our own, since
-        his dies with him."""
+    def publish(self, message: Any) -> None:
+        """Keep a ``WeightMessage`` of somebody who is no actor: copied into an object of our own,
+        since his dies with him."""
         import ray
 
-        version, manifest, checksum, block = parcel
+        version, manifest, checksum, block = message
         if not self._stale(version):
             self._keep(version, ray.put((version, manifest, checksum, PickleBuffer(block))))
 
@@ -61,12 +61,12 @@ class WeightBoard:
         taken = 0
         try:
             while self._source is source:
-                parcel, told = source.__ray_call__.options(num_returns=2).remote(hand_over, taken)
-                self._coming = [parcel]
+                message, told = source.__ray_call__.options(num_returns=2).remote(hand_over, taken)
+                self._coming = [message]
                 self._tell()
                 taken, version = await told  # says that it went well, without fetching the tensors
                 if self._source is source and not self._stale(version):
-                    self._keep(version, parcel)
+                    self._keep(version, message)
         except ray.exceptions.RayError:
             pass  # it died; its successor will ask to be followed
         finally:
@@ -79,8 +79,8 @@ class WeightBoard:
         return (newest, self.versions[newest]) if newest > newer_than else None
 
     def lost(self, version: int) -> bool:
-        """Nothing as new as ``version`` is here, and nobody is there to publish it: this board is
-        not the first one."""
+        """Nothing as new as ``version`` is here, and nobody is there to publish it: this weight
+        store is not the first one."""
         return self._source is None and self.latest(version - 1) is None
 
     async def newer(self, newer_than: int, wait_s: float) -> list[Any] | None:

@@ -1,0 +1,3 @@
+"""State that outlives a run: checkpoints, going on from them, and the lock that keeps two jobs
+apart.
+"""

@@ -1,5 +1,5 @@
-"""Checkpoints: learner, buffer and the driver's own books as one cut between two steps, whole on
-disk or not at all.
+"""Checkpoints: learner, buffer and the driver's own books as one checkpoint between two steps,
+whole on disk or not at all.
 
 checkpoints/step-000040/
     manifest.json   what is in it, with a checksum of every file and of itself
@@ -33,7 +33,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Cut:
+class Checkpoint:
     """What a manifest says. ``step`` steps are done; the policy is of ``version``."""
 
     run_id: str
@@ -41,7 +41,7 @@ class Cut:
     version: int
     model: str  # digest of the model the run started from
     data: str  # digest of the datasets
-    metrics_bytes: int  # length of metrics.jsonl at the cut
+    metrics_bytes: int  # length of metrics.jsonl at the checkpoint
     evaluation: dict[str, Any]  # EvaluationRounds.state by name
     accuracies: list[float]  # of the last steps, for the moving average
     files: dict[str, dict[str, Any]] = field(
@@ -58,9 +58,9 @@ class Cut:
         return self.path / LEARNER
 
 
-def write_manifest(cut: Cut, folder: Path) -> None:
+def write_manifest(checkpoint: Checkpoint, folder: Path) -> None:
     """manifest.json, which proves itself by a digest of its content."""
-    content = {"format": FORMAT, **asdict(cut)}
+    content = {"format": FORMAT, **asdict(checkpoint)}
     del content["path"]
     text = json.dumps({"sha256": _digest(content), "content": content}, indent=1)
     with open(folder / MANIFEST, "w") as file:
@@ -69,7 +69,7 @@ def write_manifest(cut: Cut, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_cut(folder: Path) -> Cut:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """The cut in ``folder`` with every file checked. Raises DataError saying what is missing,
     damaged or too new."""
     try:
@@ -82,13 +82,13 @@ def read_cut(folder: Path) -> Cut:
                 f"checkpoint {folder} has another format than {FORMAT}: use the release that "
                 "wrote it"
             )
-        cut = Cut(**content, path=folder)
+        checkpoint = Checkpoint(**content, path=folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"checkpoint {folder}: {MANIFEST} is missing or damaged ({error})"
         ) from error
-    check_files(folder, cut.files)
-    return cut
+    check_files(folder, checkpoint.files)
+    return checkpoint
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -107,12 +107,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*"), key=lambda path: path.name, reverse=True)
 
 
-def newest_cut(run: Path, on_damage: Callable[[str], None]) -> Cut | None:
-    """The newest whole cut; each damaged one is reported and passed over. None when there is
+def newest_checkpoint(run: Path, on_damage: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint; each damaged one is reported and passed over. None when there is
     none."""
     for folder in checkpoints(run):
         try:
-            return read_cut(folder)
+            return read_checkpoint(folder)
         except DataError as error:
             on_damage(f"{error}; the checkpoint before is used")
     return None
@@ -146,12 +146,12 @@ WriteLearner = Callable[[Path], dict[str, Any]]
 WriteBuffer = Callable[[Path, Callable[[], None]], Any]
 
 
-class Checkpointer:
+class CheckpointWriter:
     """Writes cuts of one run, one at a time, and removes those beyond ``keep``."""
 
     def __init__(self, run: Path, *, keep: int, report: Callable[[str, str], None]) -> None:
         self.folder, self.keep, self._report = run / FOLDER, keep, report
-        self.last: Cut | None = None
+        self.last: Checkpoint | None = None
         self._thread: threading.Thread | None = None
         for left in self._unfinished():
             shutil.rmtree(left, ignore_errors=True)
@@ -160,15 +160,17 @@ class Checkpointer:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, cut: Cut, write_learner: WriteLearner, write_buffer: WriteBuffer) -> None:
-        """Begin writing ``cut``; returns as soon as training may go on: when the buffer's moment is
-        fixed. One that is still being written is waited for. What goes wrong is reported, and does
-        not stop the run."""
+    def begin(
+        self, checkpoint: Checkpoint, write_learner: WriteLearner, write_buffer: WriteBuffer
+    ) -> None:
+        """Begin writing ``checkpoint``; returns as soon as training may go on: when the buffer's
+        moment is fixed. One that is still being written is waited for. What goes wrong is reported,
+        and does not stop the run."""
         self.wait()
         fixed = threading.Event()
         self._thread = threading.Thread(
             target=self._write,
-            args=(cut, write_learner, write_buffer, fixed),
+            args=(checkpoint, write_learner, write_buffer, fixed),
             name="checkpoint",
             daemon=True,
         )
@@ -185,13 +187,13 @@ class Checkpointer:
 
     def _write(
         self,
-        cut: Cut,
+        checkpoint: Checkpoint,
         write_learner: WriteLearner,
         write_buffer: WriteBuffer,
         fixed: threading.Event,
     ) -> None:
         started = time.monotonic()
-        name = f"step-{cut.step:06d}"
+        name = f"step-{checkpoint.step:06d}"
         scratch = self.folder / f".{name}.tmp-{os.getpid()}"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -205,7 +207,7 @@ class Checkpointer:
             }
             proofs = write_learner(scratch / LEARNER)
             files |= {f"{LEARNER}/{path}": asdict(proof) for path, proof in sorted(proofs.items())}
-            whole = Cut(**{**asdict(cut), "files": files, "path": self.folder / name})
+            whole = Checkpoint(**{**asdict(checkpoint), "files": files, "path": self.folder / name})
             write_manifest(whole, scratch)
             for folder in (scratch / LEARNER / "state", scratch / LEARNER, scratch):
                 if folder.is_dir():
@@ -216,15 +218,16 @@ class Checkpointer:
             size = sum(proof["bytes"] for proof in files.values())
             self._report(
                 "checkpoint written",
-                f"step {cut.step}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s",
+                f"step {checkpoint.step}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} "
+                "s",
             )
-        # a full disk, a learner that died meanwhile: the run and older cuts are unharmed
+        # a full disk, a learner that died meanwhile: the run and older checkpoints are unharmed
         except Exception as error:
-            log.info("checkpoint of step %d failed", cut.step, exc_info=True)
+            log.info("checkpoint of step %d failed", checkpoint.step, exc_info=True)
             shutil.rmtree(scratch, ignore_errors=True)
             self._report(
                 "checkpoint failed",
-                f"step {cut.step}: {error or type(error).__name__}; the run goes on",
+                f"step {checkpoint.step}: {error or type(error).__name__}; the run goes on",
             )
         finally:
             fixed.set()

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from avatar_rl.cluster.checkpoints.checkpoint import Cut, checkpoints, newest_cut
+from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets, model_digest
@@ -88,18 +88,18 @@ class Resumption:
     """A run to go on with."""
 
     run: Path
-    cut: Cut | None  # None: it ended before its first checkpoint and begins again
+    checkpoint: Checkpoint | None  # None: it ended before its first checkpoint and begins again
 
     @property
     def step(self) -> int:
         """Steps that are done."""
-        return self.cut.step if self.cut is not None else 0
+        return self.checkpoint.step if self.checkpoint is not None else 0
 
     def __str__(self) -> str:
         where = (
             "from the beginning: it has no checkpoint"
-            if self.cut is None
-            else f"from step {self.cut.step}"
+            if self.checkpoint is None
+            else f"from step {self.checkpoint.step}"
         )
         return f"resuming {self.run.name} {where}"
 
@@ -206,10 +206,15 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
         on_message("nothing to resume: a new run is started")
         return None
     resumption = going_on(run, config, on_message)
-    cut = resumption.cut
-    if cut is not None and cut.step >= config.loop.steps and read_status(run).state == "finished":
+    checkpoint = resumption.checkpoint
+    if (
+        checkpoint is not None
+        and checkpoint.step >= config.loop.steps
+        and read_status(run).state == "finished"
+    ):
         raise ConfigError(
-            f"run {run.name} is finished after {cut.step} steps: raise loop.steps to go on with it"
+            f"run {run.name} is finished after {checkpoint.step} steps: raise loop.steps to go on "
+            "with it"
         )
     on_message(str(resumption))
     return resumption
@@ -222,7 +227,7 @@ def going_on(run: Path, config: RunConfig, on_damage: Callable[[str], None]) -> 
     Raises ConfigError listing what of the recipe changed and must not.
     """
     check_recipe(run, config)
-    return Resumption(run, newest_cut(run, on_damage))
+    return Resumption(run, newest_checkpoint(run, on_damage))
 
 
 def data_digest(datasets: Datasets) -> str:
@@ -235,15 +240,16 @@ def data_digest(datasets: Datasets) -> str:
     return digest.hexdigest()
 
 
-def check_assets(cut: Cut, model: Path, datasets: Datasets) -> None:
+def check_assets(checkpoint: Checkpoint, model: Path, datasets: Datasets) -> None:
     """Raises ConfigError when the model or the data are not those the run began with."""
     for name, before, now, where in (
-        ("model", cut.model, model_digest(model), model),
-        ("dataset", cut.data, data_digest(datasets), ", ".join(map(str, datasets.asked))),
+        ("model", checkpoint.model, model_digest(model), model),
+        ("dataset", checkpoint.data, data_digest(datasets), ", ".join(map(str, datasets.asked))),
     ):
         if before != now:
             raise ConfigError(
-                f"run {cut.run_id} began with another {name}: {where} has digest {now[:12]}, the "
+                f"run {checkpoint.run_id} began with another {name}: {where} has digest "
+                f"{now[:12]}, the "
                 "checkpoint says "
                 f"{before[:12]}; give it the {name} back, or start a new run"
             )
@@ -257,16 +263,16 @@ def open_folder(
     on_warning: Callable[[str], None],
     sinks: Sequence[Sink] = (),
 ) -> RunFolder:
-    """The run's folder, locked: new, or put back to the cut. Raises ConfigError when another job
-    has it."""
+    """The run's folder, locked: new, or put back to the checkpoint. Raises ConfigError when another
+    job has it."""
     if resumption is None:
         folder = RunFolder(path, total_steps=total_steps, on_warning=on_warning, sinks=sinks)
         lock.acquire()
         return folder
     lock.acquire()
     sweep_socket(path)
-    cut = resumption.cut
-    cut_metrics(path, cut.metrics_bytes if cut else 0)
+    checkpoint = resumption.checkpoint
+    truncate_metrics(path, checkpoint.metrics_bytes if checkpoint else 0)
     return RunFolder(
         path,
         resume_step=resumption.step,
@@ -286,8 +292,9 @@ def sweep_socket(path: Path) -> None:
             shutil.rmtree(socket.parent, ignore_errors=True)
 
 
-def cut_metrics(path: Path, length: int) -> None:
-    """Metrics past the cut move to metrics.abandoned.jsonl: their steps will be run again."""
+def truncate_metrics(path: Path, length: int) -> None:
+    """Metrics past the checkpoint move to metrics.abandoned.jsonl: their steps will be run
+    again."""
     file = path / "metrics.jsonl"
     if not file.is_file() or file.stat().st_size <= length:
         return

@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
         under_way=command in READS,
     ) as buffer:
         if command == "inspect":
-            buffer.check_ledger()
-            Console().print(stats_table(buffer.run_id, buffer.stats()))
+            buffer.stats.check_ledger()
+            Console().print(stats_table(buffer.run_id, buffer.stats.read()))
         elif command == "export":
             print(f"{buffer.export(options.file)} trajectories written to {options.file}")
         elif command == "snapshot":

@@ -40,7 +40,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = commands.add_parser(
-        "evaluate", help="held-out accuracy of a checkpoint, also without one of its senses"
+        "evaluate", help="held-out accuracy of a checkpoint, also without one of its modalities"
     )
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument(

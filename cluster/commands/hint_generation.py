@@ -1,5 +1,5 @@
-"""Hints written ahead by a teacher behind an OpenAI-compatible endpoint (METHOD 1.4): resumable,
-checked for leaks."""
+"""Hints written ahead by a teacher behind an OpenAI-compatible endpoint (docs/method.md 1.4):
+resumable, checked for leaks."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def list_all(folder: Path) -> int:
 
 def show(run: Path) -> int:
     """State, checkpoints (each verified) and the last events of one run."""
-    from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_cut
+    from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_checkpoint
     from avatar_rl.cluster.telemetry.run_folder import read_status
     from avatar_rl.common.errors import DataError
     from avatar_rl.common.files import read_jsonl
@@ -85,9 +85,12 @@ def show(run: Path) -> int:
         print(f"  {status.error}")
     for folder in checkpoints(run):
         try:
-            cut = read_cut(folder)
-            size = sum(proof["bytes"] for proof in cut.files.values())
-            print(f"  checkpoint {folder.name}: version {cut.version}, {size / 1e6:.1f} MB, whole")
+            checkpoint = read_checkpoint(folder)
+            size = sum(proof["bytes"] for proof in checkpoint.files.values())
+            print(
+                f"  checkpoint {folder.name}: version {checkpoint.version}, {size / 1e6:.1f} "
+                "MB, whole"
+            )
         except DataError as error:
             print(f"  {error}")
     for row in list(read_jsonl(run / "events.jsonl"))[-8:]:

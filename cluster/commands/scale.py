@@ -49,8 +49,8 @@ def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
             "the run's Redis URL holds a password, which its config.yaml does not keep: give --url"
         )
     with ReplayBuffer.attach(config, status.run_id, where) as buffer:
-        before = buffer.desired(DESIRED)
-        buffer.set_desired(DESIRED, workers)
+        before = buffer.control.desired(DESIRED)
+        buffer.control.set_desired(DESIRED, workers)
     return (
         f"rollout workers of {status.run_id}: {rollout.workers if before is None else before} "
         f"-> {workers} desired"

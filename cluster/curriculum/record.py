@@ -95,7 +95,7 @@ class CurriculumState(Record):
 
     stages: list[StageRecord] = []
     underway: Underway | None = None
-    senses: dict[str, Result] = {}
+    modalities: dict[str, Result] = {}
 
     def get(self, name: str) -> StageRecord | None:
         return next((record for record in self.stages if record.name == name), None)
@@ -111,7 +111,7 @@ class CurriculumState(Record):
     def drop_from(self, names: Collection[str]) -> None:
         """Forget stages that are to be made anew, and what was measured at the end."""
         self.stages = [record for record in self.stages if record.name not in names]
-        self.senses = {}
+        self.modalities = {}
 
 
 def read_state(folder: Path) -> CurriculumState:

@@ -46,14 +46,14 @@ def lines(state: CurriculumState) -> list[Line]:
 
 
 def footers(state: CurriculumState) -> list[str]:
-    """What the last policy can do without one of its senses, beside what it can do with all of
+    """What the last policy can do without one of its modalities, beside what it can do with all of
     them."""
     full = state.stages[-1].after if state.stages else None
     if full is None:
         return []
     return [
         f"{state.stages[-1].name} without {sense}: {_needs(result, full)}"
-        for sense, result in state.senses.items()
+        for sense, result in state.modalities.items()
     ]
 
 

@@ -161,7 +161,7 @@ class CurriculumRun:
                 self.state.underway = None
                 self._write()
             parent, before = (record.digest, record) if record is not None else ("", None)
-        self._check_senses(self.curriculum.stages[-1])
+        self._check_modalities(self.curriculum.stages[-1])
         self._write()
         return self.state
 
@@ -240,18 +240,18 @@ class CurriculumRun:
             )
         return out.resolve()
 
-    def _check_senses(self, last: Stage) -> None:
+    def _check_modalities(self, last: Stage) -> None:
         """What the last policy can do without sound and without pictures; measured once per
         result."""
         record = self.state.get(last.name)
-        if not self.curriculum.modality_check or self.state.senses or record is None:
+        if not self.curriculum.modality_check or self.state.modalities or record is None:
             return
         if self._datasets[last.name].heldout is None:
             return
         config = last.config.model_copy(update={"name": "modality-check", "cold_start": None})
         with _screen(last, 1) as screen:
             found = evaluate(config, screen, model=Path(record.checkpoint), without=MODALITY_CHECK)
-        self.state.senses = {
+        self.state.modalities = {
             "+".join(kinds): Result.of(evaluation)
             for kinds, evaluation in zip(MODALITY_CHECK, found.evaluations, strict=True)
         }

@@ -1,4 +1,5 @@
-"""A curriculum as it is written: one recipe whose `stages` follow one another (METHOD 1.6)."""
+"""A curriculum as it is written: one recipe whose `stages` follow one another (docs/method.md
+1.6)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The package index carries CUDA builds of both. Beside CPU torch, torchvision's compiled library
 cannot load, so the operator schemas that its Python part annotates are missing and the import
 fails; torchaudio's and torchcodec's libraries fail the same way. Proper CPU builds are left alone.
-STACK "Install"."""
+docs/dependencies.md."""
 
 from __future__ import annotations
 

@@ -174,8 +174,8 @@ def check_media(prompts: PromptIndex) -> None:
 
 
 def check_hints(prompts: PromptIndex, config: RunConfig) -> None:
-    """No hint says the answer, where hints may fire (METHOD 1.4). Raises DataError naming the first
-    ones that do."""
+    """No hint says the answer, where hints may fire (docs/method.md 1.4). Raises DataError naming
+    the first ones that do."""
     if not config.buffer.hints.enabled:
         return
     from avatar_rl.prompts.hints import hint_leaks
@@ -191,7 +191,7 @@ def check_hints(prompts: PromptIndex, config: RunConfig) -> None:
 
 def check_fusion(prompts: PromptIndex, config: RunConfig) -> None:
     """Some prompt can be asked by sight alone and by sound alone, where a reward compares with that
-    (METHOD 2.2).
+    (docs/method.md 2.2).
 
     Raises DataError else: the reward would be masked for every completion.
     """

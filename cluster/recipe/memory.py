@@ -13,7 +13,7 @@ GIB = 1 << 30
 WEIGHT = 2  # bytes, bfloat16
 GRADIENT = 2
 OPTIMIZER = 12  # float32 master copy and two AdamW moments
-BOARD_VERSIONS = 3  # two that the board keeps, and a new one before the older goes
+BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the older goes
 
 
 @dataclass(frozen=True)

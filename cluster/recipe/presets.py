@@ -1,5 +1,5 @@
 """Named overlays of the recipe: the published methods and the baselines they are compared with
-(METHOD 1.6, 3)."""
+(docs/method.md 1.6, 3)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.3}}}
 _NO_TAS: Overlay = {"learner": {"objective": {"tas_lambda": 0.0}}}
 _HINTS: Overlay = {"buffer": {"hints": {"enabled": True}}}
 _NO_HINTS: Overlay = {"buffer": {"hints": {"enabled": False}}}
-#: METHOD 2.3
+#: docs/method.md 2.3
 _GSPO_OMNI: Overlay = {
     "learner": {
         "objective": {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.03}
@@ -98,7 +98,7 @@ PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
         ),
     ),
     "omnivideo_qi": (
-        "GSPO with OmniVideo-R1's query-intensive rewards: format, answer, segments (METHOD 2.1)",
+        "OmniVideo-R1's query-intensive rewards under GSPO (docs/method.md 2.1)",
         (
             _FRESH_ONLY,
             _NO_TAS,
@@ -117,8 +117,7 @@ PRESETS: dict[str, tuple[str, tuple[Overlay, ...]]] = {
         ),
     ),
     "omnivideo_ma": (
-        "GSPO with OmniVideo-R1's modality-attentive reward: video and audio alone, too (METHOD "
-        "2.2)",
+        "OmniVideo-R1's modality-attentive reward under GSPO (docs/method.md 2.2)",
         (
             _FRESH_ONLY,
             _NO_TAS,

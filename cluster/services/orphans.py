@@ -34,7 +34,7 @@ if not words or words[-1] != ["done"]:
 """
 
 
-class Reaper:
+class OrphanReaper:
     """Knows the processes that this one has started so far."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Reaper:
 
 
 def _started(own: int) -> list[tuple[int, str]]:
-    """(pid, start) of every descendant but the reaper's own process."""
+    """(pid, start) of every descendant but the orphan reaper's own process."""
     found = []
     for child in psutil.Process().children(recursive=True):
         try:

@@ -6,17 +6,17 @@ import threading
 import time
 
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.cluster.services.restart_budget import Budget, Report
+from avatar_rl.cluster.services.restart_budget import Report, RestartBudget
 from avatar_rl.common.errors import AvatarError
 
 
-class RedisKeeper:
+class RedisWatch:
     """Starts an embedded Redis again when it dies; its clients reconnect within
     ``buffer.reconnect_s``."""
 
     LOOK_S = 0.1
 
-    def __init__(self, server: EmbeddedRedis, budget: Budget, report: Report) -> None:
+    def __init__(self, server: EmbeddedRedis, budget: RestartBudget, report: Report) -> None:
         self.server, self._budget, self._report = server, budget, report
         self.failure: AvatarError | None = None
         self._stop = threading.Event()

@@ -9,7 +9,7 @@ from avatar_rl.common.errors import ResourceError
 Report = Callable[[str, str], None]  # kind, message
 
 
-class Budget:
+class RestartBudget:
     """Deaths of one kind of process allowed between two signs of progress."""
 
     def __init__(self, limit: int, what: str) -> None:

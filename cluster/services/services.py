@@ -18,7 +18,7 @@ from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.resources import OVERSUBSCRIPTION, Needs, needs_of
 from avatar_rl.cluster.services.allocator import jemalloc
 from avatar_rl.cluster.services.judge_server import JudgeServer
-from avatar_rl.cluster.services.orphans import Reaper
+from avatar_rl.cluster.services.orphans import OrphanReaper
 from avatar_rl.cluster.services.placement import live_nodes
 from avatar_rl.cluster.services.shared_storage import check_shared
 from avatar_rl.common.errors import ConfigError, ResourceError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 NODE_ATTEMPTS = 3
 
 NODE_ANSWER_S = 120.0  # a node's first worker process takes seconds to start
-#: Set for every worker process of a CPU run (STACK "Environment that matters"); never asked of the
+#: Set for every worker process of a CPU run (docs/dependencies.md); never asked of the
 #: user.
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
@@ -65,7 +65,7 @@ class Services:
         self._ray_started = False
         self._session: Path | None = None
         self._workers = "*"  # of this run, by the names of their logs: worker id, job, pid
-        self._reaper: Reaper | None = None
+        self._orphan_reaper: OrphanReaper | None = None
 
     def __enter__(self) -> Services:
         try:
@@ -152,7 +152,7 @@ class Services:
                 object_store_memory=resources.object_store_bytes,
                 **common,
             )
-            self._reaper = Reaper()
+            self._orphan_reaper = OrphanReaper()
         self._ray_started = True
         # in place of Ray's: the command's own, or to stop as orderly as on Ctrl-C
         signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
@@ -201,9 +201,9 @@ class Services:
 
             ray.shutdown()
             self._ray_started = False
-        if self._reaper is not None:
-            self._reaper.close()
-            self._reaper = None
+        if self._orphan_reaper is not None:
+            self._orphan_reaper.close()
+            self._orphan_reaper = None
         if self.redis is not None:
             self.redis.stop()
             self.redis = None

@@ -1,0 +1,1 @@
+"""What a run says: the run folder and its metrics, the screen, plots and the report."""

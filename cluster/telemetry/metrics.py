@@ -85,7 +85,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         (
             "loss/policy",
             "",
-            "Clipped surrogate, fresh plus alpha times replayed, negated (METHOD 1.1).",
+            "Clipped surrogate, fresh plus alpha times replayed, negated (docs/method.md 1.1).",
         ),
         ("loss/kl", "", "Beta times the k3 KL to the reference policy."),
         (
@@ -208,7 +208,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "share",
             "Completions whose judge failed; their component is masked, not zero.",
         ),
-        ("hints/active", "prompts", "Prompts whose hint is on (METHOD 1.4)."),
+        ("hints/active", "prompts", "Prompts whose hint is on (docs/method.md 1.4)."),
         (
             "hints/visits",
             "completions",

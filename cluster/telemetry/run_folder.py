@@ -212,7 +212,7 @@ class RunFolder:
 
     def distributions(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Append one step's histograms and profiles by name
-        (``avatar_rl.learner.objective.step_metrics.HealthAccumulator.distributions``)."""
+        (``avatar_rl.learner.objective.step_metrics.StepMetrics.distributions``)."""
         if values:
             with self._lock:
                 self._distributions.append(json_line({"step": step, **values}))

@@ -10,7 +10,7 @@ from avatar_rl.cluster.checkpoints.sft_checkpoint import SftCheckpoints
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets, cold_start_folder
 from avatar_rl.cluster.recipe.cache import made_once
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.workers.learner_group import death_among, last_line
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
 from avatar_rl.cluster.workers.specs import learner_spec
@@ -54,7 +54,7 @@ class _ColdStartRun:
         self.spec = learner_spec(config, "cold-start", base, datasets, "", cold_start=True)
         setting = {"ranks": self.sft.ranks, "zero_stage": self.sft.optimizer.zero_stage}
         self.saved = SftCheckpoints(folder, setting)
-        self.budget = Budget(config.supervision.restarts, "cold-start ranks")
+        self.budget = RestartBudget(config.supervision.restarts, "cold-start ranks")
 
     def execute(self) -> None:
         self.screen.phase(

@@ -1,5 +1,5 @@
-"""`avatar evaluate`: held-out accuracy of a checkpoint, also without one of its senses; and Stage 0
-with its result."""
+"""`avatar evaluate`: held-out accuracy of a checkpoint, also without one of its modalities; and
+Stage 0 with its result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Kinds = tuple[Modality, ...]
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A policy and what it can do; ``evaluations`` in the order of the senses that were taken
+    """A policy and what it can do; ``evaluations`` in the order of the modalities that were taken
     away."""
 
     model: Path
@@ -65,7 +65,7 @@ def evaluate(
     heldout = None if datasets.heldout is None else read_prompts(datasets.heldout, config)
     if heldout is not None:
         check_media(heldout)
-        _check_senses(heldout, without)
+        _check_modalities(heldout, without)
     base = prepare_base_model(config, screen.phase)
     run_id = new_run_id(config.name)
     folder = RunFolder(config.output.folder / run_id, on_warning=screen.event)
@@ -77,7 +77,7 @@ def evaluate(
         with services:
             try:
                 pool = Pool(config, services)
-                pool.start_board()
+                pool.start_weight_store()
                 if model is None:
                     model = (
                         cold_start(config, pool, base, datasets, screen)
@@ -153,7 +153,7 @@ def _dismiss(fleet: Fleet, pool: Pool) -> None:
         ray.kill(actor)
 
 
-def _check_senses(heldout: PromptIndex, without: Sequence[Kinds]) -> None:
+def _check_modalities(heldout: PromptIndex, without: Sequence[Kinds]) -> None:
     for kind in {kind for kinds in without for kind in kinds}:
         if not any(prompt.media.of(kind) for prompt in heldout):
             raise DataError(

@@ -13,7 +13,7 @@ from avatar_rl.cluster.config import EvaluationConfig
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluation import Evaluation, summarise
-from avatar_rl.cluster.training.prompt_schedule import evaluation_tickets
+from avatar_rl.cluster.training.prompt_schedule import evaluation_requests
 from avatar_rl.common.errors import ReplayBufferError
 
 POOL_ROUNDS = 500_000  # above the numbers of held-out rounds
@@ -50,11 +50,11 @@ class EvaluationRounds:
         self._round += 1
         self._pending = (self._round, step)
         samples = self.config.pool.samples if self.pool else 1
-        version = self.buffer.version()
-        tickets = evaluation_tickets(
+        version = self.buffer.replay.version()
+        requests = evaluation_requests(
             self.prompt_ids, round=self._round, min_version=version, samples=samples
         )
-        self.buffer.push_tickets(tickets)
+        self.buffer.requests.push(requests)
 
     def collect(self) -> bool:
         """Take in the round under way when all its answers are there; True when none is under way
@@ -62,12 +62,12 @@ class EvaluationRounds:
         if self._pending is None:
             return True
         round, step = self._pending
-        results = self.buffer.eval_results(round)
+        results = self.buffer.requests.eval_results(round)
         if not results.complete:
             self.screen.progress(len(self.prompt_ids) - results.missing, len(self.prompt_ids))
             return False
         evaluation = summarise(round, list(results.payloads.values()), selected=self.selected)
-        self.buffer.clear_eval(round)
+        self.buffer.requests.clear_eval(round)
         self._pending = None
         self.results.append(replace(evaluation, samples=[]))
         if self.pool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.cluster.config import LoopConfig
 
 Averages = Mapping[str, float]  # Rbar by prompt id, of the prompts that were asked
@@ -16,8 +16,8 @@ Averages = Mapping[str, float]  # Rbar by prompt id, of the prompts that were as
 FLOOR = 0.02  # of a solved prompt: it is looked at again now and then, lest it is forgotten
 
 
-class PromptStream:
-    """``prompts_per_step`` tickets a step: from endless epochs over the prompt ids, each shuffled
+class PromptSchedule:
+    """``prompts_per_step`` requests a step: from endless epochs over the prompt ids, each shuffled
     from (seed, epoch), or from the prompts with most left to learn (`open_prompts`)."""
 
     def __init__(
@@ -34,8 +34,8 @@ class PromptStream:
         self.first_seq = 0  # of step 0; imported replay is numbered below it
         self._orders: dict[int, list[int]] = {}
 
-    def tickets(self, step: int, averages: Averages | None = None) -> list[Ticket]:
-        """The tickets of one step, in order. Schedule ``open`` needs Rbar of the prompts that were
+    def requests(self, step: int, averages: Averages | None = None) -> list[RolloutRequest]:
+        """The requests of one step, in order. Schedule ``open`` needs Rbar of the prompts that were
         asked before."""
         count = self.loop.prompts_per_step
         completions = self.loop.fresh_at(step, self.warm_up)
@@ -48,7 +48,7 @@ class PromptStream:
         else:
             chosen = [self._in_turn(place) for place in places]
         return [
-            Ticket(
+            RolloutRequest(
                 seq=self.first_seq + place,
                 prompt_id=prompt_id,
                 step=step,
@@ -99,12 +99,12 @@ def open_prompts(
     return chosen
 
 
-def evaluation_tickets(
+def evaluation_requests(
     prompt_ids: Sequence[str], *, round: int, min_version: int, samples: int = 1
-) -> list[Ticket]:
+) -> list[RolloutRequest]:
     """``samples`` completions per prompt (1 is greedy), by a policy of at least ``min_version``."""
     return [
-        Ticket(
+        RolloutRequest(
             seq=seq,
             prompt_id=prompt_id,
             step=0,

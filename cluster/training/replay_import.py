@@ -28,13 +28,15 @@ def import_replay(buffer: ReplayBuffer, loop: LoopConfig, folder: RunFolder) -> 
     """
     assert loop.replay_from is not None
     report = buffer.import_trajectories(loop.replay_from, first_seq=0)
-    buffer.put_fact(_FIRST_SEQ, report.groups + report.duplicates)  # travels with a checkpoint
+    buffer.control.set_value(
+        _FIRST_SEQ, report.groups + report.duplicates
+    )  # travels with a checkpoint
     folder.event("replay imported", f"{report.trajectories} trajectories of {loop.replay_from}")
 
 
 def first_seq(buffer: ReplayBuffer) -> int:
     """Where the run's own prompt stream begins: behind the replay that it began with."""
-    return int(buffer.get_fact(_FIRST_SEQ) or 0)
+    return int(buffer.control.get_value(_FIRST_SEQ) or 0)
 
 
 def carry_over(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from avatar_rl.cluster.checkpoints.resume import Resumption, prepare
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.shared_storage import placed
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.run import Run, RunResult
@@ -36,7 +36,7 @@ def run_to_end(
     """One run, told to ``on_begin`` by its id before it starts. When its learner's state is lost,
     it goes back to its last checkpoint by itself, as if it were resumed."""
     compact_heap()
-    budget = Budget(config.supervision.restarts, "learner states")
+    budget = RestartBudget(config.supervision.restarts, "learner states")
     while True:
         run = Run(config, screen, resumption)
         on_begin(run.run_id)

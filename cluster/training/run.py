@@ -27,7 +27,7 @@ from avatar_rl.cluster.recipe.assets import (
     read_prompts,
 )
 from avatar_rl.cluster.recipe.resources import needs_of
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.services.signals import Stopped
 from avatar_rl.cluster.telemetry.run_folder import RunFolder, new_run_id
@@ -38,7 +38,7 @@ from avatar_rl.cluster.training.coldstart import cold_start
 from avatar_rl.cluster.training.evaluation import Evaluation
 from avatar_rl.cluster.training.evaluation_rounds import EvaluationRounds
 from avatar_rl.cluster.training.parity import DEFAULT_TOLERANCE, ask_both, check_parity
-from avatar_rl.cluster.training.prompt_schedule import PromptStream
+from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
 from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.supervisor import Supervisor
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
@@ -71,13 +71,13 @@ class Run:
         self, config: RunConfig, screen: Screen, resumption: Resumption | None = None
     ) -> None:
         self.config, self.screen, self.resumption = config, screen, resumption
-        self.cut = resumption.cut if resumption is not None else None
+        self.checkpoint = resumption.checkpoint if resumption is not None else None
         self.run_id = resumption.run.name if resumption is not None else new_run_id(config.name)
         self.folder: RunFolder
         self.services: Services
         self.pool: Pool
         self.buffer: ReplayBuffer
-        self.stream: PromptStream
+        self.prompt_schedule: PromptSchedule
         self.fleet: Fleet
         self.learner: LearnerGroup
         self.lock: RunLock
@@ -171,7 +171,7 @@ class Run:
             )
         check_fusion(train, config)
         check_judge(config.rewards)
-        self.stream = PromptStream(
+        self.prompt_schedule = PromptSchedule(
             select(train, config.data.select),
             config.loop,
             seed=config.seed,
@@ -195,8 +195,8 @@ class Run:
         self.buffer = ReplayBuffer.connect(
             config.buffer, self.run_id, url=url, reconfigure=resuming
         )
-        if self.cut is not None:
-            self.buffer.restore(self.cut.buffer)
+        if self.checkpoint is not None:
+            self.buffer.restore(self.checkpoint.buffer)
         elif resuming:
             self.buffer.clear()
             self.buffer = ReplayBuffer.connect(config.buffer, self.run_id, url=url)
@@ -204,8 +204,8 @@ class Run:
             config, self.folder, self.lock, self.services, self.buffer, self.screen
         )
         self.pool = Pool(config, self.services)
-        self.pool.start_board()
-        self.pool.start_keeper(config.learner.ranks)
+        self.pool.start_weight_store()
+        self.pool.start_state_replica(config.learner.ranks)
         self.rounds = EvaluationRounds(
             config.evaluation,
             self.buffer,
@@ -214,28 +214,28 @@ class Run:
             self.screen,
             selected=self.selected,
         )
-        if config.loop.replay_from is not None and self.cut is None:
+        if config.loop.replay_from is not None and self.checkpoint is None:
             import_replay(self.buffer, config.loop, self.folder)
-        self.stream.first_seq = first_seq(self.buffer)
-        pool = self.stream.prompt_ids if config.evaluation.pool.every else []
+        self.prompt_schedule.first_seq = first_seq(self.buffer)
+        pool = self.prompt_schedule.prompt_ids if config.evaluation.pool.every else []
         self.pool_rounds = EvaluationRounds(
             config.evaluation, self.buffer, pool, self.folder, self.screen, pool=True
         )
         model = base
         if config.cold_start is not None:
             model = cold_start(config, self.pool, base, datasets, self.screen)
-        if self.cut is not None:
-            check_assets(self.cut, model, datasets)
+        if self.checkpoint is not None:
+            check_assets(self.checkpoint, model, datasets)
         self._start_actors(model, datasets)
         digests = (model_digest(model), data_digest(datasets))
         rounds = {"heldout": self.rounds, "pool": self.pool_rounds}
         self.supervisor.attach(self.pool, self.fleet, self.learner, rounds, digests)
-        self._probe(self.stream.prompt_ids)
-        if self.cut is not None:
-            for name, state in self.cut.evaluation.items():
+        self._probe(self.prompt_schedule.prompt_ids)
+        if self.checkpoint is not None:
+            for name, state in self.checkpoint.evaluation.items():
                 rounds[name].restore(state)
-            self.accuracies.extend(self.cut.accuracies)
-            self.learner.restore(self.cut.learner, self.cut.version)
+            self.accuracies.extend(self.checkpoint.accuracies)
+            self.learner.restore(self.checkpoint.learner, self.checkpoint.version)
 
     def _start_actors(self, model: Path, datasets: Datasets) -> None:
         config, pool = self.config, self.pool
@@ -250,7 +250,7 @@ class Run:
         )
         self.fleet.start(config.rollout.workers)
         learner = learner_spec(config, self.run_id, model, datasets, url)
-        budget = Budget(config.supervision.restarts, "learner ranks")
+        budget = RestartBudget(config.supervision.restarts, "learner ranks")
         self.learner = LearnerGroup(
             pool,
             learner,
@@ -308,7 +308,7 @@ class Run:
             )
         self.screen.phase("training")
         self.folder.status(state="training")
-        first = pushed = self.cut.step if self.cut is not None else 0
+        first = pushed = self.checkpoint.step if self.checkpoint is not None else 0
         step = first - 1
         if first == 0:
             self._pool_is_learnt(0)
@@ -319,7 +319,7 @@ class Run:
             )
         for step in range(first, first if learnt else config.loop.steps):
             while pushed < min(step + config.loop.max_staleness + 1, config.loop.steps):
-                self.buffer.push_tickets(self.stream.tickets(pushed, self._averages()))
+                self.buffer.requests.push(self.prompt_schedule.requests(pushed, self._averages()))
                 pushed += 1
             started = time.perf_counter()
             wanted = config.output.samples_every and step % config.output.samples_every == 0
@@ -345,7 +345,7 @@ class Run:
 
     def _averages(self) -> dict[str, float]:
         return (
-            self.buffer.averages(self.stream.prompt_ids)
+            self.buffer.replay.averages(self.prompt_schedule.prompt_ids)
             if self.config.loop.schedule == "open"
             else {}
         )
@@ -401,7 +401,7 @@ class Run:
     def _report_quarantine(self) -> None:
         new = {
             name: why
-            for name, why in self.buffer.quarantined().items()
+            for name, why in self.buffer.requests.quarantined().items()
             if name not in self._quarantined
         }
         self._quarantined |= new.keys()
@@ -409,7 +409,7 @@ class Run:
             self.folder.event("prompt quarantined", f"{name}: {why}")
 
     def _buffer_metrics(self) -> dict[str, float]:
-        stats = self.buffer.stats()
+        stats = self.buffer.stats.read()
         if stats.quarantined_prompts > len(self._quarantined):
             self._report_quarantine()
         ledger = stats.ledger
@@ -429,7 +429,7 @@ class Run:
 
     def _rollout_metrics(self, seconds: float) -> dict[str, float]:
         """Rates since the last step, from the actors' own running totals."""
-        facts = [self.buffer.get_fact(f"rollout/{name}") for name in self.pool.rollouts]
+        facts = [self.buffer.control.get_value(f"rollout/{name}") for name in self.pool.rollouts]
         known = [fact for fact in facts if fact]
         before = self._rollout_totals
         totals = {name: float(sum(fact[name] for fact in known)) for name in before}
@@ -452,7 +452,7 @@ class Run:
             path = self.folder.path / "checkpoint"
             self.learner.export(path)
             self.folder.event("exported", str(path))
-        books = self.buffer.check_ledger()
+        books = self.buffer.stats.check_ledger()
         self.folder.event(
             "ledger closed", f"{books.generated} groups generated, {books.completions} completions"
         )

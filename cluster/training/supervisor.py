@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.cluster.checkpoints.checkpoint import Checkpointer, Cut
+from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, CheckpointWriter
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.services.redis_watch import RedisKeeper
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.redis_watch import RedisWatch
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -51,13 +51,13 @@ class Supervisor:
         restarts = config.supervision.restarts
         self.signals = StopSignals()
         self.signals.install()
-        self.redis_budget = Budget(restarts, "redis-server")
+        self.redis_budget = RestartBudget(restarts, "redis-server")
         self.redis = (
-            RedisKeeper(services.redis, self.redis_budget, self.report)
+            RedisWatch(services.redis, self.redis_budget, self.report)
             if services.redis is not None
             else None
         )
-        self.checkpoints = Checkpointer(
+        self.checkpoints = CheckpointWriter(
             folder.path, keep=config.checkpoint.keep, report=self.report
         )
         rewards = config.rewards
@@ -67,7 +67,9 @@ class Supervisor:
         )
         self._looked = time.monotonic()
         self._told = False
-        self._board: tuple[int, Any] | None = None  # version asked for, reference of the answer
+        self._weight_store: tuple[int, Any] | None = (
+            None  # version asked for, reference of the answer
+        )
         self.pool: Pool
         self.fleet: Fleet
         self.learner: LearnerGroup
@@ -121,12 +123,12 @@ class Supervisor:
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
             self._look_for_stalls()
-            self._look_at_board()
+            self._look_at_weight_store()
 
     def _may_stop(self) -> bool:
         """In the middle of a step only when the state of its beginning is held, or there is no time
         left."""
-        version = self.buffer.version()
+        version = self.buffer.replay.version()
         nothing = version == 0 or self.config.checkpoint.every == 0
         return (
             nothing
@@ -152,44 +154,46 @@ class Supervisor:
         facts: dict[str, Any] = {}
 
         def holding(name: str) -> bool:
-            facts[name] = self.buffer.get_fact(f"rollout/{name}") or {}
+            facts[name] = self.buffer.control.get_value(f"rollout/{name}") or {}
             return facts[name].get("in_flight", 0) > 0
 
-        stalled = self._stalls.stalled(self.fleet.working.values(), self.buffer.beats(), holding)
+        stalled = self._stalls.stalled(
+            self.fleet.working.values(), self.buffer.control.heartbeats(), holding
+        )
         for name, reason in stalled.items():
             self.report("rollout actor stalled", f"{name}: {reason}; it is killed")
             self._stalls.forget(name)
-            fact = facts.get(name) or self.buffer.get_fact(f"rollout/{name}") or {}
+            fact = facts.get(name) or self.buffer.control.get_value(f"rollout/{name}") or {}
             if fact.get("host") == self.lock.host:
                 kill_worker(
                     int(fact["pid"]), "ray::RolloutActor"
                 )  # one that is stopped does not hear Ray
             ray.kill(self.pool.rollouts[name])
 
-    def _look_at_board(self) -> None:
-        """A board that died is back by itself, but empty: rollout actors would wait for a version
-        it does not have."""
+    def _look_at_weight_store(self) -> None:
+        """A weight store that died is back by itself, but empty: rollout actors would wait for a
+        version it does not have."""
         import ray
 
-        if self._board is None:
-            version = self.buffer.version()
+        if self._weight_store is None:
+            version = self.buffer.replay.version()
             if version > 0:
-                self._board = (version, self.pool.board.lost.remote(version))
+                self._weight_store = (version, self.pool.weight_store.lost.remote(version))
             return
-        version, reference = self._board
+        version, reference = self._weight_store
         if not ray.wait([reference], timeout=0)[0]:
             return
-        self._board = None
+        self._weight_store = None
         if ray.get(reference) and self.pool.ranks:
-            self.report("weight board lost", f"version {version} is published again")
+            self.report("weight store lost", f"version {version} is published again")
             self.pool.ranks[0].publish_again.remote()
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def cut(self, step: int, version: int, accuracies: Sequence[float]) -> Cut:
+    def checkpoint_record(self, step: int, version: int, accuracies: Sequence[float]) -> Checkpoint:
         """What is true now."""
         model, data = self.digests
-        return Cut(
+        return Checkpoint(
             run_id=self.lock.run_id,
             step=step,
             version=version,
@@ -201,12 +205,12 @@ class Supervisor:
         )
 
     def checkpoint(self, step: int, accuracies: Sequence[float]) -> None:
-        """Between two steps: begin to write a cut; training goes on meanwhile."""
+        """Between two steps: begin to write a checkpoint; training goes on meanwhile."""
         # What the ranks have captured for the one before is theirs until it is written.
         while not self.checkpoints.wait(LOOK_S):
             if self.signals.waited > self.config.supervision.grace_s:
                 return  # save_last says so
-        version = self.buffer.version()
+        version = self.buffer.replay.version()
         try:
             write_learner = self.learner.writer(version)
         except ResourceError as error:
@@ -215,12 +219,12 @@ class Supervisor:
             )  # the next step will find the dead rank
             return
         self.checkpoints.begin(
-            self.cut(step, version, accuracies), write_learner, self.buffer.snapshot
+            self.checkpoint_record(step, version, accuracies), write_learner, self.buffer.snapshot
         )
 
     def save_last(self, accuracies: Sequence[float]) -> None:
-        """After Stopped: a cut of the last committed step within what is left of the grace time, if
-        its state is held.
+        """After Stopped: a checkpoint of the last committed step within what is left of the grace
+        time, if its state is held.
 
         The learner is fenced first, so that no commit can come between its state and the buffer's.
         """
@@ -232,8 +236,8 @@ class Supervisor:
                     f"the one before is still written after grace_s {grace:g}",
                 )
                 return
-            self.buffer.new_epoch()
-            stats = self.buffer.stats()
+            self.buffer.replay.new_fencing_token()
+            stats = self.buffer.stats.read()
             done = (
                 self.checkpoints.last is not None and self.checkpoints.last.version == stats.version
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.cluster.services.restart_budget import Budget, Report
+from avatar_rl.cluster.services.restart_budget import Report, RestartBudget
 from avatar_rl.cluster.workers.learner_watch import LearnerWatch
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
 from avatar_rl.cluster.workers.rollout_fleet import Fleet
@@ -35,7 +35,7 @@ class LearnerGroup:
         ranks: int,
         buffer: ReplayBuffer,
         scratch: Path,
-        budget: Budget,
+        budget: RestartBudget,
         report: Report,
         stall_s: float = 600.0,
     ) -> None:
@@ -87,7 +87,7 @@ class LearnerGroup:
                 return ray.get(waiting[0])
             self._budget.spend(death)
             self.recover(step, death)
-            if self.buffer.stats().trained_step >= step:
+            if self.buffer.stats.read().trained_step >= step:
                 self._report(
                     "report lost", f"step {step} was committed; its metrics died with the learner"
                 )
@@ -132,11 +132,11 @@ class LearnerGroup:
 
         self._report("learner died", f"in step {step}: {death}; it is replaced")
         self.pool.stop_learner()
-        self.buffer.new_epoch()
-        version = self.buffer.version()
+        self.buffer.replay.new_fencing_token()
+        version = self.buffer.replay.version()
         folder = self.scratch
         shutil.rmtree(folder, ignore_errors=True)
-        if version and ray.get(self.pool.keeper.write.remote(version, folder)) is None:
+        if version and ray.get(self.pool.state_replica.write.remote(version, folder)) is None:
             raise StateLostError(
                 f"the learner died in step {step} and its state of version {version} is held by "
                 "nobody: it is larger "
@@ -149,7 +149,7 @@ class LearnerGroup:
         self._report("learner restarted", f"it goes on from version {version}")
 
     def restore(self, folder: Path, version: int) -> None:
-        """Load the state below ``folder`` on all ranks and put its weights on the board."""
+        """Load the state below ``folder`` on all ranks and put its weights on the weight store."""
         import ray
 
         try:
@@ -169,7 +169,7 @@ class LearnerGroup:
         """Whether the state of ``version`` lies outside the learner."""
         import ray
 
-        return version in ray.get(self.pool.keeper.versions.remote())
+        return version in ray.get(self.pool.state_replica.versions.remote())
 
     def writer(self, version: int) -> Callable[[Path], dict[str, Any]]:
         """What writes the state of ``version`` below a folder, beside the training. Call it between
@@ -178,7 +178,7 @@ class LearnerGroup:
         import ray
 
         pool = self.pool
-        held = ray.get(pool.keeper.pin.remote(version))
+        held = ray.get(pool.state_replica.pin.remote(version))
         if not held:
             try:
                 ray.get([rank.capture_state.remote() for rank in pool.ranks])
@@ -187,7 +187,7 @@ class LearnerGroup:
 
         def write(folder: Path) -> dict[str, Any]:
             if held:
-                proofs = ray.get(pool.keeper.write.remote(version, folder.resolve()))
+                proofs = ray.get(pool.state_replica.write.remote(version, folder.resolve()))
                 if proofs is None:
                     raise ResourceError(
                         f"the state of version {version} is not held any more: its keeper died"

@@ -8,20 +8,20 @@ from typing import Any
 
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.actors.spec import RolloutSpec
-from avatar_rl.buffer_service.weights.store import WeightBoard
+from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.common.errors import AvatarError, ResourceError
 from avatar_rl.learner.actor import LearnerRankActor
 from avatar_rl.learner.spec import LearnerSpec
-from avatar_rl.learner.state_replica import StateKeeper
+from avatar_rl.learner.state_replica import StateReplica
 from avatar_rl.rewards.scorer import Scorer
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to
 #: repeat.
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
-#: For train_step, for the board's standing call (Outbox), and for questions.
+#: For train_step, for the weight store's standing call (Outbox), and for questions.
 LEARNER_THREADS = 4
 
 
@@ -35,8 +35,8 @@ class Pool:
 
     def __init__(self, config: RunConfig, services: Services) -> None:
         self.config, self.services = config, services
-        self.board: Any = None
-        self.keeper: Any = None
+        self.weight_store: Any = None
+        self.state_replica: Any = None
         self.scorers: list[Any] = []
         self.rollouts: dict[str, Any] = {}
         self.ranks: list[Any] = []
@@ -61,13 +61,15 @@ class Pool:
     def _gpus(self, named: float | None) -> float:
         return named if named is not None else float(self.services.on_gpu)
 
-    def start_board(self) -> None:
-        self.board = self._remote(WeightBoard, cpus=0, **IMMORTAL).remote()
+    def start_weight_store(self) -> None:
+        self.weight_store = self._remote(WeightStore, cpus=0, **IMMORTAL).remote()
 
-    def start_keeper(self, ranks: int) -> None:
+    def start_state_replica(self, ranks: int) -> None:
         """Holds the learner's state outside the learner; two calls at once: one may write a
         checkpoint."""
-        self.keeper = self._remote(StateKeeper, cpus=0, max_concurrency=2, **IMMORTAL).remote(ranks)
+        self.state_replica = self._remote(
+            StateReplica, cpus=0, max_concurrency=2, **IMMORTAL
+        ).remote(ranks)
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
         make = self._remote(
@@ -102,7 +104,7 @@ class Pool:
         )
         for number, name in enumerate(names):
             scorer = self.scorers[number % len(self.scorers)]
-            self.rollouts[name] = make.remote(name, spec, scorer, self.board)
+            self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
         return [self.rollouts[name].ready.remote() for name in names]
 
     def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[Any]:
@@ -129,7 +131,7 @@ class Pool:
                 gpus=gpus,
                 max_concurrency=LEARNER_THREADS,
                 scheduling_strategy=place,
-            ).remote(spec, rank, ranks, self.board, self.keeper)
+            ).remote(spec, rank, ranks, self.weight_store, self.state_replica)
             for rank, place in enumerate(places)
         ]
         [(address, port)] = self.wait_ready([self.ranks[0].meeting_point.remote()], "learner ranks")

@@ -11,7 +11,7 @@ from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.config import RolloutSection
 from avatar_rl.cluster.services.placement import shortage
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.workers.autoscale import Autoscaler
@@ -61,7 +61,7 @@ class Fleet:
         self.scaling = scaling
         self.working: dict[Any, str] = {}  # run() reference -> actor
         self.members: dict[str, Member] = {}
-        self.budget = Budget(pool.config.supervision.restarts, "rollout actors")
+        self.budget = RestartBudget(pool.config.supervision.restarts, "rollout actors")
         self._named = 0
         self._looked = 0.0
         largest = scaling.max_workers
@@ -155,7 +155,7 @@ class Fleet:
 
     def desired(self) -> int:
         """What the run should have, within the recipe's bounds."""
-        wanted = self.buffer.desired(DESIRED)
+        wanted = self.buffer.control.desired(DESIRED)
         return self.scaling.bounded(self.scaling.workers if wanted is None else wanted)
 
     def reconcile(self) -> None:
@@ -195,7 +195,7 @@ class Fleet:
             step=metrics["time/step"],
         )
         if wanted != now:
-            self.buffer.set_desired(DESIRED, wanted)
+            self.buffer.control.set_desired(DESIRED, wanted)
             self._say("rollout pool autoscaled", f"{now} -> {wanted} actors desired")
 
     def _welcome(self, now: float) -> None:
@@ -259,8 +259,8 @@ class Fleet:
     def _forget(self, name: str) -> None:
         self.members.pop(name)
         self.pool.rollouts.pop(name)  # the last handle: Ray ends the process
-        self.buffer.abandon(name)  # what it held goes to another at once
-        self.buffer.drop_beat("rollout", name)
+        self.buffer.requests.abandon(name)  # what it held goes to another at once
+        self.buffer.control.drop_heartbeat("rollout", name)
 
     def _say(self, kind: str, message: str) -> None:
         self.folder.event(kind, message)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-from avatar_rl.buffer_service.control import Beat
+from avatar_rl.buffer_service.control import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class StallWatch:
         self._looked = time.monotonic()
 
     def stalled(
-        self, names: Iterable[str], beats: dict[str, Beat], holding: Callable[[str], bool]
+        self, names: Iterable[str], beats: dict[str, Heartbeat], holding: Callable[[str], bool]
     ) -> dict[str, str]:
         """Name -> what is wrong with it. Actors that have never beaten are still starting and are
         left alone."""

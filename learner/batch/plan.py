@@ -51,7 +51,8 @@ class StepPlan:
 
 
 def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: int) -> StepPlan:
-    """Advantages over the whole step (METHOD 1.1) and a split that every rank computes alike."""
+    """Advantages over the whole step (docs/method.md 1.1) and a split that every rank computes
+    alike."""
     fresh = [trajectory for group in work.groups for trajectory in group.trajectories]
     trajectories = [*fresh, *work.replays]
     hosts = _hosts(work.groups, work.replays)

@@ -1,0 +1,3 @@
+"""The trainable model: load.py, policy.py (log-probabilities and entropy), reference.py (the KL
+term's frozen copy), export.py (Hugging Face checkpoints out).
+"""

@@ -27,8 +27,8 @@ def _key(name: str, row: Row) -> _Key:
 
 
 class ReferencePolicy:
-    """k3 KL needs log pi_ref of every trained token (METHOD 1.1); a cache keyed by trajectory
-    serves replays.
+    """k3 KL needs log pi_ref of every trained token (docs/method.md 1.1); a cache keyed by
+    trajectory serves replays.
 
     The cache lives and dies with this process and its one reference: a run that is resumed with
     another ``model.reference`` computes everything anew, nothing of it is stored with the

@@ -1,5 +1,5 @@
-"""Advantages of fresh and replayed completions (METHOD 1.1). Rewards are those of the whole step,
-over all ranks.
+"""Advantages of fresh and replayed completions (docs/method.md 1.1). Rewards are those of the whole
+step, over all ranks.
 
 N completions, P mixed groups. A reward that every component of which was masked is NaN (None in a
 trajectory): such a completion takes no part in any mean or deviation and its advantage is 0."""
@@ -17,7 +17,7 @@ from avatar_rl.learner.config import FreshAdvantage, ReplayAdvantage, ReplaySign
 
 #: Added to the deviation of fresh rewards, as in GRPO.
 EPSILON = 1e-4
-#: Smallest deviation that replayed advantages are divided by (METHOD 1.1).
+#: Smallest deviation that replayed advantages are divided by (docs/method.md 1.1).
 SIGMA_FLOOR = 0.1
 
 
@@ -109,8 +109,8 @@ def _finish(
 def group_advantages(
     rewards: Tensor, groups: Tensor, scale_rewards: RewardScale = "group"
 ) -> Tensor:
-    """(N,) ``(R - mean of the group) / (deviation + 1e-4)``, deviation with n - 1 (METHOD 1.1;
-    Bessel as TRL has it).
+    """(N,) ``(R - mean of the group) / (deviation + 1e-4)``, deviation with n - 1 (docs/method.md
+    1.1; Bessel as TRL has it).
 
     ``batch`` divides by the deviation of all rewards, ``none`` by nothing. A group with one scored
     member, or whose rewards are all alike, gets exactly 0. Groups may differ in size."""
@@ -134,7 +134,8 @@ def group_advantages(
 
 
 def replay_advantages(rewards: Tensor, baselines: Tensor | None) -> Tensor:
-    """(N,) VCRS ``(R - Rbar) / sigma`` of the replayed rewards of the whole step (METHOD 1.1).
+    """(N,) VCRS ``(R - Rbar) / sigma`` of the replayed rewards of the whole step (docs/method.md
+    1.1).
 
     sigma is their deviation (n - 1), at least 0.1, and 1 when all are alike. ``baselines`` (N,) is
     Rbar of each prompt; None takes the mean of the replayed batch (the ablation). Raises DataError

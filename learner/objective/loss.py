@@ -1,5 +1,5 @@
 """The policy loss of a micro-batch: clipped surrogate of fresh and replayed completions, and KL
-(METHOD 1.1, 2.3, 3).
+(docs/method.md 1.1, 2.3, 3).
 
 B completions, T tokens. ``policy_loss`` returns the *sum* that a micro-batch contributes to the
 loss of its step; the denominators come from the whole step (`StepTotals`), so the split into
@@ -113,7 +113,8 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     truncated: Tensor | None = None,
 ) -> LossOutput:
-    """Loss contribution of B completions (METHOD 1.1): ``-(J_on + alpha * J_off) + beta * KL``.
+    """Loss contribution of B completions (docs/method.md 1.1): ``-(J_on + alpha * J_off) + beta *
+    KL``.
 
     ``logprobs`` (B, T) of the current policy, with gradient; ``behaviour_logprobs`` (B, T) as
     stored with the trajectory; ``mask`` (B, T) 1 = completion token; ``advantages`` (B,); ``tas``
@@ -190,7 +191,7 @@ def _ratio(current: Tensor, old: Tensor, lengths: Tensor, config: ObjectiveConfi
     mean = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)  # padding is 0
     if config.ratio == "sequence_plain":
         return mean.exp()
-    # GSPO-token (METHOD 2.3): the sequence's value, each token's own gradient.
+    # GSPO-token (docs/method.md 2.3): the sequence's value, each token's own gradient.
     return mean.detach().exp() * (current - current.detach()).exp()
 
 
@@ -225,7 +226,7 @@ def _surrogate(
 
 
 def _k3(current: Tensor, other: Tensor) -> Tensor:
-    """(B, T) ``exp(other - current) - (other - current) - 1`` >= 0 (METHOD 1.1)."""
+    """(B, T) ``exp(other - current) - (other - current) - 1`` >= 0 (docs/method.md 1.1)."""
     difference = (other - current).clamp(-LOG_LIMIT, LOG_LIMIT)
     return difference.expm1() - difference
 

@@ -1,4 +1,5 @@
-"""Temporal advantage shaping: the weight of each completion token by its position (METHOD 1.2)."""
+"""Temporal advantage shaping: the weight of each completion token by its position (docs/method.md
+1.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def tas_weights(
     width: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weights (B, T) of left-aligned completions, 0 where padded (METHOD 1.2).
+    """Weights (B, T) of left-aligned completions, 0 where padded (docs/method.md 1.2).
 
     ``completions`` is either the lengths (B,) in tokens, with T = ``width`` or the longest of them,
     or a left-aligned mask (B, T) of 0 and 1. Position is u = t/(L-1) with L the tokens of that

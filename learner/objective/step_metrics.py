@@ -1,5 +1,5 @@
-"""Health of a step: sums and maxima of what the loss saw, mergeable over micro-batches and ranks
-(issue 4.3)."""
+"""Health of a step: sums and maxima of what the loss saw, mergeable over micro-batches and
+ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _KindSums:
         return float(self.sums[total] / self.sums[count])
 
 
-class HealthAccumulator:
+class StepMetrics:
     """Collects one step. ``add`` every micro-batch where it is computed, ``add_step`` once per step
     on one rank, ``merge`` the ranks, then read ``metrics``. Plain numpy inside, so it can be
     pickled and gathered."""
@@ -112,7 +112,7 @@ class HealthAccumulator:
             self._ages += np.array([ages.numel(), float(ages.sum())])
             self._age_max = max(self._age_max, int(ages.max()))
 
-    def merge(self, other: HealthAccumulator) -> None:
+    def merge(self, other: StepMetrics) -> None:
         """Take in what another micro-batch or rank collected of the same step."""
         for kind in KINDS:
             self._kinds[kind].merge(other._kinds[kind])

@@ -1,0 +1,3 @@
+"""Clips, pictures and sound as arrays: opened by path, checked, decoded, cached. Start at
+loader.py.
+"""

@@ -1,4 +1,4 @@
-"""Media of a prompt as arrays: opened by path, checked, decoded and cached (DESIGN 3).
+"""Media of a prompt as arrays: opened by path, checked, decoded and cached (docs/architecture.md).
 
     loader = MediaLoader(MediaConfig(), base=dataset_path.parent)
     media = loader.load_plan(prompt.media)      # media.videos[0].frames: uint8 (F, H, W, 3)

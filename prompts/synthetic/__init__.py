@@ -1,2 +1,2 @@
-"""The synthetic audio-visual world: short clips with exact ground truth (DESIGN 5). Start at
-``world.synthesize``."""
+"""The synthetic audio-visual world: short clips with exact ground truth (docs/synthetic-world.md).
+Start at ``world.synthesize``."""

@@ -1,4 +1,4 @@
-"""How right an extracted answer is, by problem type, and its normal form for voting (METHOD
+"""How right an extracted answer is, by problem type, and its normal form for voting (docs/method.md
 1.5)."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def accuracy_score(
 
 
 def answer_score(prompt: Prompt, answer: str, numeric: NumericMode = "rmae") -> float:
-    """Accuracy in [0, 1] of an extracted answer, by ``prompt.problem_type`` (METHOD 1.5).
+    """Accuracy in [0, 1] of an extracted answer, by ``prompt.problem_type`` (docs/method.md 1.5).
 
     ``numeric`` applies to NUMERICAL; REGRESSION is always rMAE. A truth that does not fit its type
     (a multiple choice without a letter, a number without digits) is compared as normalised text.

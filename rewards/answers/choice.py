@@ -1,4 +1,4 @@
-"""The letter of a multiple-choice answer (METHOD 1.5)."""
+"""The letter of a multiple-choice answer (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The output format `<think>...</think><answer>...</answer>` (METHOD 1.5). Linear in the text: no
-regex."""
+"""The output format `<think>...</think><answer>...</answer>` (docs/method.md 1.5). Linear in the
+text: no regex."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The query-intensive output of OmniVideo-R1: time-caption segments, then reasoning and answer
-(METHOD 2.1)."""
+(docs/method.md 2.1)."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def _strict_tail(text: str) -> bool:
 def parse_grounded(text: str) -> Grounded:
     """Read an output. All work is linear in the text; at most the first 8 segments are kept.
 
-    ``strict`` (METHOD 2.1): the whole string is 1 to 8 segments, each "s.s-e.e" with one decimal,
-    valid, ordered and disjoint, with a caption, then one thinking and one answer block.
+    ``strict`` (docs/method.md 2.1): the whole string is 1 to 8 segments, each "s.s-e.e" with one
+    decimal, valid, ordered and disjoint, with a caption, then one thinking and one answer block.
     ``lenient``: at least one segment and, anywhere after the first, a thinking and an answer block.
     """
     first = text.find(_OPENING)

@@ -1,4 +1,4 @@
-"""Answers that are sets of labels: "dog, rain" or "A, C" (METHOD 1.5)."""
+"""Answers that are sets of labels: "dog, rain" or "A, C" (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that place things: "Left: cyclist / Center: girl" (METHOD 1.5)."""
+"""Answers that place things: "Left: cyclist / Center: girl" (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

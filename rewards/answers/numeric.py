@@ -1,4 +1,4 @@
-"""Numbers read out of an answer, and compared with the truth (METHOD 1.5)."""
+"""Numbers read out of an answer, and compared with the truth (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

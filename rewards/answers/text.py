@@ -1,4 +1,5 @@
-"""Text compared with text: normal form, words, ROUGE F1 and word error rate (METHOD 1.5)."""
+"""Text compared with text: normal form, words, ROUGE F1 and word error rate (docs/method.md
+1.5)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def _ngram_f1(predicted: Sequence[str], expected: Sequence[str], n: int) -> floa
 
 
 def rouge_score(answer: str, truth: str) -> float:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L in [0, 1], without stemming (METHOD 1.5).
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L in [0, 1], without stemming (docs/method.md 1.5).
 
     A one-word truth has no bigram: ROUGE-2 is then left out of the mean, else its exact answer
     could not earn 1. A truth without any word (only symbols) is compared as normalised text."""
@@ -60,8 +61,8 @@ def rouge_score(answer: str, truth: str) -> float:
 
 
 def ocr_score(answer: str, truth: str) -> float:
-    """1 - min(1, word error rate), case folded, punctuation kept (METHOD 1.5). An empty truth wants
-    an empty answer."""
+    """1 - min(1, word error rate), case folded, punctuation kept (docs/method.md 1.5). An empty
+    truth wants an empty answer."""
     predicted, expected = (
         _OCR_WORD.findall(unicodedata.normalize("NFKC", text).casefold())
         for text in (answer, truth)

@@ -1,5 +1,5 @@
-"""A prompt's frames and sound as OpenAI content parts, whole or cut to a segment (METHOD 1.5,
-2.1)."""
+"""A prompt's frames and sound as OpenAI content parts, whole or cut to a segment (docs/method.md
+1.5, 2.1)."""
 
 from __future__ import annotations
 

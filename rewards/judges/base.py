@@ -1,4 +1,4 @@
-"""The judge reward: four criteria per completion, and who may score them (METHOD 1.5)."""
+"""The judge reward: four criteria per completion, and who may score them (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge as a reward component: mean of four criteria per completion (METHOD 1.5)."""
+"""The judge as a reward component: mean of four criteria per completion (docs/method.md 1.5)."""
 
 from __future__ import annotations
 

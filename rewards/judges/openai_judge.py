@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: never a silent zero (METHOD 1.5, 2.1)."""
+"""A judge behind an OpenAI-compatible endpoint: never a silent zero (docs/method.md 1.5, 2.1)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class OpenAIJudge:
     async def consistency(
         self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]
     ) -> Verdict | None:
-        """How well a caption fits the clip in ``media`` (METHOD 2.1); None if that could not be
-        had."""
+        """How well a caption fits the clip in ``media`` (docs/method.md 2.1); None if that could
+        not be had."""
         first, again = (
             consistency_messages(segment, media, max_chars=self._config.max_chars, remind=remind)
             for remind in (False, True)
@@ -54,8 +54,8 @@ class OpenAIJudge:
     async def completeness(
         self, prompt: Prompt, segments: Sequence[Segment], media: Sequence[ContentPart]
     ) -> Verdict | None:
-        """How well the clips in ``media`` answer the question (METHOD 2.1); None if that could not
-        be had."""
+        """How well the clips in ``media`` answer the question (docs/method.md 2.1); None if that
+        could not be had."""
         first, again = (
             completeness_messages(prompt, segments, media, remind=remind)
             for remind in (False, True)

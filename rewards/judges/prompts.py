@@ -1,4 +1,4 @@
-"""What the judge is told, and how its reply is read (METHOD 1.5)."""
+"""What the judge is told, and how its reply is read (docs/method.md 1.5)."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def build_messages(
 
 
 def parse_reply(reply: str) -> tuple[Verdict, int]:
-    """``parse_scores`` for the four criteria of METHOD 1.5."""
+    """``parse_scores`` for the four criteria of docs/method.md 1.5."""
     return parse_scores(reply, CRITERIA)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> tuple[Verdict, int]:
-    """(verdict, number of missing criteria) from a judge's reply; a missing criterion is 0 (METHOD
-    1.5).
+    """(verdict, number of missing criteria) from a judge's reply; a missing criterion is 0
+    (docs/method.md 1.5).
 
     The reply may wrap its object in prose, a code fence or reasoning, but only one object may carry
     scores: of two, one may be a quotation of the completion. Raises ValueError for no or several

@@ -1,5 +1,5 @@
-"""The exact judge of the synthetic world: the four criteria computed from ground truth (METHOD 1.5,
-DESIGN 5)."""
+"""The exact judge of the synthetic world: the four criteria computed from ground truth
+(docs/method.md 1.5, docs/synthetic-world.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments judged by the exact ground truth of the synthetic world (METHOD 2.1)."""
+"""Segments judged by the exact ground truth of the synthetic world (docs/method.md 2.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a judge is told about time-caption segments (METHOD 2.1)."""
+"""What a judge is told about time-caption segments (docs/method.md 2.1)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """r_cons and r_comp of OmniVideo-R1: are the segments described truly, and are they the right ones
-(METHOD 2.1)."""
+(docs/method.md 2.1)."""
 
 from __future__ import annotations
 

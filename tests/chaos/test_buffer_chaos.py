@@ -20,7 +20,7 @@ import redis
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.errors import StepTrainedError
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import make_group
@@ -43,27 +43,27 @@ def log(path: Path, line: str) -> None:
 
 def writer(buffer: ReplayBuffer, name: str, out: Path) -> None:
     while True:
-        leases = buffer.lease_tickets(name, 2, lease_s=1.0, max_staleness=2)
+        leases = buffer.requests.lease(name, 2, lease_s=1.0, max_staleness=2)
         if not leases:
             time.sleep(0.02)
         for lease in leases:
-            if lease.ticket.seq % 97 == 13:
-                if buffer.quarantine(lease, "undecodable"):
-                    log(out, f"dropped {lease.ticket.seq}")
+            if lease.request.seq % 97 == 13:
+                if buffer.requests.quarantine(lease, "undecodable"):
+                    log(out, f"dropped {lease.request.seq}")
                 continue
-            rewards = [float((lease.ticket.seq * 7 + i) % 3 == 0) for i in range(4)]
-            group = make_group(lease, rewards, tokens=64, version=lease.ticket.step)
-            receipt = buffer.add_group(group, lease, tokens_generated=256)
+            rewards = [float((lease.request.seq * 7 + i) % 3 == 0) for i in range(4)]
+            group = make_group(lease, rewards, tokens=64, version=lease.request.step)
+            receipt = buffer.requests.add_group(group, lease, tokens_generated=256)
             log(out, f"{receipt.status} {group.seq}")
 
 
 def reader(buffer: ReplayBuffer, name: str, out: Path) -> None:
     seed = 0
     while True:
-        stats = buffer.stats()
+        stats = buffer.stats.read()
         seed += 1
         try:
-            drawn = buffer.draw(16, step=stats.trained_step + 1, seed=seed)
+            drawn = buffer.replay.draw(16, step=stats.trained_step + 1, seed=seed)
         except StepTrainedError:  # the learner was quicker
             log(out, "retry")
             continue
@@ -72,21 +72,23 @@ def reader(buffer: ReplayBuffer, name: str, out: Path) -> None:
 
 
 def learner(buffer: ReplayBuffer, name: str, out: Path) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     while True:
-        step = buffer.stats().trained_step + 1
+        step = buffer.stats.read().trained_step + 1
         first = step * PER_STEP
         ahead = [
-            Ticket(seq=first + i, prompt_id=f"p{(first + i) % 60}", step=step + i // PER_STEP, n=4)
+            RolloutRequest(
+                seq=first + i, prompt_id=f"p{(first + i) % 60}", step=step + i // PER_STEP, n=4
+            )
             for i in range(3 * PER_STEP)
         ]
-        buffer.push_tickets(ahead)
-        share = buffer.lease_fresh(name, step, epoch=epoch)
+        buffer.requests.push(ahead)
+        share = buffer.replay.lease_fresh(name, step, epoch=epoch)
         if not share.ready:
             time.sleep(0.01)
             continue
         gids = [g.id for g in share.groups]
-        if buffer.commit_step(step, step + 1, gids, epoch).committed:
+        if buffer.replay.commit_step(step, step + 1, gids, epoch).committed:
             log(out, f"trained {step} {' '.join(gids)}")
 
 
@@ -176,7 +178,7 @@ def test_nothing_is_lost_or_doubled_under_kill_9(tmp_path: Path) -> None:
                     redis_kills += 1
                 else:
                     crew.kill_one()
-                version = buffer.version()
+                version = buffer.replay.version()
                 assert version >= last_version
                 last_version = version
         finally:
@@ -185,8 +187,8 @@ def test_nothing_is_lost_or_doubled_under_kill_9(tmp_path: Path) -> None:
 
 
 def verdict(buffer: ReplayBuffer, crew: Crew, redis_kills: int) -> None:
-    books = buffer.check_ledger()
-    stats = buffer.stats()
+    books = buffer.stats.check_ledger()
+    stats = buffer.stats.read()
     client = redis.Redis.from_url(buffer._connection.url)
     key = buffer._connection.key
 
@@ -216,7 +218,7 @@ def verdict(buffer: ReplayBuffer, crew: Crew, redis_kills: int) -> None:
     assert not lost and not doubled
     assert (
         client.bitcount(key("seen")) == books.generated
-    )  # every settled ticket is in the books once
+    )  # every settled request is in the books once
     assert (
         len(trained) == len(set(trained))
         and len(steps) == len(set(steps))

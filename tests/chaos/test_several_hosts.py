@@ -1,5 +1,5 @@
-"""Ray nodes with addresses of their own, in network namespaces: a slow link, a cut link, files that
-are not shared."""
+"""Ray nodes with addresses of their own, in network namespaces: a slow link, a checkpoint link,
+files that are not shared."""
 
 from __future__ import annotations
 

@@ -18,18 +18,18 @@ from avatar_rl.buffer_service.errors import (
     BufferUnreachableError,
     LedgerError,
     RecordError,
-    UnknownTicketError,
+    UnknownRequestError,
 )
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
-from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
+from tests.buffer_records import CONFIG, make_group, namespace, requests, run_step
 
 # -- bad input: typed errors, state unchanged
 
 
-def with_trajectory(lease: TicketLease, **changes: object) -> object:
+def with_trajectory(lease: RequestLease, **changes: object) -> object:
     group = make_group(lease, [1.0, 0.0])
     bad = msgspec.structs.replace(group.trajectories[1], **changes)
     return msgspec.structs.replace(group, trajectories=(group.trajectories[0], bad))
@@ -69,26 +69,26 @@ def with_trajectory(lease: TicketLease, **changes: object) -> object:
 def test_malformed_groups_change_nothing(
     buffer: ReplayBuffer, changes: dict[str, object], message: str
 ) -> None:
-    buffer.push_tickets(tickets(0))
-    [lease] = buffer.lease_tickets("a", 1)
+    buffer.requests.push(requests(0))
+    [lease] = buffer.requests.lease("a", 1)
     before = namespace(buffer)
     with pytest.raises(RecordError, match=message):
-        buffer.add_group(with_trajectory(lease, **changes), lease, tokens_generated=1)  # type: ignore[arg-type]
+        buffer.requests.add_group(with_trajectory(lease, **changes), lease, tokens_generated=1)  # type: ignore[arg-type]
     assert namespace(buffer) == before
 
 
 def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer) -> None:
-    buffer.push_tickets(tickets(0))
-    [lease] = buffer.lease_tickets("a", 1)
+    buffer.requests.push(requests(0))
+    [lease] = buffer.requests.lease("a", 1)
     before = namespace(buffer)
     for other in (
-        Ticket(seq=0, prompt_id="stranger", step=0, n=4),
-        Ticket(seq=0, prompt_id="p0", step=3, n=4),
-        Ticket(seq=99, prompt_id="p99", step=0, n=4),
+        RolloutRequest(seq=0, prompt_id="stranger", step=0, n=4),
+        RolloutRequest(seq=0, prompt_id="p0", step=3, n=4),
+        RolloutRequest(seq=99, prompt_id="p99", step=0, n=4),
     ):
-        wrong = msgspec.structs.replace(lease, ticket=other)
-        with pytest.raises(UnknownTicketError):
-            buffer.add_group(make_group(wrong, [1.0]), wrong, tokens_generated=1)
+        wrong = msgspec.structs.replace(lease, request=other)
+        with pytest.raises(UnknownRequestError):
+            buffer.requests.add_group(make_group(wrong, [1.0]), wrong, tokens_generated=1)
     assert namespace(buffer) == before
 
 
@@ -96,11 +96,11 @@ def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer
 def test_a_corrupt_record_is_quarantined(
     buffer: ReplayBuffer, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     run_step(buffer, 0, epoch)
-    buffer.push_tickets(tickets(1))
-    for lease in buffer.lease_tickets("a", 2):
-        buffer.add_group(make_group(lease, [1.0] * 4), lease, tokens_generated=1)
+    buffer.requests.push(requests(1))
+    for lease in buffer.requests.lease("a", 2):
+        buffer.requests.add_group(make_group(lease, [1.0] * 4), lease, tokens_generated=1)
     tid = "00000001.2" if where == "replay" else "00000003.2"
     key = buffer._connection.key(f"t:{tid}")
     client = redis.Redis.from_url(buffer._connection.url)
@@ -109,35 +109,39 @@ def test_a_corrupt_record_is_quarantined(
     client.set(key, bytes(data))
 
     def ask() -> object:
-        return buffer.draw(8, step=1, seed=0) if where == "replay" else buffer.lease_fresh("l", 1)
+        return (
+            buffer.replay.draw(8, step=1, seed=0)
+            if where == "replay"
+            else buffer.replay.lease_fresh("l", 1)
+        )
 
     ask()  # goes on without it by itself
-    assert buffer.stats().quarantined_records == 1 and f"trajectory {tid}: " in caplog.text
+    assert buffer.stats.read().quarantined_records == 1 and f"trajectory {tid}: " in caplog.text
     if where == "fresh":
-        assert [g.id for g in buffer.lease_fresh("l", 1).groups] == ["00000002"]
-        assert buffer.ledger().dropped == {"corrupt_record": 1}
-    buffer.check_ledger()
+        assert [g.id for g in buffer.replay.lease_fresh("l", 1).groups] == ["00000002"]
+        assert buffer.stats.ledger().dropped == {"corrupt_record": 1}
+    buffer.stats.check_ledger()
 
 
 def test_more_damage_than_an_accident_ends_the_call(buffer: ReplayBuffer) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     for step in range(4):
         run_step(buffer, step, epoch)
     client = redis.Redis.from_url(buffer._connection.url)
     for key in client.keys(buffer._connection.key("t:*")):
         client.set(key, b"?")
     with pytest.raises(RecordError, match="it was put in quarantine"):
-        buffer.draw(8, step=4, seed=0)
-    assert buffer.stats().quarantined_records == 9
+        buffer.replay.draw(8, step=4, seed=0)
+    assert buffer.stats.read().quarantined_records == 9
 
 
 def test_ledger_notices_a_loss(buffer: ReplayBuffer) -> None:
-    buffer.push_tickets(tickets(0))
-    for lease in buffer.lease_tickets("a", 2):
-        buffer.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+    buffer.requests.push(requests(0))
+    for lease in buffer.requests.lease("a", 2):
+        buffer.requests.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
     redis.Redis.from_url(buffer._connection.url).zrem(buffer._connection.key("fresh"), "00000001")
     with pytest.raises(LedgerError, match="1 groups unaccounted"):
-        buffer.check_ledger()
+        buffer.stats.check_ledger()
 
 
 @pytest.mark.parametrize(
@@ -146,41 +150,41 @@ def test_ledger_notices_a_loss(buffer: ReplayBuffer) -> None:
 )
 def test_malformed_tickets_change_nothing(buffer: ReplayBuffer, changes: dict[str, object]) -> None:
     before = namespace(buffer)
-    bad = msgspec.structs.replace(tickets(0)[1], **changes)  # type: ignore[arg-type]
-    with pytest.raises(RecordError, match=f"ticket {bad.seq}"):
-        buffer.push_tickets([tickets(0)[0], bad])
+    bad = msgspec.structs.replace(requests(0)[1], **changes)  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match=f"request {bad.seq}"):
+        buffer.requests.push([requests(0)[0], bad])
     assert namespace(buffer) == before
 
 
 def test_numbers_out_of_range_change_nothing(buffer: ReplayBuffer) -> None:
-    buffer.push_tickets(tickets(0))
-    [lease] = buffer.lease_tickets("a", 1)
+    buffer.requests.push(requests(0))
+    [lease] = buffer.requests.lease("a", 1)
     before = namespace(buffer)
     group = make_group(lease, [1.0])
     for wrong in ({"tokens_generated": -1}, {"tokens_generated": 1, "bound": -1}):
         with pytest.raises(RecordError, match="negative"):
-            buffer.add_group(group, lease, **wrong)
+            buffer.requests.add_group(group, lease, **wrong)
     with pytest.raises(RecordError, match="behaviour KL is nan"):
-        buffer.report_behaviour_kl(float("nan"))
+        buffer.replay.report_behaviour_kl(float("nan"))
     with pytest.raises(ReplayBufferError, match="same_prompt needs prompt_ids"):
-        buffer.draw(4, step=0, seed=0, strategy="same_prompt")
+        buffer.replay.draw(4, step=0, seed=0, strategy="same_prompt")
     with pytest.raises(ReplayBufferError, match="0 <= rank < world"):
-        buffer.draw(4, step=0, seed=0, share=(2, 2))
+        buffer.replay.draw(4, step=0, seed=0, share=(2, 2))
     assert namespace(buffer) == before
 
 
 def test_a_record_of_a_newer_format_is_quarantined(
     buffer: ReplayBuffer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_step(buffer, 0, buffer.new_epoch())
+    run_step(buffer, 0, buffer.replay.new_fencing_token())
     key = buffer._connection.key("t:00000001.2")
     client = redis.Redis.from_url(buffer._connection.url)
     data = bytearray(client.get(key) or b"")
     data[4:6] = (99).to_bytes(2, "little")
     client.set(key, bytes(data))
-    assert len({t.id for t in buffer.draw(8, step=1, seed=0)}) == 7
+    assert len({t.id for t in buffer.replay.draw(8, step=1, seed=0)}) == 7
     assert "00000001.2: record format 99, this code reads 1 to 2" in caplog.text
-    assert buffer.stats().quarantined_records == 1
+    assert buffer.stats.read().quarantined_records == 1
 
 
 # -- servers
@@ -200,14 +204,14 @@ def test_a_namespace_of_another_run_is_refused(buffer: ReplayBuffer) -> None:
 def test_a_server_that_becomes_a_replica_refuses_writes(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "demoted", persistent=False) as demoted:
         buffer = ReplayBuffer.connect(CONFIG, "run", demoted.url)
-        buffer.push_tickets(tickets(0))
-        [lease] = buffer.lease_tickets("a", 1)
+        buffer.requests.push(requests(0))
+        [lease] = buffer.requests.lease("a", 1)
         before = namespace(buffer)
         redis.Redis.from_url(demoted.url).replicaof("127.0.0.1", 1)
         with pytest.raises(
             BufferAccessError, match="read-only replica; give the URL of the primary"
         ):
-            buffer.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+            buffer.requests.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
         assert namespace(buffer) == before
 
 
@@ -215,13 +219,13 @@ def test_another_configuration_is_refused_unless_asked_for(buffer: ReplayBuffer)
     other = CONFIG.model_copy(update={"capacity": 8})
     with pytest.raises(BufferSetupError, match="cap_easy=25, this client says 2"):
         ReplayBuffer.connect(other, "run", buffer._connection.url)
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     for step in range(3):
         run_step(buffer, step, epoch)
     with ReplayBuffer.connect(other, "run", buffer._connection.url, reconfigure=True) as smaller:
         run_step(smaller, 3, epoch)
         easy, medium, hard = other.capacities()
-        counts = smaller.tier_counts()
+        counts = smaller.stats.tier_counts()
         assert counts["hard"] <= hard and counts["medium"] <= medium and counts["easy"] <= easy
 
 
@@ -285,19 +289,21 @@ def test_old_redis_is_refused(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPa
 def test_full_redis_refuses_and_keeps_its_state(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "small", persistent=False, maxmemory=6 << 20) as small:
         soft = ReplayBuffer.connect(CONFIG, "run", small.url)
-        soft.push_tickets([Ticket(seq=i, prompt_id=f"p{i}", step=0, n=4) for i in range(40)])
-        leases = soft.lease_tickets("a", 40)
+        soft.requests.push(
+            [RolloutRequest(seq=i, prompt_id=f"p{i}", step=0, n=4) for i in range(40)]
+        )
+        leases = soft.requests.lease("a", 40)
         hard = ReplayBuffer.connect(
             CONFIG.model_copy(update={"memory_limit": 1.0}), "run", small.url
         )
         for buffer in (soft, hard):  # the gauge first, then Redis' own refusal
-            stored = buffer.ledger().generated
+            stored = buffer.stats.ledger().generated
             with pytest.raises(BufferFullError, match="maxmemory"):
                 for i, lease in enumerate(leases[stored:]):
                     buffer._connection._memory_checked = 0.0 if buffer is soft else time.monotonic()
-                    buffer.add_group(
+                    buffer.requests.add_group(
                         make_group(lease, [1.0] * 4, tokens=12_000), lease, tokens_generated=1
                     )
                     stored += 1
                     assert i < 30
-            assert buffer.check_ledger().generated == stored == buffer.stats().fresh
+            assert buffer.stats.check_ledger().generated == stored == buffer.stats.read().fresh

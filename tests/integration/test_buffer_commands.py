@@ -15,7 +15,7 @@ import yaml
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.errors import BufferSetupError
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.runlock import RunLock
@@ -28,11 +28,11 @@ CONFIG = BufferConfig(capacity=60, warm_up=0, appendfsync="always")  # not the d
 
 
 def fill(buffer: ReplayBuffer) -> None:
-    epoch = buffer.new_epoch()
-    buffer.push_tickets([Ticket(seq=s, prompt_id=f"p{s}", step=0, n=4) for s in range(3)])
-    for lease in buffer.lease_tickets("a", 3):
-        buffer.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=12)
-    buffer.commit_step(0, 1, [f"{s:08d}" for s in range(3)], epoch)
+    epoch = buffer.replay.new_fencing_token()
+    buffer.requests.push([RolloutRequest(seq=s, prompt_id=f"p{s}", step=0, n=4) for s in range(3)])
+    for lease in buffer.requests.lease("a", 3):
+        buffer.requests.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=12)
+    buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in range(3)], epoch)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_export_and_import_by_url(
     assert main(["buffer", "import", "new", str(out), "--url", url, "--first-seq", "700"]) == 0
     assert "6 trajectories in 3 groups added, 0 groups known before" in capsys.readouterr().out
     with ReplayBuffer.attach(CONFIG, "new", url) as buffer:
-        assert buffer.stats().stock == 6 and buffer.check_ledger().replay_only == 3
+        assert buffer.stats.read().stock == 6 and buffer.stats.check_ledger().replay_only == 3
 
 
 def test_snapshot_clear_and_import_of_a_run_folder(

@@ -22,7 +22,7 @@ from avatar_rl.buffer_service.errors import (
 from avatar_rl.buffer_service.records.codec import decode
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis, find_redis_server
 from avatar_rl.buffer_service.store import ReplayBuffer
-from tests.buffer_records import CONFIG, make_group, namespace, run_step, tickets
+from tests.buffer_records import CONFIG, make_group, namespace, requests, run_step
 
 # -- durability
 
@@ -30,16 +30,16 @@ from tests.buffer_records import CONFIG, make_group, namespace, run_step, ticket
 def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "aof", appendfsync="always") as server:
         buffer = ReplayBuffer.connect(CONFIG, "run", server.url)
-        epoch = buffer.new_epoch()
+        epoch = buffer.replay.new_fencing_token()
         run_step(buffer, 0, epoch)
-        buffer.push_tickets(tickets(1, 40, first=100))
-        leases = buffer.lease_tickets("a", 40)
+        buffer.requests.push(requests(1, 40, first=100))
+        leases = buffer.requests.lease("a", 40)
         acknowledged: list[str] = []
 
         def write() -> None:
             for lease in leases:
                 group = make_group(lease, [0.0, 1.0], tokens=300)
-                if buffer.add_group(group, lease, tokens_generated=600).status in (
+                if buffer.requests.add_group(group, lease, tokens_generated=600).status in (
                     "fresh",
                     "duplicate",
                 ):
@@ -55,9 +55,9 @@ def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
             stored = redis.Redis.from_url(server.url).zrange(buffer._connection.key("fresh"), 0, -1)
             assert set(known) <= {gid.decode() for gid in stored}
         writer.join()
-        share = buffer.lease_fresh("learner", 1, epoch=epoch)
+        share = buffer.replay.lease_fresh("learner", 1, epoch=epoch)
         assert [g.id for g in share.groups] == sorted(acknowledged) and len(acknowledged) == 40
-        assert buffer.check_ledger().generated == 42 and buffer.version() == 1
+        assert buffer.stats.check_ledger().generated == 42 and buffer.replay.version() == 1
         buffer.close()
 
 
@@ -111,9 +111,11 @@ def test_a_redis_server_is_found() -> None:
 
 
 def contents(buffer: ReplayBuffer) -> tuple[object, ...]:
-    stats = buffer.stats()
+    stats = buffer.stats.read()
     drawn = [
-        t.id for seed in range(3) for t in buffer.draw(8, step=stats.trained_step + 1, seed=seed)
+        t.id
+        for seed in range(3)
+        for t in buffer.replay.draw(8, step=stats.trained_step + 1, seed=seed)
     ]
     same = (
         "tiers",
@@ -125,28 +127,36 @@ def contents(buffer: ReplayBuffer) -> tuple[object, ...]:
         "ledger",
         "hints_on",
     )
-    return drawn, buffer.baselines(["p0", "p1", "none"]), *(getattr(stats, name) for name in same)
+    return (
+        drawn,
+        buffer.replay.baselines(["p0", "p1", "none"]),
+        *(getattr(stats, name) for name in same),
+    )
 
 
 def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_path: Path) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     for step in range(6):
         run_step(buffer, step, epoch)
-    buffer.push_tickets(tickets(6, 3, first=100))
-    leases = buffer.lease_tickets("a", 2)
-    buffer.add_group(make_group(leases[0], [1.0, 0.0]), leases[0], tokens_generated=1)
-    buffer.put_fact("model", {"hidden": 128})
+    buffer.requests.push(requests(6, 3, first=100))
+    leases = buffer.requests.lease("a", 2)
+    buffer.requests.add_group(make_group(leases[0], [1.0, 0.0]), leases[0], tokens_generated=1)
+    buffer.control.set_value("model", {"hidden": 128})
     before = contents(buffer)
     original = buffer._connection.run
 
     def slow(name: str, *args: object) -> object:
         reply = original(name, *args)
-        if name == "snapshot" and args[0] == "begin":  # everything below happens after the cut
-            buffer.add_group(make_group(leases[1], [1.0, 1.0]), leases[1], tokens_generated=1)
-            [late] = buffer.lease_tickets("b", 1)
-            buffer.add_group(make_group(late, [0.3]), late, tokens_generated=1)
-            share = buffer.lease_fresh("l", 6)
-            buffer.commit_step(6, 7, [g.id for g in share.groups], epoch)
+        if (
+            name == "snapshot" and args[0] == "begin"
+        ):  # everything below happens after the checkpoint
+            buffer.requests.add_group(
+                make_group(leases[1], [1.0, 1.0]), leases[1], tokens_generated=1
+            )
+            [late] = buffer.requests.lease("b", 1)
+            buffer.requests.add_group(make_group(late, [0.3]), late, tokens_generated=1)
+            share = buffer.replay.lease_fresh("l", 6)
+            buffer.replay.commit_step(6, 7, [g.id for g in share.groups], epoch)
             for step in range(7, 40):
                 run_step(buffer, step, epoch)  # evicts most of what the snapshot must hold
         return reply
@@ -155,27 +165,27 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
     report = buffer.snapshot(tmp_path / "cut.avsnap")
     buffer._connection.run = original  # type: ignore[method-assign]
     assert (
-        report.trajectories == 40 and report.tickets == 2
+        report.trajectories == 40 and report.requests == 2
     )  # a full Hard tier; what waits is apart
     after = contents(buffer)
     assert after != before
     buffer.restore(tmp_path / "cut.avsnap")
     assert contents(buffer) == before
-    assert buffer.get_fact("model") == {"hidden": 128}
+    assert buffer.control.get_value("model") == {"hidden": 128}
     with pytest.raises(FencedError):
-        buffer.commit_step(6, 7, [], epoch)
-    waiting = buffer.lease_tickets("a", 9)  # leases ended: both tickets wait again
-    assert [x.ticket.seq for x in waiting] == [101, 102]
+        buffer.replay.commit_step(6, 7, [], epoch)
+    waiting = buffer.requests.lease("a", 9)  # leases ended: both requests wait again
+    assert [x.request.seq for x in waiting] == [101, 102]
     for lease in waiting:
-        buffer.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=1)
-    assert len(buffer.lease_fresh("l", 6).groups) == 3
-    buffer.check_ledger()
+        buffer.requests.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=1)
+    assert len(buffer.replay.lease_fresh("l", 6).groups) == 3
+    buffer.stats.check_ledger()
 
 
 def test_a_snapshot_that_another_began_upon_is_refused(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     run_step(buffer, 0, epoch)
     path, key = tmp_path / "cut.avsnap", buffer._connection.key("meta")
     buffer.snapshot(path)
@@ -204,7 +214,7 @@ def test_a_snapshot_that_another_began_upon_is_refused(
 def test_a_snapshot_by_hand_waits_for_a_checkpoint_and_spares_it(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    run_step(buffer, 0, buffer.new_epoch())
+    run_step(buffer, 0, buffer.replay.new_fencing_token())
     by_hand = threading.Thread(target=lambda: buffer.snapshot(tmp_path / "hand.avsnap"))
 
     def meanwhile() -> None:
@@ -222,7 +232,7 @@ def test_a_snapshot_across_a_restart_of_redis_is_refused(tmp_path: Path) -> None
         EmbeddedRedis(tmp_path / "aof", appendfsync="always") as server,
         ReplayBuffer.connect(CONFIG, "run", server.url) as buffer,
     ):
-        run_step(buffer, 0, buffer.new_epoch())
+        run_step(buffer, 0, buffer.replay.new_fencing_token())
 
         def restart() -> None:
             server.kill()
@@ -237,7 +247,7 @@ def test_a_snapshot_across_a_restart_of_redis_is_refused(tmp_path: Path) -> None
 def test_a_damaged_snapshot_is_refused_and_the_run_kept(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     run_step(buffer, 0, epoch)
     path = tmp_path / "cut.avsnap"
     buffer.snapshot(path)
@@ -259,7 +269,7 @@ def test_a_damaged_snapshot_is_refused_and_the_run_kept(
 def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     run_step(buffer, 0, epoch)
     buffer.snapshot(tmp_path / "cut.avsnap")
     before = contents(buffer)
@@ -281,7 +291,7 @@ def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
 
 
 def test_export_holds_every_trajectory(buffer: ReplayBuffer, tmp_path: Path) -> None:
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     run_step(buffer, 0, epoch)
     assert buffer.export(tmp_path / "x.jsonl") == buffer.export(tmp_path / "x.parquet") == 8
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ import redis
 
 from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
 from avatar_rl.buffer_service.errors import RecordError
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ConfigError
@@ -35,15 +35,15 @@ def source(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
     """A run with eight replayable trajectories of three prompts."""
     redis.Redis.from_url(server.url).flushall()
     with ReplayBuffer.connect(CONFIG, "source", server.url) as buffer:
-        epoch = buffer.new_epoch()
-        buffer.push_tickets(
-            [Ticket(seq=s, prompt_id=f"p{s % 3 or s // 3}", step=0, n=4) for s in REWARDS]
+        epoch = buffer.replay.new_fencing_token()
+        buffer.requests.push(
+            [RolloutRequest(seq=s, prompt_id=f"p{s % 3 or s // 3}", step=0, n=4) for s in REWARDS]
         )
-        for lease in buffer.lease_tickets("a", 4):
-            buffer.add_group(
-                make_group(lease, REWARDS[lease.ticket.seq]), lease, tokens_generated=1
+        for lease in buffer.requests.lease("a", 4):
+            buffer.requests.add_group(
+                make_group(lease, REWARDS[lease.request.seq]), lease, tokens_generated=1
             )
-        buffer.commit_step(0, 1, [f"{s:08d}" for s in REWARDS], epoch)
+        buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in REWARDS], epoch)
         yield buffer
 
 
@@ -59,7 +59,7 @@ def namespace(buffer: ReplayBuffer) -> dict[bytes, bytes]:
 
 
 def records(buffer: ReplayBuffer, n: int) -> dict[str, Any]:
-    drawn = buffer.draw(n, step=5, seed=0, strategy="uniform")
+    drawn = buffer.replay.draw(n, step=5, seed=0, strategy="uniform")
     return {t.id: t for t in drawn}
 
 
@@ -82,29 +82,29 @@ def test_imported_trajectories_are_replayable_stock(
             before[tid].components,
         )
     # p0: the mean of 0, 1, 0.5; p1: of four zeros in two visits; p2: 1.
-    assert target.baselines(["p0", "p1", "p2"]) == [0.5, 0.0, 1.0]
-    assert [target.tier_of(p) for p in ("p1", "p0", "p2")] == ["hard", "medium", "easy"]
-    books = target.check_ledger()
+    assert target.replay.baselines(["p0", "p1", "p2"]) == [0.5, 0.0, 1.0]
+    assert [target.replay.tier_of(p) for p in ("p1", "p0", "p2")] == ["hard", "medium", "easy"]
+    books = target.stats.check_ledger()
     assert (books.generated, books.replay_only, books.completions, books.tokens) == (4, 4, 8, 0)
-    assert target.stats().counters["imported"] == 4
-    target.push_tickets([Ticket(seq=10, prompt_id="p1", step=0, n=4)])
-    assert target.lease_tickets("a", 1)[
+    assert target.stats.read().counters["imported"] == 4
+    target.requests.push([RolloutRequest(seq=10, prompt_id="p1", step=0, n=4)])
+    assert target.requests.lease("a", 1)[
         0
     ].hinted  # two visits at zero accuracy: the streak came along
 
     again = target.import_trajectories(path)
-    assert (again.groups, again.duplicates) == (0, 4) and target.stats().stock == 8
+    assert (again.groups, again.duplicates) == (0, 4) and target.stats.read().stock == 8
 
 
 def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
     source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path
 ) -> None:
     source.export(tmp_path / "stock.jsonl")
-    epoch = target.new_epoch()
-    target.push_tickets([Ticket(seq=s, prompt_id="new", step=0, n=4) for s in range(2)])
-    with pytest.raises(RecordError, match=r"group 00000000 is what a ticket .* another first seq"):
+    epoch = target.replay.new_fencing_token()
+    target.requests.push([RolloutRequest(seq=s, prompt_id="new", step=0, n=4) for s in range(2)])
+    with pytest.raises(RecordError, match=r"group 00000000 is what a request .* another first seq"):
         target.import_trajectories(tmp_path / "stock.jsonl")
-    assert target.stats().stock == 0
+    assert target.stats.read().stock == 0
     assert target.import_trajectories(tmp_path / "stock.jsonl", first_seq=5000).groups == 4
     assert {tid[:8] for tid in records(target, 8)} == {
         "00005000",
@@ -112,12 +112,12 @@ def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
         "00005002",
         "00005003",
     }
-    for lease in target.lease_tickets("a", 2):
-        target.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
-    share = target.lease_fresh("learner", 0, epoch=epoch)
+    for lease in target.requests.lease("a", 2):
+        target.requests.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+    share = target.replay.lease_fresh("learner", 0, epoch=epoch)
     assert share.ready and [g.seq for g in share.groups] == [0, 1]
-    target.commit_step(0, 1, [g.id for g in share.groups], epoch)
-    assert target.check_ledger().trained_fresh == 2 and target.stats().stock == 10
+    target.replay.commit_step(0, 1, [g.id for g in share.groups], epoch)
+    assert target.stats.check_ledger().trained_fresh == 2 and target.stats.read().stock == 10
 
 
 def test_what_was_evicted_leaves_no_gap_and_capacity_holds(
@@ -130,9 +130,9 @@ def test_what_was_evicted_leaves_no_gap_and_capacity_holds(
     small = CONFIG.model_copy(update={"capacity": 4})  # 1 Easy, 1 Medium, 2 Hard
     with ReplayBuffer.connect(small, "small", source._connection.url) as target:
         report = target.import_trajectories(tmp_path / "stock.jsonl")
-        stats = target.stats()
+        stats = target.stats.read()
         assert report.trajectories == 7 and stats.stock == 7 - report.evicted <= 4
-        assert target.baselines(["p0"]) == [
+        assert target.replay.baselines(["p0"]) == [
             0.25
         ]  # of 0 and 0.5: the evicted success is not in the file
         t = records(target, 4).get("00000000.1")

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
@@ -81,11 +81,11 @@ class BufferMachine(RuleBasedStateMachine):
         redis.Redis.from_url(SERVER.url).flushdb()
         self.real = ReplayBuffer.connect(self.config, "model", SERVER.url)
         self.model = ReferenceBuffer(self.config)
-        self.epoch = self.both(lambda b: b.new_epoch())
+        self.epoch = self.both(lambda b: b.replay.new_fencing_token())
         self.seq = 0
         self.next_step = 0
-        self.leases: list[TicketLease] = []
-        self.groups: list[tuple[Group, TicketLease]] = []
+        self.leases: list[RequestLease] = []
+        self.groups: list[tuple[Group, RequestLease]] = []
 
     def both(self, call: Callable[[Any], Any]) -> Any:
         global OPERATIONS
@@ -101,8 +101,8 @@ class BufferMachine(RuleBasedStateMachine):
     )
     def push(self, n: int, prompts: list[int], ahead: int) -> None:
         step = self.next_step + ahead
-        tickets = [
-            Ticket(
+        requests = [
+            RolloutRequest(
                 seq=self.seq + i,
                 prompt_id=f"p{p}",
                 step=step,
@@ -113,14 +113,14 @@ class BufferMachine(RuleBasedStateMachine):
         ]
         self.seq += n
         self.next_step = step if ahead else self.next_step
-        self.both(lambda b: b.push_tickets(tickets))
+        self.both(lambda b: b.requests.push(requests))
 
     @rule(round=st.integers(0, 2), seq=st.integers(0, 3), version=st.integers(0, 3))
     def push_eval(self, round: int, seq: int, version: int) -> None:
-        ticket = Ticket(
+        request = RolloutRequest(
             seq=seq, prompt_id=f"p{seq}", step=0, n=1, kind="eval", round=round, min_version=version
         )
-        self.both(lambda b: b.push_tickets([ticket]))
+        self.both(lambda b: b.requests.push([request]))
 
     @rule(
         who=st.sampled_from("ab"),
@@ -129,7 +129,9 @@ class BufferMachine(RuleBasedStateMachine):
         most=st.integers(0, 9),
     )
     def lease(self, who: str, count: int, bound: int, most: int) -> None:
-        self.leases += self.both(lambda b: b.lease_tickets(who, count, 1000.0, bound, most or None))
+        self.leases += self.both(
+            lambda b: b.requests.lease(who, count, 1000.0, bound, most or None)
+        )
 
     @precondition(lambda self: self.leases)
     @rule(
@@ -148,14 +150,16 @@ class BufferMachine(RuleBasedStateMachine):
         keep: bool,
     ) -> None:
         lease = data.draw(st.sampled_from(self.leases))
-        if lease.ticket.kind == "eval":
-            self.both(lambda b: b.add_eval(lease, b"x"))
+        if lease.request.kind == "eval":
+            self.both(lambda b: b.requests.add_eval(lease, b"x"))
             return
         group = make_group(
             lease, rewards, version=max(0, self.model.current - 1), accuracy=accuracy
         )
         receipt = self.both(
-            lambda b: b.add_group(group, lease, tokens_generated=len(rewards) * 6, bound=bound)
+            lambda b: b.requests.add_group(
+                group, lease, tokens_generated=len(rewards) * 6, bound=bound
+            )
         )
         HAPPENED[receipt.status] += 1
         self.groups.append((group, lease))
@@ -166,29 +170,29 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def add_again(self, data: st.DataObject) -> None:
         group, lease = data.draw(st.sampled_from(self.groups))
-        receipt = self.both(lambda b: b.add_group(group, lease, tokens_generated=1))
+        receipt = self.both(lambda b: b.requests.add_group(group, lease, tokens_generated=1))
         assert receipt.status == "duplicate"
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), how=st.sampled_from(ENDINGS))
     def end_lease(self, data: st.DataObject, how: str) -> None:
-        held = [lease for lease in self.leases if lease.ticket.key in self.model.held]
+        held = [lease for lease in self.leases if lease.request.key in self.model.held]
         lease = data.draw(st.sampled_from(held or self.leases))
-        key = lease.ticket.key
+        key = lease.request.key
         if how == "expire" and key in self.model.held:
             self.model.held[key].expires = -1
             self.real._connection.client.zadd(
                 self.real._connection.key("leased"), {key: 1}, xx=True
             )
         elif how == "release":
-            self.both(lambda b: b.release([lease]))
+            self.both(lambda b: b.requests.release([lease]))
         elif how == "renew":
-            self.both(lambda b: b.renew(lease.consumer, [lease], 1000.0))
+            self.both(lambda b: b.requests.renew(lease.consumer, [lease], 1000.0))
         elif how == "reap":
-            self.both(lambda b: b.reap())
+            self.both(lambda b: b.requests.reap())
         elif how == "drop":
-            self.both(lambda b: b.drop(lease, "unscored"))
-        elif lease.ticket.prompt_id in (
+            self.both(lambda b: b.requests.drop(lease, "unscored"))
+        elif lease.request.prompt_id in (
             "p0",
             "p1",
             "p6",
@@ -196,23 +200,24 @@ class BufferMachine(RuleBasedStateMachine):
             "p8",
             "p9",
         ):  # the others stay usable
-            self.both(lambda b: b.quarantine(lease, "broken", "video"))
+            self.both(lambda b: b.requests.quarantine(lease, "broken", "video"))
 
     @rule(prompt=st.sampled_from(["p0", "p8", "p9"]))
     def give_up(self, prompt: str) -> None:
-        """A prompt breaks while another ticket asks for it."""
-        tickets = [
-            Ticket(seq=self.seq + i, prompt_id=prompt, step=self.next_step, n=2) for i in range(2)
+        """A prompt breaks while another request asks for it."""
+        requests = [
+            RolloutRequest(seq=self.seq + i, prompt_id=prompt, step=self.next_step, n=2)
+            for i in range(2)
         ]
         self.seq += 2
-        self.both(lambda b: b.push_tickets(tickets))
-        leases = self.both(lambda b: b.lease_tickets("a", 20, 1000.0, 2))
-        mine = [x for x in leases if x.ticket.prompt_id == prompt and x.ticket.kind == "train"]
+        self.both(lambda b: b.requests.push(requests))
+        leases = self.both(lambda b: b.requests.lease("a", 20, 1000.0, 2))
+        mine = [x for x in leases if x.request.prompt_id == prompt and x.request.kind == "train"]
         self.leases += [x for x in leases if x not in mine]
         if mine:
-            self.both(lambda b: b.quarantine(mine[0], "broken", "video"))
-            self.both(lambda b: b.release(mine[1:]))
-        self.leases += self.both(lambda b: b.lease_tickets("b", 20, 1000.0, 2))
+            self.both(lambda b: b.requests.quarantine(mine[0], "broken", "video"))
+            self.both(lambda b: b.requests.release(mine[1:]))
+        self.leases += self.both(lambda b: b.requests.lease("b", 20, 1000.0, 2))
 
     @rule(
         take=st.integers(0, 3),
@@ -226,23 +231,23 @@ class BufferMachine(RuleBasedStateMachine):
         gids = gids[: max(0, len(gids) - take)] if take < 3 else ["00009999"]
         epoch = self.epoch - 1 if stale_epoch and take else self.epoch
         version = self.model_version + grow
-        self.both(lambda b: b.commit_step(step, version, gids, epoch))
+        self.both(lambda b: b.replay.commit_step(step, version, gids, epoch))
         self.next_step = max(self.next_step, self.model.trained + 1)
 
     @rule(prompts=PROMPTS, low=st.booleans(), seed=st.integers(0, 9), data=st.data())
     def whole_step(self, prompts: list[int], low: bool, seed: int, data: st.DataObject) -> None:
         """What a run mostly does, so that histories get far."""
         step = self.model.trained + 1
-        tickets = [
-            Ticket(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=2)
+        requests = [
+            RolloutRequest(seq=self.seq + i, prompt_id=f"p{p}", step=step, n=2)
             for i, p in enumerate(prompts)
         ]
-        self.seq += len(tickets)
-        self.both(lambda b: b.push_tickets(tickets))
+        self.seq += len(requests)
+        self.both(lambda b: b.requests.push(requests))
         if self.model.current < step:
-            self.both(lambda b: b.publish_version(step))
-        for lease in self.both(lambda b: b.lease_tickets("a", 20, 1000.0, 0)):
-            if lease.ticket.kind == "train":
+            self.both(lambda b: b.replay.publish_version(step))
+        for lease in self.both(lambda b: b.requests.lease("a", 20, 1000.0, 0)):
+            if lease.request.kind == "train":
                 rewards = [0.0, 0.0] if low else data.draw(REWARDS)
                 group = make_group(lease, rewards, version=step)
                 self.insert(group, lease)
@@ -251,11 +256,11 @@ class BufferMachine(RuleBasedStateMachine):
         self.draw(8, seed, None, False)
         gids = sorted(gid for gid, g in self.model.fresh.items() if g.step <= step)
         version = self.model_version
-        self.both(lambda b: b.commit_step(step, version, gids, self.epoch))
+        self.both(lambda b: b.replay.commit_step(step, version, gids, self.epoch))
         self.next_step = max(self.next_step, self.model.trained + 1)
 
-    def insert(self, group: Group, lease: TicketLease) -> None:
-        receipt = self.both(lambda b: b.add_group(group, lease, tokens_generated=9))
+    def insert(self, group: Group, lease: RequestLease) -> None:
+        receipt = self.both(lambda b: b.requests.add_group(group, lease, tokens_generated=9))
         HAPPENED[receipt.status] += 1
 
     @property
@@ -265,7 +270,7 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 1), rank=st.integers(0, 1), who=st.sampled_from(["L0", "L1"]))
     def fresh(self, ahead: int, rank: int, who: str) -> None:
         def ids(b: Any) -> Any:
-            share = b.lease_fresh(
+            share = b.replay.lease_fresh(
                 who, self.model.trained + 1 + ahead, (rank, 2), 1000.0, self.epoch
             )
             return (
@@ -288,7 +293,7 @@ class BufferMachine(RuleBasedStateMachine):
 
         def ids(b: Any) -> Any:
             step = self.model.trained + 1
-            got = b.draw(
+            got = b.replay.draw(
                 count,
                 step=step,
                 seed=seed,
@@ -304,25 +309,25 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(value=st.sampled_from([0.001, 0.5]))
     def kl(self, value: float) -> None:
-        self.both(lambda b: b.report_behaviour_kl(value))
+        self.both(lambda b: b.replay.report_behaviour_kl(value))
 
     @rule()
     def epoch_again(self) -> None:
-        self.epoch = self.both(lambda b: b.new_epoch())
+        self.epoch = self.both(lambda b: b.replay.new_fencing_token())
 
     @invariant()
     def same_state(self) -> None:
         if not hasattr(self, "real"):
             return
-        stats = self.real.stats()
-        assert stats.tiers == self.model.tier_counts()
+        stats = self.real.stats.read()
+        assert stats.tiers == self.model.stats.tier_counts()
         assert (stats.threshold_low, stats.threshold_high) == (
             self.model.thresholds() or (None, None)
         )
         assert (stats.version, stats.trained_step) == (self.model.current, self.model.trained)
-        assert stats.ledger == self.model.ledger() and stats.ledger.gap == 0
+        assert stats.ledger == self.model.stats.ledger() and stats.ledger.gap == 0
         assert stats.leased == len(self.model.held)
-        assert stats.pending_train + stats.pending_eval == len(self.model.tickets) - len(
+        assert stats.pending_train + stats.pending_eval == len(self.model.queue) - len(
             self.model.held
         )
         if self.model.prompts:
@@ -330,13 +335,13 @@ class BufferMachine(RuleBasedStateMachine):
             pid = known[
                 OPERATIONS % len(known)
             ]  # one in turn; the tiers' sizes are compared every time
-            assert self.real.tier_of(pid) == self.model.tier_of(pid)
+            assert self.real.replay.tier_of(pid) == self.model.replay.tier_of(pid)
             ids, flags = ["p0", "p1", "nobody"], [False, True, False]
-            assert self.real.baselines(ids, flags) == self.model.baselines(ids, flags)
+            assert self.real.replay.baselines(ids, flags) == self.model.replay.baselines(ids, flags)
 
     def teardown(self) -> None:
         if hasattr(self, "real"):
-            HAPPENED.update(self.real.stats().counters)
+            HAPPENED.update(self.real.stats.read().counters)
             self.real.close()
 
 

@@ -15,12 +15,12 @@ from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.redis.connection import Connection
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
-from tests.buffer_records import CONFIG, make_group, run_step, tickets
+from tests.buffer_records import CONFIG, make_group, requests, run_step
 
 
 def stocked(buffer: ReplayBuffer, steps: int = 12) -> int:
     """A buffer with 8 replayable trajectories per step, until a tier is full; returns the epoch."""
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     for step in range(steps):
         run_step(buffer, step, epoch)
     return epoch
@@ -69,12 +69,12 @@ def test_values_that_vanish_after_the_choice_are_drawn_anew(buffer: ReplayBuffer
         remove(buffer, chosen[3:5])
 
     draws = after_the_choice(buffer, evict, times=3)
-    drawn = [t.id for t in buffer.draw(16, step=12, seed=5)]
+    drawn = [t.id for t in buffer.replay.draw(16, step=12, seed=5)]
     assert draws == [16] * 4 and len(lost) == 6
     assert len(set(drawn)) == 16 and not set(drawn) & set(lost)
-    assert buffer.stats().quarantined_records == 0
-    assert [t.id for t in buffer.draw(16, step=12, seed=5)] == drawn
-    buffer.check_ledger()
+    assert buffer.stats.read().quarantined_records == 0
+    assert [t.id for t in buffer.replay.draw(16, step=12, seed=5)] == drawn
+    buffer.stats.check_ledger()
 
 
 def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
@@ -90,18 +90,18 @@ def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
         )
 
     draws = after_the_choice(buffer, evict)
-    drawn = [t.id for t in buffer.draw(16, step=12, seed=5)]
+    drawn = [t.id for t in buffer.replay.draw(16, step=12, seed=5)]
     assert draws == [16] and len(drawn) == 16 and gone and gone <= set(drawn)
 
 
 def test_a_value_deleted_by_hand_is_quarantined_once(buffer: ReplayBuffer) -> None:
     stocked(buffer, 1)
     plain(buffer).delete(buffer._connection.key("t:00000001.2"))
-    assert len({t.id for t in buffer.draw(8, step=1, seed=0)}) == 7
-    assert buffer.stats().quarantined_records == 1
+    assert len({t.id for t in buffer.replay.draw(8, step=1, seed=0)}) == 7
+    assert buffer.stats.read().quarantined_records == 1
     buffer._quarantined("00000001.2", RecordError("again"))
     buffer._quarantined("99999999.0", RecordError("never stored"))
-    assert buffer.stats().quarantined_records == 1
+    assert buffer.stats.read().quarantined_records == 1
 
 
 def test_a_line_that_breaks_between_two_parts_is_read_anew(
@@ -110,7 +110,7 @@ def test_a_line_that_breaks_between_two_parts_is_read_anew(
     monkeypatch.setattr("avatar_rl.buffer_service.redis.connection._PART", 16)
     buffer._connection._sorts = False
     stocked(buffer)
-    expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    expected = [t.id for t in buffer.replay.draw(40, step=12, seed=1)]
     original, parts = Connection.read_values, list[int]()
 
     def breaking(self: Connection, ids: Any, take: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_line_that_breaks_between_two_parts_is_read_anew(
         original(self, ids, first_breaks)
 
     buffer._connection.read_values = breaking.__get__(buffer._connection)  # type: ignore[method-assign]
-    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    assert [t.id for t in buffer.replay.draw(40, step=12, seed=1)] == expected
     assert sum(parts) > 40 and sum(parts[2:]) == 40
 
 
@@ -133,7 +133,7 @@ def test_one_round_trip_draws_what_two_do(buffer: ReplayBuffer, server: Embedded
 
     def drawn() -> list[list[str]]:
         return [
-            [t.id for t in buffer.draw(n, step=12, seed=seed, share=share)]
+            [t.id for t in buffer.replay.draw(n, step=12, seed=seed, share=share)]
             for n, seed, share in draws
         ]
 
@@ -155,16 +155,16 @@ def test_one_round_trip_draws_what_two_do(buffer: ReplayBuffer, server: Embedded
 
 def test_an_empty_draw_reads_no_older_list(buffer: ReplayBuffer) -> None:
     stocked(buffer)
-    assert len(buffer.draw(8, step=12, seed=1)) == 8
-    remove(buffer, [t.id for t in buffer.draw(96, step=12, seed=2)])
-    assert buffer.stats().stock == 0 and buffer.draw(8, step=12, seed=1) == []
+    assert len(buffer.replay.draw(8, step=12, seed=1)) == 8
+    remove(buffer, [t.id for t in buffer.replay.draw(96, step=12, seed=2)])
+    assert buffer.stats.read().stock == 0 and buffer.replay.draw(8, step=12, seed=1) == []
 
 
 def test_a_list_that_is_over_before_it_is_read_and_a_server_that_forgot_the_script(
     buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stocked(buffer)
-    expected = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    expected = [t.id for t in buffer.replay.draw(40, step=12, seed=1)]
     original = buffer._connection._wire.each
 
     def expiring(commands: Any, take: Any) -> None:
@@ -176,9 +176,9 @@ def test_a_list_that_is_over_before_it_is_read_and_a_server_that_forgot_the_scri
             )  # the list was over after 16 of 40
 
     plain(buffer).script_flush()
-    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    assert [t.id for t in buffer.replay.draw(40, step=12, seed=1)] == expected
     monkeypatch.setattr(buffer._connection._wire, "each", expiring)
-    assert [t.id for t in buffer.draw(40, step=12, seed=1)] == expected
+    assert [t.id for t in buffer.replay.draw(40, step=12, seed=1)] == expected
     assert buffer._connection._sorts
 
 
@@ -189,13 +189,13 @@ def test_an_interrupt_leaves_no_stale_reply(buffer: ReplayBuffer) -> None:
     def interrupted(part: Any, values: Any) -> None:
         raise KeyboardInterrupt
 
-    ids = [t.id for t in buffer.draw(40, step=12, seed=1)]
+    ids = [t.id for t in buffer.replay.draw(40, step=12, seed=1)]
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             original(ids, interrupted)
         assert [
-            t.id for t in buffer.draw(40, step=12, seed=1)
-        ] == ids and buffer.stats().trained_step == 11
+            t.id for t in buffer.replay.draw(40, step=12, seed=1)
+        ] == ids and buffer.stats.read().trained_step == 11
 
 
 def test_dead_idle_connections_are_replaced(buffer: ReplayBuffer) -> None:
@@ -214,23 +214,27 @@ def test_dead_idle_connections_are_replaced(buffer: ReplayBuffer) -> None:
     for thread in threads:
         thread.join()
     plain(buffer).client_kill_filter(_type="normal", skipme=True)
-    assert buffer.stats().stock == 8 and len(buffer.draw(8, step=1, seed=0)) == 8
+    assert buffer.stats.read().stock == 8 and len(buffer.replay.draw(8, step=1, seed=0)) == 8
 
 
 def test_threads_share_one_buffer(buffer: ReplayBuffer) -> None:
     stocked(buffer)
-    buffer.push_tickets(tickets(12, 60, first=100))
+    buffer.requests.push(requests(12, 60, first=100))
     failures: list[BaseException] = []
-    records = {t.id: encode(t) for seed in range(30) for t in buffer.draw(40, step=12, seed=seed)}
+    records = {
+        t.id: encode(t) for seed in range(30) for t in buffer.replay.draw(40, step=12, seed=seed)
+    }
 
     def work(number: int) -> None:
         try:
-            for lease in buffer.lease_tickets(f"actor-{number}", 15):
+            for lease in buffer.requests.lease(f"actor-{number}", 15):
                 assert (
-                    buffer.add_group(make_group(lease, [0.5]), lease, tokens_generated=6).status
+                    buffer.requests.add_group(
+                        make_group(lease, [0.5]), lease, tokens_generated=6
+                    ).status
                     == "fresh"
                 )
-                for t in buffer.draw(40, step=12, seed=number):
+                for t in buffer.replay.draw(40, step=12, seed=number):
                     assert records.setdefault(t.id, encode(t)) == encode(t)
         except BaseException as error:
             failures.append(error)
@@ -240,10 +244,10 @@ def test_threads_share_one_buffer(buffer: ReplayBuffer) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and buffer.check_ledger().generated == 24 + 60
+    assert not failures and buffer.stats.check_ledger().generated == 24 + 60
 
 
 def test_the_url_does_not_choose_the_protocol(server: EmbeddedRedis) -> None:
     with ReplayBuffer.connect(CONFIG, "other", f"{server.url}?protocol=3") as buffer:
         stocked(buffer, 1)
-        assert len(buffer.draw(8, step=1, seed=0)) == 8
+        assert len(buffer.replay.draw(8, step=1, seed=0)) == 8

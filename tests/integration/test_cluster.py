@@ -174,7 +174,9 @@ def test_a_submitted_job_trains_on_the_cluster(
         [run] = (tmp_path / "runs").iterdir()
         assert read_status(run).state == "finished"
         with ReplayBuffer.attach(BufferConfig(), run.name, redis.url) as buffer:
-            assert buffer.check_ledger().trained_fresh == 12 and buffer.stats().leased == 0
+            assert (
+                buffer.stats.check_ledger().trained_fresh == 12 and buffer.stats.read().leased == 0
+            )
     copied = tmp_path / "elsewhere" / run.name
     assert (copied / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert (copied / "checkpoint" / "model.safetensors").is_file()

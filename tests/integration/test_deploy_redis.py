@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from avatar_rl.buffer_service.config import BufferConfig
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import find_redis_server
 from avatar_rl.buffer_service.store import ReplayBuffer
 
@@ -40,15 +40,18 @@ def test_redis_with_our_configuration_and_users_serves_the_buffer(tmp_path: Path
             username="avatar", password_file=tmp_path / "password", reconnect_s=10
         )
         with ReplayBuffer.connect(config, "acl", f"unix://{socket}") as buffer:
-            buffer.push_tickets([Ticket(seq=0, prompt_id="a", step=0, n=1)])
-            [lease] = buffer.lease_tickets("me", 1)
-            assert buffer.release([lease]) == 1
-            buffer.beat("rollout", "me", 1)
-            assert buffer.beats().keys() == {"rollout/me"}
-            buffer.set_desired("rollout_workers", 3)
-            assert buffer.desired("rollout_workers") == 3
+            buffer.requests.push([RolloutRequest(seq=0, prompt_id="a", step=0, n=1)])
+            [lease] = buffer.requests.lease("me", 1)
+            assert buffer.requests.release([lease]) == 1
+            buffer.control.heartbeat("rollout", "me", 1)
+            assert buffer.control.heartbeats().keys() == {"rollout/me"}
+            buffer.control.set_desired("rollout_workers", 3)
+            assert buffer.control.desired("rollout_workers") == 3
             buffer.snapshot(tmp_path / "snapshot")
-            assert buffer.stats().pending_train == 1 and buffer.check_ledger().generated == 0
+            assert (
+                buffer.stats.read().pending_train == 1
+                and buffer.stats.check_ledger().generated == 0
+            )
             with pytest.raises(redis.exceptions.NoPermissionError):
                 buffer._connection.client.execute_command("CONFIG", "GET", "dir")
             with pytest.raises(redis.exceptions.NoPermissionError):

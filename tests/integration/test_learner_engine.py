@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import avatar_rl.learner.engine
-from avatar_rl.buffer_service.weights.sender import Publisher
+from avatar_rl.buffer_service.weights.sender import WeightSender
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
 from avatar_rl.learner.config import OptimizerConfig
@@ -197,10 +197,10 @@ def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     norms = train(engine, rows, rank, ranks)
     weights = engine.state_dict()
     if rank == 0:
-        publisher = Publisher(
+        sender = WeightSender(
             published_names(weights, checkpoint_names(folder / "omni")), None, dtype="float32"
         )
-        export_checkpoint(publisher.rename(weights), folder / "omni", folder / f"export-{ranks}")
+        export_checkpoint(sender.rename(weights), folder / "omni", folder / f"export-{ranks}")
     found["float32"] = {"norms": norms, "weights": weights}
     for stage in STAGES:
         engine = make_engine(folder / "omni", settings(stage, dtype="bfloat16"), ranks, "bfloat16")

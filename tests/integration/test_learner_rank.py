@@ -25,7 +25,7 @@ from avatar_rl.learner.batch.plan import StepPlan, StepWork
 from avatar_rl.learner.clock import Clock
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from avatar_rl.learner.model.policy import PolicyOutput
-from avatar_rl.learner.objective.step_metrics import HealthAccumulator
+from avatar_rl.learner.objective.step_metrics import StepMetrics
 from avatar_rl.learner.rank import LearnerRank
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
@@ -91,7 +91,7 @@ class UnluckyRank(LearnerRank):
 
     def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.reference = self.buffer = self.publisher = self.cold_start = self.keeper = (
+        self.reference = self.buffer = self.sender = self.cold_start = self.state_replica = (
             self.outbox
         ) = None
         self.skipped, self.clock = 0, Clock()
@@ -121,7 +121,7 @@ class UnluckyRank(LearnerRank):
         rows: Any,
         batch: MicroBatch,
         output: PolicyOutput,
-        health: HealthAccumulator,
+        step_metrics: StepMetrics,
     ) -> Tensor:
         self.events.append("loss")
         what, culprit = TROUBLE.get(plan.trajectories[0].step, ("", ""))
@@ -130,7 +130,7 @@ class UnluckyRank(LearnerRank):
             broken = output.logprobs.clone()
             broken[names.index(culprit)] = torch.nan
             output = output._replace(logprobs=broken)
-        value = super()._loss(plan, indices, rows, batch, output, health)
+        value = super()._loss(plan, indices, rows, batch, output, step_metrics)
         if what == "gradient" and culprit in names:
             value = value + (output.logprobs.sum() * 0.0).abs().sqrt()  # 0, but its gradient is NaN
         return value

@@ -11,16 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-#: Starts a child that would live on, names it to a reaper, and says so.
+#: Starts a child that would live on, names it to a orphan reaper, and says so.
 DRIVER = """
 import subprocess, sys, time
 from avatar_rl.cluster.services.orphans import Reaper
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
 child = subprocess.Popen(sleep, start_new_session=True)
-reaper = Reaper()
+orphan reaper = Reaper()
 print(child.pid, flush=True)
 sys.stdin.readline()
-reaper.close()
+orphan reaper.close()
 """
 
 

@@ -20,7 +20,7 @@ import pytest
 import ray
 
 from avatar_rl.actors.rollout import RolloutActor
-from avatar_rl.buffer_service.records.requests import Ticket
+from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.block import pack_weights
@@ -79,12 +79,14 @@ class Stage:
                 base = media_base(datasets.train, self.config.data.reader)
                 resolve_uri(prompt.media.items[0].uri, base).write_bytes(b"not a clip")
         self.pool = Pool(self.config, self.services)
-        self.pool.start_board()
+        self.pool.start_weight_store()
         self.pool.start_scorers(datasets.asked)
         self.spec = rollout_spec(
             self.config, "first", self.model, datasets, self.services.redis_url
         )
-        self.actor = RolloutActor("rollout-0", self.spec, self.pool.scorers[0], self.pool.board)
+        self.actor = RolloutActor(
+            "rollout-0", self.spec, self.pool.scorers[0], self.pool.weight_store
+        )
 
     def begin(self) -> ReplayBuffer:
         """A new run without contents, for the actor and for the test."""
@@ -130,9 +132,9 @@ def working(actor: RolloutActor) -> Iterator[Future[dict[str, Any]]]:
         running.result(DEADLINE_S)
 
 
-def train(prompts: list[int], *, n: int = 4, first: int = 0, step: int = 0) -> list[Ticket]:
+def train(prompts: list[int], *, n: int = 4, first: int = 0, step: int = 0) -> list[RolloutRequest]:
     return [
-        Ticket(seq=first + i, prompt_id=f"train-{p:05d}", step=step, n=n)
+        RolloutRequest(seq=first + i, prompt_id=f"train-{p:05d}", step=step, n=n)
         for i, p in enumerate(prompts)
     ]
 
@@ -142,7 +144,7 @@ def arrived(buffer: ReplayBuffer, step: int = 0) -> list[Group]:
     groups: list[Group] = []
 
     def ready() -> bool:
-        share = buffer.lease_fresh("test", step)
+        share = buffer.replay.lease_fresh("test", step)
         groups[:] = share.groups
         return share.ready
 
@@ -159,7 +161,7 @@ def tokens(groups: list[Group]) -> list[list[int]]:
 
 
 def test_every_ticket_becomes_one_scored_group(stage: Stage, buffer: ReplayBuffer) -> None:
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2]))
     before = stage.actor.stats()
     with working(stage.actor):
         groups = arrived(buffer)
@@ -177,7 +179,7 @@ def test_every_ticket_becomes_one_scored_group(stage: Stage, buffer: ReplayBuffe
                 trajectory.components.keys() == {"format", "accuracy"}
                 and trajectory.components["format"] == -1
             )
-    books = buffer.check_ledger()
+    books = buffer.stats.check_ledger()
     assert (books.generated, books.completions, books.in_flight, books.duplicates) == (
         10,
         40,
@@ -205,19 +207,19 @@ def test_fusion_compares_with_rollouts_of_sight_alone_and_of_sound_alone(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
     actor, both = stage.actor, [0, 1, 2, 3]
-    buffer.push_tickets(train(both))
+    buffer.requests.push(train(both))
     with working(actor):
         plain = arrived(buffer)
     rewards = RewardConfig(weights={"format": 1.0, "accuracy": 1.0, "fusion": 1.0})
     listener = ray.remote(Listener).remote(rewards, stage.datasets.asked, actor.spec.data)
-    asked = [Ticket(seq=9, prompt_id="heldout-00000", step=0, n=1, kind="eval", round=1)]
+    asked = [RolloutRequest(seq=9, prompt_id="heldout-00000", step=0, n=1, kind="eval", round=1)]
     with stage.begin() as other:
         actor.spec, actor.scorer = replace(actor.spec, unimodal=True), listener
-        other.push_tickets([*train(both), *asked])
+        other.requests.push([*train(both), *asked])
         with working(actor):
             groups = arrived(other)
-            until(lambda: other.eval_results(1).complete, "the evaluation")
-        books = other.check_ledger()
+            until(lambda: other.requests.eval_results(1).complete, "the evaluation")
+        books = other.stats.check_ledger()
     assert tokens(groups) == tokens(plain)  # what is trained on is the same as without
     assert {t.components["fusion"] for t in members(groups)} <= {0.0, 0.3}
     heard = {prompt_id: rest for prompt_id, *rest in ray.get(listener.heard.remote())}
@@ -246,14 +248,14 @@ def placeholders(actor: RolloutActor, prompt_id: str, part: str) -> set[str]:
 def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5]))
     with working(stage.actor):
         together = tokens(arrived(buffer))
     with stage.begin() as again:
         with working(stage.actor):
             for seq in range(6):
-                again.push_tickets(train([seq], first=seq))
-                until(lambda seq=seq: again.check_ledger().generated == seq + 1, "the group")  # type: ignore[misc]
+                again.requests.push(train([seq], first=seq))
+                until(lambda seq=seq: again.stats.check_ledger().generated == seq + 1, "the group")  # type: ignore[misc]
         apart = tokens(arrived(again))
     assert apart == together
 
@@ -261,13 +263,13 @@ def test_a_ticket_gives_the_same_group_whatever_runs_beside_it(
 def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
-    buffer.push_tickets(train([0, int(BROKEN[-2:]), 1]))
+    buffer.requests.push(train([0, int(BROKEN[-2:]), 1]))
     with working(stage.actor):
         groups = arrived(buffer)
     assert [group.seq for group in groups] == [0, 2]
-    assert buffer.quarantined().keys() == {BROKEN}
-    assert ".mp4" in buffer.quarantined()[BROKEN]
-    books = buffer.check_ledger()
+    assert buffer.requests.quarantined().keys() == {BROKEN}
+    assert ".mp4" in buffer.requests.quarantined()[BROKEN]
+    books = buffer.stats.check_ledger()
     assert books.generated == 3 and sum(books.dropped.values()) == 1
 
 
@@ -277,16 +279,23 @@ def test_evaluation_is_greedy_and_answers_each_prompt_once(
     payloads = []
     for round in (1, 2):
         asked = [
-            Ticket(seq=i, prompt_id=f"heldout-{i:05d}", step=0, n=1, kind="eval", round=round)
+            RolloutRequest(
+                seq=i, prompt_id=f"heldout-{i:05d}", step=0, n=1, kind="eval", round=round
+            )
             for i in range(4)
         ]
-        buffer.push_tickets(
+        buffer.requests.push(
             [*asked, *train([0, 1], first=10 * round)]
         )  # training goes on beside it
         with working(stage.actor):
-            until(lambda round=round: buffer.eval_results(round).complete, f"round {round}")  # type: ignore[misc]
+            until(
+                lambda round=round: buffer.requests.eval_results(round).complete, f"round {round}"
+            )  # type: ignore[misc]
         payloads.append(
-            {seq: json.loads(data) for seq, data in buffer.eval_results(round).payloads.items()}
+            {
+                seq: json.loads(data)
+                for seq, data in buffer.requests.eval_results(round).payloads.items()
+            }
         )
     assert payloads[0].keys() == {0, 1, 2, 3}
     assert [payloads[0][seq]["prompt_id"] for seq in range(4)] == [
@@ -299,8 +308,8 @@ def test_evaluation_is_greedy_and_answers_each_prompt_once(
 
 
 def publish(stage: Stage, buffer: ReplayBuffer, version: int) -> None:
-    ray.get(stage.pool.board.publish.remote(pack_weights(version, stage.weights)))
-    buffer.publish_version(version)
+    ray.get(stage.pool.weight_store.publish.remote(pack_weights(version, stage.weights)))
+    buffer.replay.publish_version(version)
 
 
 def test_the_next_step_takes_new_weights_in_under_groups_in_flight(
@@ -308,23 +317,23 @@ def test_the_next_step_takes_new_weights_in_under_groups_in_flight(
 ) -> None:
     stage.fixed_length(120)
     actor, old = stage.actor, stage.actor.engine.version
-    buffer.push_tickets(train([0, 1, 2]))  # leave room for one more
+    buffer.requests.push(train([0, 1, 2]))  # leave room for one more
     with working(actor):
         until(lambda: actor.engine.in_flight == 3, "the step in the engine")
-        until(lambda: actor.boundary.prefill_s > 0, "a step of the engine")
-        actor.boundary.prefill_s = (
+        until(lambda: actor.update_policy.prefill_s > 0, "a step of the engine")
+        actor.update_policy.prefill_s = (
             0.0  # as if prefilling again cost nothing: else the rest may as well end first
         )
         publish(stage, buffer, old + 1)
         until(lambda: bool(actor._incoming), "the weights at hand")
-        buffer.push_tickets(train([3, 4, 5], first=3, step=1))
+        buffer.requests.push(train([3, 4, 5], first=3, step=1))
         groups, later = arrived(buffer), arrived(buffer, 1)
     assert actor.engine.version == old + 1 and actor.adopt_s > 0
     for trajectory in members(groups):
         assert [version for version, _ in trajectory.versions] == [old, old + 1]
         assert sum(amount for _, amount in trajectory.versions) == len(trajectory.token_ids) == 120
     assert {trajectory.versions for trajectory in members(later)} == {((old + 1, 120),)}
-    assert buffer.check_ledger().completions == 24
+    assert buffer.stats.check_ledger().completions == 24
 
 
 def test_a_step_under_way_is_not_prefilled_again_for_new_weights(
@@ -332,7 +341,7 @@ def test_a_step_under_way_is_not_prefilled_again_for_new_weights(
 ) -> None:
     stage.fixed_length(120)
     actor, old = stage.actor, stage.actor.engine.version
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5]))
     with working(actor):
         until(lambda: actor.engine.in_flight > 0, "the first prompt in the engine")
         publish(stage, buffer, old + 1)
@@ -347,12 +356,12 @@ def test_a_step_beyond_the_staleness_bound_waits_for_its_version(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
     version = stage.actor.engine.version
-    buffer.publish_version(version)
-    buffer.push_tickets(train([0], step=version + 1) + train([1], first=1, step=version + 2))
+    buffer.replay.publish_version(version)
+    buffer.requests.push(train([0], step=version + 1) + train([1], first=1, step=version + 2))
     with working(stage.actor):
         arrived(buffer, version + 1)
         time.sleep(0.3)
-        assert buffer.check_ledger().generated == 1
+        assert buffer.stats.check_ledger().generated == 1
         publish(stage, buffer, version + 1)
         [group] = arrived(buffer, version + 2)
     assert all(trajectory.versions[0][0] == version + 1 for trajectory in group.trajectories)
@@ -397,7 +406,7 @@ def test_groups_that_take_long_to_score_are_scored_side_by_side(
         odd_scorer("slow"),
         replace(stage.actor.spec, scores_together=False),
     )
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]))
     with working(stage.actor):
         assert len(arrived(buffer)) == 12
     assert ray.get(stage.actor.scorer.most_at_once.remote()) >= 6
@@ -407,20 +416,20 @@ def test_a_group_without_any_score_is_dropped_with_its_reason(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
     stage.actor.scorer = odd_scorer("masked")
-    buffer.push_tickets(train([0, 1, 2]))
+    buffer.requests.push(train([0, 1, 2]))
     with working(stage.actor):
         assert [group.seq for group in arrived(buffer)] == [0, 2]
-        until(lambda: buffer.ledger().dropped == {"unscored": 1}, "dropping the group")
-    assert buffer.quarantined() == {}  # the prompt is not at fault when a judge is out
+        until(lambda: buffer.stats.ledger().dropped == {"unscored": 1}, "dropping the group")
+    assert buffer.requests.quarantined() == {}  # the prompt is not at fault when a judge is out
 
 
 def test_a_stopped_actor_gives_its_leases_back(stage: Stage, buffer: ReplayBuffer) -> None:
     stage.fixed_length(150)
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5]))
     with working(stage.actor):
         until(lambda: stage.actor.engine.in_flight > 0, "the first prompt in the engine")
-    leases = buffer.lease_tickets("another", 6)
-    assert len(leases) + buffer.check_ledger().generated == 6 and len(leases) >= 4
+    leases = buffer.requests.lease("another", 6)
+    assert len(leases) + buffer.stats.check_ledger().generated == 6 and len(leases) >= 4
     assert {lease.attempt for lease in leases} <= {1, 2} and any(
         lease.attempt == 2 for lease in leases
     )
@@ -432,17 +441,17 @@ def test_a_draining_actor_delivers_what_it_began_and_gives_the_rest_back(
 ) -> None:
     stage.fixed_length(150)
     version = stage.actor.engine.version
-    buffer.publish_version(version)
-    buffer.push_tickets(train([0, 1, 2, 3, 4], step=version + 1))
+    buffer.replay.publish_version(version)
+    buffer.requests.push(train([0, 1, 2, 3, 4], step=version + 1))
     with working(stage.actor) as running:
         until(lambda: stage.actor.engine.in_flight > 0, "the first prompt in the engine")
         stage.actor.drain()
         totals = running.result(DEADLINE_S)
     assert totals["in_flight"] == 0
-    delivered = buffer.check_ledger().generated
-    left = buffer.lease_tickets("another", 8)
+    delivered = buffer.stats.check_ledger().generated
+    left = buffer.requests.lease("another", 8)
     assert delivered >= 1 and delivered + len(left) == 5
-    assert buffer.stats().counters.get("leases_expired", 0) == 0
+    assert buffer.stats.read().counters.get("leases_expired", 0) == 0
 
 
 def test_another_actor_takes_over_from_one_that_was_killed(
@@ -450,22 +459,22 @@ def test_another_actor_takes_over_from_one_that_was_killed(
 ) -> None:
     spec = replace(stage.actor.spec, lease_s=3.0)
     sampling = spec.sampling.model_copy(update={"max_tokens": 150, "ignore_eos": True})
-    buffer.push_tickets(train([0, 1, 2, 3, 4, 5]))
+    buffer.requests.push(train([0, 1, 2, 3, 4, 5]))
     make = stage.pool._remote(RolloutActor, cpus=0, max_concurrency=4)
     doomed = make.remote(
-        "doomed", replace(spec, sampling=sampling), odd_scorer("slow"), stage.pool.board
+        "doomed", replace(spec, sampling=sampling), odd_scorer("slow"), stage.pool.weight_store
     )
     ray.get(doomed.ready.remote(), timeout=120)
     doomed.run.remote()
     until(lambda: ray.get(doomed.stats.remote())["in_flight"] > 0, "a lease")
     ray.kill(doomed)
-    lost = 6 - buffer.check_ledger().generated
+    lost = 6 - buffer.stats.check_ledger().generated
     assert lost > 0
     stage.actor.spec = spec
     with working(stage.actor):
         groups = arrived(buffer)
     assert [group.seq for group in groups] == list(range(6))
-    books = buffer.check_ledger()
+    books = buffer.stats.check_ledger()
     assert (books.generated, books.completions) == (6, 24)
 
 
@@ -482,13 +491,13 @@ def test_leases_are_renewed_while_groups_take_longer_than_a_lease(
             time.sleep(2.0)
         return step()
 
-    buffer.push_tickets(train([0, 1]))
+    buffer.requests.push(train([0, 1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.actor.engine, "step", slow_step)
         with working(stage.actor):
             until(stalled.is_set, "the first engine step")
             time.sleep(1.5)
-            assert buffer.lease_tickets("thief", 2) == []
+            assert buffer.requests.lease("thief", 2) == []
             arrived(buffer)
 
 
@@ -504,7 +513,7 @@ def test_an_actor_goes_on_with_work_whose_own_expired_lease_comes_back(
 ) -> None:
     stage.fixed_length(150)
     actor = stage.actor
-    buffer.push_tickets(train([0, 1]))
+    buffer.requests.push(train([0, 1]))
     with working(actor):
         until(lambda: actor.engine.in_flight == 2, "both prompts in the engine")
         expire(buffer, ["t:00000000", "t:00000001"])
@@ -513,22 +522,24 @@ def test_an_actor_goes_on_with_work_whose_own_expired_lease_comes_back(
             "the leases again",
         )
         assert [group.seq for group in arrived(buffer)] == [0, 1]
-    assert buffer.quarantined() == {}
-    books = buffer.check_ledger()
+    assert buffer.requests.quarantined() == {}
+    books = buffer.stats.check_ledger()
     assert (books.generated, books.completions, books.duplicates) == (
         2,
         8,
         0,
     )  # and nothing was generated twice
-    assert buffer.stats().counters["leases_expired"] == 2
+    assert buffer.stats.read().counters["leases_expired"] == 2
 
 
 def test_a_draining_actor_gives_back_leases_that_had_come_back_to_it(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
     actor, version = stage.actor, stage.actor.engine.version
-    buffer.publish_version(version + 1)  # which the engine never gets: the prompts wait before it
-    buffer.push_tickets(train([0, 1], step=version + 2))
+    buffer.replay.publish_version(
+        version + 1
+    )  # which the engine never gets: the prompts wait before it
+    buffer.requests.push(train([0, 1], step=version + 2))
     with working(actor) as running:
         until(lambda: len(actor._ready) == 2, "both prompts prepared")
         expire(buffer, ["t:00000000", "t:00000001"])
@@ -538,7 +549,7 @@ def test_a_draining_actor_gives_back_leases_that_had_come_back_to_it(
         )
         actor.drain()
         assert running.result(DEADLINE_S)["in_flight"] == 0
-    assert [lease.attempt for lease in buffer.lease_tickets("another", 8)] == [3, 3]
+    assert [lease.attempt for lease in buffer.requests.lease("another", 8)] == [3, 3]
 
 
 def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(
@@ -546,13 +557,13 @@ def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(
 ) -> None:
     actor = stage.actor
     plain = actor.prompts["train-00000"].model_copy(update={"hint": None})
-    epoch = buffer.new_epoch()
+    epoch = buffer.replay.new_fencing_token()
     zero = train([0, 0, 0, 1, 1, 1])  # visits at zero accuracy: the gate fires for both prompts
-    buffer.push_tickets(zero)
-    for lease in buffer.lease_tickets("test", 9):
-        buffer.add_group(make_group(lease, [0.0] * 4), lease, tokens_generated=1)
-    buffer.commit_step(0, 0, [f"{ticket.seq:08d}" for ticket in zero], epoch)
-    buffer.push_tickets(train([0, 1], first=6, step=1))
+    buffer.requests.push(zero)
+    for lease in buffer.requests.lease("test", 9):
+        buffer.requests.add_group(make_group(lease, [0.0] * 4), lease, tokens_generated=1)
+    buffer.replay.commit_step(0, 0, [f"{request.seq:08d}" for request in zero], epoch)
+    buffer.requests.push(train([0, 1], first=6, step=1))
     known = {
         **{id: actor.prompts[id] for id in ("train-00000", "train-00001")},
         "train-00000": plain,
@@ -561,12 +572,12 @@ def test_a_prompt_without_a_hint_is_asked_plainly_when_the_gate_fires(
         patch.setattr(actor, "prompts", known)
         with working(actor):
             groups = arrived(buffer, 1)
-    assert buffer.quarantined() == {}
+    assert buffer.requests.quarantined() == {}
     assert [group.hinted for group in groups] == [False, True]
     assert [{t.hinted for t in group.trajectories} for group in groups] == [{False}, {True}]
-    buffer.commit_step(1, 1, [group.id for group in groups], epoch)
+    buffer.replay.commit_step(1, 1, [group.id for group in groups], epoch)
     rewards = [sum(t.reward for t in group.trajectories) for group in groups]
-    plainly, hinted = buffer.baselines(["train-00000", "train-00001"], [False, True])
+    plainly, hinted = buffer.replay.baselines(["train-00000", "train-00001"], [False, True])
     assert plainly == pytest.approx(rewards[0] / 16) and hinted == pytest.approx(rewards[1] / 4)
 
 
@@ -574,9 +585,9 @@ def test_a_helper_that_breaks_ends_the_run_and_loses_no_ticket(
     stage: Stage, buffer: ReplayBuffer
 ) -> None:
     stage.actor.scorer = odd_scorer("crash")
-    buffer.push_tickets(train([0, 1]))
+    buffer.requests.push(train([0, 1]))
     with pytest.raises(ValueError, match="the scorer has a bug"):
         stage.actor.run()
-    assert buffer.check_ledger().generated == 0
+    assert buffer.stats.check_ledger().generated == 0
     with pytest.raises(ValueError):  # a broken actor stays broken: the supervisor starts another
         stage.actor.run()

@@ -74,9 +74,9 @@ def test_the_exported_policy_is_not_the_one_it_started_from(finished: tuple[Path
 
 def test_the_ledger_is_closed_and_the_buffer_outlives_the_run(finished: tuple[Path, str]) -> None:
     with open_buffer(str(finished[0]), url=None) as buffer:
-        books = buffer.check_ledger()
+        books = buffer.stats.check_ledger()
         assert books.generated == books.trained_fresh == 12
-        assert buffer.stats().stock == 64
+        assert buffer.stats.read().stock == 64
 
 
 def test_a_wrong_redis_password_stops_the_run_before_it_starts(

@@ -101,11 +101,11 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_no_group(
     assert "rollout actor died" not in events
     with open_buffer(str(run), url=None) as buffer:
         books = (
-            buffer.check_ledger()
+            buffer.stats.check_ledger()
         )  # raises unless generated = trained + replay only + dropped + in flight
-        assert books.trained_fresh == 4 * buffer.version() and books.duplicates == 0
+        assert books.trained_fresh == 4 * buffer.replay.version() and books.duplicates == 0
         assert sum(books.dropped.values()) == books.replay_only == 0
-        stats = buffer.stats()
+        stats = buffer.stats.read()
         assert stats.leased == 0 and stats.counters.get("leases_expired", 0) == 0
 
 
@@ -124,7 +124,7 @@ def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_aske
                 break
         [run] = (tmp_path / "runs").iterdir()
         with open_buffer(str(run), url=None, under_way=True) as buffer:
-            fact = buffer.get_fact("rollout/rollout-1")
+            fact = buffer.control.get_value("rollout/rollout-1")
         assert fact is not None
         stuck = psutil.Process(int(fact["pid"]))
         stuck.suspend()
@@ -144,6 +144,6 @@ def test_an_actor_that_does_not_drain_in_time_is_killed_and_its_prompts_are_aske
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
     with open_buffer(str(run), url=None) as buffer:
-        books = buffer.check_ledger()
-        assert books.trained_fresh == 4 * buffer.version() and books.duplicates == 0
+        books = buffer.stats.check_ledger()
+        assert books.trained_fresh == 4 * buffer.replay.version() and books.duplicates == 0
         assert sum(books.dropped.values()) == books.replay_only == 0

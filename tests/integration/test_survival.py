@@ -192,7 +192,7 @@ def assert_the_same(run: Path, peaceful: Path, start: Path) -> None:
     found = []
     for path in (run, peaceful):
         with open_buffer(str(path), url=None) as buffer:
-            books, stats = buffer.check_ledger(), buffer.stats()
+            books, stats = buffer.stats.check_ledger(), buffer.stats.read()
             assert books.generated == books.trained_fresh == STEPS * PROMPTS
             found.append(
                 (

@@ -16,7 +16,7 @@ from avatar_rl.buffer_service.config import BufferConfig, TierShares
 from avatar_rl.buffer_service.draw import generator, seed_state
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import FORMAT, checksum, decode, encode
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
 from avatar_rl.common.errors import ConfigError
@@ -112,9 +112,9 @@ def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
             encode(msgspec.structs.replace(t, **changes))
 
 
-def lease(seq: int = 3, kind: str = "train") -> TicketLease:
-    ticket = Ticket(seq=seq, prompt_id="p", step=0, n=2)
-    return TicketLease(ticket=ticket, attempt=1, consumer="c", hinted=False)
+def lease(seq: int = 3, kind: str = "train") -> RequestLease:
+    request = RolloutRequest(seq=seq, prompt_id="p", step=0, n=2)
+    return RequestLease(request=request, attempt=1, consumer="c", hinted=False)
 
 
 def test_newer_format_names_both_formats() -> None:

@@ -12,18 +12,18 @@ import pytest
 
 from avatar_rl.cluster.checkpoints.checkpoint import (
     MANIFEST,
-    Checkpointer,
-    Cut,
+    Checkpoint,
+    CheckpointWriter,
     checkpoints,
-    newest_cut,
-    read_cut,
+    newest_checkpoint,
+    read_checkpoint,
 )
 from avatar_rl.common.errors import DataError
-from avatar_rl.learner.state_replica import Files, StateKeeper, write_files
+from avatar_rl.learner.state_replica import Files, StateReplica, write_files
 
 
-def a_cut(step: int) -> Cut:
-    return Cut(
+def a_checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
         "run-1",
         step,
         step,
@@ -62,25 +62,32 @@ class Diary:
 
 def write(run: Path, *steps: int, keep: int = 10) -> Diary:
     diary = Diary()
-    checkpointer = Checkpointer(run, keep=keep, report=diary)
+    checkpointer = CheckpointWriter(run, keep=keep, report=diary)
     for step in steps:
-        checkpointer.begin(a_cut(step), write_learner, write_buffer)
+        checkpointer.begin(a_checkpoint(step), write_learner, write_buffer)
         checkpointer.wait()
     return diary
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     diary = write(tmp_path, 4)
-    cut = newest_cut(tmp_path, pytest.fail)
-    assert cut is not None
-    assert (cut.step, cut.version, cut.evaluation["heldout"]["pending"], cut.accuracies) == (
+    checkpoint = newest_checkpoint(tmp_path, pytest.fail)
+    assert checkpoint is not None
+    assert (
+        checkpoint.step,
+        checkpoint.version,
+        checkpoint.evaluation["heldout"]["pending"],
+        checkpoint.accuracies,
+    ) == (
         4,
         4,
         [1, 4],
         [0.5],
     )
-    assert cut.buffer.read_bytes() == b"snapshot" * 100
-    assert (cut.learner / "state" / "model.pt").read_bytes() == a_state()["model.pt"].tobytes()
+    assert checkpoint.buffer.read_bytes() == b"snapshot" * 100
+    assert (checkpoint.learner / "state" / "model.pt").read_bytes() == a_state()[
+        "model.pt"
+    ].tobytes()
     assert diary.kinds == ["checkpoint written"]
 
 
@@ -106,8 +113,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     else:
         file.unlink()
     said: list[str] = []
-    cut = newest_cut(tmp_path, said.append)
-    assert cut is not None and cut.step == 4
+    checkpoint = newest_checkpoint(tmp_path, said.append)
+    assert checkpoint is not None and checkpoint.step == 4
     [message] = said
     assert "step-000008" in message and name in message
 
@@ -119,20 +126,20 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_displace_newer_work(
     (tmp_path / "checkpoints" / "step-000008" / "buffer.snap").unlink()
     write(tmp_path, 2, 4, keep=1)  # of the life that began before it
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000008", "step-000004"]
-    found = newest_cut(tmp_path, lambda _: None)
+    found = newest_checkpoint(tmp_path, lambda _: None)
     assert found is not None and found.step == 4
     write(tmp_path, 8, keep=1)
-    found = newest_cut(tmp_path, pytest.fail)
+    found = newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None and found.step == 8
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000008"]
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
-    assert newest_cut(tmp_path, pytest.fail) is None
+    assert newest_checkpoint(tmp_path, pytest.fail) is None
     write(tmp_path, 4)
     (checkpoints(tmp_path)[0] / "buffer.snap").unlink()
     said: list[str] = []
-    assert newest_cut(tmp_path, said.append) is None and len(said) == 1
+    assert newest_checkpoint(tmp_path, said.append) is None and len(said) == 1
 
 
 def test_training_goes_on_once_the_moment_is_fixed(tmp_path: Path) -> None:
@@ -142,15 +149,15 @@ def test_training_goes_on_once_the_moment_is_fixed(tmp_path: Path) -> None:
         assert go_on.wait(10)
         return write_learner(folder)
 
-    checkpointer = Checkpointer(tmp_path, keep=2, report=Diary())
-    checkpointer.begin(a_cut(4), slow, write_buffer)
+    checkpointer = CheckpointWriter(tmp_path, keep=2, report=Diary())
+    checkpointer.begin(a_checkpoint(4), slow, write_buffer)
     assert (
         checkpointer.busy and checkpoints(tmp_path) == []
     )  # nothing to be seen of it before it is whole
     assert not checkpointer.wait(0.01)
     go_on.set()
     assert checkpointer.wait(10)
-    assert [read_cut(folder).step for folder in checkpoints(tmp_path)] == [4]
+    assert [read_checkpoint(folder).step for folder in checkpoints(tmp_path)] == [4]
 
 
 def test_a_failure_is_reported_and_leaves_the_others_alone(tmp_path: Path) -> None:
@@ -158,9 +165,9 @@ def test_a_failure_is_reported_and_leaves_the_others_alone(tmp_path: Path) -> No
         raise OSError(28, "No space left on device")
 
     diary = Diary()
-    checkpointer = Checkpointer(tmp_path, keep=2, report=diary)
-    checkpointer.begin(a_cut(4), write_learner, write_buffer)
-    checkpointer.begin(a_cut(8), full, write_buffer)
+    checkpointer = CheckpointWriter(tmp_path, keep=2, report=diary)
+    checkpointer.begin(a_checkpoint(4), write_learner, write_buffer)
+    checkpointer.begin(a_checkpoint(8), full, write_buffer)
     checkpointer.wait()
     assert diary.kinds == ["checkpoint written", "checkpoint failed"]
     assert "No space left" in diary.entries[1][1]
@@ -172,8 +179,8 @@ def test_a_snapshot_that_fails_does_not_hold_up_the_training(tmp_path: Path) -> 
         raise ConnectionError("Redis is away")
 
     diary = Diary()
-    checkpointer = Checkpointer(tmp_path, keep=2, report=diary)
-    checkpointer.begin(a_cut(4), write_learner, away)
+    checkpointer = CheckpointWriter(tmp_path, keep=2, report=diary)
+    checkpointer.begin(a_checkpoint(4), write_learner, away)
     checkpointer.wait()
     assert diary.kinds == ["checkpoint failed"]
 
@@ -181,8 +188,8 @@ def test_a_snapshot_that_fails_does_not_hold_up_the_training(tmp_path: Path) -> 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / ".step-000004.tmp-123"
     left.mkdir(parents=True)
-    Checkpointer(tmp_path, keep=2, report=Diary())
-    assert not left.exists() and newest_cut(tmp_path, pytest.fail) is None
+    CheckpointWriter(tmp_path, keep=2, report=Diary())
+    assert not left.exists() and newest_checkpoint(tmp_path, pytest.fail) is None
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,30 +197,31 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write(tmp_path, 4)
     monkeypatch.setattr("avatar_rl.cluster.checkpoints.checkpoint.FORMAT", 1)
     with pytest.raises(DataError, match="another format"):
-        read_cut(checkpoints(tmp_path)[0])
+        read_checkpoint(checkpoints(tmp_path)[0])
 
 
-# -- the keeper ------------------------------------------------------------------------------------
+# -- the state replica
+# ------------------------------------------------------------------------------------
 
 
 def test_the_keeper_holds_the_newest_two_versions_of_all_ranks(tmp_path: Path) -> None:
-    keeper = StateKeeper(ranks=2)
+    state_replica = StateReplica(ranks=2)
     for version in (1, 2, 3):
         for rank in (0, 1):
-            keeper.hold(version, rank, {f"rank{rank}.pt": a_state(version)["model.pt"]})
-    keeper.hold(4, 0, a_state())  # its other half never came: the group died in between
-    assert keeper.versions() == [3]
-    assert keeper.write(4, tmp_path) is None
-    proofs = keeper.write(3, tmp_path)
+            state_replica.hold(version, rank, {f"rank{rank}.pt": a_state(version)["model.pt"]})
+    state_replica.hold(4, 0, a_state())  # its other half never came: the group died in between
+    assert state_replica.versions() == [3]
+    assert state_replica.write(4, tmp_path) is None
+    proofs = state_replica.write(3, tmp_path)
     assert proofs is not None and sorted(proofs) == ["state/rank0.pt", "state/rank1.pt"]
     assert (tmp_path / "state" / "rank1.pt").read_bytes() == a_state(3)["model.pt"].tobytes()
 
 
 def test_a_pinned_version_stays_until_it_is_written(tmp_path: Path) -> None:
-    keeper = StateKeeper(ranks=1)
-    keeper.hold(1, 0, a_state(1))
-    assert keeper.pin(1) and not StateKeeper(ranks=1).pin(1)
+    state_replica = StateReplica(ranks=1)
+    state_replica.hold(1, 0, a_state(1))
+    assert state_replica.pin(1) and not StateReplica(ranks=1).pin(1)
     for version in (2, 3, 4):
-        keeper.hold(version, 0, a_state(version))
-    assert keeper.write(1, tmp_path) is not None
-    assert keeper.write(1, tmp_path) is None
+        state_replica.hold(version, 0, a_state(version))
+    assert state_replica.write(1, tmp_path) is not None
+    assert state_replica.write(1, tmp_path) is None

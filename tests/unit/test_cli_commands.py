@@ -36,10 +36,10 @@ def test_scale_reaches_a_run_by_its_folder_and_by_its_id(
         folder.config(RunConfig.model_validate(DATA).model_dump(mode="json"))
         folder.status(state="training")
         assert main(["scale", str(run), "--rollout-workers", "3", "--url", server.url]) == 0
-        assert buffer.desired(DESIRED) == 3
+        assert buffer.control.desired(DESIRED) == 3
         asked = ["--folder", str(run.parent), "--rollout-workers", "2", "--url", server.url]
         assert main(["scale", "toy-1", *asked]) == 0
-        assert buffer.desired(DESIRED) == 2
+        assert buffer.control.desired(DESIRED) == 2
         assert "3 -> 2 desired" in capsys.readouterr().out
         assert main(["scale", "toy-2", *asked]) == 1
         assert "not a run folder" in capsys.readouterr().err

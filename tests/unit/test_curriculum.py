@@ -333,7 +333,7 @@ def state(raw: dict[str, Any]) -> CurriculumState:
             by_category={"beeps": beeps, "colour": colour},
             by_need={"audio": beeps, "video": colour},
         )
-    run.state.senses = {
+    run.state.modalities = {
         "audio": Result(accuracy=0.5, prompts=8, by_need={"audio": 0.25, "video": 0.75})
     }
     return run.state

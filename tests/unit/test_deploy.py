@@ -109,14 +109,14 @@ def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: 
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:
-    board = json.loads((DEPLOY / "grafana" / "avatar.json").read_text())
-    assert board["title"] and board["uid"] and len(board["panels"]) >= 12
+    weight_store = json.loads((DEPLOY / "grafana" / "avatar.json").read_text())
+    assert weight_store["title"] and weight_store["uid"] and len(weight_store["panels"]) >= 12
     known = {prometheus_name(metric.name) for metric in CATALOGUE if not metric.is_family}
     known |= {"avatar_reward_accuracy"}
     assert describe("reward/accuracy") is not None
-    places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+    places = [tuple(panel["gridPos"].values()) for panel in weight_store["panels"]]
     assert len(set(places)) == len(places)
-    for panel in board["panels"]:
+    for panel in weight_store["panels"]:
         for target in panel["targets"]:
             [name] = re.findall(r"avatar_\w+", target["expr"])
             assert name in known, f"panel {panel['title']!r} shows {name}, which no run reports"

@@ -24,10 +24,12 @@ def a_fleet(workers: int, restarts: int) -> Fleet:
         resources=SimpleNamespace(start_timeout_s=60),
     )
     pool: Any = SimpleNamespace(config=config, rollouts=rollouts, start_rollouts=start_rollouts)
-    quiet: Any = SimpleNamespace(
-        event=lambda *said: None, abandon=lambda name: None, drop_beat=lambda *name: None
+    quiet: Any = SimpleNamespace(event=lambda *said: None)
+    buffer: Any = SimpleNamespace(
+        requests=SimpleNamespace(abandon=lambda name: None),
+        control=SimpleNamespace(drop_heartbeat=lambda *name: None),
     )
-    fleet = Fleet(pool, quiet, quiet, quiet, quiet, scaling=RolloutSection(workers=workers))
+    fleet = Fleet(pool, quiet, buffer, quiet, quiet, scaling=RolloutSection(workers=workers))
     fleet.start(workers)
     fleet.working = dict.fromkeys(fleet.members, "")
     return fleet

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from avatar_rl.actors.groups import UnusableGroupError, completion_facts, make_group
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.validate import check_group
 
-LEASE = TicketLease(
-    ticket=Ticket(seq=3, prompt_id="p", step=1, n=3), attempt=1, consumer="rollout-0", hinted=False
+LEASE = RequestLease(
+    request=RolloutRequest(seq=3, prompt_id="p", step=1, n=3),
+    attempt=1,
+    consumer="rollout-0",
+    hinted=False,
 )
 SCORED, MASKED = (0.5, {"accuracy": 0.5}), (None, {"accuracy": None})
 

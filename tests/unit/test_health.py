@@ -14,7 +14,7 @@ from avatar_rl.learner.config import ObjectiveConfig
 from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
 from avatar_rl.learner.objective.loss import LossOutput, StepTotals, policy_loss
 from avatar_rl.learner.objective.shaping import tas_weights
-from avatar_rl.learner.objective.step_metrics import ADVANTAGE_EDGES, HealthAccumulator
+from avatar_rl.learner.objective.step_metrics import ADVANTAGE_EDGES, StepMetrics
 
 LENGTHS = torch.tensor([6, 1, 9, 4, 3])
 REPLAY = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
@@ -46,12 +46,12 @@ def loss_of(step: dict[str, torch.Tensor], rows: list[int]) -> LossOutput:
     return policy_loss(**part, config=CONFIG, totals=totals)  # type: ignore[arg-type]
 
 
-def collect(splits: list[list[int]]) -> HealthAccumulator:
+def collect(splits: list[list[int]]) -> StepMetrics:
     """One accumulator per part, merged after a trip through pickle, as between ranks."""
     step, entropy = make()
-    whole = HealthAccumulator()
+    whole = StepMetrics()
     for rows in splits:
-        part = HealthAccumulator()
+        part = StepMetrics()
         part.add(loss_of(step, rows), entropy[rows])
         whole.merge(pickle.loads(pickle.dumps(part)))
     return whole
@@ -97,7 +97,8 @@ def test_merging_parts_changes_nothing() -> None:
     assert set(parts.metrics()) == set(whole.metrics())
     for kind in ("fresh", "replay"):
         left, right = (
-            loss_by_position([health.distributions()], kind) for health in (parts, whole)
+            loss_by_position([step_metrics.distributions()], kind)
+            for step_metrics in (parts, whole)
         )
         assert left is not None and right is not None
         np.testing.assert_allclose(left, right, atol=1e-12)
@@ -112,24 +113,24 @@ def test_loss_profile_shows_the_parabola() -> None:
     replay = torch.zeros(2, dtype=torch.bool)
     totals = StepTotals.count(mask.sum(1), replay, config)
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    health = HealthAccumulator()
+    step_metrics = StepMetrics()
     weights = tas_weights(mask, dtype=torch.float64)
-    health.add(
+    step_metrics.add(
         policy_loss(
             logprobs, logprobs, mask, advantages, weights, replay, None, config, totals=totals
         )
     )
-    profile = loss_by_position([health.distributions()] * 2, "fresh")  # two steps alike
+    profile = loss_by_position([step_metrics.distributions()] * 2, "fresh")  # two steps alike
     assert profile is not None
     position = np.arange(41) / 40
     weight = 1 + 0.3 * (2 * position - 1) ** 2
     for index in range(20):
         inside = np.minimum(np.floor(position * 20 + 1e-9), 19) == index
         assert profile[index] == pytest.approx(weight[inside].mean(), abs=1e-12)
-    assert loss_by_position([health.distributions()], "replay") is None
+    assert loss_by_position([step_metrics.distributions()], "replay") is None
     assert not {
         name
-        for name in health.metrics()
+        for name in step_metrics.metrics()
         if "replay" in name or name.startswith(("entropy", "kl/ref"))
     }
 
@@ -140,28 +141,30 @@ def test_groups_advantages_and_ages() -> None:
     rewards = rewards_tensor([1, 0, 1, 0, 0, 1, 0.5, None])
     baselines = torch.full((8,), 0.5, dtype=torch.float64)
     advantages = step_advantages(rewards, groups, replay, baselines)
-    health = HealthAccumulator()
-    health.add_step(advantages, replay, ages=torch.tensor([2, 5]))
-    found = health.metrics()
+    step_metrics = StepMetrics()
+    step_metrics.add_step(advantages, replay, ages=torch.tensor([2, 5]))
+    found = step_metrics.metrics()
     # Group 1 is all failures, group 2 has a single scored member; the replay of group 1 revives it.
     assert found["groups/dead_before"] == pytest.approx(2 / 3)
     assert found["groups/dead_after"] == pytest.approx(1 / 3)
     assert found["age/replay/mean"] == 3.5
     assert found["age/replay/max"] == 5
-    fresh = np.array(health.distributions()["advantages/fresh"])
+    fresh = np.array(step_metrics.distributions()["advantages/fresh"])
     assert fresh.sum() == 5  # the masked reward is not counted
     assert fresh[len(fresh) // 2] == 3  # two failures of group 1 and the lone member are exactly 0
-    assert sum(health.distributions()["advantages/replay"]) == 2
-    shares = advantage_shares([health.distributions()], "fresh")
+    assert sum(step_metrics.distributions()["advantages/replay"]) == 2
+    shares = advantage_shares([step_metrics.distributions()], "fresh")
     assert shares is not None and shares[len(shares) // 2] == pytest.approx(0.6)
 
 
 def test_advantages_outside_the_edges_are_counted_in_the_last_bins() -> None:
     values = torch.tensor([-100.0, 100.0, 0.0])
     dead = torch.zeros(1, dtype=torch.bool)
-    health = HealthAccumulator()
-    health.add_step(Advantages(values, torch.ones(3, dtype=torch.bool), dead, dead), dead.expand(3))
-    counts = health.distributions()["advantages/fresh"]
+    step_metrics = StepMetrics()
+    step_metrics.add_step(
+        Advantages(values, torch.ones(3, dtype=torch.bool), dead, dead), dead.expand(3)
+    )
+    counts = step_metrics.distributions()["advantages/fresh"]
     assert (counts[0], counts[-1], counts[len(counts) // 2]) == (1, 1, 1)
     assert len(counts) == len(ADVANTAGE_EDGES) - 1
 
@@ -169,7 +172,7 @@ def test_advantages_outside_the_edges_are_counted_in_the_last_bins() -> None:
 def test_entropy_of_another_shape_is_a_typed_error() -> None:
     step, entropy = make()
     with pytest.raises(DataError, match=r"entropy has shape \(5, 8\)"):
-        HealthAccumulator().add(loss_of(step, [0, 1, 2, 3, 4]), entropy[:, :8])
+        StepMetrics().add(loss_of(step, [0, 1, 2, 3, 4]), entropy[:, :8])
 
 
 def test_one_outlier_spoils_the_mean_of_the_kl_but_not_the_capped_one() -> None:
@@ -177,9 +180,9 @@ def test_one_outlier_spoils_the_mean_of_the_kl_but_not_the_capped_one() -> None:
     quiet = collect([[0, 1, 2, 3, 4]]).metrics()
     step["behaviour_logprobs"] = step["behaviour_logprobs"].clone()
     step["behaviour_logprobs"][2, 0] += 12  # an old replay that the policy has left far behind
-    health = HealthAccumulator()
-    health.add(loss_of(step, [0, 1, 2, 3, 4]))
-    found = health.metrics()
+    step_metrics = StepMetrics()
+    step_metrics.add(loss_of(step, [0, 1, 2, 3, 4]))
+    found = step_metrics.metrics()
     assert found["kl/behaviour"] > 1000 > quiet["kl/behaviour"] * 1000
     assert (
         found["kl/behaviour_capped"]
@@ -188,7 +191,7 @@ def test_one_outlier_spoils_the_mean_of_the_kl_but_not_the_capped_one() -> None:
 
 
 def test_what_was_left_out_is_counted_over_ranks() -> None:
-    first, second = HealthAccumulator(), HealthAccumulator()
+    first, second = StepMetrics(), StepMetrics()
     first.skip(["a.0"])
     second.skip(["b.1", "b.2"], count=0)
     first.merge(pickle.loads(pickle.dumps(second)))

@@ -1,4 +1,5 @@
-"""The policy loss against loops written from METHOD 1.1 and 2.3, by hand, and under every split."""
+"""The policy loss against loops written from docs/method.md 1.1 and 2.3, by hand, and under every
+split."""
 
 from __future__ import annotations
 
@@ -209,8 +210,8 @@ def test_tas_leaves_the_kl_alone() -> None:
 
 
 def test_gspo_gradient_is_that_of_its_definition() -> None:
-    """Autograd through J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean_t log-ratio), METHOD
-    2.3."""
+    """Autograd through J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean_t log-ratio),
+    docs/method.md 2.3."""
     lengths = [5, 2, 7, 1]
     step = make(5, lengths, [0, 0, 0, 0]) | {"reference_logprobs": None}
     step["tas"] = step["mask"]

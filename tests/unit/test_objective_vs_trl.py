@@ -234,7 +234,8 @@ def test_sampler_trainer_mismatch(mode: str, floor: float | None, ratio: str) ->
 
 
 def test_gspo_clip_range_of_the_paper() -> None:
-    """METHOD 2.3; one sequence is put inside the narrow range so that not every row is clipped."""
+    """docs/method.md 2.3; one sequence is put inside the narrow range so that not every row is
+    clipped."""
     config = ObjectiveConfig(
         ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0, tas_lambda=0
     )

@@ -36,7 +36,7 @@ def load(file: Path, *arguments: str, preset_name: str | None = None) -> RunConf
 
 # -- presets ---------------------------------------------------------------------------------------
 
-#: fresh, replayed, TAS, hints (METHOD 1.1 to 1.4, 3)
+#: fresh, replayed, TAS, hints (docs/method.md 1.1 to 1.4, 3)
 METHODS = {
     "grpo": (8, 0, 0.0, False),
     "grpo4": (4, 0, 0.0, False),
@@ -68,7 +68,7 @@ def test_published_baselines_have_their_constants(recipe: Path) -> None:
         3e-4,
         4e-4,
         0.0,
-    )  # METHOD 2.3
+    )  # docs/method.md 2.3
     dapo = load(recipe, preset_name="dapo").learner.objective
     assert (dapo.loss_type, dapo.epsilon, dapo.upper) == ("dapo", 0.2, 0.28)
     dr_grpo = load(recipe, preset_name="dr_grpo").learner.objective

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from avatar_rl.cluster.checkpoints.checkpoint import Cut
+from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import (
     HARMLESS,
     Resumption,
     check_recipe,
-    cut_metrics,
     find_run,
     flatten,
     open_folder,
     prepare,
     reusable_config,
+    truncate_metrics,
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
@@ -153,23 +153,23 @@ def rows(path: Path) -> list[int]:
 
 
 def test_metrics_are_cut_where_the_checkpoint_was_taken(tmp_path: Path) -> None:
-    """Not by step: an evaluation begun at the step of the cut is logged under it long after, and
-    will be again."""
+    """Not by step: an evaluation begun at the step of the checkpoint is logged under it long after,
+    and will be again."""
     run = a_run(tmp_path, "local-1")
     file = run / "metrics.jsonl"
     for step in (1, 2):
         file.write_bytes(file.read_bytes() + json.dumps({"step": step}).encode() + b"\n")
     length = file.stat().st_size
     file.write_bytes(file.read_bytes() + b'{"step": 2, "eval/accuracy": 1}\n{"step": 3}\n{"st')
-    cut = Cut("local-1", 2, 2, "m", "d", length, {}, [])
+    checkpoint = Checkpoint("local-1", 2, 2, "m", "d", length, {}, [])
     lock = RunLock(run, on_warning=pytest.fail)
-    folder = open_folder(run, lock, Resumption(run, cut), 100, pytest.fail)
+    folder = open_folder(run, lock, Resumption(run, checkpoint), 100, pytest.fail)
     folder.metrics(3, {"reward/mean": 1.0})
     folder.close()
     lock.release()
     assert rows(file) == [1, 2, 3] and len(read_metrics(run)) == 3
     assert (run / "metrics.abandoned.jsonl").read_bytes().count(b"\n") == 3
-    cut_metrics(run, 10**6)  # shorter than the cut says: left alone
+    truncate_metrics(run, 10**6)  # shorter than the checkpoint says: left alone
     assert rows(file) == [1, 2, 3]
 
 

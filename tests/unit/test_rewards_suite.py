@@ -86,7 +86,7 @@ def test_combine_by_hand() -> None:
         0.4 / 0.6
     )
     assert combine(dict.fromkeys(weights), weights) is None
-    # weights that do not sum to 1 keep their scale: R_QI adds up (METHOD 2.1)
+    # weights that do not sum to 1 keep their scale: R_QI adds up (docs/method.md 2.1)
     assert combine({"a": 1.0, "b": None}, {"a": 1.0, "b": 2.0}) == pytest.approx(3.0)
     assert combine({"a": None, "b": 5.0}, {"a": 1.0, "b": 0.0}) is None
 

@@ -1,4 +1,5 @@
-"""r_cons and r_comp (METHOD 2.1) on values worked out by hand, and what a judge is shown."""
+"""r_cons and r_comp (docs/method.md 2.1) on values worked out by hand, and what a judge is
+shown."""
 
 from __future__ import annotations
 

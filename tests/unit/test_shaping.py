@@ -1,4 +1,4 @@
-"""TAS weights against the values printed in METHOD 1.2."""
+"""TAS weights against the values printed in docs/method.md 1.2."""
 
 from __future__ import annotations
 

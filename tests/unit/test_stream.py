@@ -9,35 +9,35 @@ import pytest
 
 from avatar_rl.cluster.config import LoopConfig
 from avatar_rl.cluster.training.prompt_schedule import (
-    PromptStream,
-    evaluation_tickets,
+    PromptSchedule,
+    evaluation_requests,
     open_prompts,
 )
 
 IDS = [f"p{i}" for i in range(6)]
 
 
-def stream(**loop: object) -> PromptStream:
-    return PromptStream(
+def stream(**loop: object) -> PromptSchedule:
+    return PromptSchedule(
         IDS, LoopConfig.model_validate({"fresh": 2, "replayed": 0, **loop}), seed=3, warm_up=0
     )
 
 
 def test_epochs_ask_every_prompt_once_each() -> None:
-    asked = [ticket for step in range(3) for ticket in stream(prompts_per_step=4).tickets(step)]
-    assert [ticket.seq for ticket in asked] == list(range(12))
-    assert Counter(ticket.prompt_id for ticket in asked) == dict.fromkeys(IDS, 2)
-    assert [ticket.epoch for ticket in asked] == [0] * 6 + [1] * 6
+    asked = [request for step in range(3) for request in stream(prompts_per_step=4).requests(step)]
+    assert [request.seq for request in asked] == list(range(12))
+    assert Counter(request.prompt_id for request in asked) == dict.fromkeys(IDS, 2)
+    assert [request.epoch for request in asked] == [0] * 6 + [1] * 6
 
 
 def test_open_asks_unknown_prompts_before_known_ones() -> None:
-    tickets = stream(prompts_per_step=3, schedule="open").tickets(
+    requests = stream(prompts_per_step=3, schedule="open").requests(
         0, {"p0": -0.5, "p2": 0.0, "p4": 1.0}
     )
-    assert {ticket.prompt_id for ticket in tickets} == {"p1", "p3", "p5"}
-    assert [ticket.seq for ticket in tickets] == [0, 1, 2] and {ticket.n for ticket in tickets} == {
-        2
-    }
+    assert {request.prompt_id for request in requests} == {"p1", "p3", "p5"}
+    assert [request.seq for request in requests] == [0, 1, 2] and {
+        request.n for request in requests
+    } == {2}
 
 
 def test_open_prompts_are_drawn_by_the_reward_they_miss() -> None:
@@ -64,8 +64,8 @@ def test_a_reward_above_the_full_one_still_leaves_a_prompt_a_chance() -> None:
 
 
 def test_evaluation_asks_each_prompt_for_as_many_samples() -> None:
-    tickets = evaluation_tickets(IDS[:2], round=7, min_version=3, samples=4)
-    assert [(t.prompt_id, t.n, t.kind, t.round, t.min_version) for t in tickets] == [
+    requests = evaluation_requests(IDS[:2], round=7, min_version=3, samples=4)
+    assert [(t.prompt_id, t.n, t.kind, t.round, t.min_version) for t in requests] == [
         ("p0", 4, "eval", 7, 3),
         ("p1", 4, "eval", 7, 3),
     ]

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from avatar_rl.buffer_service.control import Beat
+from avatar_rl.buffer_service.control import Heartbeat
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.cluster.services.redis_watch import RedisKeeper
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.services.redis_watch import RedisWatch
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.workers.stall_watch import StallWatch
 from avatar_rl.common.errors import ResourceError
 
 
 def test_a_budget_counts_deaths_between_signs_of_progress() -> None:
-    budget = Budget(2, "learner ranks")
+    budget = RestartBudget(2, "learner ranks")
     for _ in range(3):
         budget.spend("x")
         budget.spend("x")
@@ -46,7 +46,7 @@ def test_an_actor_that_holds_work_and_does_not_move_is_stalled(
 
     def look(progress: int, age: float, holds: bool = True) -> dict[str, str]:
         return watch.stalled(
-            ["rollout-0"], {"rollout/rollout-0": Beat(progress, age)}, lambda _: holds
+            ["rollout-0"], {"rollout/rollout-0": Heartbeat(progress, age)}, lambda _: holds
         )
 
     assert look(5, 0.1) == {}
@@ -65,7 +65,7 @@ def test_an_idle_actor_is_not_stalled_while_it_beats(monkeypatch: pytest.MonkeyP
     clock, watch = Clock(monkeypatch), StallWatch(10)
     for number in range(30):
         clock.now += 5
-        beats = {"rollout/rollout-0": Beat(7, 0.5 - 0.1 * (number % 2))}
+        beats = {"rollout/rollout-0": Heartbeat(7, 0.5 - 0.1 * (number % 2))}
         assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
 
 
@@ -76,7 +76,9 @@ def test_what_happened_while_nobody_looked_is_held_against_nobody(
     clock, watch = Clock(monkeypatch), StallWatch(60)
 
     def look(age: float, holds: bool) -> dict[str, str]:
-        return watch.stalled(["rollout-0"], {"rollout/rollout-0": Beat(7, age)}, lambda _: holds)
+        return watch.stalled(
+            ["rollout-0"], {"rollout/rollout-0": Heartbeat(7, age)}, lambda _: holds
+        )
 
     assert look(0.2, holds=False) == {}
     clock.now += 300
@@ -92,7 +94,7 @@ def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) ->
     clock, watch = Clock(monkeypatch), StallWatch(10)
     for seconds in range(0, 12):
         found = watch.stalled(
-            ["rollout-0"], {"rollout/rollout-0": Beat(7, float(seconds))}, lambda _: False
+            ["rollout-0"], {"rollout/rollout-0": Heartbeat(7, float(seconds))}, lambda _: False
         )
         clock.now += 1
     assert "no sign of life" in found["rollout-0"]
@@ -138,19 +140,21 @@ def test_a_killed_redis_comes_back_with_what_it_had(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path, appendfsync="always") as server:
         client = redis.Redis(unix_socket_path=str(server.socket))
         client.set("a", "1")
-        keeper = RedisKeeper(server, Budget(1, "redis-server"), lambda kind, _: said.append(kind))
+        redis_watch = RedisWatch(
+            server, RestartBudget(1, "redis-server"), lambda kind, _: said.append(kind)
+        )
         try:
             for number in range(2):
                 pid = server.pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 deadline = time.monotonic() + 20
-                while (server.pid in (None, pid) or not said) and keeper.failure is None:
+                while (server.pid in (None, pid) or not said) and redis_watch.failure is None:
                     assert time.monotonic() < deadline
                     time.sleep(0.02)
                 if number == 0:
                     assert client.get("a") == b"1"
         finally:
-            keeper.stop()
+            redis_watch.stop()
         assert said == ["redis restarted"]
-        assert keeper.failure is not None and "died 2 times" in str(keeper.failure)
+        assert redis_watch.failure is not None and "died 2 times" in str(redis_watch.failure)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_cut
-from avatar_rl.cluster.services.restart_budget import Budget
+from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_checkpoint
+from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.signals import Stopped
 from avatar_rl.cluster.training.supervisor import Supervisor
 from avatar_rl.learner.state_replica import write_files
@@ -40,13 +40,14 @@ class Buffer:
 
     def __init__(self) -> None:
         self.at, self.release = 0, threading.Event()
+        self.replay = self.stats = self
 
     def version(self) -> int:
         return self.at
 
-    def new_epoch(self) -> None: ...
+    def new_fencing_token(self) -> None: ...
 
-    def stats(self) -> SimpleNamespace:
+    def read(self) -> SimpleNamespace:
         return SimpleNamespace(version=self.at, trained_step=self.at - 1)
 
     def snapshot(self, path: Path, fixed: Callable[[], None]) -> None:
@@ -74,7 +75,7 @@ def supervisor(tmp_path: Path) -> Supervisor:
     found = Supervisor(config, folder, lock, SimpleNamespace(redis=None), buffer, screen)  # type: ignore[arg-type]
     found.signals.restore()
     nothing: Any = None
-    fleet: Any = SimpleNamespace(budget=Budget(1, "rollout actors"))
+    fleet: Any = SimpleNamespace(budget=RestartBudget(1, "rollout actors"))
     found.attach(nothing, fleet, Ranks(), {}, ("model", "data"))  # type: ignore[arg-type]
     return found
 
@@ -90,10 +91,10 @@ def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(
     supervisor.checkpoint(2, [])
     supervisor.checkpoints.wait()
     for path, step in zip(checkpoints(tmp_path), (2, 1), strict=True):
-        cut = read_cut(path)
-        assert (cut.step, cut.version) == (step, step)
-        assert cut.buffer.read_bytes() == bytes([step])
-        assert (cut.learner / "state" / "model.pt").read_bytes() == bytes([step] * 10)
+        checkpoint = read_checkpoint(path)
+        assert (checkpoint.step, checkpoint.version) == (step, step)
+        assert checkpoint.buffer.read_bytes() == bytes([step])
+        assert (checkpoint.learner / "state" / "model.pt").read_bytes() == bytes([step] * 10)
 
 
 def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(

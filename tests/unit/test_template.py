@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from avatar_rl.actors.rollout import RolloutActor
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.common.errors import DataError, ModelError
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
@@ -227,7 +227,7 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
             key, {"prompt_token_ids": whole.encode(prompts[name], False).input_ids.tolist()}
         )
 
-    refused: list[tuple[TicketLease, str]] = []
+    refused: list[tuple[RequestLease, str]] = []
     actor: Any = RolloutActor.__new__(RolloutActor)  # without services and engine
     actor.prompts, actor.encoder, actor.spec, actor._ready = (
         prompts,
@@ -237,22 +237,22 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
     )
     actor.engine = SimpleNamespace(prepared=kept.get, prepare=prepare)
     actor._give_up = lambda lease, error: refused.append((lease, str(error)))  # quarantine
-    tickets = [
-        Ticket(seq=i, prompt_id=name, step=0, n=1)
+    requests = [
+        RolloutRequest(seq=i, prompt_id=name, step=0, n=1)
         for i, name in enumerate(("short", "long", "long"))
     ]
     leases = [
-        TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False) for ticket in tickets
+        RequestLease(request=request, attempt=1, consumer="a", hinted=False) for request in requests
     ]
     actor._prepare(leases)  # the last finds its prompt in the engine's cache
     assert [work.lease for work in actor._ready] == leases[:1]
     assert [lease for lease, _ in refused] == leases[1:]
     assert all(f"tokens, max_prompt_tokens is {limit}" in why for _, why in refused)
-    held_out = Ticket(
+    held_out = RolloutRequest(
         seq=3, prompt_id="long", step=0, n=1, kind="eval"
     )  # the learner never sees it
-    actor._prepare([TicketLease(ticket=held_out, attempt=1, consumer="a", hinted=False)])
-    assert len(refused) == 2 and actor._ready[-1].lease.ticket is held_out
+    actor._prepare([RequestLease(request=held_out, attempt=1, consumer="a", hinted=False)])
+    assert len(refused) == 2 and actor._ready[-1].lease.request is held_out
 
 
 def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avatar_rl.actors.pending_group import Work, read_request_id
+from avatar_rl.actors.pending_group import PendingGroup, read_request_id
 from avatar_rl.actors.scoring_loop import asked
 from avatar_rl.actors.unimodal import parts_of
-from avatar_rl.buffer_service.records.requests import Ticket, TicketLease
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.prompts.record import MediaItem, MediaPlan, Modality, ProblemType, Prompt
 
 
@@ -63,7 +63,7 @@ def test_nobody_asks_for_parts_without_the_reward() -> None:
     assert list(parts_of(prompt("video", "audio"), unimodal=False)) == [""]
 
 
-def request(texts: list[str]) -> Any:
+def finished(texts: list[str]) -> Any:
     parts = [
         SimpleNamespace(
             text=t,
@@ -77,17 +77,17 @@ def request(texts: list[str]) -> Any:
 
 
 def test_a_group_is_done_with_all_its_parts_and_goes_to_the_scorer_as_one() -> None:
-    ticket = Ticket(seq=7, prompt_id="p", step=1, n=2)
-    lease = TicketLease(ticket=ticket, attempt=1, consumer="a", hinted=False)
-    work = Work(lease, prompt("video", "audio"), {"": 0, "video": 1, "audio": 2})
+    request = RolloutRequest(seq=7, prompt_id="p", step=1, n=2)
+    lease = RequestLease(request=request, attempt=1, consumer="a", hinted=False)
+    work = PendingGroup(lease, prompt("video", "audio"), {"": 0, "video": 1, "audio": 2})
     assert work.sequences == 6
     assert [read_request_id(name) for name in work.request_ids] == [
-        (ticket.key, part) for part in work.prepared
+        (request.key, part) for part in work.prepared
     ]
-    work.finished["audio"] = request(["cc", "c"])
-    work.finished[""] = request(["aaa", "aaaa"])
+    work.finished["audio"] = finished(["cc", "c"])
+    work.finished[""] = finished(["aaa", "aaaa"])
     assert not work.done
-    work.finished["video"] = request(["b", "bb"])
+    work.finished["video"] = finished(["b", "bb"])
     assert work.done and work.tokens == 3 + 4 + 3 + 3 and work.whole is work.finished[""]
     prompt_id, facts, unimodal = asked(work)
     assert (prompt_id, [text for text, *_ in facts]) == ("p", ["aaa", "aaaa"])
@@ -95,5 +95,5 @@ def test_a_group_is_done_with_all_its_parts_and_goes_to_the_scorer_as_one() -> N
         "video": ["b", "bb"],
         "audio": ["cc", "c"],
     }
-    plain = Work(lease, prompt("video"), {"": 0}, {"": request(["a", "b"])})
+    plain = PendingGroup(lease, prompt("video"), {"": 0}, {"": finished(["a", "b"])})
     assert plain.sequences == 2 and plain.done and len(asked(plain)) == 2

@@ -1,4 +1,4 @@
-"""The weight board: bit-exact, proven by checksums, and versions only grow."""
+"""The weight store: bit-exact, proven by checksums, and versions only grow."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from avatar_rl.buffer_service.weights.block import (
     Manifest,
-    Parcel,
     WeightBlock,
+    WeightMessage,
     pack_weights,
     unpack_weights,
 )
-from avatar_rl.buffer_service.weights.outbox import Outbox
-from avatar_rl.buffer_service.weights.sender import Publisher
-from avatar_rl.buffer_service.weights.store import WeightBoard
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
+from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.common.errors import ModelError
 
 
@@ -50,11 +49,11 @@ def bits(tensor: Tensor) -> bytes:
 
 def test_what_is_packed_comes_back_bit_for_bit() -> None:
     weights = tensors()
-    parcel = pack_weights(7, weights)
-    assert parcel[0] == 7 and memoryview(parcel[3]).nbytes == sum(
+    message = pack_weights(7, weights)
+    assert message[0] == 7 and memoryview(message[3]).nbytes == sum(
         -(-t.nbytes // 64) * 64 for t in weights.values()
     )
-    again = unpack_weights(parcel)
+    again = unpack_weights(message)
     assert list(again) == list(weights)
     for name, tensor in weights.items():
         assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
@@ -64,34 +63,34 @@ def test_what_is_packed_comes_back_bit_for_bit() -> None:
 def test_a_block_is_filled_again_and_casts_what_has_a_floating_type() -> None:
     weights = tensors()
     block = WeightBlock(weights, torch.bfloat16)
-    before = np.frombuffer(block.parcel(0)[3], np.uint8)
+    before = np.frombuffer(block.message(0)[3], np.uint8)
     for version in (1, 2):
         moved = {
             name: (tensor.detach().double() + version).to(tensor.dtype)
             for name, tensor in weights.items()
         }
         block.fill(moved)
-        again = unpack_weights(parcel := block.parcel(version))
+        again = unpack_weights(message := block.message(version))
         for name, tensor in moved.items():
             assert again[name].dtype == (torch.int64 if name == "integers" else torch.bfloat16)
             assert bits(again[name]) == bits(tensor.to(again[name].dtype))
-        assert np.shares_memory(np.frombuffer(parcel[3], np.uint8), before)
+        assert np.shares_memory(np.frombuffer(message[3], np.uint8), before)
     block.fill(weights)  # parameters themselves
-    assert not any(tensor.requires_grad for tensor in unpack_weights(block.parcel(3)).values())
+    assert not any(tensor.requires_grad for tensor in unpack_weights(block.message(3)).values())
 
 
 def test_a_parcel_travels_without_a_copy_and_comes_back_as_it_was() -> None:
-    parcel = pack_weights(7, tensors())
+    message = pack_weights(7, tensors())
     buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(parcel, protocol=5, buffer_callback=buffers.append)
+    data = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     assert len(data) < 1000 and len(buffers) == 1
     again = pickle.loads(data, buffers=buffers)
-    assert again[:3] == parcel[:3]
-    assert np.shares_memory(np.frombuffer(again[3], np.uint8), np.frombuffer(parcel[3], np.uint8))
+    assert again[:3] == message[:3]
+    assert np.shares_memory(np.frombuffer(again[3], np.uint8), np.frombuffer(message[3], np.uint8))
     found = unpack_weights(again)
-    start = np.frombuffer(parcel[3], np.uint8).ctypes.data
+    start = np.frombuffer(message[3], np.uint8).ctypes.data
     assert all(
-        0 <= t.data_ptr() - start < memoryview(parcel[3]).nbytes
+        0 <= t.data_ptr() - start < memoryview(message[3]).nbytes
         for t in found.values()
         if t.numel()
     )
@@ -152,52 +151,53 @@ def test_corrupt_and_partial_weights_are_refused(
 
 
 class Offered:
-    """Stands in for the outbox: what was put out, and how much of it the board had before."""
+    """Stands in for the outbox: what was put out, and how much of it the weight store had
+    before."""
 
     def __init__(self) -> None:
-        self.parcels: list[Parcel] = []
+        self.messages: list[WeightMessage] = []
         self.awaited = 0
 
     def await_taken(self) -> None:
-        self.awaited = len(self.parcels)
+        self.awaited = len(self.messages)
 
-    def put(self, parcel: Parcel) -> None:
+    def put(self, message: WeightMessage) -> None:
         assert self.awaited == len(
-            self.parcels
+            self.messages
         )  # or the block that is written to might still be read
-        self.parcels.append(parcel)
+        self.messages.append(message)
 
 
 def test_a_version_stays_as_it_was_published_until_the_one_after_was_taken() -> None:
     outbox = Offered()
-    publisher = Publisher({"ours": "published"}, cast("Outbox", outbox), dtype="bfloat16")
+    sender = WeightSender({"ours": "published"}, cast("Outbox", outbox), dtype="bfloat16")
     weight = torch.nn.Parameter(torch.zeros(3))
     for version in (1, 2, 3):
         with torch.no_grad():
             weight += 1
-        assert publisher.publish(version, {"ours": weight, "head": torch.zeros(9)}) == 64
-        for parcel in outbox.parcels[-2:]:
-            found = unpack_weights(parcel)
-            assert list(found) == ["published"] and found["published"].tolist() == [parcel[0]] * 3
+        assert sender.publish(version, {"ours": weight, "head": torch.zeros(9)}) == 64
+        for message in outbox.messages[-2:]:
+            found = unpack_weights(message)
+            assert list(found) == ["published"] and found["published"].tolist() == [message[0]] * 3
             assert found["published"].dtype == torch.bfloat16
-    where = [np.frombuffer(parcel[3], np.uint8).ctypes.data for parcel in outbox.parcels]
+    where = [np.frombuffer(message[3], np.uint8).ctypes.data for message in outbox.messages]
     assert where[0] == where[2] != where[1]
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> WeightBoard:
-    """A board whose object store is the process's own memory."""
+def weight_store(monkeypatch: pytest.MonkeyPatch) -> WeightStore:
+    """A weight store whose object store is the process's own memory."""
     monkeypatch.setattr(ray, "put", lambda value: ("reference", value))
-    return WeightBoard()
+    return WeightStore()
 
 
-def publish(board: WeightBoard, version: int, number: float | None = None) -> None:
+def publish(weight_store: WeightStore, version: int, number: float | None = None) -> None:
     weights = {"w": torch.full((2,), float(version) if number is None else number)}
-    board.publish(pack_weights(version, weights))
+    weight_store.publish(pack_weights(version, weights))
 
 
-def value(board: WeightBoard, newer_than: int) -> tuple[int, list[float]] | None:
-    found = board.latest(newer_than)
+def value(weight_store: WeightStore, newer_than: int) -> tuple[int, list[float]] | None:
+    found = weight_store.latest(newer_than)
     if found is None:
         return None
     version, [reference] = found
@@ -205,25 +205,25 @@ def value(board: WeightBoard, newer_than: int) -> tuple[int, list[float]] | None
     return version, unpack_weights(reference[1])["w"].tolist()
 
 
-def test_an_actor_pulls_the_newest_version_or_nothing(board: WeightBoard) -> None:
-    assert value(board, -1) is None
+def test_an_actor_pulls_the_newest_version_or_nothing(weight_store: WeightStore) -> None:
+    assert value(weight_store, -1) is None
     for version in (1, 2, 5):
-        publish(board, version)
-        assert value(board, 0) == (version, [version, version])
-    assert value(board, 4) == (5, [5, 5])
-    assert value(board, 5) is None
+        publish(weight_store, version)
+        assert value(weight_store, 0) == (version, [version, version])
+    assert value(weight_store, 4) == (5, [5, 5])
+    assert value(weight_store, 5) is None
 
 
-def test_versions_only_grow_and_two_are_kept(board: WeightBoard) -> None:
+def test_versions_only_grow_and_two_are_kept(weight_store: WeightStore) -> None:
     for version in (1, 2, 3):
-        publish(board, version)
-    assert sorted(board.versions) == [2, 3]
-    publish(board, 1)  # a learner that had been declared dead
-    assert sorted(board.versions) == [2, 3]
-    assert value(board, 0) == (3, [3, 3])
+        publish(weight_store, version)
+    assert sorted(weight_store.versions) == [2, 3]
+    publish(weight_store, 1)  # a learner that had been declared dead
+    assert sorted(weight_store.versions) == [2, 3]
+    assert value(weight_store, 0) == (3, [3, 3])
 
 
-def test_a_step_repeated_after_a_crash_replaces_its_own_version(board: WeightBoard) -> None:
-    publish(board, 1)
-    publish(board, 1, 9.0)
-    assert value(board, 0) == (1, [9, 9])
+def test_a_step_repeated_after_a_crash_replaces_its_own_version(weight_store: WeightStore) -> None:
+    publish(weight_store, 1)
+    publish(weight_store, 1, 9.0)
+    assert value(weight_store, 0) == (1, [9, 9])

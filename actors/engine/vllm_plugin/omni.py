@@ -1,5 +1,5 @@
-"""Qwen2.5-Omni with audio interleaved into video, as transformers computes it (STACK, "audio in
-video").
+"""Qwen2.5-Omni with audio interleaved into video, as transformers computes it
+(docs/dependencies.md).
 
 Stock vLLM 0.32 gives the audio_bos token no position of its own and does not let the bos and eos
 pairs share theirs (log-probs off by up to 0.12), and, where a prefill window ends between an audio

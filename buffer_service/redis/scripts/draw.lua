@@ -66,7 +66,7 @@ local function mix(failures, successes, n, first)
 end
 
 local function round(x) return floor(x + 0.5) end
-local function quotas(n) -- METHOD 1.3: 1 Easy, 1 Medium, 2 Hard of 4
+local function quotas(n) -- docs/method.md 1.3: 1 Easy, 1 Medium, 2 Hard of 4
   local function of(k)
     local easy, medium = round(k * m.block_easy), round(k * m.block_medium)
     medium = math.min(medium, k - easy)

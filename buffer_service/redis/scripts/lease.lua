@@ -17,7 +17,7 @@ if last then
   end
 end
 
--- The hint of a prompt comes on when it stays Hard and the policy has stopped exploring, or stays at zero (METHOD 1.4).
+-- The hint of a prompt comes on when it stays Hard and the policy has stopped exploring, or stays at zero (docs/method.md 1.4).
 local function hinted(t)
   if t[4] == 'eval' or m.hints == 0 then return 0 end
   local raw = call('HGET', K('prompts'), t[1])

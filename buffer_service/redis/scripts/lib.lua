@@ -1,6 +1,6 @@
 -- Shared by every script (prepended by scripting.py). KEYS[1] is the run's prefix, "avatar:{run}:".
 -- A tier is a score range: `rank` orders prompts by Rbar, `stock:f` and `stock:s` hold the replayable failures and
--- successes scored by their prompt's Rbar. Nothing moves when only the thresholds do (METHOD 1.3).
+-- successes scored by their prompt's Rbar. Nothing moves when only the thresholds do (docs/method.md 1.3).
 local P = KEYS[1]
 local STEP = 100000000 -- a sequence number is below this, so step * STEP + seq orders tickets and stays under 2^53
 local FIXED = 268435456 -- Rbar is a multiple of 2^-28
@@ -69,7 +69,7 @@ local function mean_of_last(visits, window, since)
       end
     end
   end
-  -- Rounded, so that equal rewards tie whatever their number (METHOD 1.3), and sums over prompts are exact in any order.
+  -- Rounded, so that equal rewards tie whatever their number (docs/method.md 1.3), and sums over prompts are exact in any order.
   return used > 0 and floor(total / used * FIXED + 0.5) / FIXED or false
 end
 
@@ -250,7 +250,7 @@ local function fold_visit(m, pid, seq, rewards, hinted)
   end
 end
 
--- Hint gate after a finished visit (METHOD 1.4): streaks while off, release when the prompt leaves Hard. `zero`: 1 when
+-- Hint gate after a finished visit (docs/method.md 1.4): streaks while off, release when the prompt leaves Hard. `zero`: 1 when
 -- every accuracy was 0, 0 when one was not, -1 when unknown (masked).
 local function gate_visit(m, q, pid, hinted, zero)
   local state = load_prompt(pid)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from avatar_rl.cluster.checkpoints.checkpoint import Cut
+from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import Resumption
 from avatar_rl.cluster.training import restarts as lives
 from avatar_rl.cluster.training.run import Run
@@ -40,7 +40,7 @@ def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
 
     def prepare(config: Any, wanted: str, on_message: Any) -> Resumption:
         return Resumption(
-            Path(wanted), Cut("run-1", next(checkpoints), 0, "model", "data", 0, {}, [])
+            Path(wanted), Checkpoint("run-1", next(checkpoints), 0, "model", "data", 0, {}, [])
         )
 
     monkeypatch.setattr(lives, "Run", Run)
@@ -70,7 +70,7 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
         loop=SimpleNamespace(steps=9, target_accuracy=0.5),
         evaluation=SimpleNamespace(pool=SimpleNamespace(stop_at=None)),
     )
-    run.cut = SimpleNamespace(step=5)
+    run.checkpoint = SimpleNamespace(step=5)
     run.fleet = SimpleNamespace(work=lambda: None)
     run.screen = SimpleNamespace(phase=lambda *said: None)
     run.folder = SimpleNamespace(status=lambda **said: None)
