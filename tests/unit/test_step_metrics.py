@@ -1,4 +1,4 @@
-"""Health metrics against numpy over the flat tokens, and merging."""
+"""Metrics of a step against numpy over the flat tokens, and merging."""
 
 from __future__ import annotations
 
