@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from avatar_rl.common.config import Section
 
 
-class SamplingConfig(BaseModel):
+class SamplingConfig(Section):
     """How completions are drawn. ``temperature: 0`` is greedy."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "n": "loop.fresh and loop.replayed say how many completions a prompt gets"
+    }
 
-    n: int = Field(1, ge=1, description="Completions per prompt.")
     temperature: float = Field(
         1.0, ge=0, le=2, description="Softmax temperature; 0 picks the most likely token."
     )
@@ -44,20 +48,47 @@ class SamplingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
-        if self.temperature == 0 and self.n > 1:
-            raise ValueError(
-                f"temperature 0 gives {self.n} equal completions: set n to 1 or a temperature "
-                "above 0"
-            )
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
 
 
-class EngineConfig(BaseModel):
+class RequestSampling(SamplingConfig):
+    """How the completions of one request are drawn, and how many. Not a part of a recipe."""
+
+    n: int = Field(1, ge=1, description="Completions of the request.")
+
+    @classmethod
+    def of(
+        cls,
+        config: SamplingConfig,
+        n: int,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> RequestSampling:
+        """``n`` completions as ``config`` has it, but for what is given."""
+        given = {"temperature": temperature, "max_tokens": max_tokens}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return cls.model_construct(**(dict(config) | changed | {"n": n}))
+
+    @model_validator(mode="after")
+    def _check_count(self) -> RequestSampling:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"temperature 0 gives {self.n} equal completions: set n to 1 or a temperature "
+                "above 0"
+            )
+        return self
+
+
+class EngineConfig(Section):
     """One vLLM engine. Null means: what suits the device."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    ALIASES: ClassVar[Mapping[str, str]] = {"adopt_mode": "weight_update"}
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "seed": "every request brings a seed of its own, which follows from the recipe's `seed`"
+    }
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the engine runs; auto takes a GPU if any."
@@ -105,11 +136,9 @@ class EngineConfig(BaseModel):
         description="Preprocessed prompts kept for their next visit, in bytes; 0 preprocesses "
         "each time.",
     )
-    adopt_mode: Literal["drain", "keep"] = Field(
+    weight_update: Literal["drain", "keep"] = Field(
         "keep",
-        description="keep: requests in flight go on with new weights (their context is prefilled "
-        "again); drain: new "
-        "weights wait until the engine is idle.",
+        description="keep: requests in flight continue with new weights (their context is "
+        "prefilled again); drain: new weights wait until the engine is idle.",
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine; ignored on a GPU.")
-    seed: int = Field(0, description="Seed of requests that bring none.")

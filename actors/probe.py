@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.config import RequestSampling
 from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def probe(
     engine: RolloutEngine,
     encoder: PromptEncoder,
     prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
+    sampling: RequestSampling,
     *,
     seed: int,
 ) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.config import RequestSampling
 from avatar_rl.actors.pending_group import PendingGroup, read_request_id
 from avatar_rl.actors.scoring_loop import ScoringLoop, quarantine
 from avatar_rl.actors.spec import RolloutSpec
@@ -91,7 +91,7 @@ class RolloutActor:
         """Completions for the parity probe (see ``avatar_rl.actors.probe``)."""
         from avatar_rl.actors.probe import probe
 
-        sampling = self.spec.sampling.model_copy(update={"n": 1, "max_tokens": max_tokens})
+        sampling = RequestSampling.of(self.spec.sampling, 1, max_tokens=max_tokens)
         asked = [self.prompts[prompt_id] for prompt_id in prompt_ids]
         return probe(self.engine, self.encoder, asked, sampling, seed=self.spec.seed)
 
@@ -247,17 +247,19 @@ class RolloutActor:
                 del self._working[lease.request.key]
                 self._give_up(lease, error)
 
-    def _sampling(self, lease: RequestLease, part: str) -> tuple[SamplingConfig, int]:
+    def _sampling(self, lease: RequestLease, part: str) -> tuple[RequestSampling, int]:
         request = lease.request
         if request.kind == "eval":
-            update: dict[str, Any] = {"n": request.n}
-            if request.n == 1:
-                update["temperature"] = 0.0  # several greedy completions would be one and the same
-            if self.spec.evaluation_tokens is not None:
-                update["max_tokens"] = self.spec.evaluation_tokens
+            sampling = RequestSampling.of(
+                self.spec.sampling,
+                request.n,
+                # several greedy completions would be one and the same
+                temperature=0.0 if request.n == 1 else None,
+                max_tokens=self.spec.evaluation_tokens,
+            )
             entropy = (self.spec.seed, request.round, request.seq)
             seed = int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
-            return self.spec.sampling.model_copy(update=update), seed
+            return sampling, seed
         # A request's seed depends on nothing but the run and its place in the stream: a retry
         # generates the same.
         place = (
@@ -266,7 +268,7 @@ class RolloutActor:
             *((1 + list(KEPT).index(part),) if part != WHOLE else ()),
         )
         seed = int(np.random.SeedSequence(place).generate_state(1)[0]) >> 1
-        return self.spec.sampling.model_copy(update={"n": request.n}), seed
+        return RequestSampling.of(self.spec.sampling, request.n), seed
 
     # -- helper threads ----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from avatar_rl.actors.config import RequestSampling
 from avatar_rl.actors.groups import completion_facts
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.buffer_service.records.requests import RolloutRequest
@@ -30,8 +31,7 @@ from avatar_rl.buffer_service.weights.block import pack_weights
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
 from avatar_rl.cluster.services.services import Services
-from avatar_rl.cluster.workers.pool import Pool
-from avatar_rl.cluster.workers.specs import rollout_spec
+from avatar_rl.cluster.workers.pool import Pool, rollout_spec
 from benchmarks.harness import Figures
 
 RUN_ID = "bench"
@@ -110,7 +110,7 @@ class MeasuredActor(RolloutActor):
         ]
         start = Spent.now()
         for request, entry in work:
-            sampling = self.spec.sampling.model_copy(update={"n": request.n})
+            sampling = RequestSampling.of(self.spec.sampling, request.n)
             self.engine.submit(f"bare-{request.seq}", entry, sampling, seed=request.seq)
         finished = []
         while self.engine.in_flight:
@@ -128,7 +128,7 @@ class MeasuredActor(RolloutActor):
             while waiting and (self.engine.in_flight + 1) * waiting[-1].n <= SEQUENCES:
                 request = waiting.pop()
                 entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
-                sampling = self.spec.sampling.model_copy(update={"n": request.n})
+                sampling = RequestSampling.of(self.spec.sampling, request.n)
                 self.engine.submit(f"cold-{request.seq}", entry, sampling, seed=request.seq)
             self.engine.step()
         return Spent.now().since(start)
@@ -136,7 +136,7 @@ class MeasuredActor(RolloutActor):
     def score_s(self, request: RolloutRequest, calls: int) -> float:
         """Median seconds of one scoring round trip, engine idle."""
         entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
-        sampling = self.spec.sampling.model_copy(update={"n": request.n})
+        sampling = RequestSampling.of(self.spec.sampling, request.n)
         self.engine.submit("score", entry, sampling, seed=0)
         finished = []
         while self.engine.in_flight:
@@ -190,12 +190,11 @@ class Stage:
         datasets = prepare_datasets(config, lambda *_: None)
         model = prepare_base_model(config, lambda *_: None)
         self.buffer = ReplayBuffer.connect(config.buffer, RUN_ID, url=self.services.redis_url)
-        self.epoch = self.buffer.replay.new_fencing_token()
+        self.fencing_token = self.buffer.replay.new_fencing_token()
         self.pool = Pool(config, self.services)
-        self.pool.start_weight_store()
         self.pool.start_scorers(datasets.asked)
         spec = rollout_spec(config, RUN_ID, model, datasets, self.services.redis_url)
-        make = self.pool._remote(MeasuredActor, cpus=1, max_concurrency=4)
+        make = self.pool.actor_class(MeasuredActor, cpus=1, max_concurrency=4)
         self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.weight_store)
         self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
         self.weights = _published_weights(model)
@@ -297,7 +296,9 @@ class SimulatedTrainer:
         """One step that takes ``seconds`` from the moment its groups are in."""
         buffer, deadline = self.stage.buffer, time.monotonic() + DEADLINE_S
         while not (
-            share := buffer.replay.lease_fresh("trainer", self.step, epoch=self.stage.epoch)
+            share := buffer.replay.lease_fresh(
+                "trainer", self.step, fencing_token=self.stage.fencing_token
+            )
         ).ready:
             if time.monotonic() > deadline:
                 raise TimeoutError(
@@ -311,7 +312,10 @@ class SimulatedTrainer:
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
         ray.get(self.stage.pool.weight_store.publish.remote(reference))
         buffer.replay.commit_step(
-            self.step, self.step + 1, [group.id for group in share.groups], self.stage.epoch
+            self.step,
+            self.step + 1,
+            [group.id for group in share.groups],
+            self.stage.fencing_token,
         )
         self.step += 1
 

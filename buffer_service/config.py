@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 
+from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 
 Strategy = Literal["stratified", "same_prompt", "uniform", "recent"]
 AppendFsync = Literal["always", "everysec", "no"]
 
-
-class Section(BaseModel):
-    """Immutable settings that reject unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+#: Seconds that a consumer may hold work without renewing, where it does not say.
+DEFAULT_LEASE_S = 120.0
 
 
 class TierShares(Section):
@@ -62,6 +61,10 @@ class HintGateConfig(Section):
 
 class BufferConfig(Section):
     """Where the buffer lives, how much it keeps and how it is drawn from."""
+
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "lease_s": "set rollout.lease_s for rollout actors and learner.lease_s for learner ranks"
+    }
 
     url: str | None = Field(
         None, description="redis://, rediss:// or unix:// URL; none starts an embedded server"
@@ -115,9 +118,6 @@ class BufferConfig(Section):
     )
     success_at: float = Field(
         0.5, description="accuracy (or reward, when masked) from which a trajectory is a success"
-    )
-    lease_s: float = Field(
-        120.0, gt=0, description="how long a consumer may hold work without renewing"
     )
     hints: HintGateConfig = Field(HintGateConfig(), description="gate of the pre-computed hints")
 

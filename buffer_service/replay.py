@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from avatar_rl.buffer_service.config import Strategy
+from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, Strategy
 from avatar_rl.buffer_service.draw import seed_state
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
@@ -105,18 +105,18 @@ class ReplayStock:
         consumer: str,
         step: int,
         share: tuple[int, int] = (0, 1),
-        lease_s: float | None = None,
-        epoch: int | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
+        fencing_token: int | None = None,
     ) -> FreshShare:
         """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is
         in. O(groups).
 
         Asking again with the same consumer gives the same groups. Raises StepTrainedError,
-        FencedError (``epoch`` is over), LeaseHeldError (another consumer has this share),
+        FencedError (``fencing_token`` is over), LeaseHeldError (another consumer has this share),
         RecordError (more than a few damaged records: a group with one is dropped)."""
         rank, world = _checked(share)
-        lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
-        ask = (consumer, step, rank, world, lease_ms, -1 if epoch is None else epoch)
+        lease_ms = int(lease_s * 1000)
+        ask = (consumer, step, rank, world, lease_ms, -1 if fencing_token is None else fencing_token)
         return self._despite_damage(lambda: self._fresh(step, ask))
 
     def _fresh(self, step: int, ask: tuple[Word, ...]) -> FreshShare:
@@ -243,7 +243,7 @@ class ReplayStock:
         return {pid: float(rbar) for pid, rbar in found.items() if rbar is not False}
 
     def commit_step(
-        self, step: int, new_version: int, group_ids: Sequence[str], epoch: int
+        self, step: int, new_version: int, group_ids: Sequence[str], fencing_token: int
     ) -> CommitReceipt:
         """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it
         becomes replay only, all of it replayable, the policy version grows. O(groups log N). A
@@ -252,7 +252,7 @@ class ReplayStock:
         Raises FencedError, UnknownRequestError (a group that is not waiting), VersionError; then
         nothing changed."""
         done, version, trained, rest, evicted = self._run(
-            "commit", step, new_version, epoch, *group_ids
+            "commit", step, new_version, fencing_token, *group_ids
         )
         return CommitReceipt(
             committed=bool(done),
@@ -263,8 +263,8 @@ class ReplayStock:
         )
 
     def new_fencing_token(self) -> int:
-        """Begins a learner epoch and shuts out every older one."""
-        return int(self._run("epoch"))
+        """Begins a learner fencing_token and shuts out every older one."""
+        return int(self._run("fencing_token"))
 
     def version(self, meanwhile: Meanwhile = None) -> int:
         """Newest policy version. O(1). ``meanwhile`` runs while Redis answers, again if the answer
@@ -278,10 +278,10 @@ class ReplayStock:
             )
         return int(found)
 
-    def publish_version(self, version: int, epoch: int | None = None) -> None:
+    def publish_version(self, version: int, fencing_token: int | None = None) -> None:
         """Announces a policy version apart from a commit. Raises VersionError when it would go
         back."""
-        self._run("publish", version, -1 if epoch is None else epoch)
+        self._run("publish", version, -1 if fencing_token is None else fencing_token)
 
     def report_behaviour_kl(self, value: float) -> None:
         """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from avatar_rl.buffer_service.config import DEFAULT_LEASE_S
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import (
@@ -78,7 +79,7 @@ class RequestQueue:
         self,
         consumer: str,
         count: int,
-        lease_s: float | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
         max_staleness: int = 1,
         completions: int | None = None,
     ) -> list[RequestLease]:
@@ -90,7 +91,7 @@ class RequestQueue:
 
         A train request is admissible while ``step <= version + max_staleness`` and ``min_version <=
         version``."""
-        lease_ms = int((lease_s or self._connection.config.lease_s) * 1000)
+        lease_ms = int(lease_s * 1000)
         rows = self._run(
             "lease",
             consumer,
@@ -119,11 +120,11 @@ class RequestQueue:
         return leases
 
     def renew(
-        self, consumer: str, leases: Sequence[RequestLease], lease_s: float | None = None
+        self, consumer: str, leases: Sequence[RequestLease], lease_s: float = DEFAULT_LEASE_S
     ) -> list[RequestLease]:
         """Extends leases; returns those still held by ``consumer``: stop work on the others."""
         mine = [lease for lease in leases if lease.consumer == consumer]
-        return self._extend("renew", mine, lease_s or self._connection.config.lease_s)
+        return self._extend("renew", mine, lease_s)
 
     def release(self, leases: Sequence[RequestLease]) -> int:
         """Gives leases back unfinished; returns how many were still held."""

@@ -3,23 +3,21 @@ vLLM."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
 from avatar_rl.actors.unimodal import MOST_PARTS
 from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.common.config import Section
 from avatar_rl.learner.config import LearnerConfig, SftConfig
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.selection import SelectionConfig
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.rewards.config import RewardConfig
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Section):
@@ -272,18 +270,20 @@ class OutputConfig(Section):
 class CheckpointConfig(Section):
     """What survives the job, and what survives a learner (docs/survival.md)."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {"hold_bytes": "replica_bytes"}
+
     every: int = Field(
         20,
         ge=0,
         description="Steps between checkpoints; 0 writes none, then nothing can be resumed.",
     )
     keep: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
-    hold_bytes: int = Field(
+    replica_bytes: int = Field(
         1 << 30,
         ge=0,
         description="A learner state up to this size is copied to another process at every step, "
-        "so that a dead rank "
-        "costs no step; a larger one goes back to the last checkpoint. 0: always the checkpoint.",
+        "so that a dead rank costs no step. Above it the run goes back to its last checkpoint. "
+        "0: always the checkpoint.",
     )
 
 

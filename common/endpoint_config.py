@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from avatar_rl.common.config import Section
 
 
-class EndpointConfig(BaseModel):
+class EndpointConfig(Section):
     """An OpenAI-compatible endpoint, and how long to wait for it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     base_url: str = Field(default="", description="Endpoint, e.g. http://judge:8000/v1; required.")
     model: str = Field(

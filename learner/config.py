@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from avatar_rl.common.config import Section
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_plain"]
@@ -22,10 +24,8 @@ MismatchCorrection = Literal[
 ]
 
 
-class ObjectiveConfig(BaseModel):
+class ObjectiveConfig(Section):
     """What the learner minimises (docs/method.md 1.1, 1.2, 2.3, 3); the defaults are AVATAR's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss_type: LossType = Field(
         "grpo",
@@ -142,10 +142,8 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(Section):
     """AdamW under DeepSpeed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     lr: float = Field(5e-7, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
@@ -176,10 +174,8 @@ class OptimizerConfig(BaseModel):
         return self
 
 
-class LearnerConfig(BaseModel):
+class LearnerConfig(Section):
     """The learner's rank group."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     ranks: int = Field(
         1, ge=1, description="Learner processes, one per GPU; each step is split over them."
@@ -234,10 +230,8 @@ class LearnerConfig(BaseModel):
         return self
 
 
-class SftConfig(BaseModel):
+class SftConfig(Section):
     """Stage 0: supervised cold start (docs/method.md 1.6)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Prompts per step, over all ranks.")

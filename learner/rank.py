@@ -64,7 +64,7 @@ class LearnerRank(DurableState):
         self, spec: LearnerSpec, rank: int, ranks: int, weight_store: Any, state_replica: Any = None
     ) -> None:
         self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.state_replica, self.hold_bytes = state_replica, spec.hold_bytes
+        self.state_replica, self.replica_bytes = state_replica, spec.replica_bytes
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         self.encoder = PromptEncoder(
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
@@ -76,7 +76,7 @@ class LearnerRank(DurableState):
         self.outbox: Outbox | None = Outbox(weight_store)
         self.sender: WeightSender | None = None
         self.cold_start: ColdStart | None = None
-        self.epoch = 0
+        self.fencing_token = 0
         self.skipped = 0
         self.clock = Clock()
 
@@ -156,7 +156,7 @@ class LearnerRank(DurableState):
             )
         if self.rank == 0:
             self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
-            self.epoch = self.buffer.replay.new_fencing_token()
+            self.fencing_token = self.buffer.replay.new_fencing_token()
 
     # -- Stage 0 -----------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class LearnerRank(DurableState):
         while True:
             self.moves += 1  # waiting for groups is no standstill
             share = buffer.replay.lease_fresh(
-                "learner", step, lease_s=spec.learner.lease_s, epoch=self.epoch
+                "learner", step, lease_s=spec.learner.lease_s, fencing_token=self.fencing_token
             )
             if share.ready:
                 break
@@ -424,7 +424,7 @@ class LearnerRank(DurableState):
         assert self.sender is not None and self.buffer is not None
         self.sender.publish(work.version + 1, weights)
         self.buffer.replay.commit_step(
-            work.step, work.version + 1, [group.id for group in work.groups], self.epoch
+            work.step, work.version + 1, [group.id for group in work.groups], self.fencing_token
         )
 
     def _gather(self, step_metrics: StepMetrics) -> StepMetrics:

@@ -104,7 +104,7 @@ class DurableState:
     rank: int
     ranks: int
     state_replica: Any
-    hold_bytes: int
+    replica_bytes: int
     sender: WeightSender | None
     _captured: Files | None = None
 
@@ -114,7 +114,7 @@ class DurableState:
         from."""
         import ray
 
-        if self.state_replica is None or state_bytes(self.engine) > self.hold_bytes:
+        if self.state_replica is None or state_bytes(self.engine) > self.replica_bytes:
             return
         ray.get(self.state_replica.hold.remote(version, self.rank, capture(self.engine, self.rank)))
         if self.ranks > 1:

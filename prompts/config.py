@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from avatar_rl.common.config import Section
 from avatar_rl.prompts.record import Modality, ProblemType
 
 DatasetFormat = Literal["auto", "native", "conversational", "swift", "verl"]
 
 
-class MediaConfig(BaseModel):
+class MediaConfig(Section):
     """Decoding limits and caches of one worker process."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fps: float = Field(
         2.0, gt=0, description="Frames per second of videos that name neither frames nor fps."
@@ -52,10 +51,8 @@ class MediaConfig(BaseModel):
     )
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """How a dataset becomes prompts. Decode settings fill in only what a row leaves open."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: DatasetFormat = Field("auto", description="Row layout; 'auto' looks at the first row.")
     split: str = Field("train", description="Split to read of a saved `datasets` DatasetDict.")
@@ -103,10 +100,8 @@ class DataConfig(BaseModel):
         return self
 
 
-class TemplateConfig(BaseModel):
+class TemplateConfig(Section):
     """How a prompt is put into words and how large its frames are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     system: str | None = Field(
         None, description="System turn of prompts that bring none; null leaves it out."

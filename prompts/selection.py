@@ -6,16 +6,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from avatar_rl.common.config import Section
 from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.record import Modality, ProblemType, Prompt
 
 
-class SelectionConfig(BaseModel):
+class SelectionConfig(Section):
     """A prompt is taken when it passes every list that is not empty."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     categories: tuple[str, ...] = Field(
         (), description="Question types (`category` of the rows); empty takes all."

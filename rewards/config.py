@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from avatar_rl.common.config import Section
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.prompts.record import Modality
@@ -75,10 +76,8 @@ class JudgeConfig(EndpointConfig):
         return self
 
 
-class ManagedJudgeConfig(BaseModel):
+class ManagedJudgeConfig(Section):
     """A vLLM OpenAI server beside the run, on loopback, stopped with it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path | None = Field(default=None, description="Model folder that is served.")
     gpus: int = Field(
@@ -98,10 +97,8 @@ class ManagedJudgeConfig(BaseModel):
     arguments: tuple[str, ...] = Field(default=(), description="Further arguments of the server.")
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Section):
     """Reward components, their weights and their options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: dict[str, float] = Field(
         default_factory=lambda: dict(STAGE_WEIGHTS[1]),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from avatar_rl.buffer_service.config import BufferConfig, Strategy
+from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, BufferConfig, Strategy
 from avatar_rl.buffer_service.draw import generator
 from avatar_rl.buffer_service.errors import (
     FencedError,
@@ -75,7 +75,7 @@ class ReferenceBuffer:
         self.config = config
         self.requests = self.replay = self.stats = self  # one object answers for all parts
         self.now = 0.0
-        self.current, self.trained, self.epoch = 0, -1, 0
+        self.current, self.trained, self.fencing_token = 0, -1, 0
         self.kl: float | None = None
         self.queue: dict[str, RolloutRequest] = {}
         self.attempts: dict[str, int] = {}
@@ -142,7 +142,7 @@ class ReferenceBuffer:
         self,
         consumer: str,
         count: int,
-        lease_s: float | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
         max_staleness: int = 1,
         completions: int | None = None,
     ) -> list[RequestLease]:
@@ -175,7 +175,7 @@ class ReferenceBuffer:
                 continue
             budget -= t.n
             self.attempts[t.key] += 1
-            expires = self.now + (lease_s or self.config.lease_s)
+            expires = self.now + lease_s
             self.held[t.key] = Held(consumer, self.attempts[t.key], expires)
             leases.append(
                 RequestLease(
@@ -189,11 +189,11 @@ class ReferenceBuffer:
         return held is not None and held.attempt == lease.attempt
 
     def renew(
-        self, consumer: str, leases: Sequence[RequestLease], lease_s: float | None = None
+        self, consumer: str, leases: Sequence[RequestLease], lease_s: float = DEFAULT_LEASE_S
     ) -> list[RequestLease]:
         mine = [lease for lease in leases if lease.consumer == consumer and self._holds(lease)]
         for lease in mine:
-            self.held[lease.request.key].expires = self.now + (lease_s or self.config.lease_s)
+            self.held[lease.request.key].expires = self.now + lease_s
         return mine
 
     def _give_back(self, key: str) -> None:
@@ -388,19 +388,19 @@ class ReferenceBuffer:
     def new_fencing_token(self) -> int:
         self.shares.clear()
         self.drawn.clear()
-        self.epoch += 1
-        return self.epoch
+        self.fencing_token += 1
+        return self.fencing_token
 
     def lease_fresh(
         self,
         consumer: str,
         step: int,
         share: tuple[int, int] = (0, 1),
-        lease_s: float | None = None,
-        epoch: int | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
+        fencing_token: int | None = None,
     ) -> FreshShare:
-        if epoch is not None and epoch != self.epoch:
-            raise FencedError(f"epoch {epoch} is over")
+        if fencing_token is not None and fencing_token != self.fencing_token:
+            raise FencedError(f"fencing token {fencing_token} is no longer valid")
         if step <= self.trained:
             raise StepTrainedError(f"step {step} is trained")
         groups = [g for gid, g in sorted(self.fresh.items()) if g.step == step]
@@ -411,7 +411,7 @@ class ReferenceBuffer:
         holder = self.shares.get(share)
         if holder and holder[0] != consumer and holder[1] == step and holder[2] > self.now:
             raise LeaseHeldError(f"share {share} is held by {holder[0]}")
-        self.shares[share] = (consumer, step, self.now + (lease_s or self.config.lease_s))
+        self.shares[share] = (consumer, step, self.now + lease_s)
         return FreshShare(
             groups=groups[share[0] :: share[1]], ready=True, missing=0, expected=expected
         )
@@ -429,10 +429,10 @@ class ReferenceBuffer:
         return values
 
     def commit_step(
-        self, step: int, new_version: int, group_ids: Sequence[str], epoch: int
+        self, step: int, new_version: int, group_ids: Sequence[str], fencing_token: int
     ) -> CommitReceipt:
-        if epoch != self.epoch:
-            raise FencedError(f"epoch {epoch} is over")
+        if fencing_token != self.fencing_token:
+            raise FencedError(f"fencing token {fencing_token} is no longer valid")
         if step <= self.trained:
             return CommitReceipt(
                 committed=False, version=self.current, trained=0, replay_only=0, evicted=0
@@ -473,9 +473,9 @@ class ReferenceBuffer:
             evicted=evicted,
         )
 
-    def publish_version(self, version: int, epoch: int | None = None) -> None:
-        if epoch is not None and epoch != self.epoch:
-            raise FencedError(f"epoch {epoch} is over")
+    def publish_version(self, version: int, fencing_token: int | None = None) -> None:
+        if fencing_token is not None and fencing_token != self.fencing_token:
+            raise FencedError(f"fencing token {fencing_token} is no longer valid")
         if version < self.current:
             raise VersionError(f"version {version} is older than {self.current}")
         self.current = version

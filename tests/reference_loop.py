@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.config import RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
@@ -58,7 +58,7 @@ class ReferenceLoop:
         self.engine = RolloutEngine(model, config.rollout.engine)
         self.rewards = RewardSuite(config.rewards)
         self.buffer = ReferenceBuffer(config.buffer)
-        self.epoch = self.buffer.replay.new_fencing_token()
+        self.fencing_token = self.buffer.replay.new_fencing_token()
         settings = config.learner.optimizer
         assert settings.weight_decay == 0
         self.optimizer = torch.optim.AdamW(
@@ -100,7 +100,7 @@ class ReferenceLoop:
         work = StepWork(step, step, tuple(groups), tuple(replays), tuple(baselines))
         loss, norm = self._train(work)
         self.engine.adopt(step + 1, self.weights().items())
-        self.buffer.replay.commit_step(step, step + 1, [group.id for group in groups], self.epoch)
+        self.buffer.replay.commit_step(step, step + 1, [group.id for group in groups], self.fencing_token)
         fresh = [t for group in groups for t in group.trajectories]
         return {
             "loss": loss,
@@ -139,7 +139,7 @@ class ReferenceLoop:
         seed = (
             int(np.random.SeedSequence((self.config.seed, request.seq)).generate_state(1)[0]) >> 1
         )
-        sampling: SamplingConfig = self.config.rollout.sampling.model_copy(update={"n": request.n})
+        sampling = RequestSampling.of(self.config.rollout.sampling, request.n)
         engine_input = self.encoder.engine_input(
             self.prompts[request.prompt_id], hinted=lease.hinted
         )

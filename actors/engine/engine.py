@@ -1,7 +1,7 @@
 """One rollout engine: vLLM in this process, n completions per prompt, weights adopted in place.
 
 engine = RolloutEngine(model_path, EngineConfig(), version=0)
-engine.submit("g7", encoder.engine_input(prompt, hinted=False), SamplingConfig(n=4), seed=11)
+engine.submit("g7", encoder.engine_input(prompt, hinted=False), RequestSampling(n=4), seed=11)
 while engine.in_flight:
     for finished in engine.step():
         ...  # finished.completions[i].logprobs: the behaviour policy
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.launch import (
     engine_arguments,
     forbidden_token_ids,
@@ -107,7 +107,7 @@ class RolloutEngine:
         self._engine.collective_rpc("install_rollout_sampler", args=(forbidden,))
         self._engine.set_weight_version(str(version))
         self._prompts = PromptCache(config.prompt_cache_bytes)
-        self._pending: dict[str, SamplingConfig] = {}
+        self._pending: dict[str, RequestSampling] = {}
         self._broken: str | None = None
         self._warned = False
 
@@ -120,7 +120,7 @@ class RolloutEngine:
         self,
         request_id: str,
         engine_input: dict[str, Any],
-        sampling: SamplingConfig,
+        sampling: RequestSampling,
         seed: int | None = None,
     ) -> None:
         """Queue ``PromptEncoder.engine_input``, or what ``prepare`` made of it, for ``sampling.n``
@@ -201,8 +201,8 @@ class RolloutEngine:
 
     @property
     def adopts_in_flight(self) -> bool:
-        """Requests in flight go on when weights change (EngineConfig.adopt_mode)."""
-        return self.config.adopt_mode == "keep"
+        """Requests in flight go on when weights change (EngineConfig.weight_update)."""
+        return self.config.weight_update == "keep"
 
     @property
     def can_adopt(self) -> bool:
@@ -234,7 +234,7 @@ class RolloutEngine:
             raise ModelError(
                 f"policy version {version} refused: {len(self._pending)} requests in flight; step "
                 "until idle, or set "
-                "adopt_mode to keep"
+                "weight_update to keep"
             )
         checked = self._contract.check(weights)
         # Preempt before the caches go: a running request would otherwise look for encoder outputs
@@ -272,7 +272,7 @@ class RolloutEngine:
         self._engine.renderer.shutdown()
         RolloutEngine._occupied = False
 
-    def _parameters(self, sampling: SamplingConfig, seed: int | None) -> Any:
+    def _parameters(self, sampling: RequestSampling, seed: int | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -311,7 +311,7 @@ class RolloutEngine:
             text=self._tokenizer.decode(body.tolist(), skip_special_tokens=False),
         )
 
-    def _warn_truncation(self, sampling: SamplingConfig) -> None:
+    def _warn_truncation(self, sampling: RequestSampling) -> None:
         if (sampling.top_p < 1 or sampling.top_k > 0) and not sampling.greedy and not self._warned:
             self._warned = True
             log.warning(

@@ -89,7 +89,7 @@ def engine_arguments(
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "seed": config.seed,
+        "seed": 0,  # every request brings its own
         "generation_config": "vllm",  # sampling is ours alone, never the folder's defaults
         "logprobs_mode": "raw_logprobs",  # RolloutSampler decides what that means
         "async_scheduling": False,  # tokens of a step come from the weights of that step

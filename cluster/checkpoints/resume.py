@@ -26,6 +26,7 @@ from avatar_rl.cluster.telemetry.run_folder import (
     read_status,
 )
 from avatar_rl.cluster.telemetry.sinks import Sink
+from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
 
 #: When a run ends.
@@ -79,7 +80,6 @@ HARMLESS = (
     "buffer.timeout_s",
     "buffer.memory_limit",
     "buffer.appendfsync",
-    "buffer.lease_s",
 )
 
 
@@ -137,7 +137,8 @@ def find_run(parent: Path, wanted: str, name: str) -> Path | None:
 
 
 def saved_config(run: Path) -> dict[str, Any]:
-    """config.yaml of a run folder. Raises DataError when it is missing or no mapping."""
+    """config.yaml of a run folder, under today's keys. Raises DataError when it is missing or no
+    mapping."""
     file = run / "config.yaml"
     try:
         found = yaml.safe_load(file.read_text())
@@ -147,7 +148,7 @@ def saved_config(run: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise DataError(f"{file} is not a recipe: restore it, or start a new run")
-    return found
+    return current_keys(RunConfig, found, recorded=True)
 
 
 def reusable_config(run: Path) -> dict[str, Any]:

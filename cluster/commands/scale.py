@@ -31,16 +31,14 @@ def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
         state = "lost" if status.lost else status.state
         raise ConfigError(f"run {status.run_id} is {state}: only a run under way can be scaled")
     settings = yaml.safe_load(recipe.read_text())
-    rollout = RolloutSection.model_validate(settings["rollout"])
+    rollout = RolloutSection.recorded(settings["rollout"])
     if rollout.bounded(workers) != workers:
         most = "any number" if rollout.max_workers is None else str(rollout.max_workers)
         raise ConfigError(
             f"run {status.run_id} allows {rollout.min_workers} to {most} rollout workers, not "
             f"{workers}"
         )
-    config = BufferConfig.model_validate(
-        settings["buffer"] | {"url": None, "reconnect_s": RECONNECT_S}
-    )
+    config = BufferConfig.recorded(settings["buffer"] | {"url": None, "reconnect_s": RECONNECT_S})
     where = url or settings["buffer"]["url"] or running_server(folder)
     if where is None:
         raise ConfigError(f"{folder} names no Redis: give the run's with --url")

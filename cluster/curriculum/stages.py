@@ -12,10 +12,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from avatar_rl.cluster.checkpoints.resume import HARMLESS, UNTIL
-from avatar_rl.cluster.config import RunConfig, Section
+from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets, key, model_digest
-from avatar_rl.cluster.recipe.load import check, explain, overridden
+from avatar_rl.cluster.recipe.load import check, explain, overridden, renamed
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.prompts.selection import SelectionConfig
 
@@ -119,6 +120,7 @@ def resolve(
     common = {
         name: value for name, value in raw.items() if name not in ("stages", "modality_check")
     }
+    common = renamed(common, source)
     if common.get("preset"):
         common = merge(preset(str(common["preset"])), common)
     entries = [_entry(item, number, source) for number, item in enumerate(_listed(raw, source))]
@@ -144,7 +146,7 @@ def resolve(
     stages = []
     for entry in entries:
         config = check(
-            _stage_raw(common, entry, overrides, preset_name),
+            _stage_raw(common, entry, overrides, preset_name, source),
             source=f"{source}, stage {entry.name}",
         )
         if entry.kind == "sft" and config.cold_start is None:
@@ -171,11 +173,12 @@ def _stage_raw(
     entry: StageConfig,
     overrides: Sequence[tuple[str, str]],
     preset_name: str | None,
+    source: str,
 ) -> Overlay:
     raw = (
         merge(common, {**preset(entry.preset), "preset": entry.preset}) if entry.preset else common
     )
-    raw = merge(raw, entry.overrides)
+    raw = merge(raw, renamed(entry.overrides, f"{source}, stage {entry.name}"))
     given = entry.model_dump(mode="json", exclude_unset=True)
     raw = merge(raw, {"data": {"select": given["select"]}} if "select" in given else {})
     loop = {"steps": entry.steps, "target_accuracy": entry.target_accuracy}

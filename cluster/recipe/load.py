@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.common.config import current_keys, subsection
 from avatar_rl.common.errors import ConfigError
 
 
@@ -39,11 +40,20 @@ def resolve_recipe(
     source: str,
 ) -> RunConfig:
     """``load_recipe`` for a mapping that was read."""
+    raw = renamed(raw, source)
     if raw.get("preset"):
         raw = merge(preset(str(raw["preset"])), raw)
     if preset_name:
         raw = merge(raw, {**preset(preset_name), "preset": preset_name})
     return check(overridden(raw, overrides), source=source)
+
+
+def find_recipe(path: Path) -> Path:
+    """``path``, or the recipe of the package that a `recipes/...` means where no such file is here;
+    an installed package carries its recipes along."""
+    packaged = Path(__file__).parents[2] / path
+    is_named = not path.is_absolute() and path.parts[:1] == ("recipes",)
+    return packaged if is_named and not path.exists() and packaged.is_file() else path
 
 
 def read_recipe(path: Path) -> Overlay:
@@ -75,6 +85,14 @@ def check(raw: Overlay, *, source: str) -> RunConfig:
     except ValidationError as error:
         lines = [explain(item) for item in error.errors()]
         raise ConfigError(f"recipe {source}:\n  " + "\n  ".join(lines)) from error
+
+
+def renamed(raw: Overlay, source: str) -> Overlay:
+    """``raw`` under today's keys. Raises ConfigError for keys that are gone, with what to do."""
+    try:
+        return current_keys(RunConfig, raw)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {source}:\n  {error}") from error
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -110,8 +128,8 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
         except yaml.YAMLError as error:
             raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
         if value == {}:
-            raw = merge(raw, _nested(key, None))
-        raw = merge(raw, _nested(key, value))
+            raw = merge(raw, current_keys(RunConfig, _nested(key, None)))
+        raw = merge(raw, current_keys(RunConfig, _nested(key, value)))
     return raw
 
 
@@ -141,18 +159,7 @@ def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
 
 def _fields(parents: Sequence[Any], root: type[BaseModel]) -> list[str]:
     """Field names of the section at ``parents``, following optional sections."""
-    section: Any = root
+    section: type[BaseModel] | None = root
     for part in parents:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(
-            (
-                option
-                for option in options
-                if isinstance(option, type) and issubclass(option, BaseModel)
-            ),
-            None,
-        )
-        if section is None:
-            return []
-    return list(section.model_fields)
+        section = subsection(section, str(part)) if section is not None else None
+    return list(section.model_fields) if section is not None else []

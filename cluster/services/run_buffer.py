@@ -47,7 +47,7 @@ def open_buffer(
     recipe, data = folder / "config.yaml", folder / "redis"
     if not recipe.is_file():
         raise ConfigError(f"{folder} is not a run folder: give one of `avatar runs`, or --url")
-    config = BufferConfig.model_validate(yaml.safe_load(recipe.read_text())["buffer"])
+    config = BufferConfig.recorded(yaml.safe_load(recipe.read_text())["buffer"])
     if config.url is not None:
         with (
             nullcontext() if under_way else _held(folder),

@@ -140,7 +140,7 @@ class LearnerGroup:
             raise StateLostError(
                 f"the learner died in step {step} and its state of version {version} is held by "
                 "nobody: it is larger "
-                "than checkpoint.hold_bytes, or its keeper died too"
+                "than checkpoint.replica_bytes, or its keeper died too"
             )
         self.await_ready(self.start())
         if version:

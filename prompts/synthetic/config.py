@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from avatar_rl.common.config import Section
 
 
 class Category(StrEnum):
@@ -46,10 +48,8 @@ def _everywhere(value: float) -> dict[Category, float]:
     return dict.fromkeys(Category, value)
 
 
-class WorldConfig(BaseModel):
+class WorldConfig(Section):
     """One synthetic world; equal configs give equal bytes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = Field(0, ge=0, description="Seed of every scene, question and noise sample.")
     n_train: int = Field(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
 from avatar_rl.common.errors import DataError, ModelError, ResourceError
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
@@ -30,7 +30,7 @@ from tests.tiny_models import (
 
 CONFIG = EngineConfig(device="cpu", max_model_len=512, max_num_seqs=32)
 TOLERANCE = 1e-4
-GREEDY = SamplingConfig(temperature=0, max_tokens=24)
+GREEDY = RequestSampling(temperature=0, max_tokens=24)
 
 
 class Stage:
@@ -64,14 +64,14 @@ class Stage:
             fresh.step()
         self.engine = RolloutEngine(self.folders[0], CONFIG)
 
-    def submit(self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0) -> None:
+    def submit(self, engine: RolloutEngine, sampling: RequestSampling, seed: int = 0) -> None:
         for number, prompt in enumerate(self.prompts):
             engine.submit(
                 prompt.id, self.encoder.engine_input(prompt, False), sampling, seed=seed + number
             )
 
     def run(
-        self, engine: RolloutEngine, sampling: SamplingConfig, seed: int = 0
+        self, engine: RolloutEngine, sampling: RequestSampling, seed: int = 0
     ) -> dict[str, FinishedRequest]:
         self.submit(engine, sampling, seed)
         return drain(engine)
@@ -151,7 +151,7 @@ def test_adopted_weights_decode_like_a_fresh_engine_on_the_exported_checkpoint(
 
 
 def test_requests_in_flight_go_on_with_exactly_the_new_policy(stage: Stage) -> None:
-    stage.submit(stage.engine, SamplingConfig(n=4, max_tokens=40, ignore_eos=True))
+    stage.submit(stage.engine, RequestSampling(n=4, max_tokens=40, ignore_eos=True))
     for _ in range(30):
         assert stage.engine.step() == []
     old = stage.engine.version
@@ -179,7 +179,7 @@ def test_media_covered_by_the_prefix_cache_are_encoded_again(stage: Stage) -> No
     """vLLM strips media whose prefix blocks an earlier request filled; the adoption empties those
     blocks."""
     prompt = next(prompt for prompt in stage.prompts if prompt.id == "covered")
-    sampling = SamplingConfig(n=2, max_tokens=40, ignore_eos=True)
+    sampling = RequestSampling(n=2, max_tokens=40, ignore_eos=True)
     for number, name in enumerate(("first", "second")):
         stage.engine.submit(name, stage.encoder.engine_input(prompt, False), sampling, seed=number)
         for _ in range(8):
@@ -197,7 +197,7 @@ def test_media_covered_by_the_prefix_cache_are_encoded_again(stage: Stage) -> No
 
 def test_a_request_that_ended_in_part_before_adoption_tells_both_versions(stage: Stage) -> None:
     prompt = stage.prompts[0]
-    sampling = SamplingConfig(n=8, max_tokens=60)  # random weights end turns at random places
+    sampling = RequestSampling(n=8, max_tokens=60)  # random weights end turns at random places
     stage.engine.submit("mixed", stage.encoder.engine_input(prompt, False), sampling, seed=1)
     for _ in range(30):
         stage.engine.step()
@@ -216,7 +216,7 @@ def test_drain_mode_refuses_while_requests_are_in_flight(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = stage.engine
-    monkeypatch.setattr(engine, "config", CONFIG.model_copy(update={"adopt_mode": "drain"}))
+    monkeypatch.setattr(engine, "config", CONFIG.model_copy(update={"weight_update": "drain"}))
     version = engine.version
     stage.submit(engine, GREEDY)
     assert not engine.can_adopt
@@ -264,7 +264,7 @@ def test_versions_only_grow(stage: Stage) -> None:
 
 
 def test_seeds_reproduce_whatever_else_is_in_flight(stage: Stage) -> None:
-    sampling = SamplingConfig(n=4, max_tokens=24)
+    sampling = RequestSampling(n=4, max_tokens=24)
     together = tokens(stage.run(stage.engine, sampling, seed=7))
     assert tokens(stage.run(stage.engine, sampling, seed=7)) == together
     alone = {}
@@ -285,7 +285,7 @@ def test_seeds_reproduce_whatever_else_is_in_flight(stage: Stage) -> None:
 def test_only_tokens_fit_for_a_completion_are_sampled(stage: Stage) -> None:
     tokenizer = stage.encoder.tokenizer
     special = set(tokenizer.all_special_ids)
-    sampling = SamplingConfig(n=8, temperature=2.0, max_tokens=60)  # far from greedy over 512 rows
+    sampling = RequestSampling(n=8, temperature=2.0, max_tokens=60)  # far from greedy over 512 rows
     for done in stage.run(stage.engine, sampling).values():
         for part in done.completions:
             body = part.token_ids[:-1] if part.finish_reason == "stop" else part.token_ids
@@ -296,7 +296,7 @@ def test_only_tokens_fit_for_a_completion_are_sampled(stage: Stage) -> None:
 
 
 def test_abort_drops_what_it_names_and_leaves_the_rest(stage: Stage) -> None:
-    stage.submit(stage.engine, SamplingConfig(n=2, max_tokens=30))
+    stage.submit(stage.engine, RequestSampling(n=2, max_tokens=30))
     stage.engine.step()
     assert stage.engine.abort(["image", "unknown"]) == ["image"]
     assert drain(stage.engine).keys() == {prompt.id for prompt in stage.prompts} - {"image"}
@@ -332,7 +332,7 @@ def test_prompts_prepared_in_another_thread_give_the_same_completions(stage: Sta
     expected = tokens(stage.run(stage.engine, GREEDY))
     inputs = {prompt.id: stage.encoder.engine_input(prompt, False) for prompt in stage.prompts}
     stage.engine._prompts._entries.clear()
-    stage.submit(stage.engine, SamplingConfig(n=4, max_tokens=60))
+    stage.submit(stage.engine, RequestSampling(n=4, max_tokens=60))
     with ThreadPoolExecutor(1) as pool:
         ahead = {name: pool.submit(stage.engine.prepare, value) for name, value in inputs.items()}
         drain(stage.engine)
@@ -347,7 +347,7 @@ def test_bad_requests_are_refused_and_others_go_on(stage: Stage) -> None:
     with pytest.raises(DataError, match="already in flight"):
         stage.engine.submit(good.id, stage.encoder.engine_input(good, False), GREEDY)
     with pytest.raises(DataError, match="max_model_len"):
-        stage.engine.submit("long", {"prompt_token_ids": [1] * 500}, SamplingConfig(max_tokens=24))
+        stage.engine.submit("long", {"prompt_token_ids": [1] * 500}, RequestSampling(max_tokens=24))
     with pytest.raises(DataError, match="empty"):
         stage.engine.submit("empty", {"prompt_token_ids": []}, GREEDY)
     several = make_prompt(stage.loader, "several", [image(seed) for seed in range(40, 49)])
@@ -359,7 +359,7 @@ def test_bad_requests_are_refused_and_others_go_on(stage: Stage) -> None:
 
 def test_impossible_settings_are_refused(tmp_path: Path, stage: Stage) -> None:
     with pytest.raises(ValueError, match="equal completions"):
-        SamplingConfig(temperature=0, n=4)
+        RequestSampling(temperature=0, n=4)
     with pytest.raises(ModelError, match=r"no config\.json"):
         RolloutEngine(tmp_path, CONFIG)
     with pytest.raises(ResourceError, match="already runs"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
@@ -43,7 +43,7 @@ class Setting:
         )
 
     def run(
-        self, prompts: list[Prompt], sampling: SamplingConfig, *, hinted: bool = False
+        self, prompts: list[Prompt], sampling: RequestSampling, *, hinted: bool = False
     ) -> list[FinishedRequest]:
         for seed, prompt in enumerate(prompts):
             self.engine.submit(
@@ -128,7 +128,7 @@ def test_engine_logprobs_equal_a_full_transformers_forward(
     setting: Setting, temperature: float
 ) -> None:
     prompts = cases(setting)
-    sampling = SamplingConfig(n=2, temperature=temperature, max_tokens=24)
+    sampling = RequestSampling(n=2, temperature=temperature, max_tokens=24)
     gaps = {
         prompt.id: setting.gap(prompt, done, temperature)
         for prompt, done in zip(prompts, setting.run(prompts, sampling), strict=True)
@@ -148,7 +148,7 @@ def test_system_options_instruction_and_hint_reach_both_sides(setting: Setting) 
     )
     plain, hinted = setting.encoder.encode(prompt, False), setting.encoder.encode(prompt, True)
     assert len(hinted.input_ids) > len(plain.input_ids)
-    [done] = setting.run([prompt], SamplingConfig(max_tokens=8), hinted=True)
+    [done] = setting.run([prompt], RequestSampling(max_tokens=8), hinted=True)
     assert setting.gap(prompt, done, hinted=True) <= TOLERANCE
 
 
@@ -156,5 +156,5 @@ def test_logprobs_are_those_of_the_whole_distribution_when_top_k_truncates(
     setting: Setting,
 ) -> None:
     prompt = make_prompt(setting.loader, "text", [])
-    [done] = setting.run([prompt], SamplingConfig(n=2, top_k=3, max_tokens=24))
+    [done] = setting.run([prompt], RequestSampling(n=2, top_k=3, max_tokens=24))
     assert setting.gap(prompt, done) <= TOLERANCE

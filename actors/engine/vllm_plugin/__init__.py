@@ -23,7 +23,7 @@ def register() -> bool:
         log.warning(
             "vLLM %s: the corrections were checked on %s* only and are off; keep "
             "use_audio_in_video off and set "
-            "adopt_mode to drain",
+            "weight_update to drain",
             vllm.__version__,
             CHECKED[0],
         )
