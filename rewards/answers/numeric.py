@@ -23,8 +23,11 @@ _FRAC = re.compile(
 _UNIT_POWER = re.compile(
     r"(?<![a-z])([kcdmµμ]?m|m?s|ft|in|yd|mi|px)(\}?)\s*\^(?:-?[1-9]|\{\s*-?[1-9]\s*\})"
 )
+#: No letter or digit before; Chinese, Japanese and Korean words stand right beside a number.
+_APART = r"(?<![^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])(?<!\.)"
 _NUMBER = re.compile(
-    r"(?<![\w.])([-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))"
+    rf"{_APART}"
+    r"([-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))"
     rf"(?:\.\d+)?(?:e[-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?){_SCALE}"
 )
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -52,7 +55,93 @@ _ALTERED = re.compile(
     r"|\0\s*(?:[-+*/×÷·⋅x]|\\times|\\cdot|\\div|point)\s*[\0\d]"
     r"|\b(?:minus|negative)\s+\0|\0[\s-]+(?:half|halves|thirds?|and\s+a\s+(?:half|quarter))\b"
     rf"|\b(?:{'|'.join(_SCALES)})\b"
+    # 1m30s, 2h15: a second number glued to the first one's unit; m2 and cm3 are units
+    r"|\0(?!(?:[kcdmµμ]?m|ft|in|yd|mi|px)[23](?![a-z\d]))[a-zµμ]{1,4}\d"
 )
+
+# -- numbers written with a scale: 3 \\times 10^8, 5{,}000, 5k, 3万 ---------------------------------
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x2013: "-"}
+_SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[_'’])(?=\d{3}(?!\d))")
+_INDIAN = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
+_POWER_OF_TEN = (
+    r"10\s*(?:(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,3})\s*\}|\(\s*([-+]?\d{1,3})\s*\)|([-+]?\d{1,3}))"
+    r"|([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3}))(?!\d|\.\d)"
+)
+_SCIENTIFIC = re.compile(
+    rf"(?<![\w.,/^])([-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+)\s*(?:\\times|\\cdot|[×·⋅*xX])\s*{_POWER_OF_TEN}"
+)
+_BARE_POWER = re.compile(rf"(?<![\w.,^])([-+]?){_POWER_OF_TEN}")
+#: Exponent of ten of a scale behind the digits. 5M is a million and 5m are metres, so case counts in
+#: the first row; the second row's words may stand after a space; the third's need no word boundary.
+_ATTACHED = {"k": 3, "K": 3, "M": 6, "B": 9}
+_WORDS = {
+    **dict.fromkeys(("mille", "tausend", "тысяча", "тысячи", "тысяч", "тыс"), 3),
+    **dict.fromkeys(("nghìn", "ngàn", "ribu", "हज़ार", "हजार"), 3),
+    **dict.fromkeys(("lakh", "lakhs", "lac", "lacs", "लाख"), 5),
+    **dict.fromkeys(("mn", "mln", "mio", "millón", "millones", "milhão", "milhões"), 6),
+    **dict.fromkeys(("milione", "milioni", "millionen", "milyon", "juta", "triệu"), 6),
+    **dict.fromkeys(("млн", "миллион", "миллиона", "миллионов"), 6),
+    **dict.fromkeys(("crore", "crores", "करोड़"), 7),
+    **dict.fromkeys(("bn", "bln", "mrd", "milliard", "milliards", "milliarde", "milliarden"), 9),
+    **dict.fromkeys(("milyar", "miliar", "tỷ", "млрд", "миллиард", "миллиарда", "миллиардов"), 9),
+    **dict.fromkeys(("tn", "trn"), 12),
+}
+_EAST_ASIAN = {
+    **dict.fromkeys(("百", "백"), 2),
+    **dict.fromkeys(("千", "仟", "천"), 3),
+    **dict.fromkeys(("万", "萬", "만"), 4),
+    **dict.fromkeys(("百万", "百萬", "백만"), 6),
+    **dict.fromkeys(("千万", "千萬", "천만"), 7),
+    **dict.fromkeys(("亿", "億", "억"), 8),
+    **dict.fromkeys(("十亿", "十億", "십억"), 9),
+    **dict.fromkeys(("兆", "조"), 12),
+}
+_EXPONENTS = _ATTACHED | _WORDS | _EAST_ASIAN
+
+
+def _either(names: dict[str, int]) -> str:
+    return "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+
+
+_SUFFIX = (
+    rf"((?:{_either(_ATTACHED)})(?!\w)|\s?(?i:{_either(_WORDS)})(?!\w)"
+    rf"|\s?(?:{_either(_EAST_ASIAN)})(?![\d〇一二三四五六七八九十百千万萬亿億만억조]))"
+)
+_SCALED = re.compile(rf"{_APART}(?<![/,^])([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)){_SUFFIX}")
+_MONEY = re.compile(r"([$€£]\s?\d[\d,]*(?:\.\d+)?)m(?!\w)")
+#: A scale that is left, or one that could be a unit as well: the digits alone would be a guess.
+_UNCLEAR = re.compile(
+    rf"(?<=\d)(?:{_SUFFIX}|\s?(?:{_either(_EAST_ASIAN)})|T(?!\w)|\s[MB](?!\w)|\sK(?=\s+[a-z]{{3}})"
+    r"|\s?(?i:mil|cr)(?!\w))"
+)
+_UNREADABLE = "√"  # a formula: see _ALTERED
+
+
+def _written_out(text: str) -> str:
+    """``text`` with its powers of ten and scales as exponents ("3 × 10^8", "5k" -> "3e8", "5e3"),
+    and a mark where a scale is ambiguous."""
+    text = text.translate(_FULL_WIDTH)
+    text = _THOUSANDS.sub(",", text)
+    text = _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
+    text = _SCIENTIFIC.sub(lambda match: f"{match[1]}e{_exponent(match, 2)}", text)
+    text = _BARE_POWER.sub(lambda match: f"{match[1]}1e{_exponent(match, 2)}", text)
+    text = _MONEY.sub(r"\1M", text)
+    text = _SCALED.sub(lambda match: f"{match[1]}e{_scale_exponent(match[2])}", text)
+    return _UNCLEAR.sub(_UNREADABLE, text)
+
+
+def _exponent(match: re.Match[str], first: int) -> int:
+    """Of the four groups that ``_POWER_OF_TEN`` begins at ``first``."""
+    written = next(group for group in match.groups()[first - 1 :] if group is not None)
+    return int(written.translate(_SUPERSCRIPTS))
+
+
+def _scale_exponent(suffix: str) -> int:
+    name = suffix.strip()
+    return _EXPONENTS.get(name) or _EXPONENTS[name.lower()]
+
 
 #: Tolerance of the "relative" mode, as a share of the truth.
 RELATIVE_TOLERANCE = 1e-3
@@ -62,10 +151,12 @@ def parse_number(text: str) -> float | None:
     """The one number a text states, or None: none at all, several different ones, a formula, or not
     finite.
 
-    Reads signs, thousands separators (also blanks), exponents, fractions ("3/4", "3\\frac{1}{2}"),
-    "5 million", units around it; "twenty-five", "one hundred" where no digits stand. "\\sqrt{2}",
-    "4\\pi", "2^5", "1.000.000" are None."""
-    plain = _FRAC.sub(_fraction, text.replace("−", "-").replace("–", "-").lower())
+    Reads signs, thousands separators (also blanks, "5{,}000"), exponents, powers of ten
+    ("3 \\times 10^8"), scales ("5k", "1.2M", "3万", "5 lakh", "5 million"), fractions ("3/4",
+    "3\\frac{1}{2}"), units around it; "twenty-five", "one hundred" where no digits stand.
+    "\\sqrt{2}", "4\\pi", "2^5", "1.000.000", "1m30s" are None, as is a scale that could be a
+    unit ("5 M")."""
+    plain = _FRAC.sub(_fraction, _written_out(text).lower())
     plain = _UNIT_POWER.sub(r"\1\2", plain)
     found = {_scaled(_value(match[1]), match[2]) for match in _NUMBER.finditer(plain)}
     rest = _NUMBER.sub("\0", plain)

@@ -11,9 +11,23 @@ from collections.abc import Sequence
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 # Scripts written without spaces: each character is a word, as usual for character error rates.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
-_OCR_WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u0f00-\u0fff"  # Tibetan
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf"  # Tai Le, New Tai Lue, Tai Tham, Tai Viet
+    "\ua980-\ua9df\u1b00-\u1b7f"  # Javanese, Balinese
+    "\u3005-\u3007\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff"  # Kana, Bopomofo, repetition marks
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\ua000-\ua4cf"  # Yi
+)
+#: Vowel signs and accents are part of their word (Hindi, Tamil, Arabic, Hebrew ...), which `\\w`
+#: does not know: every mark of the basic plane.
+_MARKS = "".join(chr(c) for c in range(0x0300, 0x10000) if unicodedata.category(chr(c))[0] == "M")
+_JOINERS = "\u200c\u200d"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}{_JOINERS}])*")
+_OCR_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _EDGE = " \t\r\n.,;:!?\"'`*_()[]{}$“”‘’。，"
 _ARTICLES = ("a ", "an ", "the ")
 

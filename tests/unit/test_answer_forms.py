@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 
 from avatar_rl.prompts.record import ProblemType, Prompt
@@ -194,3 +196,177 @@ def test_numbers_and_signs_can_be_slots() -> None:
         )
         == 0.0
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 \\times 10^8", 3e8),
+        ("$3\\times10^{8}$", 3e8),
+        ("3 × 10⁸", 3e8),
+        ("3*10**8", 3e8),
+        ("1.5 \\cdot 10^{-3} \\text{ m}", 0.0015),
+        ("-10^{3}", -1000.0),
+        ("10⁻³", 1e-3),
+        ("10^3.", 1000.0),
+        ("5{,}000{,}000", 5e6),
+        ("5\\,000", 5000.0),
+        ("1_000", 1000.0),
+        ("5'000", 5000.0),
+        ("1,00,000", 1e5),
+        ("３．５", 3.5),
+        ("5k", 5000.0),
+        ("-5K people", -5000.0),
+        ("1.2M", 1.2e6),
+        ("$5m", 5e6),
+        ("5m", 5.0),
+        ("5m2", 5.0),
+        ("1.5B", 1.5e9),
+        ("$1.5bn", 1.5e9),
+        ("5 mn", 5e6),
+        ("5 lakh", 5e5),
+        ("2.5 crore", 2.5e7),
+        ("5 millones", 5e6),
+        ("5 млн", 5e6),
+        ("约3万", 3e4),
+        ("2亿人", 2e8),
+        ("100만", 1e6),
+        ("300 K", 300.0),
+        ("有5只", 5.0),
+    ],
+)
+def test_a_scale_belongs_to_its_number(text: str, number: float) -> None:
+    assert parse_number(text) == pytest.approx(number, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("5 M", "5 B", "2.5T", "5 mil", "5 K people", "3/4M", "1e3k", "1.5 lakh crore"),
+        *("3万5千", "1億2000万", "1m30s", "1h30", "10^2.5", "10^3^2", "2×3×10^2", "10月5日"),
+    ],
+)
+def test_an_unclear_scale_never_leaves_the_bare_digits(text: str) -> None:
+    assert parse_number(text) is None
+    assert answer_score(ask(ProblemType.NUMERICAL, text), text) == 1.0
+    assert answer_score(ask(ProblemType.NUMERICAL, text), text.strip("MBTKkil ")[:1]) < 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("Therefore, the answer is B.", "So the correct option is (B)", "Final answer: B"),
+        *("**Final Answer**: (B) green ball", "The right answer is B", "My answer is B"),
+        *(
+            "It is B.",
+            "The answer should be B",
+            "Answer - B",
+            "answer=B",
+            "Choose B",
+            "I choose (B).",
+        ),
+        *("the answer is option B: green ball", "The answer's B", "<B>", "{B}", "【B】"),
+        *(
+            "答案是B",
+            "答案：B",
+            "选B",
+            "故选：B。",
+            "正确答案是 B。",
+            "因此，正确答案为B",
+            "B项",
+            "B是正确答案",
+        ),
+        *("正解はB", "正解はBです", "정답은 B입니다", "Ответ: B", "La respuesta es B"),
+        *("La réponse est B", "Die Antwort ist B", "A resposta correta é B"),
+    ],
+)
+def test_the_letter_counts_in_a_closing_sentence(answer: str) -> None:
+    assert choice_letter(answer, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "Therefore, the answer is A or B",
+            "It is not B",
+            "Final answer: A, B",
+            "Choose A, not B",
+        ),
+        *("The answer is not B", "So the answer is A. B is wrong", "I choose both A and B"),
+        *("It is a dog", "It is a", "the answer is Bob", "答案不是B", "不选B", "选A或B", "A、绿色"),
+    ],
+)
+def test_a_sentence_that_hedges_names_no_letter(answer: str) -> None:
+    assert choice_letter(answer, OPTIONS) is None
+
+
+@pytest.mark.parametrize("mark", ["、", "．", "：", ") ", ". ", ": "])
+def test_options_in_chinese_have_letters(mark: str) -> None:
+    options = (f"A{mark}红色", f"B{mark}绿色")
+    for answer in ("B", "绿色", f"B{mark}绿色"):
+        assert choice_letter(answer, options) == "B"
+    assert choice_letter(f"A{mark}绿色", options) is None
+
+
+LABELLED = Prompt(
+    id="p",
+    question="q",
+    answer="A, C",
+    problem_type=ProblemType.MULTI_LABEL,
+    options=("A. dog", "B. cat", "C. bird"),
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("A、C", "A，C", "A；C", "A & C", "A C", "ac", "(A)(C)", "A+C", "[A, C]", "答案是AC"),
+        *("\\boxed{AC}", "$\\boxed{A, C}$", "Options A and C", "- A\n- C", "1. A\n2. C"),
+        *("The correct options are A and C.", "A. dog, C. bird", "dog and bird"),
+    ],
+)
+def test_several_letters_are_read_however_they_are_joined(answer: str) -> None:
+    assert answer_score(LABELLED, answer) == 1.0
+
+
+def test_a_hedge_between_letters_is_no_set_of_them() -> None:
+    assert answer_score(LABELLED, "A or C") == 0.0
+    words = LABELLED.model_copy(update={"options": ("cab", "dog", "bus"), "answer": "cab"})
+    assert answer_score(words, "cab") == 1.0  # the word, not the letters C, A and B
+    assert answer_score(words, "dog") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        *(("dog, cat", a) for a in ("- dog\n- cat", "1. dog\n2. cat", "dog & cat", "• dog\n• cat")),
+        *(("dog, cat", a) for a in ("dog + cat", "dog; cat", "the dog, the cat")),
+        *(("狗,猫", a) for a in ("狗，猫", "狗、猫", "狗和猫", "狗与猫")),
+        ("R&B, C++", "C++, R&B"),
+    ],
+)
+def test_labels_are_read_however_they_are_joined(truth: str, answer: str) -> None:
+    assert answer_score(ask(ProblemType.MULTI_LABEL, truth), answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "read"),
+    [
+        ("สวัสดีครับ", "ส่วัสดีครับ"),
+        ("ສະບາຍດີ", "ສະບາຍດ"),
+        ("ជំរាបសួរ", "ជំរាបសួ"),
+        ("မင်္ဂလာပါ", "မင်္ဂလာပ"),
+        ("你好世界再见朋友", "你好世界再见朋有"),
+    ],
+)
+def test_a_slip_in_a_script_without_spaces_costs_one_character(truth: str, read: str) -> None:
+    assert 0.8 < answer_score(ask(ProblemType.OCR, truth), read) < 1.0
+
+
+@pytest.mark.parametrize("sentence", ["हिन्दी भाषा है", "தமிழ் மொழி", "مَرْحَبًا بِكُم", "ສະບາຍດີ"])
+def test_vowel_signs_belong_to_their_word(sentence: str) -> None:
+    free = ask(ProblemType.FREE_FORM, sentence)
+    assert answer_score(free, sentence) == 1.0
+    bare = "".join(c for c in sentence if unicodedata.category(c)[0] != "M")
+    assert answer_score(free, bare) < 1.0
