@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pickle import PickleBuffer
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_intdigest as _checksum
 
+from avatar_rl.buffer_service.weights.store import Manifest, WeightMessage
 from avatar_rl.common.errors import ModelError
 
-#: Shape of every tensor and its type as torch names it without the prefix ("bfloat16").
-Manifest = dict[str, tuple[tuple[int, ...], str]]
-#: A version as it travels: (version, manifest, checksum, block). The block holds the bytes of all
-#: tensors in the manifest's order, each from a multiple of ``ALIGN`` on; the checksum is XXH3 of
-#: it, 64 bits: against damage, not against malice, and as fast as memory. One bare buffer, which
-#: Ray copies once: hundreds of objects took longer than 10 MB of weights.
-WeightMessage = tuple[int, Manifest, int, Any]
-
-ALIGN = 64
+ALIGN = 64  # bytes: a tensor of any type may begin there
 
 DTYPES = {
     str(kind).removeprefix("torch."): kind
@@ -54,14 +46,15 @@ class WeightBlock:
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies and casts ``weights``, the same as ever and from any device, over what was
-        here."""
+        """Copies and casts ``weights``, of the same names and shapes and from any device, over what
+        was here."""
         torch._foreach_copy_(self._places, [weights[name] for name in self._manifest])
 
     def message(self, version: int) -> WeightMessage:
-        """What is here as ``version``, ready to travel. Nothing is copied: fill it again once
-        nobody reads it."""
-        return version, self._manifest, _checksum(self._data.data), PickleBuffer(self._data.data)
+        """What is here as ``version``, ready to travel. Nothing is copied: fill the block again
+        only when nobody reads the message any more."""
+        block = self._data.data
+        return WeightMessage(version, self._manifest, _checksum(block), PickleBuffer(block))
 
     @property
     def nbytes(self) -> int:
@@ -78,20 +71,18 @@ def pack_weights(version: int, weights: Mapping[str, Tensor]) -> WeightMessage:
 def unpack_weights(message: WeightMessage) -> dict[str, Tensor]:
     """The tensors of a message, verified; views of its memory. Raises ModelError for truncated or
     altered bytes."""
-    _, manifest, checksum, data = message
-    block = np.frombuffer(data, np.uint8)
-    offsets, size = _layout(manifest)
+    block = np.frombuffer(memoryview(message.block), np.uint8)
+    offsets, size = _layout(message.manifest)
     if size != len(block):
         raise ModelError(
             f"published weights are partial: {len(block)} bytes, {size} by their manifest"
         )
-    if _checksum(block.data) != checksum:
+    if _checksum(block.data) != message.checksum:
         raise ModelError("published weights are corrupt (checksum differs): the version is refused")
-    with (
-        warnings.catch_warnings()
-    ):  # the store's pages are read-only; nobody writes to these tensors
+    with warnings.catch_warnings():
+        # The object store's pages are read-only, of which torch warns; nobody writes to them.
         warnings.simplefilter("ignore", UserWarning)
-        return _views(manifest, offsets, block)
+        return _views(message.manifest, offsets, block)
 
 
 def _layout(manifest: Manifest) -> tuple[list[int], int]:

@@ -1,5 +1,5 @@
-"""Weights on their way in: fetched from the weight store, and what they must look like before they
-touch a running engine."""
+"""Weights in: fetched from the weight store, verified, and checked before they touch a running
+engine."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.buffer_service.weights.block import WeightMessage, unpack_weights
+from avatar_rl.buffer_service.weights.block import unpack_weights
+from avatar_rl.buffer_service.weights.store import MessageRef, WeightMessage
 from avatar_rl.common.errors import ModelError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 0.2  # one look for something new, ended as soon as there is
+WAIT_S = 0.2  # longest wait for a new version before the caller is asked whether to continue
 ASK_S = 1.0  # between questions to the weight store while what it offered does not come
 GONE_S = 0.05  # until the weight store knows of a death, too
-COMMIT_S = (
-    5.0  # from a version's publication to its commit; far less than a learner needs to start anew
-)
+#: From a version's publication to its commit; far less than a learner needs to restart.
+COMMIT_S = 5.0
 COMMIT_POLL_S = 0.02
 RETRY_S = 0.5  # after a version that cannot be used; it may be published again
 MAX_REFUSED = 3  # in a row
@@ -33,27 +36,29 @@ UNUSED = ("talker.", "token2wav.", "code2wav.")
 
 
 class WeightReceiver:
-    """Fetches published versions for one engine and proves them. ``refused`` counts those it would
-    not hand on."""
+    """Fetches published versions for one engine and verifies them. ``refused`` counts those that
+    were damaged."""
 
-    def __init__(self, weight_store: Any, version: int) -> None:
+    def __init__(self, weight_store: ActorHandle, version: int) -> None:
         self.weight_store, self.version = weight_store, version
         self.refused = self.committed = 0
         self._in_a_row = 0
-        self._offered: list[Any] | None = None  # by the weight store, and not there yet
+        self._offered: MessageRef | None = None  # by the weight store, and not there yet
         self._asked = 0.0
 
     def updates(
-        self, buffer: ReplayBuffer, go_on: Callable[[], bool]
+        self, buffer: ReplayBuffer, running: Callable[[], bool]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Committed versions and their tensors, fetched and verified meanwhile; ends once ``go_on``
-        is false."""
-        while go_on():
+        """Committed versions and their verified tensors; ends once ``running`` is false.
+
+        A version is fetched and verified while its commit is still to come.
+        """
+        while running():
             before = self.version
             update = self.fetch(buffer)
             if update is None:
                 continue
-            if self.committed >= update[0] or _committed(buffer, update[0], go_on):
+            if self.committed >= update[0] or _committed(buffer, update[0], running):
                 yield update
                 del update  # or the store would hold it until the next one has come
             else:
@@ -61,9 +66,11 @@ class WeightReceiver:
 
     def fetch(self, buffer: ReplayBuffer | None = None) -> tuple[int, dict[str, Tensor]] | None:
         """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the
-        object store. It need not be committed yet; ``buffer`` is asked meanwhile what is
-        (``committed``). None when there is none, or when it is damaged or lost with its node; then
-        it is asked for again, since a restarted learner publishes it anew.
+        object store.
+
+        It need not be committed yet; ``buffer`` is asked meanwhile what is (``committed``). None
+        when there is none, or when it is damaged or lost with its node. Then the next call asks for
+        it again, since a restarted learner publishes it again.
 
         Raises ModelError when ``MAX_REFUSED`` attempts in a row found nothing usable.
         """
@@ -73,18 +80,18 @@ class WeightReceiver:
             message = self._await()
             if message is None:
                 return None
-            version = message[0]
-            if version <= self.version:  # put out anew for a weight store that had lost it
+            version = message.version
+            if version <= self.version:  # offered again to a weight store that had lost it
                 return None
             weights: dict[str, Tensor] = {}
 
-            def prove() -> None:
+            def verify() -> None:
                 weights.update(unpack_weights(message))
 
             if buffer is None:
-                prove()
+                verify()
             else:
-                self.committed = buffer.replay.version(meanwhile=prove)
+                self.committed = buffer.replay.version(meanwhile=verify)
         except (
             ray.exceptions.RayActorError,
             ray.exceptions.RayTaskError,
@@ -107,17 +114,15 @@ class WeightReceiver:
         return version, weights
 
     def _await(self) -> WeightMessage | None:
-        """A version that was offered, waited for up to ``WAIT_S``; one that is there already, until
-        it has come.
+        """A version that was offered, waited for up to ``WAIT_S``; one that is already published,
+        until it has come over from its node.
 
-        One that is still to come is waited for again; from time to time the weight store is asked
-        whether it still will."""
+        The next call waits again for one that is still to be published. Every ``ASK_S`` the weight
+        store is asked whether it still will be."""
         import ray
 
-        offered, self._offered = (
-            self._offered,
-            None,
-        )  # whatever comes of it is final, but that it is not there yet
+        # Every outcome of the wait is final, except that the version is not there yet.
+        offered, self._offered = self._offered, None
         if offered is None or time.monotonic() - self._asked > ASK_S:
             offered = ray.get(self.weight_store.newer.remote(self.version, WAIT_S))
             self._asked = time.monotonic()
@@ -133,12 +138,11 @@ class WeightReceiver:
             return None
 
 
-def _committed(buffer: ReplayBuffer, version: int, go_on: Callable[[], bool]) -> bool:
-    """Whether a published version counts, which it does already or within milliseconds unless its
-    learner failed."""
+def _committed(buffer: ReplayBuffer, version: int, running: Callable[[], bool]) -> bool:
+    """Whether a published version is committed: within milliseconds, unless its learner failed."""
     deadline, poll_s = time.monotonic() + COMMIT_S, COMMIT_POLL_S / 64
     while buffer.replay.version() < version:
-        if time.monotonic() > deadline or not go_on():
+        if time.monotonic() > deadline or not running():
             return False
         time.sleep(poll_s)
         poll_s = min(2 * poll_s, COMMIT_POLL_S)

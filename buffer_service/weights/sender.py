@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from avatar_rl.buffer_service.weights.block import DTYPES, WeightBlock, WeightMessage
+from avatar_rl.buffer_service.weights.block import DTYPES, WeightBlock
+from avatar_rl.buffer_service.weights.store import HandOver, WeightMessage
 from avatar_rl.common.errors import ModelError
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 TAKE_S = 600.0  # one copy within a machine; this long only when the object store has to spill
-# a weight store that has not taken a version by then may be a new one, which follows nobody yet
+#: A weight store that has not taken a version by then may be a new one, which follows nobody yet.
 ASK_S = 5.0
 
 
@@ -22,53 +26,54 @@ class Outbox:
     to the weight store.
 
     The actor needs one thread (max_concurrency) more than calls that may publish at once: the
-    standing call waits in it, and copies the tensors into the object store while the learner goes
-    on."""
+    standing call waits in it, and copies the tensors into the object store while the learner
+    continues."""
 
-    def __init__(self, weight_store: Any) -> None:
+    def __init__(self, weight_store: ActorHandle) -> None:
         self.weight_store = weight_store
         self._changed = threading.Condition()
-        self._put_out: WeightMessage | None = None
-        self._serial = self._taken = (
-            0  # of what was put out last, and of what the weight store has last
-        )
-        # the standing call is the newest one: a new weight store may ask while its predecessor's
-        # still waits
+        self._offered: WeightMessage | None = None
+        self._serial = 0  # number of the last message that was put
+        self._taken = 0  # number of the last message that the weight store has
+        # The standing call is the newest one: a new weight store may ask while that of its
+        # predecessor still waits.
         self._call = 0
         self._followed = False
 
     def await_taken(self) -> None:
-        """Returns once the weight store has what was put out last, at once where nothing was.
+        """Returns once the weight store has the last message, at once where there was none.
 
         Raises ModelError when it does not take it.
         """
         deadline = time.monotonic() + TAKE_S
         while not self._await_taken(ASK_S):
             if time.monotonic() > deadline:
-                version = self._put_out[0] if self._put_out else 0
+                version = self._offered.version if self._offered else 0
                 raise ModelError(
                     f"the weight store did not take version {version} within {TAKE_S:g} s"
                 )
             self._ask_to_follow()
 
     def put(self, message: WeightMessage) -> None:
-        """Let the weight store have ``message``, after ``await_taken``. It takes it meanwhile, so
-        leave its memory alone until the one after it was taken: a new weight store may ask for this
-        one again."""
+        """Offer ``message`` to the weight store, after ``await_taken``.
+
+        It is taken while the caller continues. Leave its memory alone until the message after it
+        was taken: a new weight store may ask for this one again.
+        """
         with self._changed:
-            self._put_out = message
+            self._offered = message
             self._serial += 1
             self._changed.notify_all()
         if not self._followed:
             self._ask_to_follow()
 
     def put_again(self) -> int:
-        """Let a weight store that knows nothing have what was put out last; its version, 0 where
-        there is none."""
-        if self._put_out is None:
+        """Offer the last message to a weight store that was restarted; its version, 0 where there
+        is none."""
+        if self._offered is None:
             return 0
         self._ask_to_follow()
-        return self._put_out[0]
+        return self._offered.version
 
     def _ask_to_follow(self) -> None:
         import ray
@@ -80,18 +85,18 @@ class Outbox:
         with self._changed:
             return self._changed.wait_for(lambda: self._taken >= self._serial, wait_s)
 
-    def hand_over(self, taken: int) -> tuple[WeightMessage, tuple[int, int]]:
-        """The weight store's standing call: it has what was put out as number ``taken``; returns
-        (message, (number, version)) once there is more. Raises ModelError when another weight store
-        has asked meanwhile."""
+    def hand_over(self, taken: int) -> HandOver:
+        """The weight store's standing call: it has message number ``taken``, and this returns the
+        next one as soon as there is one. Raises ModelError when another weight store has asked
+        meanwhile."""
         with self._changed:
             self._call += 1
             call, self._taken = self._call, taken
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._serial > taken or self._call != call)
-            if self._call != call or self._put_out is None:
+            if self._call != call or self._offered is None:
                 raise ModelError("another weight store took over")
-            return self._put_out, (self._serial, self._put_out[0])
+            return self._offered, (self._serial, self._offered.version)
 
 
 class WeightSender:
@@ -105,8 +110,7 @@ class WeightSender:
         self.names = names
         self.outbox = outbox
         self.dtype = DTYPES[dtype]
-        #: The one the weight store may still be reading, or be asked to read again, and the one to
-        #: write to.
+        # Two: one to write to, and one that the weight store may still read, or read again.
         self._blocks: list[WeightBlock] = []
         self._turn = threading.Lock()
 
@@ -118,7 +122,7 @@ class WeightSender:
         }
 
     def publish(self, version: int, weights: Mapping[str, Tensor]) -> int:
-        """Put ``version`` out for the weight store and return its bytes. ``weights`` may be the
+        """Offer ``version`` to the weight store and return its bytes. ``weights`` may be the
         parameters themselves: they are copied here, and may change as soon as this returns.
 
         Raises ModelError when the weight store does not take the version before.
@@ -132,7 +136,7 @@ class WeightSender:
         return block.nbytes
 
     def put_again(self) -> int:
-        """Let a weight store that lost it have the last published version; its number, 0 where
+        """Offer the last published version to a weight store that lost it; its number, 0 where
         there is none."""
         return self.outbox.put_again() if self.outbox is not None else 0
 

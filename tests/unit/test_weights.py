@@ -13,15 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avatar_rl.buffer_service.weights.block import (
-    Manifest,
-    WeightBlock,
-    WeightMessage,
-    pack_weights,
-    unpack_weights,
-)
+from avatar_rl.buffer_service.weights.block import WeightBlock, pack_weights, unpack_weights
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
-from avatar_rl.buffer_service.weights.store import WeightStore
+from avatar_rl.buffer_service.weights.store import Manifest, WeightMessage, WeightStore
 from avatar_rl.common.errors import ModelError
 
 
@@ -50,7 +44,7 @@ def bits(tensor: Tensor) -> bytes:
 def test_what_is_packed_comes_back_bit_for_bit() -> None:
     weights = tensors()
     message = pack_weights(7, weights)
-    assert message[0] == 7 and memoryview(message[3]).nbytes == sum(
+    assert message.version == 7 and memoryview(message.block).nbytes == sum(
         -(-t.nbytes // 64) * 64 for t in weights.values()
     )
     again = unpack_weights(message)
@@ -63,7 +57,7 @@ def test_what_is_packed_comes_back_bit_for_bit() -> None:
 def test_a_block_is_filled_again_and_casts_what_has_a_floating_type() -> None:
     weights = tensors()
     block = WeightBlock(weights, torch.bfloat16)
-    before = np.frombuffer(block.message(0)[3], np.uint8)
+    before = np.frombuffer(block.message(0).block, np.uint8)
     for version in (1, 2):
         moved = {
             name: (tensor.detach().double() + version).to(tensor.dtype)
@@ -74,32 +68,34 @@ def test_a_block_is_filled_again_and_casts_what_has_a_floating_type() -> None:
         for name, tensor in moved.items():
             assert again[name].dtype == (torch.int64 if name == "integers" else torch.bfloat16)
             assert bits(again[name]) == bits(tensor.to(again[name].dtype))
-        assert np.shares_memory(np.frombuffer(message[3], np.uint8), before)
+        assert np.shares_memory(np.frombuffer(message.block, np.uint8), before)
     block.fill(weights)  # parameters themselves
     assert not any(tensor.requires_grad for tensor in unpack_weights(block.message(3)).values())
 
 
-def test_a_parcel_travels_without_a_copy_and_comes_back_as_it_was() -> None:
+def test_a_message_travels_without_a_copy_and_comes_back_as_it_was() -> None:
     message = pack_weights(7, tensors())
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     assert len(data) < 1000 and len(buffers) == 1
     again = pickle.loads(data, buffers=buffers)
     assert again[:3] == message[:3]
-    assert np.shares_memory(np.frombuffer(again[3], np.uint8), np.frombuffer(message[3], np.uint8))
+    assert np.shares_memory(
+        np.frombuffer(again.block, np.uint8), np.frombuffer(message.block, np.uint8)
+    )
     found = unpack_weights(again)
-    start = np.frombuffer(message[3], np.uint8).ctypes.data
+    start = np.frombuffer(message.block, np.uint8).ctypes.data
     assert all(
-        0 <= t.data_ptr() - start < memoryview(message[3]).nbytes
+        0 <= t.data_ptr() - start < memoryview(message.block).nbytes
         for t in found.values()
         if t.numel()
     )
 
 
 def test_a_read_only_block_unpacks_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    *proof, block = pack_weights(1, {"w": torch.ones(3)})
-    read_only = memoryview(block).toreadonly()  # as the object store hands it out
-    assert unpack_weights((*proof, read_only))["w"].tolist() == [1, 1, 1]
+    message = pack_weights(1, {"w": torch.ones(3)})
+    read_only = memoryview(message.block).toreadonly()  # as the object store hands it out
+    assert unpack_weights(message._replace(block=read_only))["w"].tolist() == [1, 1, 1]
     assert not recwarn.list
 
 
@@ -144,10 +140,10 @@ def _enlarge(manifest: Manifest, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def test_corrupt_and_partial_weights_are_refused(
     spoil: Callable[[Manifest, NDArray[np.uint8]], NDArray[np.uint8]], message: str
 ) -> None:
-    version, manifest, checksum, data = pack_weights(1, tensors())
-    block = spoil(manifest, np.frombuffer(data, np.uint8))
+    good = pack_weights(1, tensors())
+    block = spoil(good.manifest, np.frombuffer(good.block, np.uint8))
     with pytest.raises(ModelError, match=message):
-        unpack_weights((version, manifest, checksum, block))
+        unpack_weights(good._replace(block=memoryview(block)))
 
 
 class Offered:
@@ -178,9 +174,12 @@ def test_a_version_stays_as_it_was_published_until_the_one_after_was_taken() -> 
         assert sender.publish(version, {"ours": weight, "head": torch.zeros(9)}) == 64
         for message in outbox.messages[-2:]:
             found = unpack_weights(message)
-            assert list(found) == ["published"] and found["published"].tolist() == [message[0]] * 3
+            assert (
+                list(found) == ["published"]
+                and found["published"].tolist() == [message.version] * 3
+            )
             assert found["published"].dtype == torch.bfloat16
-    where = [np.frombuffer(message[3], np.uint8).ctypes.data for message in outbox.messages]
+    where = [np.frombuffer(message.block, np.uint8).ctypes.data for message in outbox.messages]
     assert where[0] == where[2] != where[1]
 
 
@@ -201,7 +200,7 @@ def value(weight_store: WeightStore, newer_than: int) -> tuple[int, list[float]]
     if found is None:
         return None
     version, [reference] = found
-    assert reference[1][0] == version
+    assert reference[1].version == version
     return version, unpack_weights(reference[1])["w"].tolist()
 
 

@@ -3,6 +3,7 @@ damage is refused."""
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def test_a_version_outlives_the_learner_that_published_it(weight_store: Any, sou
     assert torch.equal(fetched[1]["w"], torch.full((SIZE,), 1.0))
 
 
-def test_whoever_waits_hears_of_the_next_version_and_skips_those_between(
+def test_a_receiver_that_waits_hears_of_the_next_version_and_skips_those_between(
     weight_store: Any, source: Any
 ) -> None:
     ray.get(source.publish.remote(1))
@@ -97,19 +98,20 @@ def test_a_damaged_version_is_refused_counted_and_taken_once_it_is_published_ane
 ) -> None:
     monkeypatch.setattr(pulling, "RETRY_S", 0.01)
     weights = {"w": torch.ones(SIZE), "none": torch.zeros(0, 3), "last": torch.ones(2)}
-    version, manifest, checksum, block = pack_weights(1, weights)
-    wrong = (version, manifest, checksum ^ 1, block)
+    message = pack_weights(1, weights)
+    wrong = message._replace(checksum=message.checksum ^ 1)
     ray.get(weight_store.publish.remote(wrong))
     receiver = WeightReceiver(weight_store, 0)
     assert receiver.fetch() is None and receiver.fetch() is None
     assert (receiver.refused, receiver.version) == (2, 0)
-    ray.get(weight_store.publish.remote((version, manifest, checksum, block)))
+    ray.get(weight_store.publish.remote(message))
     fetched = receiver.fetch()
     assert fetched is not None and fetched[0] == 1 and receiver.refused == 2
     assert fetched[1]["w"].sum() == SIZE and fetched[1]["none"].shape == (0, 3)
-    ray.get(weight_store.publish.remote((2, manifest, checksum, memoryview(block)[:-64])))
+    short = pickle.PickleBuffer(memoryview(message.block)[:-64])
+    ray.get(weight_store.publish.remote(message._replace(version=2, block=short)))
     assert receiver.fetch() is None and receiver.refused == 3
-    ray.get(weight_store.publish.remote((2, *wrong[1:])))
+    ray.get(weight_store.publish.remote(wrong._replace(version=2)))
     for _ in range(MAX_REFUSED - 2):
         assert receiver.fetch() is None
     with pytest.raises(ModelError, match=r"after 1 cannot be adopted.*checksum differs"):
@@ -157,7 +159,9 @@ def test_a_publisher_that_dies_leaves_the_version_before_and_its_successor_is_he
     assert until_fetched(receiver) == (2, 2.0)
 
 
-def test_a_board_that_dies_comes_back_empty_and_is_given_the_newest_version(cluster: None) -> None:
+def test_a_weight_store_that_dies_comes_back_empty_and_is_given_the_newest_version(
+    cluster: None,
+) -> None:
     weight_store = (
         ray.remote(WeightStore).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     )
@@ -186,7 +190,7 @@ def until_fetched(receiver: WeightReceiver) -> tuple[int, float]:
 
 
 def until_empty(weight_store: Any) -> None:
-    """A killed board has been restarted."""
+    """A killed weight store has been restarted."""
     deadline = time.monotonic() + 60
     while not ray.get(weight_store.lost.remote(1), timeout=60):
         assert time.monotonic() < deadline
