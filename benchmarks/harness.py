@@ -3,16 +3,33 @@ build/bench/NAME.json."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+BENCH = Path("build/bench")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument(
+        "--smoke",
+        action="store_true",
+        help="smallest sizes: whether it runs to its end, not how fast",
+    )
+    found.add_argument("--out", type=Path, default=BENCH, help="folder of the figures")
+    return found
+
 
 class Figures:
     """Collects ``name: number`` of one benchmark; ``write`` leaves them in ``folder``."""
 
-    def __init__(self, name: str, folder: Path = Path("build/bench")) -> None:
+    def __init__(self, name: str, folder: Path = BENCH) -> None:
         self.path = folder / f"{name}.json"
         self.values: dict[str, float] = {}
         self.add({"load_before": os.getloadavg()[0], "cores": os.cpu_count() or 0})
