@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
-from avatar_rl.actors.unimodal import MOST_PARTS
+from avatar_rl.actors.groups import MAX_PARTS
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.common.config import Section
 from avatar_rl.learner.config import LearnerConfig, SftConfig
@@ -383,7 +383,7 @@ class RunConfig(Section):
         what = " (evaluation.pool.samples)" if measured > largest else ""
         largest = max(largest, measured)  # an actor without room for it would lease nothing more
         if self.rewards.asks_unimodal:
-            largest *= MOST_PARTS
+            largest *= MAX_PARTS
             what += " (fusion: with video alone and audio alone)"
         if self.rollout.max_sequences < largest:
             raise ValueError(

@@ -1,5 +1,6 @@
-"""Ground floor: what every package uses and knows nothing of them.
+"""Ground floor: what every package uses, and what knows of none of them.
 
-errors.py the typed errors; files.py whole files or none; heap.py and device.py the process we are
-in; chat_client.py, circuit_breaker.py and endpoint_config.py questions to a chat endpoint.
+errors.py the typed errors; config.py the base of all config sections; types.py JSON; files.py files
+written whole or not at all; process.py the process we are in; chat_client.py and endpoint_config.py
+questions to a chat endpoint; scoring.py the records between rollout and reward actors.
 """

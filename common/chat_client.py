@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import openai
 
-from avatar_rl.common.circuit_breaker import CircuitBreaker
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
 
@@ -36,6 +35,41 @@ class _Failed(Exception):
     def __init__(self, kind: str, what: str, *, retry: bool, wait_s: float = 0.0) -> None:
         super().__init__(what)
         self.kind, self.retry, self.wait_s = kind, retry, wait_s
+
+
+class CircuitBreaker:
+    """Closed until ``failures`` requests fail in a row, then one trial per ``cooldown_s`` until it
+    succeeds."""
+
+    def __init__(
+        self, failures: int, cooldown_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limit = failures
+        self._cooldown_s = cooldown_s
+        self._clock = clock
+        self._in_a_row = 0
+        self._next_trial = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._in_a_row >= self._limit
+
+    def allow(self) -> bool:
+        """Whether a request may be sent now; True on an open breaker uses up the trial of this
+        cooldown."""
+        if not self.is_open:
+            return True
+        if self._clock() < self._next_trial:
+            return False
+        self._next_trial = self._clock() + self._cooldown_s
+        return True
+
+    def success(self) -> None:
+        self._in_a_row = 0
+
+    def failure(self) -> None:
+        self._in_a_row += 1
+        self._next_trial = self._clock() + self._cooldown_s
 
 
 class ChatClient:

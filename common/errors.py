@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class AvatarError(Exception):
     """Base of every error a user can cause or cure."""
@@ -13,6 +15,23 @@ class ConfigError(AvatarError):
 
 class DataError(AvatarError):
     """A dataset, a prompt or a media file is missing, malformed or out of bounds."""
+
+
+class InputError(DataError):
+    """What is wrong with one input and what to do. Survives pickling.
+
+    ``where`` is a file or "file:line". Place, fault and remedy are kept apart, so that a report can
+    show them in columns.
+    """
+
+    def __init__(self, where: str | Path, what: str, remedy: str) -> None:
+        super().__init__(str(where), what, remedy)
+        self.where = str(where)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
 
 
 class ModelError(AvatarError):

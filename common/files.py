@@ -1,21 +1,33 @@
-"""Files that survive a crash and a full disk: whole records appended, whole files replaced, torn
-tails left out."""
+"""Files that survive a crash and a full disk: records appended whole, files and folders written
+whole or not at all, torn tails left out.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, TypeAlias
 
 from avatar_rl.common.errors import DataError
+from avatar_rl.common.types import Json
 
 #: Records kept in memory while the disk is full, oldest dropped first.
 MAX_PENDING = 10_000
+
+#: JSON, and numbers of numpy and torch.
+Writable: TypeAlias = (
+    "bool | int | str | SupportsFloat | Sequence[Writable] | Mapping[str, Writable] | None"
+)
 
 
 class Appender:
@@ -61,29 +73,63 @@ class Appender:
         self._file.close()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to. At the end of the block that file becomes ``path``.
+
+    A reader sees the old file or the new one. An error leaves the old one and nothing beside it.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        yield beside
         beside.replace(path)
-    except OSError:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
-def json_line(row: Mapping[str, Any]) -> bytes:
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` to fill. At the end of the block it becomes ``path``.
+
+    Raises DataError when ``path`` exists and is not an empty folder. An error in the block leaves
+    nothing.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} already holds something: choose another folder or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        work.chmod(0o755)  # mkdtemp makes it private
+        yield work
+        work.replace(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file as ``replaced_file`` does."""
+    with replaced_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, hex, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_line(row: Mapping[str, Writable]) -> bytes:
     """One JSONL record; NaN and infinity become null, numpy numbers plain ones."""
     return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+def _plain(value: Writable) -> Json:
     if value is None or isinstance(value, (str, bool, int)):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
     number = float(value)
     return number if math.isfinite(number) else None
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from avatar_rl.common.heap import no_collections
+from avatar_rl.common.process import no_collections
 from avatar_rl.learner.spec import LearnerSpec
 
 #: Methods of ``avatar_rl.learner.rank.LearnerRank`` that are called from outside.

@@ -23,9 +23,13 @@ from torch import Tensor
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
-from avatar_rl.common.device import sees_gpu
 from avatar_rl.common.errors import ModelError, ReplayBufferError
-from avatar_rl.common.heap import HeapTrimmer, no_collections, set_aside_imports
+from avatar_rl.common.process import (
+    HeapTrimmer,
+    no_collections,
+    sees_gpu,
+    set_aside_imports,
+)
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, collate, padded
 from avatar_rl.learner.batch.plan import StepPlan, StepWork, plan_step, truncated
 from avatar_rl.learner.clock import Clock

@@ -13,16 +13,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import DataConfig, DatasetFormat
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.readers import rows
 from avatar_rl.prompts.readers.layouts import detect, read_row
-from avatar_rl.prompts.readers.rows import Row
+from avatar_rl.prompts.readers.rows import DatasetRow
 from avatar_rl.prompts.record import Prompt, resolve_uri
 
 
-def iter_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+def iter_rows(path: Path, config: DataConfig) -> Iterator[DatasetRow]:
     """Rows as they are stored, up to ``config.limit``; malformed ones raise only when their data is
     asked for."""
     return islice(rows.iter_rows(Path(path), config.split), config.limit)
@@ -37,7 +36,7 @@ class RowReader:
         self.layout: DatasetFormat = config.format
         self._seen: dict[str, str] = {}
 
-    def read(self, row: Row) -> Prompt:
+    def read(self, row: DatasetRow) -> Prompt:
         """Raises InputError naming file:line and the remedy."""
         data = row.data
         if self.layout == "auto":

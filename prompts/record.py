@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from avatar_rl.prompts.input_error import InputError
+from avatar_rl.common.errors import InputError
 
 Modality = Literal["video", "audio", "image"]
 

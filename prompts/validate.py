@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import RowReader, iter_rows, media_base
 from avatar_rl.prompts.hints import hint_leaks
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt, resolve_uri
 

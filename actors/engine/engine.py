@@ -16,7 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,22 +32,28 @@ from avatar_rl.actors.engine.launch import (
     quieten,
     stop_token_ids,
 )
-from avatar_rl.actors.engine.prompt_cache import PromptCache
+from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
 from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
 from avatar_rl.common.errors import DataError, ModelError, ResourceError
-from avatar_rl.common.heap import set_aside_imports
+from avatar_rl.common.process import set_aside_imports
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Completion:
+class GeneratedCompletion:
     """One sampled completion of T tokens, end-of-turn token included when the model wrote one."""
 
     token_ids: NDArray[np.int32]  # (T,)
-    logprobs: NDArray[
-        np.float32
-    ]  # (T,) log softmax(logits / temperature) over the whole vocabulary; greedy: at 1
+    # (T,) log softmax(logits / temperature) over the whole vocabulary; greedy: at temperature 1
+    logprobs: NDArray[np.float32]
     finish_reason: str  # "stop" | "length"
     versions: tuple[tuple[int, int], ...]  # ((policy version, tokens generated with it), ...)
     text: str  # without the end-of-turn token, special tokens spelt out
@@ -59,15 +65,17 @@ class FinishedRequest:
 
     request_id: str
     prompt_token_ids: NDArray[np.int32]  # (L,) placeholders expanded
-    completions: tuple[Completion, ...]
+    completions: tuple[GeneratedCompletion, ...]
 
 
 class RolloutEngine:
-    """vLLM behind five methods. One at a time per process, used by one thread.
+    """vLLM behind five methods: ``submit``, ``prepare``, ``step``, ``adopt`` and ``abort``.
 
-    Raises ModelError when the folder cannot be served, ResourceError when the device is missing or
-    the process has an open engine (vLLM's process groups are global: closing one engine would break
-    the other)."""
+    One at a time per process, used by one thread; ``prepare``, ``prepared`` and ``prove`` may be
+    called by another meanwhile. Raises ModelError when the folder cannot be served. Raises
+    ResourceError when the device is missing or the process has an open engine: vLLM's process
+    groups are global, and closing one engine would break the other.
+    """
 
     _occupied: ClassVar[bool] = False
 
@@ -100,7 +108,7 @@ class RolloutEngine:
         quieten()
         # A copy of its own: preparing a prompt in another thread borrows vLLM's, and decoding would
         # fail meanwhile.
-        self._tokenizer = deepcopy(self._engine.get_tokenizer())
+        self._tokenizer = cast("PreTrainedTokenizerBase", deepcopy(self._engine.get_tokenizer()))
         self._stop_ids = stop_token_ids(path, self._tokenizer)
         vocabulary = self._engine.model_config.get_vocab_size()
         forbidden = forbidden_token_ids(self._tokenizer, self._stop_ids, vocabulary)
@@ -119,32 +127,41 @@ class RolloutEngine:
     def submit(
         self,
         request_id: str,
-        engine_input: dict[str, Any],
+        engine_input: EngineInput | RenderedPrompt,
         sampling: RequestSampling,
         seed: int | None = None,
     ) -> None:
-        """Queue ``PromptEncoder.engine_input``, or what ``prepare`` made of it, for ``sampling.n``
-        completions.
+        """Queue a prompt for ``sampling.n`` completions.
 
         Equal seeds give equal completions on equal weights and device, whatever else is in flight,
-        up to the rounding of batched arithmetic. Raises DataError for a prompt that the model
-        cannot take or that leaves no room for max_tokens, and for a request id that is in flight.
+        up to the rounding of batched arithmetic.
+
+        Args:
+            request_id: Names the request in ``step``, ``abort`` and errors.
+            engine_input: ``PromptEncoder.engine_input``, or what ``prepare`` made of it.
+            sampling: How the completions are drawn, and how many.
+            seed: Of the completions' noise; without one they differ from call to call.
+
+        Raises:
+            DataError: The model cannot take the prompt, it leaves no room for max_tokens, or the
+                request id is in flight.
         """
         from vllm.exceptions import VLLMClientError
 
         self._check_alive()
         if request_id in self._pending:
             raise DataError(f"request id {request_id!r} is already in flight: use one id per group")
-        rendered: Any = (
-            engine_input if "type" in engine_input else self.prepare(engine_input, request_id)
+        rendered = (
+            cast("RenderedPrompt", engine_input)
+            if "type" in engine_input
+            else self.prepare(engine_input, request_id)
         )
         length = len(rendered["prompt_token_ids"])
         if length + sampling.max_tokens > self.config.max_model_len:
             raise DataError(
                 f"request {request_id!r}: {length} prompt tokens + max_tokens "
-                f"{sampling.max_tokens} exceed "
-                f"max_model_len {self.config.max_model_len}: shorten the prompt or raise "
-                "max_model_len"
+                f"{sampling.max_tokens} exceed max_model_len {self.config.max_model_len}: "
+                "shorten the prompt or raise max_model_len"
             )
         self._warn_truncation(sampling)
         try:
@@ -153,20 +170,23 @@ class RolloutEngine:
             raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
         self._pending[request_id] = sampling
 
-    def prepared(self, key: Hashable) -> Any | None:
-        """What ``prepare`` made under ``key``, while the cache still has it: no template, tokens or
-        media again."""
+    def prepared(self, key: Hashable) -> RenderedPrompt | None:
+        """What ``prepare`` made under ``key``, while the cache still has it.
+
+        It spares the template, the tokens and the media.
+        """
         rendered = self._prompts.get(key)
-        return None if rendered is None else dict(rendered)
+        return None if rendered is None else rendered.copy()
 
     def prepare(
-        self, engine_input: dict[str, Any], request_id: str = "", key: Hashable | None = None
-    ) -> Any:
+        self, engine_input: EngineInput, request_id: str = "", key: Hashable | None = None
+    ) -> RenderedPrompt:
         """The prompt with its media preprocessed, from the cache where the same prompt was here
         before.
 
         ``key`` names the prompt for ``prepared``; without one its content does. ``submit`` does
-        this itself; one other thread may do it ahead while this one steps. Raises DataError."""
+        this itself; one other thread may do it ahead while this one steps. Raises DataError.
+        """
         from vllm.exceptions import VLLMClientError
 
         if key is None:
@@ -174,17 +194,18 @@ class RolloutEngine:
         rendered = self._prompts.get(key)
         if rendered is None:
             try:
-                rendered = self._engine.renderer.render_cmpl([engine_input])[0]
+                prompt = cast("TokensPrompt", engine_input)
+                rendered = cast("RenderedPrompt", self._engine.renderer.render_cmpl([prompt])[0])
             except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
                 raise DataError(
                     f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
                 ) from error
             self._prompts.put(key, rendered)
-        return dict(rendered)
+        return rendered.copy()
 
     def step(self) -> list[FinishedRequest]:
-        """One decoding step of everything in flight; the requests whose last completion ended in
-        it."""
+        """One decoding step of everything in flight; returns the requests whose last completion
+        ended in it."""
         from vllm import RequestOutput
 
         self._check_alive()
@@ -201,7 +222,7 @@ class RolloutEngine:
 
     @property
     def adopts_in_flight(self) -> bool:
-        """Requests in flight go on when weights change (EngineConfig.weight_update)."""
+        """Requests in flight continue when weights change (EngineConfig.weight_update)."""
         return self.config.weight_update == "keep"
 
     @property
@@ -210,20 +231,28 @@ class RolloutEngine:
         return self.adopts_in_flight or not self._pending
 
     def prove(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
-        """``weights`` checked for ``adopt``, which does so itself otherwise; another thread may
-        while this one steps. Raises ModelError."""
+        """``weights`` checked for ``adopt``, which otherwise does so itself.
+
+        Another thread may call it while this one steps. Raises ModelError.
+        """
         return self._contract.check(weights)
 
     def adopt(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load ``version`` in place; ``weights`` are (published name, tensor) pairs, all of them.
 
         Everything computed with the old weights is dropped: keys and values, encoder outputs.
-        Preprocessed media do not depend on weights and stay. Under ``keep`` requests in flight go
-        on: prompt and tokens so far are prefilled again, so that every later token, and its
-        log-probability, is exactly the new policy's; ``Completion.versions`` tells the parts.
-        (Going on with the old keys and values would sample from a policy that never existed and is
-        not offered.) Raises ModelError, the engine untouched, for a version that is not newer, an
-        incomplete or corrupt update, or requests in flight under ``drain``."""
+        Preprocessed media do not depend on weights and stay.
+
+        Under ``keep`` requests in flight continue. Their prompt and tokens so far are prefilled
+        again. So every later token, and its log-probability, is exactly the new policy's;
+        ``GeneratedCompletion.versions`` tells the parts. To continue with the old keys and values
+        would sample from a policy that never existed, and is not offered.
+
+        Raises:
+            ModelError: The version is not newer, the update is incomplete or corrupt, or requests
+                are in flight under ``drain``; the engine is untouched. Or vLLM failed while
+                loading: then the engine is out of use.
+        """
         self._check_alive()
         if version <= self.version:
             raise ModelError(
@@ -233,12 +262,11 @@ class RolloutEngine:
         if not self.can_adopt:
             raise ModelError(
                 f"policy version {version} refused: {len(self._pending)} requests in flight; step "
-                "until idle, or set "
-                "weight_update to keep"
+                "until idle, or set weight_update to keep"
             )
         checked = self._contract.check(weights)
-        # Preempt before the caches go: a running request would otherwise look for encoder outputs
-        # that are gone.
+        # Preempt before the caches are emptied: a running request would otherwise look for encoder
+        # outputs that are gone.
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.reset_encoder_cache()
         try:
@@ -250,13 +278,12 @@ class RolloutEngine:
         self._engine.set_weight_version(str(version))
 
     def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
-        """Give up requests (all by default); returns those that were in flight. They are never
-        returned by ``step``."""
-        chosen = [
-            r
-            for r in (list(self._pending) if request_ids is None else request_ids)
-            if r in self._pending
-        ]
+        """Give up requests (all by default); returns those that were in flight.
+
+        ``step`` never returns them.
+        """
+        named = list(self._pending) if request_ids is None else request_ids
+        chosen = [request_id for request_id in named if request_id in self._pending]
         self._engine.abort_request(chosen)
         for request_id in chosen:
             del self._pending[request_id]
@@ -272,7 +299,7 @@ class RolloutEngine:
         self._engine.renderer.shutdown()
         RolloutEngine._occupied = False
 
-    def _parameters(self, sampling: RequestSampling, seed: int | None) -> Any:
+    def _parameters(self, sampling: RequestSampling, seed: int | None) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -292,23 +319,22 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: Any) -> Completion:
-        if output.finish_reason not in ("stop", "length"):
-            raise ModelError(
-                f"vLLM ended a completion with {output.finish_reason!r}; see its log for the cause"
-            )
+    def _completion(self, output: CompletionOutput) -> GeneratedCompletion:
+        reason, spans = output.finish_reason, output.weight_versions
+        if reason not in ("stop", "length"):
+            raise ModelError(f"vLLM ended a completion with {reason!r}; see its log for the cause")
+        assert spans is not None  # vLLM tells them of every completion that has ended
+        sampled = cast("FlatLogprobs", output.logprobs)  # as ``_parameters`` asks
         token_ids = np.asarray(output.token_ids, dtype=np.int32)
         body = (
             token_ids[:-1] if len(token_ids) and int(token_ids[-1]) in self._stop_ids else token_ids
         )
-        return Completion(
+        return GeneratedCompletion(
             token_ids=token_ids,
-            logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
-            finish_reason=output.finish_reason,
-            versions=tuple(
-                (int(span.version), span.end - span.start) for span in output.weight_versions
-            ),
-            text=self._tokenizer.decode(body.tolist(), skip_special_tokens=False),
+            logprobs=np.asarray(sampled.logprobs, dtype=np.float32),
+            finish_reason=reason,
+            versions=tuple((int(span.version), span.end - span.start) for span in spans),
+            text=cast("str", self._tokenizer.decode(body.tolist(), skip_special_tokens=False)),
         )
 
     def _warn_truncation(self, sampling: RequestSampling) -> None:
@@ -316,8 +342,7 @@ class RolloutEngine:
             self._warned = True
             log.warning(
                 "top_p %s, top_k %s: completions come from a truncated distribution; their "
-                "log-probabilities are those "
-                "of the whole one, as the learner computes them",
+                "log-probabilities are those of the whole one, as the learner computes them",
                 sampling.top_p,
                 sampling.top_k,
             )
@@ -328,6 +353,6 @@ class RolloutEngine:
 
 
 def _spread(seed: int) -> int:
-    """62-bit seed. vLLM seeds completion i with seed + i: neighbouring seeds must not share
-    completions' noise."""
+    """A seed of 62 bits. vLLM seeds completion i with seed + i, and the completions of neighbouring
+    seeds must not share their noise."""
     return int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

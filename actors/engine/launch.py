@@ -1,5 +1,4 @@
-"""From EngineConfig to a vLLM start: process environment, engine arguments, the vocabulary that may
-be sampled."""
+"""From EngineConfig to a vLLM start: environment, engine arguments, the tokens to sample from."""
 
 from __future__ import annotations
 
@@ -9,12 +8,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avatar_rl.actors.config import EngineConfig
-from avatar_rl.common.device import sees_gpu
 from avatar_rl.common.errors import ModelError, ResourceError
+from avatar_rl.common.process import sees_gpu
 from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Where a CPU engine's config leaves them open.
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -22,8 +24,10 @@ CPU_BLOCK_SIZE = 32
 
 
 def pick_device(config: EngineConfig) -> str:
-    """ "cpu" or "cuda". Raises ResourceError when a GPU is asked for and absent, or vLLM is not
-    installed."""
+    """The engine's device, "cpu" or "cuda".
+
+    Raises ResourceError when a GPU is asked for and absent, or vLLM is not installed.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ResourceError("vLLM is not installed: pip install -e '.[cpu]' or '.[gpu]'")
     import torch
@@ -41,7 +45,7 @@ def pick_device(config: EngineConfig) -> str:
 
 
 def prepare_environment(config: EngineConfig, device: str) -> None:
-    """What vLLM reads from the environment while it is imported. A value the user set wins."""
+    """Set what vLLM reads from the environment while it is imported. A value the user set wins."""
     settings = {
         "HF_HUB_OFFLINE": "1",  # model folders are local
         "VLLM_NO_USAGE_STATS": "1",
@@ -66,14 +70,15 @@ def prepare_environment(config: EngineConfig, device: str) -> None:
 
 
 def quieten() -> None:
-    """Hush two vLLM warnings that say nothing: one per prompt with media, three per weight update.
+    """Silence two vLLM warnings that say nothing: one per prompt with media, three per weight
+    update.
 
-    After vLLM's import and start, which both reset the levels of its loggers.
+    Call it after vLLM's import and again after its start: both reset the levels of its loggers.
     """
     # "torch.set_num_threads after the thread binding": the thread count is what we set it to.
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     # "RotaryEmbedding: Failed to load weights": of modules that have none in a checkpoint;
-    # WeightContract has checked.
+    # WeightContract has checked that none is missing.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
@@ -126,7 +131,7 @@ def engine_arguments(
 
 
 def model_kind(model_path: Path) -> str:
-    """model_type of a model folder. Raises ModelError without a config."""
+    """``model_type`` of a model folder. Raises ModelError without a config."""
     file = model_path / "config.json"
     if not file.is_file():
         raise ModelError(
@@ -135,8 +140,11 @@ def model_kind(model_path: Path) -> str:
     return str(json.loads(file.read_text()).get("model_type", ""))
 
 
-def stop_token_ids(model_path: Path, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a turn: the tokenizer's and those of generation_config.json."""
+def stop_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a turn: the tokenizer's and those of generation_config.json.
+
+    Raises ModelError when there is none.
+    """
     found = {tokenizer.eos_token_id}
     file = model_path / "generation_config.json"
     if file.is_file():
@@ -150,10 +158,15 @@ def stop_token_ids(model_path: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in found)
 
 
-def forbidden_token_ids(tokenizer: Any, stop_ids: frozenset[int], vocabulary: int) -> list[int]:
-    """Tokens a completion must not hold: media placeholders and other special tokens but the stop
-    tokens, and the rows that pad the embedding beyond the tokenizer. A barely trained model does
-    sample them, and scoring then fails for want of media."""
+def forbidden_token_ids(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], vocabulary: int
+) -> list[int]:
+    """Tokens that a completion must not hold, sorted.
+
+    They are the special tokens but the stop tokens, media placeholders among them, and the rows
+    that pad the embedding beyond the tokenizer. A barely trained model does sample them, and the
+    learner's forward then fails for want of media.
+    """
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     padding = set(range(len(tokenizer), vocabulary))

@@ -3,7 +3,7 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
+from avatar_rl.buffer_service.records.requests import InsertReceipt
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.records.validate import check_group, group_id, trajectory_id
 from avatar_rl.buffer_service.redis.connection import Connection
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.files import replaced_file
 
 _PAGE = 64
 
@@ -50,8 +52,8 @@ class ImportReport(msgspec.Struct):
     evicted: int = 0  # trajectories that went for capacity
 
 
-def rows(connection: Connection) -> Iterator[dict[str, Any]]:
-    """Replayable trajectories by id as plain values; those removed meanwhile are left out."""
+def rows(connection: Connection) -> Iterator[Row]:
+    """Replayable trajectories by id; those removed meanwhile are left out."""
     ids = sorted(
         connection.attempt(lambda: connection.client.zrange(connection.key("stock:v"), 0, -1))
     )
@@ -65,8 +67,8 @@ def rows(connection: Connection) -> Iterator[dict[str, Any]]:
             t = decode(data, tid.decode())
             row = msgspec.structs.asdict(t)
             row["token_ids"], row["logprobs"] = t.token_ids.tolist(), t.logprobs.tolist()
-            row["versions"] = [list(pair) for pair in t.versions]
-            yield row
+            row["versions"] = list(t.versions)
+            yield Row(**row)
 
 
 def _check_suffix(path: Path) -> None:
@@ -172,13 +174,32 @@ def read_groups(path: Path, first_seq: int | None = None) -> Iterator[Group]:
         yield _group(path, number, gid, rows, seq)
 
 
+def import_groups(
+    add: Callable[[Group], InsertReceipt], path: Path, first_seq: int | None
+) -> ImportReport:
+    """Gives the groups of an exported file to ``add``, once the whole file was checked. O(file).
+
+    Raises as ``read_groups`` and as ``add``; then the groups before the one at fault stay."""
+    for _ in read_groups(path, first_seq):
+        pass
+    report = ImportReport()
+    for group in read_groups(path, first_seq):
+        receipt = add(group)
+        report.evicted += receipt.evicted
+        if receipt.status == "duplicate":
+            report.duplicates += 1
+        else:
+            report.groups += 1
+            report.trajectories += len(group.trajectories)
+    return report
+
+
 def export(connection: Connection, path: Path) -> int:
     """Writes ``rows`` to ``path`` by its suffix. Raises ConfigError for any but .jsonl and
     .parquet."""
     _check_suffix(path)
-    temporary = path.with_name(path.name + ".tmp")
     count = 0
-    try:
+    with replaced_file(path) as temporary:
         if path.suffix == ".jsonl":
             with temporary.open("wb") as file:
                 for row in rows(connection):
@@ -186,9 +207,6 @@ def export(connection: Connection, path: Path) -> int:
                     count += 1
         else:
             count = _write_parquet(connection, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 
@@ -215,11 +233,12 @@ def _write_parquet(connection: Connection, path: Path) -> int:
             ("step", pa.int64()),
         ]
     )
-    count, batch = 0, list[dict[str, Any]]()
+    count, batch = 0, list[dict[str, Any]]()  # what pyarrow takes
     with pq.ParquetWriter(path, schema) as writer:
         for row in rows(connection):
-            row["components"] = list(row["components"].items())
-            batch.append(row)
+            values = msgspec.structs.asdict(row)
+            values["components"] = list(row.components.items())
+            batch.append(values)
             count += 1
             if len(batch) == 1000:
                 writer.write_table(pa.Table.from_pylist(batch, schema))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from avatar_rl.cluster.recipe.load import check, explain, overridden, renamed
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.files import sha256_of
 from avatar_rl.prompts.selection import SelectionConfig
 
 #: What a stage's result does not depend on: what may change when a run goes on, but for how long it
@@ -228,4 +228,4 @@ def _content(file: Path) -> str:
         return key(
             sorted((str(part.relative_to(file)), part.stat().st_size) for part in file.rglob("*"))
         )
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return sha256_of(file)

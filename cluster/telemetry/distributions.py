@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatar_rl.cluster.telemetry.plots import BLUE, ORANGE, STYLE
+from avatar_rl.common.files import replaced_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +56,10 @@ def draw_distributions(rows: Sequence[Row], path: Path) -> Path | None:
         figure, axes = plt.subplots(1, 2, figsize=(15, 4), layout="constrained")
         _advantages(axes[0], rows)
         _positions(axes[1], rows)
-        beside = path.with_name(f".{path.name}.tmp")
-        figure.savefig(beside, dpi=110, facecolor="white", format="png")
+        with replaced_file(path) as beside:
+            figure.savefig(beside, dpi=110, facecolor="white", format="png")
         plt.close(figure)
-    return beside.replace(path)
+    return path
 
 
 def _advantages(axis: Axes, rows: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from avatar_rl.cluster.telemetry.metrics import members
+from avatar_rl.common.files import replaced_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,10 +122,10 @@ def draw_plot(rows: Sequence[Row], path: Path, title: str = "") -> Path:
                 axis.set(xticks=[], yticks=[])
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
-        beside = path.with_name(f".{path.name}.tmp")
-        figure.savefig(beside, dpi=110, facecolor="white", format="png")
+        with replaced_file(path) as beside:
+            figure.savefig(beside, dpi=110, facecolor="white", format="png")
         plt.close(figure)
-    return beside.replace(path)
+    return path
 
 
 def _line(

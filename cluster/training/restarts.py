@@ -9,10 +9,11 @@ from avatar_rl.cluster.checkpoints.resume import Resumption, prepare
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.shared_storage import placed
+from avatar_rl.cluster.telemetry.live_view import open_screen
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.run import Run, RunResult
 from avatar_rl.cluster.workers.learner_group import StateLostError
-from avatar_rl.common.heap import compact_heap
+from avatar_rl.common.process import compact_heap
 
 
 def train(config: RunConfig, resume: str | None = None) -> RunResult:
@@ -20,8 +21,7 @@ def train(config: RunConfig, resume: str | None = None) -> RunResult:
 
     Raises AvatarError children for everything a user can cure, and Stopped when it was asked to
     stop and saved itself."""
-    is_terminal = {"auto": None, "live": True, "plain": False}[config.screen]
-    with Screen(config.loop.steps, is_terminal, title=config.name) as screen:
+    with open_screen(config.screen, config.loop.steps, title=config.name) as screen:
         config = placed(config)
         resumption = prepare(config, resume, screen.event) if resume is not None else None
         return run_to_end(config, screen, resumption)

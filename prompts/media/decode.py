@@ -18,7 +18,7 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from avatar_rl.prompts.input_error import InputError
+from avatar_rl.common.errors import InputError
 
 _SOUNDFILE_SUFFIXES = {".wav", ".flac"}
 _AUDIO_GAP_S = 0.05  # a jump of time stamps beyond this is silence, below it is rounding

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.errors import AvatarError, InputError
 from avatar_rl.prompts.config import MediaConfig
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
 from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_image, decode_video
 from avatar_rl.prompts.record import MediaItem, MediaPlan, resolve_uri

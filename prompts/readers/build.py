@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.readers.media_items import with_defaults
 from avatar_rl.prompts.record import (
     PROBLEM_TYPE_SPELLINGS,

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.readers.media_items import KINDS, media_item
 from avatar_rl.prompts.record import MediaItem, Modality
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig, DatasetFormat
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.readers.build import build_prompt, thought
 from avatar_rl.prompts.readers.chat import read_chat
 from avatar_rl.prompts.record import Prompt

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from avatar_rl.common.errors import InputError
+from avatar_rl.common.files import replaced_file
 from avatar_rl.prompts.config import DataConfig
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.record import MediaItem, Modality
 
 KINDS: tuple[Modality, ...] = get_args(Modality)
@@ -131,9 +131,8 @@ def _extract(content: Any, kind: Modality, config: DataConfig, where: str) -> st
     path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with replaced_file(path) as beside:
+            beside.write_bytes(content)
     return str(path)
 
 

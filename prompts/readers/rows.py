@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avatar_rl.prompts.input_error import InputError
+from avatar_rl.common.errors import InputError
 
 _BATCH_ROWS = 256
 _LAYOUTS = ".jsonl, .json (an array), .parquet, a folder of these, or a folder saved by `datasets`"
 
 
 @dataclass(frozen=True)
-class Row:
+class DatasetRow:
     """One row; ``content`` is what is wrong with it where it could not be read."""
 
     where: str  # "file:line", or "file:row" where rows are not lines
@@ -30,7 +30,7 @@ class Row:
         return self.content
 
 
-def iter_rows(path: Path, split: str) -> Iterator[Row]:
+def iter_rows(path: Path, split: str) -> Iterator[DatasetRow]:
     """Rows of ``path`` in file order, streamed.
 
     Raises InputError when the path is missing, empty or of an unknown layout; a malformed line only
@@ -47,7 +47,7 @@ def iter_rows(path: Path, split: str) -> Iterator[Row]:
         raise InputError(path, "the dataset has no rows", "choose another file or split")
 
 
-def _file(path: Path) -> Iterator[Row]:
+def _file(path: Path) -> Iterator[DatasetRow]:
     if path.suffix in {".jsonl", ".ndjson"}:
         return _jsonl(path)
     if path.suffix == ".json":
@@ -57,12 +57,12 @@ def _file(path: Path) -> Iterator[Row]:
     raise InputError(path, f"unknown dataset type {path.suffix!r}", f"give {_LAYOUTS}")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[DatasetRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}:{number}"
-                yield Row(where, number, _parsed(line, where))
+                yield DatasetRow(where, number, _parsed(line, where))
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | InputError:
@@ -87,7 +87,7 @@ def _parsed(line: bytes, where: str) -> dict[str, Any] | InputError:
     )
 
 
-def _json_array(path: Path) -> Iterator[Row]:
+def _json_array(path: Path) -> Iterator[DatasetRow]:
     """Objects of a JSON array, decoded one after the other: only the text is held as a whole."""
     remedy = "the file must be one JSON array of objects: mend it, or convert it to JSON Lines"
     try:
@@ -124,7 +124,7 @@ def _json_array(path: Path) -> Iterator[Row]:
             )
             raise InputError(place, f"malformed JSON{column}", remedy) from error
         wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
-        yield Row(where, line, value if isinstance(value, dict) else wrong)
+        yield DatasetRow(where, line, value if isinstance(value, dict) else wrong)
         at = skip(at)
         if at < len(text) and text[at] == ",":
             at = skip(at + 1)
@@ -134,7 +134,7 @@ def _json_array(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}:{line}", "the JSON array ends or breaks after this row", remedy)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[DatasetRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -144,12 +144,12 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(_BATCH_ROWS):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}:{number}", number, value)
+                    yield DatasetRow(f"{path}:{number}", number, value)
     except pyarrow.ArrowInvalid as error:
         raise InputError(path, f"not a readable parquet file ({error})", "copy it again") from error
 
 
-def _folder(path: Path, split: str) -> Iterator[Row]:
+def _folder(path: Path, split: str) -> Iterator[DatasetRow]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         yield from _saved_dataset(path, split)
         return
@@ -165,7 +165,7 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
     raise InputError(path, "holds no dataset files", f"give {_LAYOUTS}")
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+def _saved_dataset(path: Path, split: str) -> Iterator[DatasetRow]:
     import datasets
 
     loaded = datasets.load_from_disk(str(path))
@@ -180,4 +180,4 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
     for table in loaded.with_format("arrow").iter(_BATCH_ROWS):
         for value in table.to_pylist():
             number += 1
-            yield Row(f"{path}:{number}", number, value)
+            yield DatasetRow(f"{path}:{number}", number, value)

@@ -8,9 +8,6 @@ load the folder as it is."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.files import new_folder
 from avatar_rl.prompts.synthetic.config import Category
 from avatar_rl.prompts.synthetic.questions import draft
 
@@ -69,18 +66,13 @@ def build_tiny_omni(out: Path, *, seed: int = 0) -> Path:
     from transformers import GenerationConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} already holds something: choose another folder or delete it first")
-    tokenizer = _tokenizer()
-    config = _model_config(tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config).float()
-        _initialise(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        work.chmod(0o755)  # mkdtemp makes it private
+    with new_folder(out) as work:
+        tokenizer = _tokenizer()
+        config = _model_config(tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config).float()
+            _initialise(model)
         weights = {
             f"thinker.{name}": value.contiguous() for name, value in model.state_dict().items()
         }
@@ -92,10 +84,6 @@ def build_tiny_omni(out: Path, *, seed: int = 0) -> Path:
             work
         )
         _processor(tokenizer).save_pretrained(work)
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return out
 
 

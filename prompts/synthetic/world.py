@@ -10,16 +10,13 @@ are to be shown with their hint by ``extra["hinted"] == "true"``; where its targ
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.files import new_folder
 from avatar_rl.prompts.record import MediaItem, MediaPlan, Prompt
 from avatar_rl.prompts.synthetic.config import Category, WorldConfig
 from avatar_rl.prompts.synthetic.questions import Draft, draft
@@ -64,19 +61,10 @@ def synthesize(out: Path, config: WorldConfig) -> WorldReport:
     Raises DataError when ``out`` exists and is not an empty folder.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} already holds something: choose another folder or delete it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        work.chmod(0o755)  # mkdtemp makes it private
+    with new_folder(out) as work:
         (work / "media").mkdir()
         counts = {split: _write_split(work, split, config) for split in SPLITS}
         size = sum(file.stat().st_size for file in (work / "media").iterdir())
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return WorldReport(out, counts, size)
 
 

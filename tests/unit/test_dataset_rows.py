@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import DataConfig, DatasetFormat, MediaConfig
 from avatar_rl.prompts.datasets import PromptIndex, iter_rows, load_prompts
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.prompts.validate import validate

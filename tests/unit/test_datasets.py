@@ -13,10 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.datasets import PromptIndex, iter_rows, load_prompts, media_base
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.record import (
     PROBLEM_TYPE_SPELLINGS,
     MediaItem,

@@ -1,4 +1,4 @@
-"""A worker that was given a GPU does not go on without one."""
+"""A worker that was given a GPU does not continue without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from avatar_rl.common.device import sees_gpu
+from avatar_rl.common.process import sees_gpu
 from avatar_rl.common.errors import ResourceError
 
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from avatar_rl.common.heap import HeapTrimmer, no_collections
+from avatar_rl.common.process import HeapTrimmer, no_collections
 
 HOLES = """
 import gc, psutil, weakref
-from avatar_rl.common.heap import HeapTrimmer
+from avatar_rl.common.process import HeapTrimmer
 
 class Node: pass
 
@@ -36,7 +36,7 @@ print(before - held(), heap.count, gone() is None, gc.get_freeze_count() > 1000)
 
 COMPACT = """
 import sys, psutil
-from avatar_rl.common.heap import compact_heap
+from avatar_rl.common.process import compact_heap
 if sys.argv[1] == "compact":
     assert compact_heap()
 def held(): return psutil.Process().memory_full_info().uss / 2**20

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import MediaConfig
-from avatar_rl.prompts.input_error import InputError
 from avatar_rl.prompts.media.decode import PastEndError, Timeline, _timeline
 from avatar_rl.prompts.media.loader import (
     Decoded,

@@ -7,11 +7,14 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from avatar_rl.common.circuit_breaker import CircuitBreaker
-from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.common.chat_client import CircuitBreaker
+from avatar_rl.common.errors import AvatarError, ConfigError, ResourceError
+from avatar_rl.common.scoring import Completion, CompletionScore, UnscoredGroup
+from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.actor import RewardActor
 from avatar_rl.rewards.config import JudgeConfig, RewardConfig
@@ -19,7 +22,7 @@ from avatar_rl.rewards.judges.base import CRITERIA, Verdict
 from avatar_rl.rewards.judges.openai_judge import OpenAIJudge
 from avatar_rl.rewards.judges.prompts import INSTRUCTIONS, build_messages, parse_reply
 from avatar_rl.rewards.judges.rule_judge import RuleJudge
-from avatar_rl.rewards.record import Completion, ScoreRequest
+from avatar_rl.rewards.record import ScoreRequest
 from tests.unit.test_rewards_judge_server import GOOD, Reply, Server, judge_server
 
 PROMPT = Prompt(
@@ -181,27 +184,30 @@ def test_a_hundred_at_once_under_fire() -> None:
     assert requests == stats["requests"] == 100 + stats["retries"] and stats["retries"] >= 40
 
 
-def test_masked_judge_through_the_actor_renormalises() -> None:
+def test_masked_judge_through_the_actor_renormalises(tmp_path: Path) -> None:
+    dataset = tmp_path / "prompts.jsonl"
+    dataset.write_text(PROMPT.model_dump_json(exclude_none=True) + "\n")
     with judge_server(lambda n: Reply(status=400)) as server:
         weights = {"format": 0.1, "accuracy": 0.5, "judge": 0.4}
         reward = RewardConfig(weights=weights, judge=config(server))
         text = "<think>It is the red square.</think><answer>red square</answer>"
-        request = ScoreRequest(
-            prompt=PROMPT,
+        group = UnscoredGroup(
+            prompt_id=PROMPT.id,
             completions=[Completion(text=text, finished=True, mean_logprob=-1.0, tokens=9)],
         )
 
-        async def run() -> tuple[object, dict[str, float]]:
-            actor = RewardActor(reward)
+        async def run() -> tuple[list[CompletionScore] | AvatarError, dict[str, float]]:
+            actor = RewardActor(reward, [dataset], DataConfig())
             await actor.check()
-            groups = await actor.score([request])
-            stats = await actor.stats()
-            await actor.close()
-            return groups[0].scored[0], stats
+            [answer] = await actor.score([group])
+            stats = actor.suite.stats()
+            await actor.suite.aclose()
+            return answer, stats
 
-        scored, stats = asyncio.run(run())
-    assert scored.components == {"format": 1.0, "accuracy": 1.0, "judge": None}  # type: ignore[attr-defined]
-    assert scored.reward == pytest.approx(1.0)  # type: ignore[attr-defined]
+        answer, stats = asyncio.run(run())
+    assert isinstance(answer, list)
+    assert answer[0].components == {"format": 1.0, "accuracy": 1.0, "judge": None}
+    assert answer[0].reward == pytest.approx(1.0)
     assert stats["judge/masked"] == 1 and stats["judge/unscored"] == 1
 
 
