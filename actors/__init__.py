@@ -1,5 +1,7 @@
 """Rollout actors: each leases prompts, generates, has the completions scored and inserts groups.
 
-rollout.py is the actor, engine/ is vLLM, scoring_loop.py delivers finished groups, update_policy.py
-decides when new weights are taken in. Called by nobody while they run. Read first: rollout.py.
+rollout.py is the actor and starts the threads: feeder.py leases and prepares prompts, generation.py
+drives the engine, scoring_loop.py delivers finished groups. groups.py says what a group is on its
+way, shared_state.py what the threads share, update_policy.py when new weights are taken in. engine/
+is vLLM. Nobody calls an actor while it runs. Read first: shared_state.py, generation.py.
 """

@@ -1,22 +1,129 @@
-"""What a finished request becomes: facts for the scorer, a group for the buffer, an answer for the
-evaluation."""
+"""A group on its way: the prompt's parts in the engine, what is scored, what is stored.
+
+With the fusion reward a prompt is generated three times: whole, and with what is seen of it and
+what is heard of it alone. Only the fusion reward looks at the two unimodal parts. They have no
+gradient, and the i-th of each is compared with the i-th completion of the whole prompt
+(docs/method.md 2.2).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.common.errors import DataError
+from avatar_rl.common.scoring import Completion, CompletionScore, UnscoredGroup
 from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.record import MediaPlan, Modality, Prompt
 
 if TYPE_CHECKING:
     from avatar_rl.actors.engine.engine import FinishedRequest
+    from avatar_rl.actors.engine.prompt_cache import RenderedPrompt
     from avatar_rl.buffer_service.records.requests import RequestLease
-    from avatar_rl.prompts.record import Prompt
+    from avatar_rl.common.types import JsonObject
 
-#: Per completion: (reward, None when every component is masked; components by name, None where
-#: masked).
-Scores = list[tuple[float | None, dict[str, float | None]]]
+#: The part that is trained on.
+WHOLE = ""
+#: By unimodal part, the media it keeps.
+UNIMODAL: dict[str, frozenset[Modality]] = {
+    "video": frozenset({"video", "image"}),
+    "audio": frozenset({"audio"}),
+}
+MAX_PARTS = 1 + len(UNIMODAL)  # of one prompt
+
+
+def parts_of(prompt: Prompt, *, unimodal: bool) -> dict[str, Prompt]:
+    """The whole prompt first and, with ``unimodal``, what is seen of it and what is heard of it.
+
+    A prompt that cannot be both seen and heard is its only part.
+    """
+    parts = {WHOLE: prompt}
+    if not unimodal:
+        return parts
+    for part, kinds in UNIMODAL.items():
+        items = tuple(item for item in prompt.media.items if item.kind in kinds)
+        if not items:
+            return {WHOLE: prompt}
+        parts[part] = prompt.model_copy(update={"media": MediaPlan(items=items)})
+    return parts
+
+
+@dataclass
+class PendingGroup:
+    """A leased prompt: one request to the engine for each of its parts, and what came of them."""
+
+    lease: RequestLease
+    prompt: Prompt
+    prepared: dict[str, RenderedPrompt]  # by part, the whole prompt first
+    finished: dict[str, FinishedRequest] = field(default_factory=dict)  # by part
+
+    @property
+    def key(self) -> str:
+        """The request's name in the buffer."""
+        return self.lease.request.key
+
+    @property
+    def sequences(self) -> int:
+        """Completions that the engine generates for it."""
+        return self.lease.request.n * len(self.prepared)
+
+    @property
+    def done(self) -> bool:
+        """All parts have ended."""
+        return self.finished.keys() == self.prepared.keys()
+
+    @property
+    def whole(self) -> FinishedRequest:
+        """What is trained on. Raises KeyError before it is finished."""
+        return self.finished[WHOLE]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated for it, those of the unimodal parts included."""
+        return sum(
+            len(one.token_ids) for request in self.finished.values() for one in request.completions
+        )
+
+    def request_id(self, part: str) -> str:
+        """The engine's name of a part; ``read_request_id`` is the way back."""
+        return f"{self.key}/{part}"
+
+    @property
+    def request_ids(self) -> list[str]:
+        return [self.request_id(part) for part in self.prepared]
+
+    def unscored(self) -> UnscoredGroup:
+        """The group as the reward actor takes it.
+
+        Raises DataError for a completion whose log-probabilities are not finite.
+        """
+        parts = {part: completions_of(request) for part, request in self.finished.items()}
+        return UnscoredGroup(
+            prompt_id=self.prompt.id,
+            completions=parts[WHOLE],
+            video_only=parts.get("video"),
+            audio_only=parts.get("audio"),
+        )
+
+
+def read_request_id(request_id: str) -> tuple[str, str]:
+    """(request key, part) of ``PendingGroup.request_id``."""
+    key, _, part = request_id.partition("/")
+    return key, part
+
+
+def completions_of(finished: FinishedRequest) -> list[Completion]:
+    """What a reward may know of each completion. Raises DataError as ``Completion`` does."""
+    return [
+        Completion(
+            text=item.text,
+            finished=item.finish_reason == "stop",
+            mean_logprob=float(item.logprobs.mean()) if len(item.token_ids) else 0.0,
+            tokens=len(item.token_ids),
+        )
+        for item in finished.completions
+    ]
 
 
 class UnusableGroupError(DataError):
@@ -28,36 +135,29 @@ class UnusableGroupError(DataError):
         self.reason = reason
 
 
-def completion_facts(finished: FinishedRequest) -> list[tuple[str, bool, float, int]]:
-    """Per completion (text, finished, mean log-probability, tokens): plain data, as scorers share
-    no code with us."""
-    return [
-        (
-            item.text,
-            item.finish_reason == "stop",
-            float(item.logprobs.mean()) if len(item.token_ids) else 0.0,
-            len(item.token_ids),
-        )
-        for item in finished.completions
-    ]
-
-
 def make_group(
-    finished: FinishedRequest, lease: RequestLease, scores: Scores, *, temperature: float
+    finished: FinishedRequest,
+    lease: RequestLease,
+    scores: list[CompletionScore],
+    *,
+    temperature: float,
 ) -> Group:
-    """The scored group of one request. Completions whose every component is masked are left out:
-    nothing is known of them, and a zero would be a lie (docs/method.md 1.5); so are those without a
-    token, which have no log-probability.
+    """The scored group of one request, as the buffer stores it.
 
-    Raises UnusableGroupError when that is all of them: ``unscored`` (a judge was out), or
-    ``empty``."""
+    Completions whose every component is masked are left out: nothing is known of them, and a zero
+    would be a lie (docs/method.md 1.5). So are those without a token, which have no
+    log-probability. Raises UnusableGroupError when that is all of them: ``unscored`` (a judge was
+    out), or ``empty``.
+    """
     request = lease.request
     group_id = f"{request.seq:08d}"
     digest = prompt_digest(finished.prompt_token_ids)
-    scored = [(item, *score) for item, score in zip(finished.completions, scores, strict=True)]
-    written = [entry for entry in scored if len(entry[0].token_ids)]
+    scored = list(zip(finished.completions, scores, strict=True))
+    written = [(item, score) for item, score in scored if len(item.token_ids)]
     kept = [
-        (item, reward, components) for item, reward, components in written if reward is not None
+        (item, score.reward, score.components)
+        for item, score in written
+        if score.reward is not None
     ]
     trajectories = tuple(
         Trajectory(
@@ -99,15 +199,17 @@ def make_group(
     )
 
 
-def evaluation_payload(prompt: Prompt, finished: FinishedRequest, scores: Scores) -> dict[str, Any]:
-    """One held-out prompt's outcome, JSON-ready; accuracy is the mean over its completions."""
-    accuracies = [components.get("accuracy") for _, components in scores]
+def evaluation_payload(
+    prompt: Prompt, finished: FinishedRequest, scores: list[CompletionScore]
+) -> JsonObject:
+    """The result of one held-out prompt, JSON-ready; accuracy is the mean over its completions."""
+    accuracies = [score.components.get("accuracy") for score in scores]
     known = [value for value in accuracies if value is not None]
     first = finished.completions[0]
     return {
         **prompt.label(),
         "accuracy": sum(known) / len(known) if known else None,
-        "components": scores[0][1],
+        "components": {**scores[0].components},
         "text": first.text,
         "version": first.versions[0][0],
         "tokens": sum(len(item.token_ids) for item in finished.completions),

@@ -12,7 +12,7 @@ from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """All a rollout actor needs to know; plain data, sent once."""
+    """All that a rollout actor needs to know; plain data, sent once."""
 
     run_id: str
     seed: int
@@ -26,11 +26,10 @@ class RolloutSpec:
     evaluation_tokens: int | None
     buffer: BufferConfig
     redis_url: str
-    max_sequences: int
+    max_sequences: int  # completions in the engine at once
     max_staleness: int
     lease_s: float
-    scores_together: bool  # scoring never waits for anything, so finished groups may share one call
-    unimodal: (
-        # the rewards compare with rollouts of sight alone and of sound alone (docs/method.md 2.2)
-        bool
-    )
+    # Scoring never waits for anything, so finished groups may share one call.
+    scores_together: bool
+    # The rewards compare with rollouts of sight alone and of sound alone (docs/method.md 2.2).
+    unimodal: bool

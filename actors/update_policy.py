@@ -1,25 +1,29 @@
 """When a rollout engine takes new weights in: between two steps of the stream, at the least cost.
 
 Taking them in makes the engine prefill everything in flight again. So once the next prompt begins a
-step, nothing more is submitted until the rest has ended, but no longer than the places so left idle
-cost as much as prefilling that rest: the rule of the ski rental, never worse than twice the best
-choice made with the lengths of the completions known."""
+step, nothing more is submitted until the rest has ended. The wait ends early when the places left
+idle have cost as much as prefilling that rest. This is the rule of the ski rental: never worse than
+twice the best choice made with the lengths of the completions known.
+"""
 
 from __future__ import annotations
 
 
 class WeightUpdatePolicy:
-    """Weighs idle places against prefill, both in seconds of a full engine; measures the latter as
-    it goes."""
+    """Weighs idle places against prefill, both in seconds of a full engine.
+
+    The engine's thread reports each step (``stepped``), from which the cost of prefill is measured.
+    """
 
     def __init__(self) -> None:
         self.idle_s = 0.0  # places kept free for the weights that wait
         self.prefill_s = 0.0  # of one request, lately
-        self._usual_s = 0.0  # a decoding step
+        self._decode_s = 0.0  # the last step that only decoded
         self._prefills = True
 
-    def reached(self, in_flight: int, *, room_for_next_step: bool) -> bool:
-        """Weights wait: take them in now? ``in_flight`` requests would be prefilled again."""
+    def is_due(self, in_flight: int, *, room_for_next_step: bool) -> bool:
+        """Whether to take the waiting weights in now. ``in_flight`` requests would be prefilled
+        again."""
         if in_flight == 0:
             return True
         if not room_for_next_step:
@@ -34,10 +38,12 @@ class WeightUpdatePolicy:
         self.idle_s = 0.0
 
     def stepped(self, seconds: float, requests: int, *, idle_share: float) -> None:
-        """A step with ``requests`` in flight was made, ``idle_share`` of the places kept free for
-        new weights."""
+        """A step with ``requests`` in flight was made.
+
+        ``idle_share`` of the places was kept free for new weights, 0 to 1.
+        """
         self.idle_s += seconds * idle_share
         if self._prefills:
-            self.prefill_s, self._prefills = max(0.0, seconds - self._usual_s) / requests, False
+            self.prefill_s, self._prefills = max(0.0, seconds - self._decode_s) / requests, False
         else:
-            self._usual_s = seconds
+            self._decode_s = seconds

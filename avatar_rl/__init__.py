@@ -13,7 +13,7 @@ ground up; an import goes down, never up or sideways:
     cluster         starts, watches and restarts all of it: recipes, training loop, commands
 
 The way of a prompt: ``cluster.training.prompt_schedule`` makes requests,
-``buffer_service.requests`` leases them, ``actors.rollout`` generates, ``rewards.scorer`` scores,
+``buffer_service.requests`` leases them, ``actors.rollout`` generates, ``rewards.actor`` scores,
 ``buffer_service.replay`` gives the learner fresh and replayed groups, ``learner.rank`` trains,
 ``buffer_service.weights`` carries the new version back. Read first: ``cluster/training/loop.py``,
 then docs/architecture.md."""

@@ -36,7 +36,7 @@ from benchmarks.harness import Figures
 #: How Ray names the workers; the learner is hit in rank 0.
 ROLES = {
     "rollout": "ray::RolloutActor",
-    "reward": "ray::Scorer",
+    "reward": "ray::RewardActor",
     "learner": "ray::LearnerRank",
     "redis": "redis-server",
     "driver": "",

@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from avatar_rl.common.errors import DataError
+from avatar_rl.common.scoring import Completion
 from avatar_rl.prompts.record import Prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One generated completion as text, without the end-of-turn token.
-
-    ``finished`` is False for a completion cut at the token limit. ``mean_logprob`` is the mean
-    behaviour log-probability (natural log) over its ``tokens``. Raises DataError where these are
-    impossible."""
-
-    text: str
-    finished: bool
-    mean_logprob: float
-    tokens: int
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.mean_logprob) or self.tokens < 0:
-            raise DataError(
-                f"completion with mean_logprob {self.mean_logprob} over {self.tokens} tokens: "
-                "needs a finite "
-                "log-probability and tokens >= 0; check what the rollout engine returned"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +55,3 @@ class Scored:
     reward: float | None
     components: dict[str, float | None]
     details: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredGroup:
-    """Scores of one request, in the order of its completions; ``seconds`` is the wall time it
-    took."""
-
-    prompt_id: str
-    scored: list[Scored]
-    seconds: float

@@ -35,7 +35,7 @@ from avatar_rl.cluster.training.restarts import run_to_end
 from avatar_rl.common.errors import AvatarError, ConfigError, DataError
 from avatar_rl.common.files import replace_text
 from avatar_rl.prompts.selection import select
-from avatar_rl.rewards.scorer import check_judge
+from avatar_rl.rewards.actor import check_judge
 
 #: What a plan says of a stage that is to be run.
 RUNS = ("run", "go on")

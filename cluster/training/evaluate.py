@@ -31,7 +31,7 @@ from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.record import Modality
 from avatar_rl.prompts.selection import matching
-from avatar_rl.rewards.scorer import check_judge
+from avatar_rl.rewards.actor import check_judge
 
 Kinds = tuple[Modality, ...]
 

@@ -46,7 +46,7 @@ from avatar_rl.cluster.workers.pool import Pool, unwrap
 from avatar_rl.cluster.workers.rollout_fleet import Fleet
 from avatar_rl.cluster.workers.specs import learner_spec, rollout_spec
 from avatar_rl.prompts.selection import matching, select
-from avatar_rl.rewards.scorer import check_judge
+from avatar_rl.rewards.actor import check_judge
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from avatar_rl.common.errors import AvatarError, ResourceError
 from avatar_rl.learner.actor import LearnerRankActor
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state_replica import StateReplica
-from avatar_rl.rewards.scorer import Scorer
+from avatar_rl.rewards.actor import RewardActor
 
 #: Ray brings these back by itself and repeats what was asked of them: their calls are safe to
 #: repeat.
@@ -73,7 +73,7 @@ class Pool:
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
         make = self._remote(
-            Scorer,
+            RewardActor,
             cpus=0,
             max_concurrency=64,
             environment=self.services.scorer_environment(),

@@ -254,7 +254,7 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(
     job.kill_worker("ray::LearnerRank")
     job.until("learner restarted")
     job.until(" step ")
-    job.kill_worker("ray::Scorer")
+    job.kill_worker("ray::RewardActor")
     job.until(" step ")
     job.kill_worker("redis-server")
     job.until("redis restarted")

@@ -189,7 +189,7 @@ def test_the_top_level_is_the_agreed_one() -> None:
 
 LIGHT = (
     "avatar_rl.cluster.training.restarts",
-    "avatar_rl.rewards.scorer",
+    "avatar_rl.rewards.actor",
     "avatar_rl.buffer_service.weights.store",
     "avatar_rl.learner.state_replica",
     "avatar_rl.learner.actor",

@@ -8,13 +8,16 @@ import pickle
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.common.errors import AvatarError, ConfigError, DataError
+from avatar_rl.common.scoring import CompletionScore, UnscoredGroup
+from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.actor import RewardActor
 from avatar_rl.rewards.config import BUILTIN, STAGE_WEIGHTS, RewardConfig
@@ -318,26 +321,50 @@ def test_injection_buys_nothing_from_the_rules() -> None:
     assert [one.reward for one in scored] == [0.0] * 4
 
 
-def test_actor_keeps_the_order_and_survives_the_wire() -> None:
+def reward_actor(config: RewardConfig, folder: Path) -> RewardActor:
+    """One that knows a single prompt."""
+    dataset = folder / "prompts.jsonl"
+    dataset.write_text(PROMPT.model_dump_json(exclude_none=True) + "\n")
+    return RewardActor(config, [dataset], DataConfig())
+
+
+def group_of(*texts: str, prompt_id: str = PROMPT.id) -> UnscoredGroup:
+    return UnscoredGroup(prompt_id=prompt_id, completions=[completion(text) for text in texts])
+
+
+def rewards_of(answer: list[CompletionScore] | AvatarError) -> list[float | None]:
+    assert isinstance(answer, list)
+    return [score.reward for score in answer]
+
+
+def test_actor_keeps_the_order_and_survives_the_wire(tmp_path: Path) -> None:
     async def run() -> list[list[float | None]]:
-        actor = RewardActor(RewardConfig())
+        actor = reward_actor(RewardConfig(), tmp_path)
         await actor.check()
-        requests = pickle.loads(
-            pickle.dumps([request(RIGHT), request(WRONG, RIGHT), request(BROKEN)])
+        groups = pickle.loads(
+            pickle.dumps([group_of(RIGHT), group_of(WRONG, RIGHT), group_of(BROKEN)])
         )
-        groups = pickle.loads(pickle.dumps(await actor.score(requests)))
-        assert (await actor.stats())["format/scored"] == 4
-        assert all(group.prompt_id == "p" and group.seconds >= 0 for group in groups)
-        await actor.close()
-        return [[one.reward for one in group.scored] for group in groups]
+        answers = pickle.loads(pickle.dumps(await actor.score(groups)))
+        assert actor.suite.stats()["format/scored"] == 4
+        assert answers[2] == [
+            CompletionScore(reward=-0.5, components={"format": -1.0, "accuracy": 0.0})
+        ]
+        return [rewards_of(answer) for answer in answers]
 
     assert asyncio.run(run()) == [[1.0], [0.5, 1.0], [-0.5]]
 
 
-def test_concurrent_groups_share_one_custom_reward() -> None:
+def test_a_group_that_cannot_be_scored_leaves_the_others_alone(tmp_path: Path) -> None:
+    actor = reward_actor(RewardConfig(), tmp_path)
+    strange, good = asyncio.run(actor.score([group_of(RIGHT, prompt_id="no"), group_of(RIGHT)]))
+    assert isinstance(strange, DataError) and "no prompt with the id 'no'" in str(strange)
+    assert rewards_of(good) == [1.0]
+
+
+def test_concurrent_groups_share_one_custom_reward(tmp_path: Path) -> None:
     async def run() -> list[float | None]:
-        actor = RewardActor(RewardConfig(weights={f"{HERE}:half_scored": 1.0}))
-        groups = await actor.score([request(RIGHT, WRONG) for _ in range(50)])
-        return [group.scored[1].reward for group in groups]
+        actor = reward_actor(RewardConfig(weights={f"{HERE}:half_scored": 1.0}), tmp_path)
+        answers = await actor.score([group_of(RIGHT, WRONG) for _ in range(50)])
+        return [rewards_of(answer)[1] for answer in answers]
 
     assert asyncio.run(run()) == [0.25] * 50

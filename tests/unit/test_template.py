@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from avatar_rl.actors.rollout import RolloutActor
+from avatar_rl.actors.feeder import Feeder
+from avatar_rl.actors.shared_state import SharedState
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.common.errors import DataError, ModelError
 from avatar_rl.prompts.config import MediaConfig
@@ -228,15 +229,17 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
         )
 
     refused: list[tuple[RequestLease, str]] = []
-    actor: Any = RolloutActor.__new__(RolloutActor)  # without services and engine
-    actor.prompts, actor.encoder, actor.spec, actor._ready = (
+    state, engine = SharedState(), SimpleNamespace(prepared=kept.get, prepare=prepare)
+    feeder = Feeder(
+        "a",
+        SimpleNamespace(unimodal=False),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
         prompts,
         strict,
-        SimpleNamespace(unimodal=False),
-        deque(),
+        engine,  # type: ignore[arg-type]
+        state,
+        lambda lease, error: refused.append((lease, str(error))),
     )
-    actor.engine = SimpleNamespace(prepared=kept.get, prepare=prepare)
-    actor._give_up = lambda lease, error: refused.append((lease, str(error)))  # quarantine
     requests = [
         RolloutRequest(seq=i, prompt_id=name, step=0, n=1)
         for i, name in enumerate(("short", "long", "long"))
@@ -244,15 +247,15 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
     leases = [
         RequestLease(request=request, attempt=1, consumer="a", hinted=False) for request in requests
     ]
-    actor._prepare(leases)  # the last finds its prompt in the engine's cache
-    assert [work.lease for work in actor._ready] == leases[:1]
+    feeder.prepare(leases)  # the last finds its prompt in the engine's cache
+    assert [group.lease for group in state.ready] == leases[:1]
     assert [lease for lease, _ in refused] == leases[1:]
     assert all(f"tokens, max_prompt_tokens is {limit}" in why for _, why in refused)
     held_out = RolloutRequest(
         seq=3, prompt_id="long", step=0, n=1, kind="eval"
     )  # the learner never sees it
-    actor._prepare([RequestLease(request=held_out, attempt=1, consumer="a", hinted=False)])
-    assert len(refused) == 2 and actor._ready[-1].lease.request is held_out
+    feeder.prepare([RequestLease(request=held_out, attempt=1, consumer="a", hinted=False)])
+    assert len(refused) == 2 and state.ready[-1].lease.request is held_out
 
 
 def test_videos_of_one_rate_are_found_as_the_refusal_says(folder: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""vLLM general plugin ``avatar_rl``: what stock vLLM does differently from the learner's forward is
-put right here.
+"""vLLM general plugin ``avatar_rl``: corrects what stock vLLM does differently from the learner's
+forward.
 
 Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
-``RolloutEngine`` directly."""
+``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py: media after a
+weight update; worker.py: log-probabilities.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,16 @@ CHECKED = ("0.32.",)
 
 
 def register() -> bool:
-    """Install the corrections in this process, once. False, with a warning, on a vLLM they were not
-    checked on."""
+    """Install the corrections in this process, once.
+
+    Returns False, with a warning, on a vLLM release that they were not checked on.
+    """
     import vllm
 
     if not vllm.__version__.startswith(CHECKED):
         log.warning(
             "vLLM %s: the corrections were checked on %s* only and are off; keep "
-            "use_audio_in_video off and set "
-            "weight_update to drain",
+            "use_audio_in_video off and set weight_update to drain",
             vllm.__version__,
             CHECKED[0],
         )

@@ -1,23 +1,33 @@
 """Keeps every request's media in the worker, so that a preempted request can be encoded anew after
 a weight update.
 
-vLLM strips media that the prefix cache covers when a request is scheduled: nothing will ever encode
-them. A weight update empties that cache and preempts what runs, and then the completions whose
-siblings had filled the cache (n > 1) need their media again; without them ``embed_multimodal``
-returns nothing and the engine dies."""
+When a request is scheduled, vLLM strips the media that the prefix cache covers, as nothing should
+need to encode them. But a weight update empties that cache and preempts what runs. Then the
+completions whose siblings had filled the cache (n > 1) need their media again. Without them
+``embed_multimodal`` returns nothing and the engine dies.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
 def install() -> None:
-    """Scheduler and worker share a process or a pipe to the same host; the tensors are small beside
-    the weights."""
+    """Let the scheduler send all media on.
+
+    Scheduler and worker share a process or a pipe to the same host, and the tensors are small
+    beside the weights.
+    """
     from vllm.v1.core.sched import output
 
-    output.strip_covered_mm_data = _keep
+    output.strip_covered_mm_data = keep_all
 
 
-def _keep(mm_features: Any, *_: Any, **__: Any) -> Any:
+def keep_all(
+    mm_features: list[MultiModalFeatureSpec], num_computed_tokens: int, uses_mrope: bool = False
+) -> list[MultiModalFeatureSpec]:
+    """In place of ``strip_covered_mm_data``: nothing is stripped."""
     return mm_features

@@ -8,12 +8,19 @@ chunk and the next video chunk, scatters video embeddings into audio slots."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from avatar_rl.prompts.encoding.rope import PositionRule
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.models.qwen2_5_omni_thinker import (
+        Qwen2_5OmniThinkerForConditionalGeneration,
+    )
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 _INSTALLED = "_avatar_rl"
 
@@ -22,13 +29,15 @@ def install() -> None:
     """Correct the thinker class and its embedding merge in place."""
     from vllm.model_executor.models import qwen2_5_omni_thinker as module
 
-    thinker: Any = module.Qwen2_5OmniThinkerForConditionalGeneration
+    thinker: Any = module.Qwen2_5OmniThinkerForConditionalGeneration  # Any: its methods change here
     if hasattr(thinker, _INSTALLED):
         return
     stock = thinker.get_mrope_input_positions
 
     def get_mrope_input_positions(
-        self: Any, input_tokens: list[int], mm_features: list[Any]
+        self: Qwen2_5OmniThinkerForConditionalGeneration,
+        input_tokens: list[int],
+        mm_features: list[MultiModalFeatureSpec],
     ) -> tuple[Tensor, int]:
         if any(_flag(feature, "use_audio_in_video") for feature in mm_features):
             return interleaved_positions(self.config, input_tokens, mm_features)
@@ -47,10 +56,12 @@ def install() -> None:
 
 
 def interleaved_positions(
-    config: Any, input_tokens: Sequence[int], mm_features: Sequence[Any]
+    config: PretrainedConfig,
+    input_tokens: Sequence[int],
+    mm_features: Sequence[MultiModalFeatureSpec],
 ) -> tuple[Tensor, int]:
-    """vLLM's contract: positions (3, L) and the offset of completion token t from position L +
-    t."""
+    """Positions (3, L) of a prompt of L tokens, and an offset: token t of the completion is at
+    position L + t + offset. This is vLLM's contract."""
     ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
     names = {
         "image_grid_thw": ("image", "image_grid_thw"),
@@ -60,8 +71,16 @@ def interleaved_positions(
     }
     found: dict[str, Tensor] = {}
     for name, (modality, key) in names.items():
-        fields = [feature.data.get(key) for feature in ordered if feature.modality == modality]
-        values = [field.data.reshape(1, -1) for field in fields if field is not None]
+        fields = [
+            feature.data.get(key)
+            for feature in ordered
+            if feature.modality == modality and feature.data is not None
+        ]
+        values = [
+            field.data.reshape(1, -1)
+            for field in fields
+            if field is not None and isinstance(field.data, Tensor)
+        ]
         if values:
             found[name] = torch.cat(values)
     # The rule reads audio lengths off a mask's row sums; the lengths themselves, as one column, sum
@@ -77,6 +96,6 @@ def interleaved_positions(
     return positions.ids, positions.next - len(input_tokens)
 
 
-def _flag(feature: Any, key: str) -> bool:
+def _flag(feature: MultiModalFeatureSpec, key: str) -> bool:
     field = feature.data.get(key) if feature.modality == "video" and feature.data else None
     return field is not None and bool(field.data)

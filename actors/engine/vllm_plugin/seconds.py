@@ -4,42 +4,49 @@
 Stock vLLM 0.32 casts all that a processor returns to the model's type. In bfloat16 that moves
 frames of most real clips (2.06 s per patch become 2.0625) to other positions than the learner's,
 with sound interleaved even into other chunks. It also loads the whole processor anew for each value
-of ``second_per_grid_ts`` among its arguments, 4 s for a real vocabulary, though only the prompt's
-layout reads it."""
+of ``second_per_grid_ts`` among its arguments. That takes 4 s for a real vocabulary, though only the
+prompt's layout reads the value.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+    from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
+    from vllm.multimodal.processing.context import InputProcessingContext
 
 KEYS = ("second_per_grid_ts", "video_second_per_grid")
 _INSTALLED = "_avatar_rl_seconds"
 
 
 def install() -> None:
-    """Keep the values whole, and the processor."""
-    from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
-    from vllm.multimodal.processing.context import InputProcessingContext
+    """Keep the values as they are, and the processor."""
+    from vllm.model_executor.models import qwen2_5_omni_thinker
+    from vllm.multimodal.processing import context
 
-    context: Any = InputProcessingContext
-    if hasattr(context, _INSTALLED):
+    # Any: their methods change here.
+    contexts: Any = context.InputProcessingContext
+    infos: Any = qwen2_5_omni_thinker.Qwen2_5OmniThinkerProcessingInfo
+    if hasattr(contexts, _INSTALLED):
         return
-    cast = context._postprocess_output
+    cast, load = contexts._postprocess_output, infos.get_hf_processor
 
-    def _postprocess_output(self: Any, output: Any) -> Any:
+    def _postprocess_output(self: InputProcessingContext, output: Any) -> Any:
         found = cast(self, output)
         for key in KEYS:
             if isinstance(output, dict) and isinstance(output.get(key), Tensor):
                 found[key] = output[key].cpu()
         return found
 
-    info: Any = Qwen2_5OmniThinkerProcessingInfo
-    load = info.get_hf_processor
-
-    def get_hf_processor(self: Any, **kwargs: object) -> Any:
+    def get_hf_processor(
+        self: Qwen2_5OmniThinkerProcessingInfo, **kwargs: object
+    ) -> ProcessorMixin:
         return load(self, **{name: value for name, value in kwargs.items() if name not in KEYS})
 
-    context._postprocess_output = _postprocess_output
-    info.get_hf_processor = get_hf_processor
-    setattr(context, _INSTALLED, True)
+    contexts._postprocess_output = _postprocess_output
+    infos.get_hf_processor = get_hf_processor
+    setattr(contexts, _INSTALLED, True)

@@ -3,58 +3,74 @@ learner's."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+if TYPE_CHECKING:
+    from vllm.config.model import LogprobsMode
+    from vllm.v1.outputs import SamplerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 
 class RolloutSampler(Sampler):
-    """Returns log softmax(logits / temperature) over the whole vocabulary, what the learner
-    computes.
+    """Gives log softmax(logits / temperature) over the whole vocabulary, as the learner computes.
 
     vLLM offers log-probabilities either before the temperature or after every restriction
-    (forbidden tokens, top-k, top-p). Tokens in ``forbidden`` are never drawn; like top-k and top-p
-    that restriction is not in the log-probability, so an on-policy ratio is exactly 1."""
+    (forbidden tokens, top-k, top-p). Tokens in ``forbidden`` are never drawn. Like top-k and top-p
+    that restriction is not in the log-probability, so an on-policy ratio is exactly 1.
+    """
 
     def __init__(self, stock: Sampler, forbidden: Tensor) -> None:
         super().__init__(stock.logprobs_mode, stock.use_fp64_gumbel)
         self.forbidden = forbidden  # (F,) int64 token ids
-        self._temperature: Tensor | None = (
-            None  # (B,) of the step that is being sampled; None when all are greedy
-        )
+        # (B,) of the step that is being sampled; None when all are greedy
+        self._temperature: Tensor | None = None
 
     def forward(
-        self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        logits: Tensor,
+        sampling_metadata: SamplingMetadata,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: LogprobsMode | None = None,
+    ) -> SamplerOutput:
+        """As the stock sampler; notes the temperatures for ``compute_logprobs``."""
         self._temperature = sampling_metadata.temperature
-        return super().forward(logits, sampling_metadata, *args, **kwargs)
+        return super().forward(
+            logits, sampling_metadata, predict_bonus_token, logprobs_mode_override
+        )
 
-    def compute_logprobs(self, logits: Tensor) -> Tensor:  # type: ignore[override]  # static there, called on self
+    # Static in the base class, which calls it on self.
+    def compute_logprobs(self, logits: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, V) log-probabilities of logits (B, V) at each row's temperature."""
         if self._temperature is not None:
-            greedy = self._temperature < 1e-5  # greedy rows have no temperature to speak of: use 1
+            greedy = self._temperature < 1e-5  # their temperature is next to 0: use 1
             logits = logits.float() / torch.where(greedy, 1.0, self._temperature)[:, None]
         return logits.log_softmax(dim=-1, dtype=torch.float32)
 
-    def apply_logits_processors(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        logits = super().apply_logits_processors(logits, *args, **kwargs)
+    def apply_logits_processors(
+        self, logits: Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool
+    ) -> Tensor:
+        """As the stock sampler; then ``forbidden`` tokens get no probability."""
+        logits = super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
         return logits.index_fill_(1, self.forbidden, float("-inf"))
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
-    model_runner: Any
+    model_runner: GPUModelRunner  # of which the CPU's is a kind
 
     def install_rollout_sampler(self, forbidden: list[int]) -> None:
+        """Sample with ``RolloutSampler``. Raises RuntimeError where vLLM's sampler is unknown."""
         stock = self.model_runner.sampler
         if type(stock) is not Sampler:
             raise RuntimeError(
                 f"vLLM samples with {type(stock).__module__}.{type(stock).__name__}, which "
-                "returns other "
-                "log-probabilities: set VLLM_USE_V2_MODEL_RUNNER=0"
+                "returns other log-probabilities: set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         device = self.model_runner.device
         self.model_runner.sampler = RolloutSampler(

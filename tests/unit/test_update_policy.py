@@ -20,7 +20,7 @@ def update_policy() -> WeightUpdatePolicy:
 
 
 def test_an_empty_engine_takes_weights_at_once(update_policy: WeightUpdatePolicy) -> None:
-    assert update_policy.reached(0, room_for_next_step=False)
+    assert update_policy.is_due(0, room_for_next_step=False)
 
 
 def test_it_waits_as_long_as_idle_places_cost_less_than_prefilling_again(
@@ -28,7 +28,7 @@ def test_it_waits_as_long_as_idle_places_cost_less_than_prefilling_again(
 ) -> None:
     assert update_policy.prefill_s == pytest.approx(0.02)  # (90 - 10) / 4 ms
     waited = 0
-    while not update_policy.reached(2, room_for_next_step=True):  # 2 requests: 40 ms of prefill
+    while not update_policy.is_due(2, room_for_next_step=True):  # 2 requests: 40 ms of prefill
         update_policy.stepped(0.01, 2, idle_share=0.5)
         waited += 1
     assert waited == 8  # 8 steps of 10 ms with half the places idle
@@ -38,8 +38,8 @@ def test_without_room_for_the_next_step_nothing_is_idle_for_its_sake(
     update_policy: WeightUpdatePolicy,
 ) -> None:
     update_policy.stepped(10.0, 2, idle_share=0.5)
-    assert not update_policy.reached(2, room_for_next_step=False)
-    assert not update_policy.reached(
+    assert not update_policy.is_due(2, room_for_next_step=False)
+    assert not update_policy.is_due(
         2, room_for_next_step=True
     )  # the count starts when there is room
 
