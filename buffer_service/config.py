@@ -23,13 +23,13 @@ class TierShares(Section):
     """Fixed share of the capacity each tier may hold (docs/method.md 1.3)."""
 
     easy: float = Field(
-        0.25, ge=0, le=1, description="share of the capacity for trajectories of Easy prompts"
+        0.25, ge=0, le=1, description="Share of the capacity for trajectories of Easy prompts."
     )
     medium: float = Field(
-        0.35, ge=0, le=1, description="share of the capacity for trajectories of Medium prompts"
+        0.35, ge=0, le=1, description="Share of the capacity for trajectories of Medium prompts."
     )
     hard: float = Field(
-        0.40, ge=0, le=1, description="share of the capacity for trajectories of Hard prompts"
+        0.40, ge=0, le=1, description="Share of the capacity for trajectories of Hard prompts."
     )
 
     @model_validator(mode="after")
@@ -44,18 +44,18 @@ class TierShares(Section):
 class HintGateConfig(Section):
     """When a prompt's pre-computed hint comes on (docs/method.md 1.4)."""
 
-    enabled: bool = Field(True, description="whether hints may fire at all")
+    enabled: bool = Field(True, description="Whether hints may fire at all.")
     hard_patience: int = Field(
-        3, ge=1, description="consecutive visits a prompt must end in Hard before KL counts"
+        3, ge=1, description="Consecutive visits a prompt must end in Hard before KL counts."
     )
     kl_below: float = Field(
-        0.01, ge=0, description="mean k3 KL against the behaviour policy below which it is stuck"
+        0.01, ge=0, description="Mean k3 KL against the behaviour policy below which it is stuck."
     )
     zero_patience: int = Field(
-        3, ge=1, description="consecutive visits with zero accuracy that fire it on their own"
+        3, ge=1, description="Consecutive visits with zero accuracy that fire it on their own."
     )
     accuracy_component: str = Field(
-        "accuracy", description="reward component whose zeros are counted"
+        "accuracy", description="Reward component whose zeros are counted."
     )
 
 
@@ -67,59 +67,61 @@ class BufferConfig(Section):
     }
 
     url: str | None = Field(
-        None, description="redis://, rediss:// or unix:// URL; none starts an embedded server"
+        None, description="URL: redis://, rediss:// or unix://; none starts an embedded server."
     )
-    username: str | None = Field(None, description="ACL user; none logs in as the default user")
+    username: str | None = Field(None, description="ACL user; none logs in as the default user.")
     password_env: str | None = Field(
-        None, description="name of the environment variable that holds the password"
+        None, description="Name of the environment variable that holds the password."
     )
     password_file: Path | None = Field(
-        None, description="file that holds the password, as an alternative"
+        None, description="File that holds the password, as an alternative."
     )
     tls_ca: Path | None = Field(
-        None, description="CA bundle for a rediss:// URL; none takes the system's"
+        None, description="CA bundle for a rediss:// URL; none takes the system's."
     )
     reconnect_s: float = Field(
-        30.0, gt=0, description="how long a call keeps retrying while Redis is away"
+        30.0, gt=0, description="How long a call keeps retrying while Redis is away."
     )
-    timeout_s: float = Field(10.0, gt=0, description="how long one command may take on the wire")
+    timeout_s: float = Field(10.0, gt=0, description="How long one command may take on the wire.")
     memory_limit: float = Field(
-        0.9, gt=0, le=1, description="share of maxmemory above which inserts are refused"
+        0.9, gt=0, le=1, description="Share of maxmemory above which inserts are refused."
     )
     appendfsync: AppendFsync = Field(
-        "everysec", description="embedded server: how much a kill -9 of Redis may lose"
+        "everysec", description="Embedded server: how much a kill -9 of Redis may lose."
     )
-    capacity: int = Field(10_000, ge=4, description="trajectories kept for replay")
+    capacity: int = Field(10_000, ge=4, description="Trajectories kept for replay.")
     tier_shares: TierShares = Field(
-        TierShares(), description="how the capacity is split over the tiers"
+        TierShares(), description="How the capacity is split over the tiers."
     )
     quantile_low: float = Field(
-        0.40, gt=0, lt=1, description="prompts up to this quantile of Rbar are Hard"
+        0.40, gt=0, lt=1, description="Prompts up to this quantile of Rbar are Hard."
     )
     quantile_high: float = Field(
-        0.75, gt=0, lt=1, description="prompts up to this quantile of Rbar are Medium"
+        0.75, gt=0, lt=1, description="Prompts up to this quantile of Rbar are Medium."
     )
-    window: int = Field(20, ge=1, description="on-policy rewards in the moving average of a prompt")
+    window: int = Field(
+        20, ge=1, description="On-policy rewards in the moving average of a prompt."
+    )
     warm_up: int = Field(
-        128, ge=0, description="replay starts once this many trajectories are stored"
+        128, ge=0, description="Replay starts once this many trajectories are stored."
     )
     max_reuse: int = Field(
-        0, ge=0, description="steps a trajectory may be replayed in; 0 means no limit"
+        0, ge=0, description="Steps a trajectory may be replayed in; 0 means no limit."
     )
     max_age_versions: int = Field(
-        0, ge=0, description="policy versions after which a trajectory goes; 0: no limit"
+        0, ge=0, description="Policy versions after which a trajectory goes; 0: no limit."
     )
-    strategy: Strategy = Field("stratified", description="how replays are chosen")
+    strategy: Strategy = Field("stratified", description="How replays are chosen.")
     reward_diverse: bool = Field(
-        False, description="prefer as many successes as failures among the replays"
+        False, description="Prefer as many successes as failures among the replays."
     )
     quota_block: int = Field(
-        4, ge=1, description="draws are split over the tiers in blocks of this size, 1/1/2 of 4"
+        4, ge=1, description="Draws are split over the tiers in blocks of this size, 1/1/2 of 4."
     )
     success_at: float = Field(
-        0.5, description="accuracy (or reward, when masked) from which a trajectory is a success"
+        0.5, description="Accuracy (or reward, when masked) from which a trajectory is a success."
     )
-    hints: HintGateConfig = Field(HintGateConfig(), description="gate of the pre-computed hints")
+    hints: HintGateConfig = Field(HintGateConfig(), description="Gate of the pre-computed hints.")
 
     @model_validator(mode="after")
     def _check(self) -> BufferConfig:

@@ -104,8 +104,8 @@ class LoopConfig(Section):
     schedule: Literal["epochs", "open"] = Field(
         "epochs",
         description="Which prompts are asked: epochs = every prompt in turn, shuffled; open = "
-        "prompts never asked "
-        "first, then drawn by how far their moving average is from a full reward.",
+        "prompts never asked first, then drawn by how far their moving average is from a full "
+        "reward.",
     )
 
     @property
@@ -125,9 +125,11 @@ class LoopConfig(Section):
 
 
 class PoolEvaluationConfig(Section):
-    """Accuracy over the training prompts, each asked equally often: unlike the running accuracy of
-    the fresh completions it does not depend on which prompts the schedule asks. Training waits
-    meanwhile."""
+    """Accuracy over the training prompts, each asked equally often.
+
+    The running accuracy of the fresh completions depends on which prompts the schedule asks; this
+    one does not. Training waits for it.
+    """
 
     every: int = Field(0, ge=0, description="Steps between measurements; 0 switches them off.")
     samples: int = Field(
@@ -139,7 +141,7 @@ class PoolEvaluationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out accuracy, measured on the rollout actors while training goes on."""
+    """Held-out accuracy, measured on the rollout actors while training continues."""
 
     every: int = Field(
         25, ge=0, description="Steps between evaluations; 0 evaluates only before and after."
@@ -282,8 +284,8 @@ class CheckpointConfig(Section):
         1 << 30,
         ge=0,
         description="A learner state up to this size is copied to another process at every step, "
-        "so that a dead rank costs no step. Above it the run goes back to its last checkpoint. "
-        "0: always the checkpoint.",
+        "so that a dead rank costs no step. Above it the run goes back to its last checkpoint. 0: "
+        "always the checkpoint.",
     )
 
 
@@ -294,23 +296,20 @@ class SupervisionConfig(Section):
         120,
         gt=0,
         description="A rollout actor without progress for this long while it holds prompts is "
-        "replaced; "
-        "keep it above the time of the longest group. A judge's deadline is added.",
+        "replaced; keep it above the time of the longest group. A judge's deadline is added.",
     )
     learner_stall_s: float = Field(
         600,
         gt=0,
         description="Learner ranks that train and get nowhere for this long are replaced; keep it "
-        "above the "
-        "time of the slowest micro-batch, and of the optimizer's step and the gathering of the "
-        "weights.",
+        "above the time of the slowest micro-batch, and of the optimizer's step and the gathering "
+        "of the weights.",
     )
     restarts: int = Field(
         8,
         ge=0,
         description="Deaths of one kind of process between two finished steps before the run "
-        "stops; rollout "
-        "actors may each die once more.",
+        "stops; rollout actors may each die once more.",
     )
     grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
 

@@ -30,14 +30,14 @@ class ObjectiveConfig(Section):
     loss_type: LossType = Field(
         "grpo",
         description="Average over tokens: grpo = per sequence, then over sequences; dapo, bnpo "
-        "and cispo = over all "
-        "tokens of the step; dr_grpo = sum over sequences x the longest completion allowed.",
+        "and cispo = over all tokens of the step; dr_grpo = sum over sequences x the longest "
+        "completion allowed.",
     )
     ratio: RatioLevel = Field(
         "token",
         description="Importance ratio: token; sequence = GSPO-token (one value per sequence, "
-        "gradient per token); "
-        "sequence_plain = GSPO as first written, which cannot carry weights that vary by token.",
+        "gradient per token); sequence_plain = GSPO as first written, which cannot carry weights "
+        "that vary by token.",
     )
     epsilon: float = Field(
         0.2, gt=0, lt=1, description="Clip range below 1, and above it when epsilon_high is null."
@@ -69,17 +69,15 @@ class ObjectiveConfig(Section):
     replay_advantage: ReplayAdvantage = Field(
         "vcrs",
         description="Baseline of a replayed trajectory: vcrs = moving average of its prompt's "
-        "on-policy rewards; "
-        "batch_mean = mean of the replayed batch (ablation); joint = normalised with the fresh "
-        "group of its prompt.",
+        "on-policy rewards; batch_mean = mean of the replayed batch (ablation); joint = "
+        "normalised with the fresh group of its prompt.",
     )
     fresh_advantage: FreshAdvantage = Field(
         "group",
         description="Baseline of a fresh completion: group = mean of its group, divided by "
-        "scale_rewards; vcrs = the "
-        "moving average of its prompt, divided by the deviation of the step's rewards, so that "
-        "one completion is a "
-        "group and a group of equal rewards still teaches.",
+        "scale_rewards; vcrs = the moving average of its prompt, divided by the deviation of the "
+        "step's rewards. With vcrs one completion is a group, and a group of equal rewards still "
+        "teaches.",
     )
     replay_sign: ReplaySign = Field(
         "both",
@@ -102,8 +100,8 @@ class ObjectiveConfig(Section):
     mismatch: MismatchCorrection = Field(
         "none",
         description="Importance weight trainer / sampler, per token or per sequence, truncated at "
-        "the bounds or zeroed "
-        "outside them; needs the trainer's own log-probabilities of the completions.",
+        "the bounds or zeroed outside them; needs the trainer's own log-probabilities of the "
+        "completions.",
     )
     mismatch_cap: float = Field(2.0, gt=0, description="Upper bound of the mismatch weight.")
     mismatch_floor: float | None = Field(
@@ -186,8 +184,7 @@ class LearnerConfig(Section):
         1,
         ge=1,
         description="Optimiser updates per step: each trains on the step's fresh groups and on "
-        "its own share of the "
-        "replays, of which the step draws this many times as many.",
+        "its own share of the replays, of which the step draws this many times as many.",
     )
     warmup: float = Field(
         0.05, ge=0, le=1, description="Share of the steps with a rising learning rate."
@@ -247,6 +244,6 @@ class SftConfig(Section):
     checkpoint_every: int = Field(
         100,
         ge=0,
-        description="Steps between checkpoints that an interrupted cold start goes on from; 0 "
+        description="Steps between checkpoints that an interrupted cold start resumes from; 0 "
         "writes none.",
     )

@@ -46,9 +46,8 @@ class JudgeConfig(EndpointConfig):
 
     kind: Literal["openai", "rule", "managed"] = Field(
         default="openai",
-        description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one the "
-        "run serves itself; "
-        "'rule': exact, synthetic world",
+        description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one that "
+        "the run serves itself; 'rule': exact, for the synthetic world.",
     )
     max_chars: int = Field(
         default=8_000,

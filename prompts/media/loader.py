@@ -217,7 +217,7 @@ class MediaLoader:
             disk.put(key, entry)
         except OSError as error:
             log.warning(
-                "media cache %s cannot be written (%s): going on without it", disk.folder, error
+                "media cache %s cannot be written (%s): continuing without it", disk.folder, error
             )
             self.disk = None
 

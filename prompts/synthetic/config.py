@@ -82,8 +82,7 @@ class WorldConfig(Section):
     guess_share: dict[Category, float] = Field(
         default_factory=lambda: dict.fromkeys(GUESSED, 0.65),
         description="Share of unhinted SFT targets of each question type that answer at random "
-        "without looking, for "
-        "RL to unlearn; missing means 0.",
+        "without looking, for RL to unlearn; missing means 0.",
     )
     hinted_share: float = Field(
         0.1,

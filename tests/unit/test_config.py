@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from avatar_rl.actors.config import EngineConfig, RequestSampling, SamplingConfig
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.cluster.checkpoints.resume import check_recipe
+from avatar_rl.cluster.commands.configuration import reference
+from avatar_rl.cluster.commands.configuration import sections as sections_of
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.curriculum.stages import resolve
 from avatar_rl.cluster.recipe.load import load_recipe, to_yaml
@@ -21,6 +23,9 @@ from avatar_rl.common import config as common_config
 from avatar_rl.common.config import Section, current_keys, subsection
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
+
+ROOT = Path(__file__).parents[2]
+WRITE = "python -m avatar_rl.cluster.commands.configuration > docs/configuration.md"
 
 
 class Wheel(Section):
@@ -89,20 +94,34 @@ def test_sections_do_not_change() -> None:
         Wheel().inches = 3  # type: ignore[misc]
 
 
-def sections(root: type[Section]) -> Iterator[type[Section]]:
-    yield root
-    for key in root.model_fields:
-        if (inner := subsection(root, key)) is not None:
-            yield from sections(inner)
-
-
 def test_every_alias_leads_to_a_key_and_no_gone_key_is_still_there() -> None:
-    found = set(sections(RunConfig))
+    found = {RunConfig, *(section for _, section, _ in sections_of(RunConfig))}
     assert {EngineConfig, BufferConfig, SamplingConfig} <= found
     for section in found:
         assert set(section.ALIASES.values()) <= set(section.model_fields), section
         gone = section.ALIASES.keys() | section.REMOVED.keys()
         assert gone.isdisjoint(section.model_fields), section
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == reference(), f"write it anew: {WRITE}"
+    assert WRITE in page
+
+
+def test_every_key_is_on_the_reference_page_with_a_description() -> None:
+    lines = reference().splitlines()
+    keys = [
+        f"{path}.{key}"
+        for path, section, _ in [("", RunConfig, False), *sections_of(RunConfig)]
+        for key in section.model_fields
+        if subsection(section, key) is None
+    ]
+    assert len(keys) > 200
+    for key in keys:
+        [row] = [line for line in lines if line.startswith(f"| `{key.removeprefix('.')}` |")]
+        _, kind, default, text = row.strip("| ").split(" | ")
+        assert kind and default and len(text) > 10 and text.endswith("."), row
 
 
 RECIPE: JsonObject = {"data": {"train": "train.jsonl"}}
@@ -141,7 +160,7 @@ def test_keys_that_nothing_read_are_refused_by_name(tmp_path: Path, key: str, re
 def test_old_names_lie_over_and_under_new_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recipe over preset, override over recipe, stage over all: whichever name each of them uses."""
+    """Recipe over preset, override over recipe, stage over all: whichever name each one uses."""
     old, new = "checkpoint.hold_bytes", "checkpoint.replica_bytes"
     by_old = written(tmp_path, checkpoint={"hold_bytes": 5})
     assert load_recipe(by_old).checkpoint.replica_bytes == 5
