@@ -45,8 +45,9 @@ test-chaos: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: setup
+bench:  # its name is looked at before anything is installed
 	@test -n "$(NAME)" || { echo "usage: make bench NAME=orchestration   (one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v -e __init__ -e harness -e _side | xargs))"; exit 2; }
+	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean:

@@ -1,16 +1,27 @@
-"""The command line: `avatar train`, `scale`, `doctor`, `data ...`, `buffer ...`, `presets`,
-`runs`."""
+"""The command line: `avatar train`, `evaluate`, `scale`, `doctor`, `data ...`, `buffer ...`,
+`hints ...`, `presets`, `runs`.
+
+Every command is declared here and does its work in commands/, which is imported when it runs:
+`avatar --help` starts at once.
+"""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
-from avatar_rl.common.errors import AvatarError, ConfigError
+import click
+
+from avatar_rl.cluster.install.copies import ROOT, check_copies, version_of
+from avatar_rl.common.errors import AvatarError
+
+if TYPE_CHECKING:
+    from avatar_rl.cluster.commands.buffer import BufferOptions
+    from avatar_rl.prompts.record import Modality
 
 # Quiet before anything heavy is imported; workers get theirs from cluster.services.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,134 +29,134 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+Command = Callable[..., int]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 success, 1 the user's input or the machine is at fault (one message), 130
-    interrupted."""
+    interrupted. Raises SystemExit with code 2 for a command that is not there or lacks a word."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "runs", "evaluate", "doctor"):
-        parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        if options.command == "buffer":
-            from avatar_rl.cluster.commands.buffer import run
-
-            return run(options)
-        return options.run(options, rest)
+        if note := check_copies():
+            print(f"avatar: {note}", file=sys.stderr)
+        code: int = avatar.main(arguments, prog_name="avatar", standalone_mode=False)
+        return code
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except AvatarError as error:
         print(f"avatar: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         print("avatar: interrupted; everything that was started has been stopped", file=sys.stderr)
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="avatar", description="Reinforcement learning for audio-visual language models."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+class RecipePath(click.ParamType):
+    """A recipe here or, for `recipes/...`, in the package."""
 
-    train = commands.add_parser(
-        "train", help="run a recipe", description="Overrides: --loop.steps 50 --learner.ranks 2"
-    )
-    train.add_argument("recipe", type=Path)
-    train.add_argument(
-        "--preset", help="lay a named method over the recipe (avatar presets lists them)"
-    )
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved recipe and the resources; start nothing",
-    )
-    train.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with a run: its id or folder, or auto for the newest unfinished one",
-    )
-    from avatar_rl.cluster.commands import curriculum as curriculum_commands
+    name = "recipe"
 
-    curriculum_commands.add_train_options(train)
-    train.set_defaults(run=_train)
-    curriculum_commands.add_evaluate_parser(commands)
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        from avatar_rl.cluster.recipe.load import find_recipe
 
-    presets = commands.add_parser("presets", help="list the named methods")
-    presets.set_defaults(run=_presets)
-
-    data = commands.add_parser("data", help="datasets").add_subparsers(
-        dest="data_command", required=True
-    )
-    validate = data.add_parser("validate", help="check a dataset and its media")
-    validate.add_argument("dataset", type=Path)
-    validate.add_argument(
-        "--recipe", type=Path, help="take data settings, context length and model from this recipe"
-    )
-    validate.add_argument("--no-decode", action="store_true", help="do not open the media files")
-    validate.set_defaults(run=_validate)
-    synthesize = data.add_parser("synthesize", help="write the synthetic audio-visual world")
-    synthesize.add_argument("folder", type=Path)
-    synthesize.add_argument("--recipe", type=Path, help="take data.synthetic from this recipe")
-    synthesize.add_argument("--seed", type=int)
-    synthesize.set_defaults(run=_synthesize)
-
-    scale = commands.add_parser("scale", help="change how many rollout actors a run under way has")
-    scale.add_argument(
-        "scaled", metavar="run", help="run folder, or the id of a run below --folder"
-    )
-    scale.add_argument(
-        "--folder", type=Path, default=Path("runs"), help="parent of the run folders"
-    )
-    scale.add_argument("--rollout-workers", type=int, required=True, metavar="N")
-    scale.add_argument("--url", help="the run's Redis, where config.yaml does not say it")
-    scale.set_defaults(run=_scale)
-
-    doctor = commands.add_parser("doctor", help="check this machine, and what a recipe needs of it")
-    doctor.add_argument(
-        "recipe", type=Path, nargs="?", help="overrides may follow, as with `train`"
-    )
-    doctor.set_defaults(run=_doctor)
-
-    from avatar_rl.cluster.commands import buffer as buffer_commands
-
-    buffer_commands.add_parser(commands)
-
-    from avatar_rl.cluster.commands import hints as hint_commands
-    from avatar_rl.cluster.commands import runs as run_commands
-
-    hint_commands.add_parser(commands)
-    run_commands.add_parser(commands)
-    return parser
+        if str(value).startswith("--"):
+            self.fail(f"{value} stands where the recipe should: overrides follow it", param, ctx)
+        path = Path(value)
+        found = find_recipe(path)
+        if found != path:
+            print(f"avatar: {path} is not here; taken from the package: {found}", file=sys.stderr)
+        return found
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides, read_recipe, to_yaml
-
-    raw = read_recipe(options.recipe)
-    if "stages" in raw:
-        from avatar_rl.cluster.commands.curriculum import train_curriculum
-
-        return train_curriculum(raw, options, rest)
-    if options.stage or options.from_stage or options.start:
-        raise ConfigError(
-            f"recipe {options.recipe} has no stages: --stage, --from-stage and --start are for "
-            "those"
-        )
-    config = load_recipe(options.recipe, parse_overrides(rest), preset_name=options.preset)
-    if options.dry_run:
-        from avatar_rl.cluster.recipe.resources import needs_of
-
-        print(to_yaml(config))
-        print("# resources this run asks for")
-        for name, amount in needs_of(config).rows():
-            print(f"#   {name:<34} {amount}")
-        return 0
-    from avatar_rl.cluster.commands.runs import train_and_summarise
-
-    return train_and_summarise(config, options.resume)
+RECIPE = RecipePath()
+PATH = click.Path(path_type=Path)
+#: Of a command that takes `--learner.optimizer.lr 1e-4` and the like after its own words.
+OVERRIDABLE = {"ignore_unknown_options": True}
 
 
-def _presets(options: argparse.Namespace, rest: list[str]) -> int:
+def takes_overrides(command: Command) -> Command:
+    return click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version_of(ROOT), message=f"avatar %(version)s ({ROOT})")
+def avatar() -> None:
+    """Reinforcement learning for audio-visual language models."""
+
+
+@avatar.command(context_settings=OVERRIDABLE)
+@click.argument("recipe", type=RECIPE)
+@click.option("--preset", help="Lay a named method over the recipe (`avatar presets` lists them).")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the resolved recipe and the resources; start nothing.",
+)
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Resume a run: its id or folder, or auto for the newest unfinished one.",
+)
+@click.option(
+    "--stage",
+    metavar="NAME",
+    help="Recipes with stages: run this stage alone, from what the stage before it made.",
+)
+@click.option(
+    "--from-stage",
+    metavar="NAME",
+    help="Recipes with stages: run this stage and those after it.",
+)
+@click.option(
+    "--start",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Recipes with stages: start that stage from this checkpoint instead.",
+)
+@takes_overrides
+def train(
+    recipe: Path,
+    preset: str | None,
+    dry_run: bool,
+    resume: str | None,
+    stage: str | None,
+    from_stage: str | None,
+    start: Path | None,
+    overrides: tuple[str, ...],
+) -> int:
+    """Run a recipe. Overrides: --loop.steps 50 --learner.ranks 2"""
+    from avatar_rl.cluster.commands.train import Asked, train
+
+    if stage and from_stage:
+        raise click.UsageError("argument --from-stage: not allowed with argument --stage")
+    return train(recipe, overrides, Asked(preset, dry_run, resume, stage, from_stage, start))
+
+
+@avatar.command(context_settings=OVERRIDABLE)
+@click.argument("checkpoint", type=PATH)
+@click.option("--recipe", type=RECIPE, required=True, help="Data, template, engine and rewards.")
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["audio", "video", "image"]),
+    help="Silence or black in its place; may be repeated.",
+)
+@takes_overrides
+def evaluate(
+    checkpoint: Path, recipe: Path, without: tuple[Modality, ...], overrides: tuple[str, ...]
+) -> int:
+    """Held-out accuracy of a checkpoint, also without one of its modalities."""
+    from avatar_rl.cluster.commands.train import evaluate_checkpoint
+
+    return evaluate_checkpoint(checkpoint, recipe, overrides, without=sorted(set(without)))
+
+
+@avatar.command()
+def presets() -> int:
+    """List the named methods."""
     from avatar_rl.cluster.recipe.presets import PRESETS
 
     for name, (meaning, _) in PRESETS.items():
@@ -153,37 +164,177 @@ def _presets(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _validate(options: argparse.Namespace, rest: list[str]) -> int:
-    from avatar_rl.cluster.commands.data import validate_dataset
+@avatar.command(context_settings=OVERRIDABLE)
+@click.argument("words", metavar="[list|show|resume] [RUN]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
+def runs(words: tuple[str, ...], folder: Path) -> int:
+    """List runs, show one, resume one.
 
-    return validate_dataset(options.dataset, recipe=options.recipe, decode=not options.no_decode)
+    runs [list] [FOLDER] | runs show RUN | runs resume RUN [--loop.steps 200 ...]
+    """
+    from avatar_rl.cluster.commands.runs import run
+
+    return run(words, folder)
 
 
-def _synthesize(options: argparse.Namespace, rest: list[str]) -> int:
-    from avatar_rl.cluster.commands.data import synthesize_world
+@avatar.command()
+@click.argument("run")
+@click.option("--rollout-workers", type=int, required=True, metavar="N")
+@click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
+@click.option("--url", help="The run's Redis, where config.yaml does not say it.")
+def scale(run: str, rollout_workers: int, folder: Path, url: str | None) -> int:
+    """Change how many rollout actors a run under way has.
 
-    return synthesize_world(options.folder, recipe=options.recipe, seed=options.seed)
-
-
-def _scale(options: argparse.Namespace, rest: list[str]) -> int:
+    RUN is a run folder, or the id of a run below --folder.
+    """
     from avatar_rl.cluster.checkpoints.resume import named_run
     from avatar_rl.cluster.commands.scale import scale
 
-    folder = named_run(options.folder, options.scaled)
-    print(scale(folder or Path(options.scaled), options.rollout_workers, url=options.url))
+    print(scale(named_run(folder, run) or Path(run), rollout_workers, url=url))
     return 0
 
 
-def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+@avatar.command(context_settings=OVERRIDABLE)
+@click.argument("recipe", type=RECIPE, required=False)
+@takes_overrides
+def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> int:
+    """Check this machine, and what a recipe needs of it."""
     from avatar_rl.cluster.commands.doctor import examine, print_findings
     from avatar_rl.cluster.recipe.load import parse_overrides
 
-    return print_findings(examine(options.recipe, parse_overrides(rest)))
+    return print_findings(examine(recipe, parse_overrides(overrides)))
 
 
-if (
-    __name__ == "__main__"
-):  # `python -m cluster.cli` in a checkout: the one module is under the root
+@avatar.group()
+def data() -> None:
+    """Datasets."""
+
+
+@data.command()
+@click.argument("dataset", type=PATH)
+@click.option(
+    "--recipe",
+    type=RECIPE,
+    help="Take data settings, context length and model from this recipe.",
+)
+@click.option("--no-decode", is_flag=True, help="Do not open the media files.")
+def validate(dataset: Path, recipe: Path | None, no_decode: bool) -> int:
+    """Check a dataset and its media."""
+    from avatar_rl.cluster.commands.data import validate_dataset
+
+    return validate_dataset(dataset, recipe=recipe, decode=not no_decode)
+
+
+@data.command()
+@click.argument("folder", type=PATH)
+@click.option("--recipe", type=RECIPE, help="Take data.synthetic from this recipe.")
+@click.option("--seed", type=int)
+def synthesize(folder: Path, recipe: Path | None, seed: int | None) -> int:
+    """Write the synthetic audio-visual world."""
+    from avatar_rl.cluster.commands.data import synthesize_world
+
+    return synthesize_world(folder, recipe=recipe, seed=seed)
+
+
+@avatar.group()
+def hints() -> None:
+    """Hints for prompts that stay hard."""
+
+
+@hints.command()
+@click.argument("dataset", type=PATH)
+@click.option(
+    "--base-url",
+    required=True,
+    help="OpenAI-compatible endpoint, e.g. http://teacher:8000/v1",
+)
+@click.option("--model", required=True, help="Model name the endpoint serves.")
+@click.option("--out", type=PATH, required=True, help="Dataset with hints (.jsonl), appended to.")
+@click.option("--api-key-env", help="Environment variable that holds the API key.")
+@click.option("--concurrency", type=int, default=16, help="Requests in flight (default 16).")
+@click.option("--deadline", type=float, default=300.0, help="Seconds per prompt with retries.")
+@click.option("--recipe", type=RECIPE, help="Take data.reader from this recipe.")
+@click.option("--price-in", type=float, default=0.0, help="Price of a million prompt tokens.")
+@click.option("--price-out", type=float, default=0.0, help="Price of a million completion tokens.")
+def generate(
+    dataset: Path,
+    base_url: str,
+    model: str,
+    out: Path,
+    api_key_env: str | None,
+    concurrency: int,
+    deadline: float,
+    recipe: Path | None,
+    price_in: float,
+    price_out: float,
+) -> int:
+    """Have a teacher write one hint per prompt.
+
+    Resumable: a rerun with the same --out asks only for what is missing.
+    """
+    from avatar_rl.cluster.commands.hint_generation import generate
+    from avatar_rl.common.endpoint_config import EndpointConfig
+
+    teacher = EndpointConfig(
+        base_url=base_url,
+        model=model,
+        api_key_env=api_key_env,
+        temperature=0.7,
+        concurrency=concurrency,
+        deadline_s=deadline,
+    )
+    return generate(dataset, out, teacher, recipe=recipe, prices=(price_in, price_out))
+
+
+@avatar.group()
+def buffer() -> None:
+    """Look at, export, move or clear a run's replay buffer.
+
+    RUN is a run folder, or with --url the run id.
+    """
+
+
+Word = Callable[[Command], Command]
+RUN: Word = click.argument("run")
+FILE: Word = click.argument("file", type=PATH)
+URL: Word = click.option("--url", help="redis://, rediss:// or unix:// URL of the server.")
+PASSWORD_ENV: Word = click.option(
+    "--password-env", help="Environment variable that holds the password."
+)
+FIRST_SEQ: Word = click.option(
+    "--first-seq", type=int, help="Number an export's groups from here on; none keeps theirs."
+)
+BUFFER_COMMANDS: tuple[tuple[str, str, list[Word]], ...] = (
+    ("inspect", "Tiers, thresholds, stock, leases, ledger, memory.", []),
+    ("export", "Replayable trajectories as .jsonl or .parquet.", [FILE]),
+    ("snapshot", "Everything, as a file that `import` restores.", [FILE]),
+    (
+        "import",
+        "Replace the contents by a snapshot, or add the trajectories of a .jsonl or .parquet "
+        "export.",
+        [FILE, FIRST_SEQ],
+    ),
+    ("clear", "Remove the run's contents.", []),
+)
+
+
+def _buffer_command(name: str) -> Command:
+    def run(**options: Unpack[BufferOptions]) -> int:
+        from avatar_rl.cluster.commands.buffer import run
+
+        return run(name, **options)
+
+    return run
+
+
+for _name, _meaning, _words in BUFFER_COMMANDS:
+    _command = _buffer_command(_name)
+    for _word in (PASSWORD_ENV, URL, *reversed(_words), RUN):
+        _command = _word(_command)
+    buffer.command(_name, help=_meaning)(_command)
+
+
+if __name__ == "__main__":  # `python -m cluster.cli` in a checkout hands over to the import root
     from avatar_rl.cluster.cli import main as entry
 
     sys.exit(entry())

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from avatar_rl.cluster.checkpoints.checkpoint import newest_checkpoint
-from avatar_rl.cluster.telemetry.run_folder import read_status
+from avatar_rl.cluster.telemetry.run_files import read_status
 
 RECIPE = """
 name: small

@@ -18,13 +18,8 @@ from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, checkpoints, ne
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets, model_digest
-from avatar_rl.cluster.telemetry.run_folder import (
-    MASK,
-    RunFolder,
-    list_runs,
-    mask_secrets,
-    read_status,
-)
+from avatar_rl.cluster.telemetry.run_files import MASK, list_runs, mask_secrets, read_status
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 from pathlib import Path
+from typing import Required, TypedDict, Unpack
 
 from rich.console import Console
 from rich.table import Table
@@ -14,52 +13,25 @@ from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.services.run_buffer import open_buffer
 from avatar_rl.common.errors import ConfigError
 
-log = logging.getLogger(__name__)
-
 READS = ("inspect", "export", "snapshot")  # may be done to a run under way
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command group. ``run`` is a run folder with an embedded buffer; ``--url`` a
-    server and a run id."""
-    group = commands.add_parser(
-        "buffer", help="look at, export, move or clear a run's replay buffer"
-    )
-    actions = group.add_subparsers(dest="action", required=True)
-    for name, meaning, takes_file in (
-        ("inspect", "tiers, thresholds, stock, leases, ledger, memory", False),
-        ("export", "replayable trajectories as .jsonl or .parquet", True),
-        ("snapshot", "everything, as a file that `import` restores", True),
-        (
-            "import",
-            "replace the contents by a snapshot, or add the trajectories of a .jsonl or .parquet "
-            "export",
-            True,
-        ),
-        ("clear", "remove the run's contents", False),
-    ):
-        action = actions.add_parser(name, help=meaning)
-        action.add_argument("run", help="run folder, or with --url the run id")
-        if takes_file:
-            action.add_argument("file", type=Path)
-        action.add_argument("--url", help="redis://, rediss:// or unix:// URL of the server")
-        action.add_argument("--password-env", help="environment variable that holds the password")
-        if name == "import":
-            action.add_argument(
-                "--first-seq",
-                type=int,
-                help="number an export's groups from here on; none keeps theirs",
-            )
-        action.set_defaults(run_command=name)
+class BufferOptions(TypedDict, total=False):
+    """``run`` is a run folder, or with ``url`` a run id on that server."""
+
+    run: Required[str]
+    url: str | None
+    password_env: str | None
+    file: Path
+    first_seq: int | None
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit code 0; errors are AvatarError children."""
-    command = options.run_command
+def run(command: str, **options: Unpack[BufferOptions]) -> int:
+    """Exit code 0. Raises as ``open_buffer`` and the buffer's own methods do."""
     with open_buffer(
-        options.run,
-        url=options.url,
-        password_env=options.password_env,
+        options["run"],
+        url=options.get("url"),
+        password_env=options.get("password_env"),
         create=command == "import",
         under_way=command in READS,
     ) as buffer:
@@ -67,15 +39,16 @@ def run(options: argparse.Namespace) -> int:
             buffer.stats.check_ledger()
             Console().print(stats_table(buffer.run_id, buffer.stats.read()))
         elif command == "export":
-            print(f"{buffer.export(options.file)} trajectories written to {options.file}")
+            file = options["file"]
+            print(f"{buffer.export(file)} trajectories written to {file}")
         elif command == "snapshot":
-            report = buffer.snapshot(options.file)
+            report = buffer.snapshot(options["file"])
             print(
                 f"{report.trajectories} trajectories of {report.prompts} prompts, {report.size} "
-                f"bytes: {options.file}"
+                f"bytes: {options['file']}"
             )
         elif command == "import":
-            print(import_file(buffer, options.file, options.first_seq))
+            print(import_file(buffer, options["file"], options.get("first_seq")))
         else:
             print(f"{buffer.clear()} keys removed")
     return 0

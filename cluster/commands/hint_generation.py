@@ -1,5 +1,5 @@
-"""Hints written ahead by a teacher behind an OpenAI-compatible endpoint (docs/method.md 1.4):
-resumable, checked for leaks."""
+"""`avatar hints generate`: hints written ahead by a teacher behind an OpenAI-compatible endpoint
+(docs/method.md 1.4), resumable and checked for leaks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from rich.console import Console
+
+from avatar_rl.cluster.recipe.load import load_recipe
 from avatar_rl.common.chat_client import ChatClient, Messages
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
@@ -50,6 +53,41 @@ class HintReport:
         return (
             self.prompt_tokens * per_million_in + self.completion_tokens * per_million_out
         ) / 1e6
+
+
+def generate(
+    dataset: Path,
+    out: Path,
+    teacher: EndpointConfig,
+    *,
+    recipe: Path | None,
+    prices: tuple[float, float],
+) -> int:
+    """Exit code 1 when a prompt got no reply: run it again. ``prices`` of a million prompt tokens
+    and of a million completion tokens."""
+    reader = load_recipe(recipe).data.reader if recipe else DataConfig()
+    console = Console(highlight=False)
+    with console.status("asking the teacher") as status:
+        report = generate_hints(
+            dataset,
+            out,
+            teacher,
+            reader,
+            progress=lambda done, total: status.update(f"{done}/{total} prompts"),
+        )
+    counts = report.counts
+    console.print(
+        f"{counts['written']} hints written, {counts['kept']} kept, {counts['done_before']} done "
+        f"before, {counts['refused']} refused (the answer was in them twice), "
+        f"{counts['failed']} without a reply"
+    )
+    cost = report.cost(*prices)
+    console.print(
+        f"{report.requests} requests, {report.prompt_tokens:,} + {report.completion_tokens:,} "
+        "tokens" + (f", cost {cost:.2f}" if cost else "")
+    )
+    console.print(f"dataset      {report.out}")
+    return 1 if counts["failed"] else 0
 
 
 def generate_hints(

@@ -3,7 +3,6 @@ over."""
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,48 +13,33 @@ from avatar_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from avatar_rl.cluster.config import RunConfig
+    from avatar_rl.cluster.training.run import RunResult
 
 ACTIONS = ("list", "show", "resume")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command. `avatar runs` and `avatar runs FOLDER` list, as they always have."""
-    runs = commands.add_parser(
-        "runs",
-        help="list runs, show one, go on with one",
-        description="runs [list] [FOLDER] | runs show RUN | runs resume RUN [--loop.steps 200 ...]",
-    )
-    runs.add_argument(
-        "words", nargs="*", metavar="list|show|resume", help="what to do, then a folder or a run"
-    )
-    runs.add_argument("--folder", type=Path, default=Path("runs"), help="parent of the run folders")
-    runs.set_defaults(run=run)
+def run(words: Sequence[str], folder: Path) -> int:
+    """`avatar runs` and `avatar runs FOLDER` list; what follows `resume RUN` are overrides.
 
-
-def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Exit code as the command's. Raises ConfigError for words that make no sense."""
-    words = list(options.words)
+    Exit code as the command's. Raises ConfigError for words that make no sense."""
+    words = list(words)
     action = words.pop(0) if words and words[0] in ACTIONS else "list"
     if action == "list":
-        if len(words) > 1 or rest:
-            raise ConfigError(
-                f"avatar runs list takes one folder, given: {' '.join([*words, *rest])}"
-            )
-        return list_all(Path(words[0]) if words else options.folder)
-    if len(words) != 1 or (rest and action == "show"):
-        raise ConfigError(
-            f"avatar runs {action} takes one run: an id below {options.folder}, or a folder"
-        )
+        if len(words) > 1 or any(word.startswith("--") for word in words):
+            raise ConfigError(f"avatar runs list takes one folder, given: {' '.join(words)}")
+        return list_all(Path(words[0]) if words else folder)
+    if not words or words[0].startswith("--") or (len(words) > 1 and action == "show"):
+        raise ConfigError(f"avatar runs {action} takes one run: an id below {folder}, or a folder")
     from avatar_rl.cluster.checkpoints.resume import find_run
 
-    found = find_run(options.folder, words[0], "")
+    found = find_run(folder, words[0], "")
     if found is None:
-        raise ConfigError(f"there is no unfinished run below {options.folder}")
-    return show(found) if action == "show" else resume(found, rest)
+        raise ConfigError(f"there is no unfinished run below {folder}")
+    return show(found) if action == "show" else resume(found, words[1:])
 
 
 def list_all(folder: Path) -> int:
-    from avatar_rl.cluster.telemetry.run_folder import list_runs
+    from avatar_rl.cluster.telemetry.run_files import list_runs
 
     found = list_runs(folder)
     if not found:
@@ -74,7 +58,7 @@ def list_all(folder: Path) -> int:
 def show(run: Path) -> int:
     """State, checkpoints (each verified) and the last events of one run."""
     from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_checkpoint
-    from avatar_rl.cluster.telemetry.run_folder import read_status
+    from avatar_rl.cluster.telemetry.run_files import read_status
     from avatar_rl.common.errors import DataError
     from avatar_rl.common.files import read_jsonl
 
@@ -86,7 +70,7 @@ def show(run: Path) -> int:
     for folder in checkpoints(run):
         try:
             checkpoint = read_checkpoint(folder)
-            size = sum(proof["bytes"] for proof in checkpoint.files.values())
+            size = checkpoint.size
             print(
                 f"  checkpoint {folder.name}: version {checkpoint.version}, {size / 1e6:.1f} "
                 "MB, whole"
@@ -111,10 +95,30 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
 
 def train_and_summarise(config: RunConfig, resume: str | None) -> int:
     """Run the recipe, then say what it reached; exit code as of ``stoppable``."""
-    from avatar_rl.cluster.commands.summary import print_summary
-    from avatar_rl.cluster.training.restarts import train
+    from avatar_rl.cluster.training.restarts import start_or_resume
 
-    return stoppable(lambda: print_summary(config, train(config, resume)))
+    return stoppable(lambda: print_summary(config, start_or_resume(config, resume)))
+
+
+def print_summary(config: RunConfig, result: RunResult) -> None:
+    """Headline first; then where to look."""
+    print()
+    if result.before is not None and result.after is not None:
+        gain = result.after.accuracy - result.before.accuracy
+        print(
+            f"held-out accuracy {result.before.accuracy:.3f} -> {result.after.accuracy:.3f} "
+            f"({gain:+.3f}) "
+            f"on {result.after.prompts} prompts, {result.completions} completions generated, "
+            f"{result.seconds:.0f} s"
+        )
+        for name, after in result.after.by_category.items():
+            before = result.before.by_category.get(name, float("nan"))
+            print(f"  {name:<20} {before:.2f} -> {after:.2f}")
+    print(f"run folder   {result.run}")
+    if config.output.report:
+        print(f"report       {result.run / 'report.html'}")
+    if config.output.export:
+        print(f"checkpoint   {result.run / 'checkpoint'}")
 
 
 def stoppable(work: Callable[[], None]) -> int:

@@ -10,7 +10,7 @@ from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.config import RolloutSection
 from avatar_rl.cluster.services.run_buffer import running_server
-from avatar_rl.cluster.telemetry.run_folder import ENDED, MASK, read_status
+from avatar_rl.cluster.telemetry.run_files import ENDED, MASK, read_status
 from avatar_rl.cluster.workers.rollout_fleet import DESIRED
 from avatar_rl.common.errors import ConfigError
 

@@ -28,6 +28,7 @@ from avatar_rl.cluster.recipe.assets import (
     prepare_datasets,
     read_prompts,
 )
+from avatar_rl.cluster.telemetry.live_view import open_screen
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluate import Kinds, PolicyResult, evaluate
 from avatar_rl.cluster.training.replay_import import carry_over
@@ -263,5 +264,4 @@ class CurriculumRun:
 
 
 def _screen(stage: Stage, steps: int) -> Screen:
-    terminal = {"auto": None, "live": True, "plain": False}[stage.config.screen]
-    return Screen(steps, terminal, title=stage.name)
+    return open_screen(stage.config.screen, steps, title=stage.name)

@@ -13,7 +13,7 @@ from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.runlock import RunLock
-from avatar_rl.cluster.telemetry.run_folder import ENDED, MASK, read_status
+from avatar_rl.cluster.telemetry.run_files import ENDED, MASK, read_status
 from avatar_rl.common.errors import ConfigError, ReplayBufferError
 
 log = logging.getLogger(__name__)

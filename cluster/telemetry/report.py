@@ -14,7 +14,7 @@ from typing import Any
 from avatar_rl.cluster.telemetry.distributions import draw_distributions
 from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe, members, uncatalogued
 from avatar_rl.cluster.telemetry.plots import draw_plot
-from avatar_rl.cluster.telemetry.run_folder import (
+from avatar_rl.cluster.telemetry.run_files import (
     RunStatus,
     read_distributions,
     read_metrics,

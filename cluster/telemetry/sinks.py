@@ -1,18 +1,16 @@
-"""Where metrics go besides the run folder's JSONL: TensorBoard records and Prometheus gauges."""
+"""Where metrics go besides the run folder: Prometheus gauges, or what a user adds."""
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import socket
-import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from avatar_rl.cluster.telemetry.metrics import describe
 from avatar_rl.common.errors import ResourceError
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
 
 
 class Sink(Protocol):
@@ -35,7 +33,7 @@ class PrometheusSink:
 
         self.run_id = run_id
         self._registry = CollectorRegistry()
-        self._gauges: dict[str, Any] = {}
+        self._gauges: dict[str, Gauge] = {}
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
@@ -69,37 +67,3 @@ def prometheus_name(name: str) -> str:
     """ "reward/mean" -> "avatar_reward_mean"; other characters that Prometheus forbids become
     underscores too."""
     return "avatar_" + re.sub(r"[^A-Za-z0-9_]", "_", name)
-
-
-def event_file(folder: Path) -> Path:
-    seconds = time.time_ns() // 1_000_000_000
-    return folder / f"events.out.tfevents.{seconds}.{socket.gethostname()}.{os.getpid()}"
-
-
-def scalar_event(step: int, metrics: Mapping[str, float | None], start: bool = False) -> bytes:
-    """One TensorBoard record (no torch, no TensorFlow). ``start`` opens a file and purges re-run
-    steps."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    values = [
-        Summary.Value(tag=name, simple_value=value)
-        for name, value in metrics.items()
-        if value is not None
-    ]
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
-    if start:
-        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        log_start = SessionLog(status=SessionLog.START)
-        writer.write(
-            Event(wall_time=time.time(), step=step + 1, session_log=log_start).SerializeToString()
-        )
-    else:
-        writer.write(
-            Event(
-                wall_time=time.time(), step=step, summary=Summary(value=values)
-            ).SerializeToString()
-        )
-    return buffer.getvalue()

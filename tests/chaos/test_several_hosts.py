@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from avatar_rl.buffer_service.redis.server import find_redis_server
-from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from tests.small_run import RECIPE
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]

@@ -21,7 +21,7 @@ import pytest
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.cluster.telemetry.run_folder import read_status
+from avatar_rl.cluster.telemetry.run_files import read_status
 from tests.small_run import RECIPE
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import yaml
 
 from avatar_rl.buffer_service.transfer.export import read_rows
 from avatar_rl.cluster.curriculum.record import CurriculumState, read_state
-from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,7 @@ def test_kept_replay_is_the_stage_befores_under_the_new_rewards(finished: Finish
 
 def test_a_cold_start_goes_on_after_the_death_of_a_rank(finished: Finished) -> None:
     assert "a cold-start rank died" in finished.output
-    [step] = re.findall(r"cold start goes on from step (\d+)", finished.output)
+    [step] = re.findall(r"cold start resumes from step (\d+)", finished.output)
     assert int(step) % 2 == 0 and 2 <= int(step) < 40
     assert not list((finished.folder / "cache").glob("cold-start-*.partial"))
 

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
-from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from avatar_rl.cluster.services.run_buffer import open_buffer
-from avatar_rl.cluster.telemetry.run_folder import read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from avatar_rl.learner.model.load import load_model
 from tests.small_run import start, until_freed
 

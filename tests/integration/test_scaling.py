@@ -15,7 +15,7 @@ import pytest
 
 from avatar_rl.cluster.commands.scale import scale
 from avatar_rl.cluster.services.run_buffer import open_buffer
-from avatar_rl.cluster.telemetry.run_folder import read_metrics
+from avatar_rl.cluster.telemetry.run_files import read_metrics
 from avatar_rl.common.errors import ConfigError
 from tests.small_run import assert_ended_in_order, start
 

@@ -257,6 +257,6 @@ def test_interruption_has_its_own_exit_code(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("avatar_rl.cluster.recipe.load.load_recipe", interrupt)
+    monkeypatch.setattr("avatar_rl.cluster.commands.train.load_recipe", interrupt)
     assert main(["train", str(recipe)]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -24,7 +24,8 @@ from avatar_rl.cluster.checkpoints.resume import (
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.telemetry.run_folder import MASK, RunFolder, read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import MASK, read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.common.errors import ConfigError, DataError
 
 RAW: dict[str, Any] = {"name": "local", "data": {"synthetic": {}}}

@@ -8,7 +8,8 @@ import math
 import pytest
 from rich.console import Console
 
-from avatar_rl.cluster.telemetry.screen import Screen, duration, held_up_by, sparkline
+from avatar_rl.cluster.telemetry.live_view import LiveScreen, View, held_up_by, sparkline
+from avatar_rl.cluster.telemetry.screen import Screen, duration
 
 STEP = {
     "reward/mean": 0.7,
@@ -57,7 +58,8 @@ def make(
         legacy_windows=False,
     )
     clock = Clock()
-    return Screen(120, live, console=console, clock=clock, title="run-1"), file, clock
+    kind = LiveScreen if live else Screen
+    return kind(120, console=console, clock=clock, title="run-1"), file, clock
 
 
 def shown(file: io.TextIOWrapper) -> str:
@@ -79,10 +81,8 @@ def train(screen: Screen, clock: Clock, steps: int = 12) -> None:
 
 
 def view(screen: Screen) -> str:
-    from avatar_rl.cluster.telemetry.screen import _View
-
     with screen.console.capture() as capture:
-        screen.console.print(_View(screen))
+        screen.console.print(View(screen))
     return capture.get()
 
 

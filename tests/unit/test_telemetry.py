@@ -23,14 +23,14 @@ from avatar_rl.cluster.telemetry.metrics import (
     members,
     uncatalogued,
 )
-from avatar_rl.cluster.telemetry.run_folder import (
+from avatar_rl.cluster.telemetry.run_files import (
     MASK,
-    RunFolder,
     list_runs,
     mask_secrets,
     read_metrics,
     read_status,
 )
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.sinks import PrometheusSink, prometheus_name
 from avatar_rl.common import files as disk
 from avatar_rl.common.errors import ConfigError, DataError, ResourceError

