@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.common.config import Section, subsection
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("common", "prompts", "buffer_service", "rewards", "actors", "learner", "cluster")
 FOLDERS = (*ROOMS, "benchmarks", "deploy", "docs", "recipes", "tests")
@@ -181,6 +184,49 @@ def test_what_is_named_exists(page: str) -> None:
     path = ROOT / page
     code = CODE.findall(FENCE.sub("", text(path)))
     assert [name for name in code if missing_code(path, name)] == []
+
+
+#: Dotted code that begins like a recipe's key and is none.
+NOT_KEYS = re.compile(r"buffer\.(requests|replay|stats|control)\b|model\.load_weights")
+FILE = re.compile(r"\.(md|py|yaml|json|jsonl|png|html|log)$")
+
+
+def keys_in(code: str) -> list[str]:
+    """What inline code names of a recipe: ``loop.steps``, ``--loop.steps 3``, ``loop.steps: 3``."""
+    dotted = re.findall(r"(?:^|--|[\s{])([a-z_]+(?:\.[a-z_*]+)+)(?=$|[\s:,}])", code)
+    return [
+        key
+        for key in dotted
+        if key.split(".")[0] in RunConfig.model_fields
+        and not FILE.search(key)
+        and not NOT_KEYS.match(key)
+    ]
+
+
+def is_key(key: str) -> bool:
+    """Whether a recipe may have ``key``, or could until lately."""
+    section: type[Section] | None = RunConfig
+    *path, last = key.split(".")
+    for name in path:
+        section = None if section is None else subsection(section, name)
+    if section is None:
+        return False
+    return last == "*" or last in {*section.model_fields, *section.ALIASES, *section.REMOVED}
+
+
+@pytest.mark.parametrize("page", names(CURRENT))
+def test_recipe_keys_exist(page: str) -> None:
+    code = CODE.findall(FENCE.sub("", text(ROOT / page)))
+    assert [key for one in code for key in keys_in(one) if not is_key(key)] == []
+
+
+def test_a_key_that_does_not_exist_is_noticed() -> None:
+    assert keys_in("--loop.steps 3 --loop.gone 1") == ["loop.steps", "loop.gone"]
+    assert [is_key(key) for key in ("loop.steps", "loop.gone", "gone.steps")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_name_that_does_not_exist_is_noticed() -> None:
