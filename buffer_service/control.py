@@ -1,15 +1,17 @@
-"""The run's notice board: desired state, small facts, heartbeats, flags."""
+"""Key-value entries and heartbeats that the processes of a run share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
+from redis.client import Pipeline
 
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.common.types import ReadOnlyJson
 
-MAX_FACT = 1 << 20
+MAX_VALUE = 1 << 20  # bytes
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -42,21 +44,21 @@ class RunControl:
         found = self._hget("desired", name)
         return None if found is None else int(found)
 
-    def set_value(self, name: str, value: Any) -> None:
+    def set_value(self, name: str, value: ReadOnlyJson) -> None:
         """Stores anything JSON, up to 1 MiB. Part of a snapshot. Raises RecordError when it is
         not."""
         try:
             data = msgspec.json.encode(value)
         except TypeError as error:
-            raise RecordError(f"fact {name}: {error}; give plain JSON values") from error
-        if len(data) > MAX_FACT:
+            raise RecordError(f"value {name}: {error}; give plain JSON values") from error
+        if len(data) > MAX_VALUE:
             raise RecordError(
-                f"fact {name} has {len(data)} bytes, at most {MAX_FACT}; put its path here instead"
+                f"value {name} has {len(data)} bytes, at most {MAX_VALUE}; store its path instead"
             )
         self._hset("facts", name, data)
 
     def get_value(self, name: str) -> Any:
-        """The fact; None when nobody put it."""
+        """The value, of the shape its writer gave it; None when nobody set it."""
         found = self._hget("facts", name)
         return None if found is None else msgspec.json.decode(found)
 
@@ -65,9 +67,9 @@ class RunControl:
         self._connection.run("beat", f"{role}/{id}", int(progress))
 
     def heartbeats(self) -> dict[str, Heartbeat]:
-        """Latest beat by "role/id"."""
+        """Latest heartbeat by "role/id"."""
 
-        def ask(pipe: Any) -> None:
+        def ask(pipe: Pipeline) -> None:
             pipe.time()
             pipe.hgetall(self._connection.key("beats"))
 

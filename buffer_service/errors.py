@@ -33,7 +33,7 @@ class UnknownRequestError(ReplayBufferError):
 
 
 class FencedError(ReplayBufferError):
-    """A learner that was declared dead tried to go on: a newer epoch has begun."""
+    """A learner that was declared dead tried to continue: a newer one has the fencing token."""
 
 
 class LeaseHeldError(ReplayBufferError):

@@ -1,23 +1,25 @@
-"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit that
-settles a step."""
+"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit of a
+step."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
+from redis.client import Pipeline
 
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, Strategy
-from avatar_rl.buffer_service.draw import seed_state
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
-from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare, Tier
+from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.records.validate import trajectory_id
 from avatar_rl.buffer_service.redis.connection import Connection, Take
+from avatar_rl.buffer_service.redis.scripting import UNCHECKED
 from avatar_rl.buffer_service.redis.wire import Meanwhile, Word
 from avatar_rl.common.errors import ReplayBufferError
 
@@ -27,7 +29,24 @@ T = TypeVar("T")
 FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
 _DRAWS = 8  # a removed value lingers for 10 s; a client that stood still for longer draws again
 _DAMAGED = 8  # bad records that one call goes on without; more are no accident
-_unpack = msgspec.msgpack.Decoder().decode
+
+
+class _Averages(msgspec.Struct, array_like=True, frozen=True):
+    """The head of a prompt's statistics (scripts/parts/prompts.lua); False: no visit yet."""
+
+    rbar: float | bool
+    hinted_rbar: float | bool
+
+
+_averages = msgspec.msgpack.Decoder(_Averages).decode
+
+
+def seed_state(seed: int, step: int) -> tuple[int, int]:
+    """Start state of the generator of a draw (scripts/parts/random.lua). Hashing keeps neighbouring
+    seeds unrelated."""
+    digest = hashlib.sha256(f"avatar-draw:{seed}:{step}".encode()).digest()
+    x, y = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+    return 1 + x % 2147483562, 1 + y % 2147483398
 
 
 def _checked(share: tuple[int, int]) -> tuple[int, int]:
@@ -112,11 +131,18 @@ class ReplayStock:
         in. O(groups).
 
         Asking again with the same consumer gives the same groups. Raises StepTrainedError,
-        FencedError (``fencing_token`` is over), LeaseHeldError (another consumer has this share),
+        FencedError (a newer token was taken), LeaseHeldError (another consumer has this share),
         RecordError (more than a few damaged records: a group with one is dropped)."""
         rank, world = _checked(share)
         lease_ms = int(lease_s * 1000)
-        ask = (consumer, step, rank, world, lease_ms, -1 if fencing_token is None else fencing_token)
+        ask = (
+            consumer,
+            step,
+            rank,
+            world,
+            lease_ms,
+            UNCHECKED if fencing_token is None else fencing_token,
+        )
         return self._despite_damage(lambda: self._fresh(step, ask))
 
     def _fresh(self, step: int, ask: tuple[Word, ...]) -> FreshShare:
@@ -216,7 +242,7 @@ class ReplayStock:
         flags = [False] * len(prompt_ids) if hinted is None else hinted
         key = self._connection.key
 
-        def ask(pipe: Any) -> None:
+        def ask(pipe: Pipeline) -> None:
             pipe.hmget(key("prompts"), list(prompt_ids))
             pipe.hget(key("meta"), "rbar_sum")
             pipe.zcard(key("rank"))
@@ -227,7 +253,8 @@ class ReplayStock:
         mean = int(total) / FIXED / seen
         values: list[float] = []
         for raw, flag in zip(states, flags, strict=True):
-            rbar = _unpack(raw)[1 if flag else 0] if raw else False
+            found = _averages(raw) if raw else _Averages(False, False)
+            rbar = found.hinted_rbar if flag else found.rbar
             values.append(mean if rbar is False else float(rbar))
         return values
 
@@ -239,7 +266,9 @@ class ReplayStock:
         states = self._connection.attempt(
             lambda: self._connection.client.hmget(key, list(prompt_ids))
         )
-        found = {pid: _unpack(raw)[0] for pid, raw in zip(prompt_ids, states, strict=True) if raw}
+        found = {
+            pid: _averages(raw).rbar for pid, raw in zip(prompt_ids, states, strict=True) if raw
+        }
         return {pid: float(rbar) for pid, rbar in found.items() if rbar is not False}
 
     def commit_step(
@@ -263,7 +292,7 @@ class ReplayStock:
         )
 
     def new_fencing_token(self) -> int:
-        """Begins a learner fencing_token and shuts out every older one."""
+        """A token for a new learner; every older one is refused from now on (FencedError)."""
         return int(self._run("fencing_token"))
 
     def version(self, meanwhile: Meanwhile = None) -> int:
@@ -281,7 +310,7 @@ class ReplayStock:
     def publish_version(self, version: int, fencing_token: int | None = None) -> None:
         """Announces a policy version apart from a commit. Raises VersionError when it would go
         back."""
-        self._run("publish", version, -1 if fencing_token is None else fencing_token)
+        self._run("publish", version, UNCHECKED if fencing_token is None else fencing_token)
 
     def report_behaviour_kl(self, value: float) -> None:
         """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low
@@ -292,8 +321,3 @@ class ReplayStock:
         self._connection.attempt(
             lambda: self._connection.client.hset(key, "kl", repr(float(value)))
         )
-
-    def tier_of(self, prompt_id: str) -> Tier | None:
-        """Tier of a prompt by the present thresholds; None when it was never scored. O(log P)."""
-        found = self._run("tier", prompt_id)
-        return found.decode() if found else None

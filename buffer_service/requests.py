@@ -5,19 +5,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 import msgspec
+from redis.client import Pipeline
 
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import (
     EvalResults,
+    GroupState,
     InsertReceipt,
+    NewGroup,
     RequestLease,
     RolloutRequest,
+    StoredRequest,
 )
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.records.validate import (
@@ -27,11 +29,12 @@ from avatar_rl.buffer_service.records.validate import (
     zero_accuracy,
 )
 from avatar_rl.buffer_service.redis.connection import Connection
-from avatar_rl.buffer_service.transfer.export import ImportReport, read_groups
+from avatar_rl.buffer_service.redis.scripting import UNCHECKED
 
 _pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder().decode
-_IMPORTED = -2  # in place of a staleness bound: from a file, without a request
+
+
+_stored = msgspec.msgpack.Decoder(StoredRequest).decode
 
 
 def _check_request(t: RolloutRequest) -> None:
@@ -68,11 +71,8 @@ class RequestQueue:
         for _, together in groupby(
             ordered, key=lambda t: (t.kind, t.round, t.step if t.kind == "train" else 0)
         ):
-            rows = [
-                (t.key, t.prompt_id, t.step, t.epoch, t.kind, t.round, t.n, t.min_version, t.seq)
-                for t in together
-            ]
-            new += self._run("push", *map(_pack, rows))
+            words = [word for t in together for word in (t.key, _pack(StoredRequest.of(t)))]
+            new += self._run("push", *words)
         return new
 
     def lease(
@@ -101,23 +101,7 @@ class RequestQueue:
             secrets.token_hex(8),
             completions or 0,
         )
-        leases = []
-        for _, raw, hinted in rows:
-            prompt, step, epoch, kind, round_, n, min_version, seq, attempt, who = _unpack(raw)
-            request = RolloutRequest(
-                seq=seq,
-                prompt_id=prompt,
-                step=step,
-                n=n,
-                epoch=epoch,
-                kind=kind,
-                round=round_,
-                min_version=min_version,
-            )
-            leases.append(
-                RequestLease(request=request, attempt=attempt, consumer=who, hinted=bool(hinted))
-            )
-        return leases
+        return [_stored(raw).lease(bool(hinted)) for _, raw, hinted in rows]
 
     def renew(
         self, consumer: str, leases: Sequence[RequestLease], lease_s: float = DEFAULT_LEASE_S
@@ -143,10 +127,6 @@ class RequestQueue:
         words = [word for lease in leases for word in (lease.request.key, lease.attempt)]
         held = {key.decode() for key in self._run("extend", verb, int(lease_s * 1000), *words)}
         return [lease for lease in leases if lease.request.key in held]
-
-    def reap(self) -> int:
-        """Returns expired leases to the queue, lowest seq first; ``lease_tickets`` does so too."""
-        return int(self._run("reap"))
 
     def quarantine(self, lease: RequestLease, reason: str, detail: str = "") -> bool:
         """Gives up on the lease's prompt: dropped(reason) in the ledger, never leased again, its
@@ -178,62 +158,52 @@ class RequestQueue:
                 f"group {group.id}: tokens_generated {tokens_generated} or bound {bound} is "
                 "negative"
             )
-        return self._insert(
-            group, lease.request.key, tokens_generated, -1 if bound is None else bound
-        )
+        return self._insert(group, lease.request.key, tokens_generated, bound)
 
-    def _insert(self, group: Group, request: str, tokens: int, bound: int) -> InsertReceipt:
+    def add_imported(self, group: Group) -> InsertReceipt:
+        """Stores a group that a file holds, for replay only: no request asks for it. As ``late``
+        or ``duplicate``. Raises RecordError when a request of this run waits for its seq."""
+        return self._insert(group, f"t:{group.id}", 0, None, imported=True)
+
+    def _insert(
+        self,
+        group: Group,
+        request: str,
+        tokens: int,
+        bound: int | None,
+        *,
+        imported: bool = False,
+    ) -> InsertReceipt:
         check_group(group)
         self._connection.check_memory()
         config = self._connection.config
         component = config.hints.accuracy_component
         records = [encode(t) for t in group.trajectories]
-        head = (
-            group.id,
-            group.seq,
-            group.step,
-            group.prompt_id,
-            group.hinted,
-            tokens,
-            request,
-            bound,
-            [float(t.reward) for t in group.trajectories],
+        head = NewGroup(
+            id=group.id,
+            seq=group.seq,
+            step=group.step,
+            prompt_id=group.prompt_id,
+            hinted=group.hinted,
+            tokens=tokens,
+            request=request,
+            bound=UNCHECKED if bound is None else bound,
+            imported=imported,
+            rewards=[float(t.reward) for t in group.trajectories],
         )
-        state = (
-            group.prompt_id,
-            group.step,
-            group.hinted,
-            len(group.trajectories),
-            zero_accuracy(group, component),
-            [int(is_success(t, component, config.success_at)) for t in group.trajectories],
-            [t.version for t in group.trajectories],
+        state = GroupState(
+            prompt_id=group.prompt_id,
+            step=group.step,
+            hinted=group.hinted,
+            n=len(group.trajectories),
+            zero=zero_accuracy(group, component),
+            successes=[
+                int(is_success(t, component, config.success_at)) for t in group.trajectories
+            ],
+            versions=[t.version for t in group.trajectories],
         )
         status, evicted = self._run("insert", _pack(head), _pack(state), *records)
         return InsertReceipt(status.decode(), evicted)
-
-    def import_trajectories(self, path: Path, *, first_seq: int | None = None) -> ImportReport:
-        """Makes the trajectories of an exported .jsonl or .parquet replayable, group by group.
-        O(file).
-
-        Each group counts as one visit of its prompt: statistics, tiers and hint streaks are rebuilt
-        from what the file holds, so not from what was evicted before the export; a repeat changes
-        nothing. Groups keep their seq, or are numbered from ``first_seq``: do so in a run whose own
-        prompt stream will use those seqs (one bit per seq up to the highest is kept). The lowest
-        seq is the oldest, in the stock and in a prompt's average. The file is checked first:
-        RecordError names the row at fault, or the group whose seq a request of this run waits for
-        (then the groups before it stay)."""
-        for _ in read_groups(path, first_seq):
-            pass
-        report = ImportReport()
-        for group in read_groups(path, first_seq):
-            receipt = self._insert(group, f"t:{group.id}", 0, _IMPORTED)
-            report.evicted += receipt.evicted
-            if receipt.status == "duplicate":
-                report.duplicates += 1
-            else:
-                report.groups += 1
-                report.trajectories += len(group.trajectories)
-        return report
 
     def add_eval(self, lease: RequestLease, payload: bytes) -> bool:
         """Stores one evaluation result and acknowledges its request; False when it was settled
@@ -244,7 +214,7 @@ class RequestQueue:
         """What has arrived of an evaluation round."""
         key = self._connection.key
 
-        def ask(pipe: Any) -> None:
+        def ask(pipe: Pipeline) -> None:
             pipe.hget(key("rounds"), str(round))
             pipe.hgetall(key(f"eval:{round}"))
 
@@ -259,7 +229,7 @@ class RequestQueue:
         """Forgets the payloads of a round; its requests stay settled."""
         key = self._connection.key
 
-        def forget(pipe: Any) -> None:
+        def forget(pipe: Pipeline) -> None:
             pipe.sadd(key("rounds:done"), round)
             pipe.hdel(key("rounds"), str(round))
             pipe.unlink(key(f"eval:{round}"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
+from redis.client import Pipeline
 
 from avatar_rl.buffer_service.errors import LedgerError
 from avatar_rl.buffer_service.records.requests import Ledger, Tier
@@ -13,14 +12,11 @@ from avatar_rl.buffer_service.redis.scripting import script
 from avatar_rl.buffer_service.replay import FIXED
 
 
-class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the buffer at one moment."""
-
+class _Counts(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     trained_step: int  # last committed learner step, -1 before the first
-    epoch: int
+    fencing_token: int  # of the newest learner, 0 before the first
     prompts: int  # prompts with statistics
-    mean_rbar: float | None  # mean of Rbar over them
     threshold_low: float | None  # Rbar up to which a prompt is Hard
     threshold_high: float | None  # Rbar up to which a prompt is Medium
     tiers: dict[Tier, int]  # replayable trajectories
@@ -34,6 +30,19 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     quarantined_records: int
     hints_on: int
     behaviour_kl: float | None
+
+
+class _Reply(_Counts, frozen=True, kw_only=True):
+    """What stats.lua answers. Exact numbers come as text."""
+
+    rbar_sum: int
+    ledger: dict[str, float]
+
+
+class Stats(_Counts, frozen=True, kw_only=True):
+    """State of the buffer at one moment."""
+
+    mean_rbar: float | None  # mean of Rbar over the prompts
     counters: dict[str, int]  # everything ever counted, dropped:<reason> included
     ledger: Ledger
     used_memory: int  # bytes, whole server
@@ -66,41 +75,21 @@ class BufferStats:
         """Tiers, stock, versions, leases, ledger and memory in one round trip. O(log N)."""
         lua = script("stats")
 
-        def ask(pipe: Any) -> None:
+        def ask(pipe: Pipeline) -> None:
             pipe.eval(lua.text, 1, self._connection.prefix)
             pipe.info("memory")
 
         text, memory = self._connection.together(ask)
-        raw: dict[str, Any] = msgspec.json.decode(text)
-        counters = {name: int(value) for name, value in (raw["ledger"] or {}).items()}
+        reply = msgspec.json.decode(text, type=_Reply, strict=False)
+        counters = {name: int(value) for name, value in reply.ledger.items()}
         return Stats(
-            version=raw["version"],
-            trained_step=raw["trained"],
-            epoch=raw["epoch"],
-            prompts=raw["prompts"],
-            mean_rbar=int(raw["rbar_sum"]) / FIXED / raw["prompts"] if raw["prompts"] else None,
-            threshold_low=None if raw["q_low"] is None else float(raw["q_low"]),
-            threshold_high=None if raw["q_high"] is None else float(raw["q_high"]),
-            tiers={"hard": raw["hard"], "medium": raw["medium"], "easy": raw["easy"]},
-            stock=raw["stock"],
-            successes=raw["successes"],
-            pending_train=raw["pending_train"],
-            pending_eval=raw["pending_eval"],
-            leased=raw["leased"],
-            fresh=raw["fresh"],
-            quarantined_prompts=raw["quarantined_prompts"],
-            quarantined_records=raw["quarantined_records"],
-            hints_on=raw["hints_on"],
-            behaviour_kl=raw["kl"],
+            **{name: getattr(reply, name) for name in _Counts.__struct_fields__},
+            mean_rbar=reply.rbar_sum / FIXED / reply.prompts if reply.prompts else None,
             counters=counters,
-            ledger=_ledger(counters, raw["fresh"]),
+            ledger=_ledger(counters, reply.fresh),
             used_memory=int(memory["used_memory"]),
             max_memory=int(memory["maxmemory"]),
         )
-
-    def tier_counts(self) -> dict[Tier, int]:
-        """Replayable trajectories per tier by the present thresholds."""
-        return self.read().tiers
 
     def ledger(self) -> Ledger:
         """The books; ``in_flight`` is counted from the waiting groups, not kept."""

@@ -1,5 +1,6 @@
-"""The replay buffer: prompt stream, trajectory stock, statistics and books of one run. Contract:
-README.md."""
+"""The replay buffer of one run: prompt stream, replayable trajectories, statistics, ledger.
+
+Contract: README.md."""
 
 from __future__ import annotations
 
@@ -11,20 +12,19 @@ from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.errors import BufferSetupError
 from avatar_rl.buffer_service.records.validate import RUN_ID
 from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.buffer_service.redis.scripting import LAYOUT
 from avatar_rl.buffer_service.replay import ReplayStock
 from avatar_rl.buffer_service.requests import RequestQueue
 from avatar_rl.buffer_service.stats import BufferStats
 from avatar_rl.buffer_service.transfer import export as exchange
 from avatar_rl.buffer_service.transfer.snapshot import SnapshotReport, load, save, wipe
 
-LAYOUT = 1  # of the keys; a client of another layout refuses the namespace
-
 
 class ReplayBuffer:
     """One run's buffer. Thread-safe; not to be carried over a fork: connect again in the child.
 
-    What it does is grouped by who asks: ``requests`` (rollout actors), ``replay`` (the learner),
-    ``stats`` (whoever looks) and ``control`` (values and heartbeats of the run's processes)."""
+    Its parts are named by who asks: ``requests`` (rollout actors), ``replay`` (the learner),
+    ``stats`` (telemetry) and ``control`` (values and heartbeats of the run's processes)."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -110,8 +110,8 @@ class ReplayBuffer:
         return save(self._connection, path, on_begin)
 
     def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:
-        """Replaces the run's contents by a snapshot; leases end, a new epoch begins. Raises
-        RecordError, BufferSetupError (of another run, unless ``any_run``)."""
+        """Replaces the run's contents by a snapshot. Leases end, fencing tokens are renewed.
+        Raises RecordError, BufferSetupError (of another run, unless ``any_run``)."""
         return load(self._connection, path, any_run=any_run)
 
     def export(self, path: Path) -> int:
@@ -121,9 +121,20 @@ class ReplayBuffer:
     def import_trajectories(
         self, path: Path, *, first_seq: int | None = None
     ) -> exchange.ImportReport:
-        """Makes the trajectories of an exported .jsonl or .parquet replayable: see
-        ``RequestQueue.import_trajectories``."""
-        return self.requests.import_trajectories(path, first_seq=first_seq)
+        """Makes the trajectories of an exported .jsonl or .parquet replayable, group by group.
+        O(file).
+
+        Each group counts as one visit of its prompt. Statistics, tiers and hint streaks are rebuilt
+        from what the file holds, so not from what was evicted before the export. A repeat changes
+        nothing. The lowest seq is the oldest, in the stock and in a prompt's average.
+
+        Args:
+            first_seq: numbers the groups from here; they keep their seq without it. Use it in a
+                run whose own prompt stream will reach those seqs (one bit per seq is kept).
+
+        Raises RecordError, naming the row at fault (the file is checked first), or the group whose
+        seq a request of this run waits for (then the groups before it stay)."""
+        return exchange.import_groups(self.requests.add_imported, path, first_seq)
 
     def clear(self) -> int:
         """Removes the run from Redis, for good; returns how many keys went. This client must

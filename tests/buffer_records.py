@@ -8,7 +8,7 @@ import numpy as np
 import redis
 
 from avatar_rl.buffer_service.config import BufferConfig
-from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
+from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest, Tier
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 
@@ -69,7 +69,10 @@ def requests(
 
 
 def run_step(
-    buffer: ReplayBuffer, step: int, epoch: int, rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0)
+    buffer: ReplayBuffer,
+    step: int,
+    fencing_token: int,
+    rewards: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0),
 ) -> None:
     """A whole step of two groups: pushed, generated, trained and committed."""
     buffer.requests.push(requests(step))
@@ -77,9 +80,21 @@ def run_step(
         buffer.requests.add_group(
             make_group(lease, rewards, version=step), lease, tokens_generated=24
         )
-    share = buffer.replay.lease_fresh("learner", step, epoch=epoch)
+    share = buffer.replay.lease_fresh("learner", step, fencing_token=fencing_token)
     assert share.ready
-    buffer.replay.commit_step(step, step + 1, [g.id for g in share.groups], epoch)
+    buffer.replay.commit_step(step, step + 1, [g.id for g in share.groups], fencing_token)
+
+
+def tier_of(buffer: ReplayBuffer, prompt_id: str) -> Tier | None:
+    """Tier of a prompt by the present thresholds; None when it was never scored."""
+    client = redis.Redis.from_url(buffer._connection.url)
+    rbar = client.zscore(buffer._connection.key("rank"), prompt_id)
+    stats = buffer.stats.read()
+    if rbar is None or stats.threshold_low is None or stats.threshold_high is None:
+        return None
+    if rbar <= stats.threshold_low:
+        return "hard"
+    return "medium" if rbar <= stats.threshold_high else "easy"
 
 
 def namespace(buffer: ReplayBuffer) -> dict[bytes, bytes]:

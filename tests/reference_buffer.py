@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, BufferConfig, Strategy
-from avatar_rl.buffer_service.draw import generator
 from avatar_rl.buffer_service.errors import (
     FencedError,
     LeaseHeldError,
@@ -31,6 +30,7 @@ from avatar_rl.buffer_service.records.requests import (
 )
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
+from avatar_rl.buffer_service.replay import seed_state
 
 REPAIR, FIXED = 512, 1 << 28
 
@@ -62,6 +62,20 @@ def mean_of_last(
     for r in rewards:
         total += r
     return math.floor(total / len(rewards) * FIXED + 0.5) / FIXED if rewards else None
+
+
+def generator(seed: int, step: int) -> Callable[[int], int]:
+    """``below(n)``: uniform integers in [0, n), n < 2^22, by L'Ecuyer's combined generator (CACM
+    31, 1988). The same arithmetic as scripts/parts/random.lua: exact in 53-bit floats."""
+    m1, m2 = 2147483563, 2147483399
+    x, y = seed_state(seed, step)
+
+    def below(n: int) -> int:
+        nonlocal x, y
+        x, y = (x * 40014) % m1, (y * 40692) % m2
+        return int((x - y) % (m1 - 1) * n / (m1 - 1))
+
+    return below
 
 
 def age(tid: str) -> tuple[int, str]:
@@ -148,7 +162,7 @@ class ReferenceBuffer:
     ) -> list[RequestLease]:
         budget = completions or 10**9
         full = False
-        self.reap()
+        self._reap()
         waiting = [
             t
             for key, t in self.queue.items()
@@ -208,7 +222,7 @@ class ReferenceBuffer:
             self._give_back(lease.request.key)
         return len(mine)
 
-    def reap(self) -> int:
+    def _reap(self) -> int:
         gone = [key for key, held in self.held.items() if held.expires <= self.now]
         for key in gone:
             self._give_back(key)

@@ -100,7 +100,9 @@ class ReferenceLoop:
         work = StepWork(step, step, tuple(groups), tuple(replays), tuple(baselines))
         loss, norm = self._train(work)
         self.engine.adopt(step + 1, self.weights().items())
-        self.buffer.replay.commit_step(step, step + 1, [group.id for group in groups], self.fencing_token)
+        self.buffer.replay.commit_step(
+            step, step + 1, [group.id for group in groups], self.fencing_token
+        )
         fresh = [t for group in groups for t in group.trajectories]
         return {
             "loss": loss,

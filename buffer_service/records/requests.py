@@ -38,9 +38,77 @@ class RequestLease(msgspec.Struct, frozen=True, kw_only=True):
     consumer: str
     hinted: bool  # put the hint in context (docs/method.md 1.4)
 
-    @property
-    def token(self) -> str:
-        return f"{self.request.key}#{self.attempt}"
+
+class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """A request as Redis keeps it; ``request`` of scripts/parts/requests.lua reads the same."""
+
+    prompt_id: str
+    step: int
+    epoch: int
+    kind: Literal["train", "eval"]
+    round: int
+    n: int
+    min_version: int
+    seq: int
+    attempt: int = 0
+    consumer: str = ""
+
+    @classmethod
+    def of(cls, request: RolloutRequest) -> StoredRequest:
+        """``request`` before its first lease."""
+        return cls(
+            prompt_id=request.prompt_id,
+            step=request.step,
+            epoch=request.epoch,
+            kind=request.kind,
+            round=request.round,
+            n=request.n,
+            min_version=request.min_version,
+            seq=request.seq,
+        )
+
+    def lease(self, hinted: bool) -> RequestLease:
+        """The newest lease of it."""
+        request = RolloutRequest(
+            seq=self.seq,
+            prompt_id=self.prompt_id,
+            step=self.step,
+            n=self.n,
+            epoch=self.epoch,
+            kind=self.kind,
+            round=self.round,
+            min_version=self.min_version,
+        )
+        return RequestLease(
+            request=request, attempt=self.attempt, consumer=self.consumer, hinted=hinted
+        )
+
+
+class NewGroup(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What insert.lua must know of a group at once."""
+
+    id: str
+    seq: int
+    step: int
+    prompt_id: str
+    hinted: bool
+    tokens: int
+    request: str  # key
+    bound: int
+    imported: bool  # from a file, without a request
+    rewards: list[float]
+
+
+class GroupState(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """A fresh group as Redis keeps it; ``group`` of scripts/parts/groups.lua reads the same."""
+
+    prompt_id: str
+    step: int
+    hinted: bool
+    n: int
+    zero: int  # see zero_accuracy
+    successes: list[int]
+    versions: list[int]
 
 
 class InsertReceipt(msgspec.Struct, frozen=True):

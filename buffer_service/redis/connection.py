@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import redis
 import tenacity
 from redis.backoff import NoBackoff
-from redis.connection import Encoder, PythonRespSerializer, parse_url  # type: ignore[attr-defined]
+from redis.client import Pipeline
+from redis.connection import parse_url
 from redis.retry import Retry
 
 from avatar_rl.buffer_service.config import BufferConfig
@@ -28,15 +29,7 @@ from avatar_rl.buffer_service.errors import (
     VersionError,
 )
 from avatar_rl.buffer_service.redis.scripting import script
-from avatar_rl.buffer_service.redis.wire import (
-    Meanwhile,
-    ReplyReader,
-    Wire,
-    Word,
-    pack,
-    pack_keys,
-    words,
-)
+from avatar_rl.buffer_service.redis.wire import HIREDIS, Meanwhile, Reply, Resp, Wire, Word
 from avatar_rl.common.errors import ReplayBufferError
 
 log = logging.getLogger(__name__)
@@ -44,6 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Take = Callable[[Sequence[str], list[bytes | None]], None]
 MIN_VERSION = (6, 2)
+RESP = HIREDIS  # what runs on the wire; handmade.HANDMADE is the other way
 _PART = 16  # values asked for at once: some are decoded while others come
 _OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
 _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
@@ -54,8 +48,8 @@ _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
     ),
     "UNKNOWN": (UnknownRequestError, "push the request first, and send what its lease asked for"),
     "FENCED": (FencedError, "this learner was replaced; stop it"),
-    "HELD": (LeaseHeldError, "wait for the lease to end, or begin a new epoch"),
-    "TRAINED": (StepTrainedError, "go on with the next step"),
+    "HELD": (LeaseHeldError, "wait for the lease to end, or take a new fencing token"),
+    "TRAINED": (StepTrainedError, "continue with the next step"),
     "VERSION": (VersionError, "publish versions in ascending order"),
     "RECORD": (RecordError, "check what wrote it"),
     "TAKEN": (RecordError, "number the imported groups from another first seq"),
@@ -67,18 +61,6 @@ _AWAY = (
 )
 
 
-class WholeCommands:
-    """Packs a command into one piece: redis-py would send a group in pieces of 6 kB, a system call
-    each."""
-
-    def __init__(self) -> None:
-        self._pack = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode).pack
-
-    def pack(self, *args: Any) -> list[bytes]:
-        """The command as redis-py would write it, joined."""
-        return [b"".join(self._pack(*args))]
-
-
 def _options(config: BufferConfig, url: str) -> dict[str, Any]:
     password = config.password()
     options: dict[str, Any] = {
@@ -86,7 +68,6 @@ def _options(config: BufferConfig, url: str) -> dict[str, Any]:
         "password": password.get_secret_value() if password else None,
         "socket_timeout": config.timeout_s,
         "socket_read_size": 1 << 18,  # a draw comes in a few reads
-        "command_packer": WholeCommands(),
         "retry": Retry(NoBackoff(), 0),  # we retry ourselves, by deadline
     }
     if config.tls_ca:
@@ -106,10 +87,10 @@ def open_client(config: BufferConfig, url: str) -> redis.Redis:
         ) from error
 
 
-def open_wire(config: BufferConfig, url: str) -> Wire:
+def open_wire(config: BufferConfig, url: str, resp: Resp) -> Wire:
     """The short way to the same server; nothing is sent yet. Raises ValueError for a URL of another
     kind."""
-    options = _options(config, url) | parse_url(url) | {"protocol": 2, "parser_class": ReplyReader}
+    options = _options(config, url) | parse_url(url) | {"protocol": 2, **resp.options}
     return Wire(redis.ConnectionPool(**options))
 
 
@@ -153,8 +134,8 @@ class Connection:
         self.client: Any = open_client(
             config, url
         )  # its annotations allow text, which we never ask for
-        self._wire = open_wire(config, url)
-        self._heads: dict[str, list[bytes]] = {}
+        self._pack = RESP.pack
+        self._wire = open_wire(config, url, RESP)
         self._memory_checked = 0.0
         self._sorts = True  # until the server says that we may not
 
@@ -183,29 +164,23 @@ class Connection:
         except redis.exceptions.RedisError as error:
             raise translate(error, self.where) from error
 
-    def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Any:
+    def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Reply:
         """The reply to one plain command, by the short way. ``meanwhile`` runs while it is under
         way; again if it was lost."""
-        packed = pack(*command)
+        packed = self._pack(*command)
         return self.attempt(lambda: self._wire.ask(packed, meanwhile))
 
-    def run(self, name: str, *args: Word) -> Any:
+    def run(self, name: str, *args: Word) -> Reply:
         """One atomic operation by name."""
-        packed = self._packed(name, args)
+        packed = self._pack("EVALSHA", script(name).sha, 1, self.prefix, *args)
 
         def once() -> Any:
             try:
                 return self._wire.ask(packed)
             except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
-                return self._wire.ask(pack("EVAL", script(name).text, 1, self.prefix, *args))
+                return self._wire.ask(self._pack("EVAL", script(name).text, 1, self.prefix, *args))
 
         return self.attempt(once)
-
-    def _packed(self, name: str, args: Sequence[Word]) -> bytes:
-        head = self._heads.get(name)
-        if head is None:
-            head = self._heads[name] = words(("EVALSHA", script(name).sha, 1, self.prefix))
-        return b"".join((b"*%d\r\n" % (4 + len(args)), *head, *words(args)))
 
     def read_values(self, ids: Sequence[str], take: Take) -> None:
         """Hands ``take`` some ids with their stored values (None: gone), in order, until all were
@@ -213,7 +188,7 @@ class Connection:
         ``attempt``."""
         parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
         start = self.key("t:")
-        commands = [pack_keys("MGET", start, part) for part in parts]
+        commands = [self._pack("MGET", *[start + tid for tid in part]) for part in parts]
         rest = iter(parts)
         self._wire.each(commands, lambda values: take(next(rest), values))
 
@@ -225,11 +200,12 @@ class Connection:
         if not self._sorts:
             return False
         sort = ("SORT", self.key(listed), "BY", "nosort", "GET", self.key("t:*"), "LIMIT")
-        commands = [pack(*sort, first, _PART) for first in range(0, count, _PART)]
+        commands = [self._pack("EVALSHA", script("draw").sha, 1, self.prefix, *args)]
+        commands += [self._pack(*sort, first, _PART) for first in range(0, count, _PART)]
         ids: list[str] | None = None
         at = 0
 
-        def reply(answer: Any) -> None:
+        def reply(answer: Reply) -> None:
             nonlocal ids, at
             if ids is None:
                 ids = answer.decode().split()
@@ -238,9 +214,9 @@ class Connection:
                 at += len(answer)
 
         try:
-            self._wire.each([self._packed("draw", args), *commands], reply)
+            self._wire.each(commands, reply)
         except redis.exceptions.NoScriptError:
-            self._wire.ask(pack("SCRIPT", "LOAD", script("draw").text))
+            self._wire.ask(self._pack("SCRIPT", "LOAD", script("draw").text))
             return self.draw_values(listed, count, take, args)
         except redis.exceptions.ResponseError as error:
             if ids is None or at:
@@ -254,10 +230,10 @@ class Connection:
             self.read_values(ids[at:], take)
         return True
 
-    def together(self, build: Callable[[Any], None]) -> list[Any]:
+    def together(self, build: Callable[[Pipeline], None]) -> list[Reply]:
         """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""
 
-        def once() -> list[Any]:
+        def once() -> list[Reply]:
             with self.client.pipeline(transaction=True) as pipe:
                 build(pipe)
                 return list(pipe.execute())

@@ -162,7 +162,7 @@ class EmbeddedRedis:
         command = self._command()
         started = threading.Event()
 
-        def state_replica() -> None:
+        def run_server() -> None:
             # The kernel watches the *thread* that forked, so it must live as long as the server
             # does.
             try:
@@ -181,7 +181,7 @@ class EmbeddedRedis:
                 started.set()
             process.wait()
 
-        threading.Thread(target=state_replica, name="redis-keeper", daemon=True).start()
+        threading.Thread(target=run_server, name="redis-server", daemon=True).start()
         started.wait(self.start_s)
         self._wait_until_ready()
         return self

@@ -1,10 +1,10 @@
-"""A consistent copy of a run in one file, taken while writers go on; and records for other tools
-(JSONL, parquet).
+"""A consistent copy of a run in one file, taken while writers continue.
 
 The file is a sequence of frames: kind u8, length u32, crc32 u32, msgpack. From ``begin`` to ``end``
-the scripts keep the old value of whatever they overwrite, so small pages read one after the other
-still show the moment of ``begin``. They keep it for one snapshot, and a page follows the one before
-only in the same server process: both are checked."""
+the scripts keep the old value of what they overwrite. So small pages, read one after the other,
+still show the moment of ``begin``. Old values are kept for one snapshot, and a page follows the one
+before only in the same server process: both are checked.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeVar
 
 import msgspec
+from redis.client import Pipeline
 
 from avatar_rl.buffer_service.errors import BufferSetupError, RecordError
+from avatar_rl.buffer_service.records.requests import GroupState
 from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.buffer_service.redis.scripting import LAYOUT
 
 MAGIC = b"AVSNAP01"
 HASHES = ("prompts", "trajs", "reuse", "groups", "tickets")
@@ -28,19 +31,6 @@ _FRAME = struct.Struct("<BII")
 _STATE, _HASH, _VALUES, _END = range(4)
 _PAGE, _SCAN_PAGE, _VALUE_PAGE = 1000, 200, 64  # a scanned page holds writers up for about 0.3 ms
 _PATIENCE_S, _POLL_S = 30.0, 0.1  # one that was cut short looks as if it were still being taken
-_TABLES = (
-    "meta",
-    "ledger",
-    "steps",
-    "rounds",
-    "rounds:done",
-    "quarantine",
-    "corrupt",
-    "facts",
-    "fresh",
-    "seen",
-    "evals",
-)
 _RULELESS = (
     "run_id",
     "format",
@@ -62,8 +52,36 @@ class SnapshotReport(msgspec.Struct, frozen=True):
     size: int  # bytes
 
 
-def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
+T = TypeVar("T")
+Flat = list[bytes]  # field, value, field, value, ...
+
+
+def _pairs(flat: Flat) -> list[tuple[bytes, bytes]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+class _State(msgspec.Struct):
+    """The small state of a run, as snapshot.lua answers it."""
+
+    meta: Flat
+    ledger: Flat
+    steps: Flat
+    rounds: Flat
+    quarantine: Flat
+    corrupt: Flat
+    facts: Flat
+    rounds_done: list[bytes] = msgspec.field(name="rounds:done")
+    fresh: Flat  # group id, score, ...
+    seen: bytes  # a bit per settled seq
+    evals: list[tuple[bytes, Flat]]  # round, its results
+
+
+_Rows = list[tuple[bytes, bytes]]
+_Page = tuple[str, _Rows]  # hash, its rows
+_state = msgspec.msgpack.Decoder(_State)
+_page = msgspec.msgpack.Decoder(_Page)
+_rows = msgspec.msgpack.Decoder(_Rows)
+_sizes = msgspec.msgpack.Decoder(dict[str, int])
 
 
 class _Writer:
@@ -71,12 +89,12 @@ class _Writer:
         self._file = file
         file.write(MAGIC)
 
-    def frame(self, kind: int, content: Any) -> None:
+    def frame(self, kind: int, content: _State | _Page | _Rows | dict[str, int]) -> None:
         data = msgspec.msgpack.encode(content)
         self._file.write(_FRAME.pack(kind, len(data), zlib.crc32(data)) + data)
 
 
-def _frames(path: Path) -> Iterator[tuple[int, Any]]:
+def _frames(path: Path) -> Iterator[tuple[int, bytes]]:
     """Frames of a snapshot. Raises RecordError when the file is foreign, damaged or cut short."""
     remedy = "take an older snapshot"
     with path.open("rb") as file:
@@ -89,10 +107,31 @@ def _frames(path: Path) -> Iterator[tuple[int, Any]]:
             data = file.read(length)
             if len(data) != length or zlib.crc32(data) != crc:
                 raise RecordError(f"{path} is damaged at byte {file.tell() - len(data)}; {remedy}")
-            yield kind, msgspec.msgpack.decode(data)
+            yield kind, data
             if kind == _END:
                 return
     raise RecordError(f"{path} is cut short; {remedy}")
+
+
+def _read(path: Path, data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise RecordError(
+            f"{path} was written by another release ({error}); restore it with that one"
+        ) from error
+
+
+def _checked(path: Path) -> tuple[_State, dict[str, int]]:
+    """The small state and the sizes of a snapshot, once every frame of it was read."""
+    last: dict[int, bytes] = {}
+    for kind, data in _frames(path):
+        last[kind] = data
+        if kind == _HASH:
+            _read(path, data, _page)
+        elif kind == _VALUES:
+            _read(path, data, _rows)
+    return _read(path, last[_STATE], _state), _read(path, last[_END], _sizes)
 
 
 def _scan(connection: Connection, name: str) -> dict[bytes, bytes]:
@@ -108,9 +147,9 @@ def _scan(connection: Connection, name: str) -> dict[bytes, bytes]:
             return found
 
 
-def _process(connection: Connection) -> Any:
+def _process(connection: Connection) -> str:
     """Which process the server is: a cursor means nothing to another."""
-    return connection.attempt(lambda: connection.client.info("server")).get("run_id")
+    return str(connection.attempt(lambda: connection.client.info("server")).get("run_id"))
 
 
 def _wait_for_another(connection: Connection) -> None:
@@ -120,6 +159,37 @@ def _wait_for_another(connection: Connection) -> None:
         connection.attempt(lambda: connection.client.hget(key, "snap")) or 0
     ):
         time.sleep(_POLL_S)
+
+
+def _write(connection: Connection, writer: _Writer, state: _State) -> dict[str, int]:
+    """All frames; returns how many records each hash has."""
+    writer.frame(_STATE, state)
+    sizes: dict[str, int] = {}
+    ids: list[bytes] = []
+    for name in HASHES:
+        fields = _scan(connection, name)
+        fields.update(_scan(connection, f"snap:{name}"))
+        rows = [(field, value) for field, value in fields.items() if value]
+        sizes[name] = len(rows)
+        for i in range(0, len(rows), _PAGE):
+            writer.frame(_HASH, (name, rows[i : i + _PAGE]))
+        if name == "trajs":
+            ids += [field for field, _ in rows]
+        elif name == "groups":
+            states = [(gid, msgspec.msgpack.decode(raw, type=GroupState)) for gid, raw in rows]
+            ids += [b"%s.%d" % (gid, i) for gid, group in states for i in range(group.n)]
+    for i in range(0, len(ids), _VALUE_PAGE):
+        part = ids[i : i + _VALUE_PAGE]
+        keys = [connection.key("t:").encode() + tid for tid in part]
+        values = connection.attempt(lambda keys=keys: connection.client.mget(keys))  # type: ignore[misc]
+        if None in values:
+            gone = part[values.index(None)].decode()
+            raise RecordError(
+                f"trajectory {gone} vanished while the snapshot was taken; take it again"
+            )
+        writer.frame(_VALUES, list(zip(part, values, strict=True)))
+    writer.frame(_END, sizes)
+    return sizes
 
 
 def save(
@@ -135,42 +205,14 @@ def save(
     if on_begin is None:
         _wait_for_another(connection)
     process, token = _process(connection), secrets.randbelow(2**53 - 1) + 1
-    state = dict(zip(_TABLES, connection.run("snapshot", "begin", token), strict=True))
+    answer = {name.decode(): value for name, value in connection.run("snapshot", "begin", token)}
+    state = msgspec.convert(answer, _State)
     if on_begin is not None:
         on_begin()
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            writer = _Writer(file)
-            writer.frame(_STATE, state)
-            sizes: dict[str, int] = {}
-            ids: list[bytes] = []
-            for name in HASHES:
-                fields = _scan(connection, name)
-                fields.update(_scan(connection, f"snap:{name}"))
-                rows = [(field, value) for field, value in fields.items() if value]
-                sizes[name] = len(rows)
-                for i in range(0, len(rows), _PAGE):
-                    writer.frame(_HASH, (name, rows[i : i + _PAGE]))
-                if name == "trajs":
-                    ids += [field for field, _ in rows]
-                elif name == "groups":
-                    ids += [
-                        b"%s.%d" % (gid, i)
-                        for gid, raw in rows
-                        for i in range(msgspec.msgpack.decode(raw)[3])
-                    ]
-            for i in range(0, len(ids), _VALUE_PAGE):
-                part = ids[i : i + _VALUE_PAGE]
-                keys = [connection.key("t:").encode() + tid for tid in part]
-                values = connection.attempt(lambda keys=keys: connection.client.mget(keys))  # type: ignore[misc]
-                if None in values:
-                    gone = part[values.index(None)].decode()
-                    raise RecordError(
-                        f"trajectory {gone} vanished while the snapshot was taken; take it again"
-                    )
-                writer.frame(_VALUES, list(zip(part, values, strict=True)))
-            writer.frame(_END, sizes)
+            sizes = _write(connection, _Writer(file), state)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -183,7 +225,7 @@ def save(
     finally:
         temporary.unlink(missing_ok=True)
         connection.run("snapshot", "end", token)
-    meta = dict(_pairs(state["meta"]))
+    meta = dict(_pairs(state.meta))
     return SnapshotReport(
         sizes["prompts"],
         sizes["trajs"],
@@ -212,51 +254,52 @@ def wipe(connection: Connection) -> int:
 
 def load(connection: Connection, path: Path, *, any_run: bool = False) -> SnapshotReport:
     """Replaces the run's contents by a snapshot. The whole file is checked first. Leases end, their
-    requests wait again; a new epoch begins. No other client may write meanwhile: they are refused.
+    requests wait again; older fencing tokens are no longer valid. No other client may write
+    meanwhile: they are refused.
 
-    Raises RecordError (bad file) or BufferSetupError (a snapshot of another run, unless
-    ``any_run``)."""
-    ends = [content for kind, content in _frames(path) if kind == _END]
-    state: dict[str, Any] = next(content for kind, content in _frames(path) if kind == _STATE)
-    meta = dict(_pairs(state["meta"]))
-    if meta[b"run_id"].decode() != connection.run_id and not any_run:
+    Raises RecordError (bad file) or BufferSetupError (a snapshot of another layout, or of another
+    run unless ``any_run``)."""
+    state, sizes = _checked(path)
+    meta = dict(_pairs(state.meta))
+    run, layout = meta[b"run_id"].decode(), int(meta[b"format"])
+    if layout != LAYOUT:
         raise BufferSetupError(
-            f"{path} is of run {meta[b'run_id'].decode()}, not {connection.run_id}; pass "
-            "any_run=True to take it over"
+            f"{path} has layout {layout}, this code has {LAYOUT}; restore it with its release"
+        )
+    if run != connection.run_id and not any_run:
+        raise BufferSetupError(
+            f"{path} is of run {run}, not {connection.run_id}; pass any_run=True to take it over"
         )
     key = connection.key
     old = connection.attempt(lambda: connection.client.hgetall(key("meta")))
-    epoch = max(int(old.get(b"epoch", 0)), int(meta[b"epoch"])) + 1
+    token = max(int(old.get(b"epoch", 0)), int(meta[b"epoch"])) + 1
     wipe(connection)
     connection.attempt(lambda: connection.client.set(key("restoring"), path.name))
-    for kind, content in _frames(path):
+    for kind, data in _frames(path):
         if kind == _HASH:
-            name, rows = content
+            name, rows = _read(path, data, _page)
             fields = dict(rows)
             connection.attempt(lambda n=name, f=fields: connection.client.hset(key(n), mapping=f))  # type: ignore[misc]
         elif kind == _VALUES:
-            values = {key("t:").encode() + tid: value for tid, value in content}
+            found = _read(path, data, _rows)
+            values = {key("t:").encode() + tid: value for tid, value in found}
             connection.attempt(lambda v=values: connection.client.mset(v))  # type: ignore[misc]
     _restore_state(connection, state)
     for name in ("prompts", "trajs", "tickets"):
         names = list(_scan(connection, name))
         for i in range(0, len(names), _PAGE):
             connection.run("index", name, *names[i : i + _PAGE])
-    kept = {field.decode(): value for field, value in meta.items() if field.decode() in _RULELESS}
-    rules = {
-        field: value for field, value in (old or meta).items() if field.decode() not in _RULELESS
-    }
+    settings = (old or meta).items()  # capacity, quantiles, ... stay those of the connected run
+    kept = {field: value for field, value in meta.items() if field.decode() in _RULELESS}
+    rules = {field: value for field, value in settings if field.decode() not in _RULELESS}
     rules.pop(b"drawn_step", None)
+    renewed = {b"run_id": connection.run_id.encode(), b"epoch": b"%d" % token, b"snap": b"0"}
 
-    def settle(pipe: Any) -> None:
-        pipe.hset(
-            key("meta"),
-            mapping={**rules, **kept, "run_id": connection.run_id, "epoch": epoch, "snap": 0},
-        )
+    def settle(pipe: Pipeline) -> None:
+        pipe.hset(key("meta"), mapping=rules | kept | renewed)
         pipe.delete(key("restoring"))
 
     connection.together(settle)
-    sizes = ends[0]
     return SnapshotReport(
         sizes["prompts"],
         sizes["trajs"],
@@ -267,21 +310,29 @@ def load(connection: Connection, path: Path, *, any_run: bool = False) -> Snapsh
     )
 
 
-def _restore_state(connection: Connection, state: dict[str, Any]) -> None:
+def _restore_state(connection: Connection, state: _State) -> None:
     key = connection.key
 
-    def write(pipe: Any) -> None:
-        for name in ("ledger", "steps", "rounds", "quarantine", "corrupt", "facts"):
-            if state[name]:
-                pipe.hset(key(name), mapping=dict(_pairs(state[name])))
-        for round_, payloads in state["evals"]:
+    def write(pipe: Pipeline) -> None:
+        tables = {
+            "ledger": state.ledger,
+            "steps": state.steps,
+            "rounds": state.rounds,
+            "quarantine": state.quarantine,
+            "corrupt": state.corrupt,
+            "facts": state.facts,
+        }
+        for name, flat in tables.items():
+            if flat:
+                pipe.hset(key(name), mapping=dict(_pairs(flat)))
+        for round_, payloads in state.evals:
             if payloads:
                 pipe.hset(key("eval:") + round_.decode(), mapping=dict(_pairs(payloads)))
-        if state["rounds:done"]:
-            pipe.sadd(key("rounds:done"), *state["rounds:done"])
-        if state["fresh"]:
-            pipe.zadd(key("fresh"), {gid: float(score) for gid, score in _pairs(state["fresh"])})
-        if state["seen"]:
-            pipe.set(key("seen"), state["seen"])
+        if state.rounds_done:
+            pipe.sadd(key("rounds:done"), *state.rounds_done)
+        if state.fresh:
+            pipe.zadd(key("fresh"), {gid: float(score) for gid, score in _pairs(state.fresh)})
+        if state.seen:
+            pipe.set(key("seen"), state.seen)
 
     connection.together(write)

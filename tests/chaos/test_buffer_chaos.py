@@ -72,7 +72,7 @@ def reader(buffer: ReplayBuffer, name: str, out: Path) -> None:
 
 
 def learner(buffer: ReplayBuffer, name: str, out: Path) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    fencing_token = buffer.replay.new_fencing_token()
     while True:
         step = buffer.stats.read().trained_step + 1
         first = step * PER_STEP
@@ -83,12 +83,12 @@ def learner(buffer: ReplayBuffer, name: str, out: Path) -> None:
             for i in range(3 * PER_STEP)
         ]
         buffer.requests.push(ahead)
-        share = buffer.replay.lease_fresh(name, step, epoch=epoch)
+        share = buffer.replay.lease_fresh(name, step, fencing_token=fencing_token)
         if not share.ready:
             time.sleep(0.01)
             continue
         gids = [g.id for g in share.groups]
-        if buffer.replay.commit_step(step, step + 1, gids, epoch).committed:
+        if buffer.replay.commit_step(step, step + 1, gids, fencing_token).committed:
             log(out, f"trained {step} {' '.join(gids)}")
 
 

@@ -77,7 +77,7 @@ def test_malformed_groups_change_nothing(
     assert namespace(buffer) == before
 
 
-def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer) -> None:
+def test_a_group_its_request_did_not_ask_for_changes_nothing(buffer: ReplayBuffer) -> None:
     buffer.requests.push(requests(0))
     [lease] = buffer.requests.lease("a", 1)
     before = namespace(buffer)
@@ -96,8 +96,8 @@ def test_a_group_its_ticket_did_not_ask_for_changes_nothing(buffer: ReplayBuffer
 def test_a_corrupt_record_is_quarantined(
     buffer: ReplayBuffer, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     buffer.requests.push(requests(1))
     for lease in buffer.requests.lease("a", 2):
         buffer.requests.add_group(make_group(lease, [1.0] * 4), lease, tokens_generated=1)
@@ -124,9 +124,9 @@ def test_a_corrupt_record_is_quarantined(
 
 
 def test_more_damage_than_an_accident_ends_the_call(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     for step in range(4):
-        run_step(buffer, step, epoch)
+        run_step(buffer, step, token)
     client = redis.Redis.from_url(buffer._connection.url)
     for key in client.keys(buffer._connection.key("t:*")):
         client.set(key, b"?")
@@ -148,7 +148,9 @@ def test_ledger_notices_a_loss(buffer: ReplayBuffer) -> None:
     "changes",
     [{"min_version": -1}, {"step": -1}, {"seq": -1}, {"seq": 10**8}, {"n": 0}, {"prompt_id": ""}],
 )
-def test_malformed_tickets_change_nothing(buffer: ReplayBuffer, changes: dict[str, object]) -> None:
+def test_malformed_requests_change_nothing(
+    buffer: ReplayBuffer, changes: dict[str, object]
+) -> None:
     before = namespace(buffer)
     bad = msgspec.structs.replace(requests(0)[1], **changes)  # type: ignore[arg-type]
     with pytest.raises(RecordError, match=f"request {bad.seq}"):
@@ -219,13 +221,13 @@ def test_another_configuration_is_refused_unless_asked_for(buffer: ReplayBuffer)
     other = CONFIG.model_copy(update={"capacity": 8})
     with pytest.raises(BufferSetupError, match="cap_easy=25, this client says 2"):
         ReplayBuffer.connect(other, "run", buffer._connection.url)
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     for step in range(3):
-        run_step(buffer, step, epoch)
+        run_step(buffer, step, token)
     with ReplayBuffer.connect(other, "run", buffer._connection.url, reconfigure=True) as smaller:
-        run_step(smaller, 3, epoch)
+        run_step(smaller, 3, token)
         easy, medium, hard = other.capacities()
-        counts = smaller.stats.tier_counts()
+        counts = smaller.stats.read().tiers
         assert counts["hard"] <= hard and counts["medium"] <= medium and counts["easy"] <= easy
 
 

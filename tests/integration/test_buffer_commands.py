@@ -20,7 +20,7 @@ from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.cli import main
-from avatar_rl.cluster.telemetry.run_folder import RunStatus
+from avatar_rl.cluster.telemetry.run_files import RunStatus
 from avatar_rl.cluster.training.replay_import import carry_over
 from tests.buffer_records import make_group
 
@@ -28,11 +28,11 @@ CONFIG = BufferConfig(capacity=60, warm_up=0, appendfsync="always")  # not the d
 
 
 def fill(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     buffer.requests.push([RolloutRequest(seq=s, prompt_id=f"p{s}", step=0, n=4) for s in range(3)])
     for lease in buffer.requests.lease("a", 3):
         buffer.requests.add_group(make_group(lease, [0.0, 1.0]), lease, tokens_generated=12)
-    buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in range(3)], epoch)
+    buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in range(3)], token)
 
 
 @pytest.fixture

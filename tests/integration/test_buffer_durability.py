@@ -30,8 +30,8 @@ from tests.buffer_records import CONFIG, make_group, namespace, requests, run_st
 def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "aof", appendfsync="always") as server:
         buffer = ReplayBuffer.connect(CONFIG, "run", server.url)
-        epoch = buffer.replay.new_fencing_token()
-        run_step(buffer, 0, epoch)
+        token = buffer.replay.new_fencing_token()
+        run_step(buffer, 0, token)
         buffer.requests.push(requests(1, 40, first=100))
         leases = buffer.requests.lease("a", 40)
         acknowledged: list[str] = []
@@ -55,7 +55,7 @@ def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
             stored = redis.Redis.from_url(server.url).zrange(buffer._connection.key("fresh"), 0, -1)
             assert set(known) <= {gid.decode() for gid in stored}
         writer.join()
-        share = buffer.replay.lease_fresh("learner", 1, epoch=epoch)
+        share = buffer.replay.lease_fresh("learner", 1, fencing_token=token)
         assert [g.id for g in share.groups] == sorted(acknowledged) and len(acknowledged) == 40
         assert buffer.stats.check_ledger().generated == 42 and buffer.replay.version() == 1
         buffer.close()
@@ -63,8 +63,8 @@ def test_kill_9_of_redis_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 def test_embedded_redis_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
-        "import sys,time; from pathlib import Path; from buffer_service.server import "
-        "EmbeddedRedis\n"
+        "import sys,time; from pathlib import Path\n"
+        "from avatar_rl.buffer_service.redis.server import EmbeddedRedis\n"
         "s = EmbeddedRedis(Path(sys.argv[1])).start(); print(s.pid, s.url, flush=True); "
         "time.sleep(60)"
     )
@@ -135,9 +135,9 @@ def contents(buffer: ReplayBuffer) -> tuple[object, ...]:
 
 
 def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_path: Path) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     for step in range(6):
-        run_step(buffer, step, epoch)
+        run_step(buffer, step, token)
     buffer.requests.push(requests(6, 3, first=100))
     leases = buffer.requests.lease("a", 2)
     buffer.requests.add_group(make_group(leases[0], [1.0, 0.0]), leases[0], tokens_generated=1)
@@ -156,9 +156,9 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
             [late] = buffer.requests.lease("b", 1)
             buffer.requests.add_group(make_group(late, [0.3]), late, tokens_generated=1)
             share = buffer.replay.lease_fresh("l", 6)
-            buffer.replay.commit_step(6, 7, [g.id for g in share.groups], epoch)
+            buffer.replay.commit_step(6, 7, [g.id for g in share.groups], token)
             for step in range(7, 40):
-                run_step(buffer, step, epoch)  # evicts most of what the snapshot must hold
+                run_step(buffer, step, token)  # evicts most of what the snapshot must hold
         return reply
 
     buffer._connection.run = slow  # type: ignore[method-assign, assignment]
@@ -173,7 +173,7 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
     assert contents(buffer) == before
     assert buffer.control.get_value("model") == {"hidden": 128}
     with pytest.raises(FencedError):
-        buffer.replay.commit_step(6, 7, [], epoch)
+        buffer.replay.commit_step(6, 7, [], token)
     waiting = buffer.requests.lease("a", 9)  # leases ended: both requests wait again
     assert [x.request.seq for x in waiting] == [101, 102]
     for lease in waiting:
@@ -185,15 +185,15 @@ def test_snapshot_is_one_moment_while_writers_go_on(buffer: ReplayBuffer, tmp_pa
 def test_a_snapshot_that_another_began_upon_is_refused(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     path, key = tmp_path / "cut.avsnap", buffer._connection.key("meta")
     buffer.snapshot(path)
     before, client = path.read_bytes(), redis.Redis.from_url(buffer._connection.url)
 
     def another() -> None:
         buffer._connection.run("snapshot", "begin", 77)
-        run_step(buffer, 1, epoch)
+        run_step(buffer, 1, token)
 
     with pytest.raises(
         RecordError, match="another snapshot began or Redis restarted while it was taken"
@@ -247,8 +247,8 @@ def test_a_snapshot_across_a_restart_of_redis_is_refused(tmp_path: Path) -> None
 def test_a_damaged_snapshot_is_refused_and_the_run_kept(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     path = tmp_path / "cut.avsnap"
     buffer.snapshot(path)
     good = path.read_bytes()
@@ -269,8 +269,8 @@ def test_a_damaged_snapshot_is_refused_and_the_run_kept(
 def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
     buffer: ReplayBuffer, tmp_path: Path
 ) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     buffer.snapshot(tmp_path / "cut.avsnap")
     before = contents(buffer)
     original = buffer._connection.run
@@ -291,8 +291,8 @@ def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
 
 
 def test_export_holds_every_trajectory(buffer: ReplayBuffer, tmp_path: Path) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     assert buffer.export(tmp_path / "x.jsonl") == buffer.export(tmp_path / "x.parquet") == 8
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     table = pq.read_table(tmp_path / "x.parquet").to_pylist()

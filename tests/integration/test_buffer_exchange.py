@@ -19,7 +19,7 @@ from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ConfigError
-from tests.buffer_records import make_group
+from tests.buffer_records import make_group, tier_of
 
 CONFIG = BufferConfig(capacity=100, warm_up=0, hints=HintGateConfig(zero_patience=2))
 REWARDS = {
@@ -35,7 +35,7 @@ def source(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
     """A run with eight replayable trajectories of three prompts."""
     redis.Redis.from_url(server.url).flushall()
     with ReplayBuffer.connect(CONFIG, "source", server.url) as buffer:
-        epoch = buffer.replay.new_fencing_token()
+        token = buffer.replay.new_fencing_token()
         buffer.requests.push(
             [RolloutRequest(seq=s, prompt_id=f"p{s % 3 or s // 3}", step=0, n=4) for s in REWARDS]
         )
@@ -43,7 +43,7 @@ def source(server: EmbeddedRedis) -> Iterator[ReplayBuffer]:
             buffer.requests.add_group(
                 make_group(lease, REWARDS[lease.request.seq]), lease, tokens_generated=1
             )
-        buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in REWARDS], epoch)
+        buffer.replay.commit_step(0, 1, [f"{s:08d}" for s in REWARDS], token)
         yield buffer
 
 
@@ -83,7 +83,7 @@ def test_imported_trajectories_are_replayable_stock(
         )
     # p0: the mean of 0, 1, 0.5; p1: of four zeros in two visits; p2: 1.
     assert target.replay.baselines(["p0", "p1", "p2"]) == [0.5, 0.0, 1.0]
-    assert [target.replay.tier_of(p) for p in ("p1", "p0", "p2")] == ["hard", "medium", "easy"]
+    assert [tier_of(target, p) for p in ("p1", "p0", "p2")] == ["hard", "medium", "easy"]
     books = target.stats.check_ledger()
     assert (books.generated, books.replay_only, books.completions, books.tokens) == (4, 4, 8, 0)
     assert target.stats.read().counters["imported"] == 4
@@ -100,7 +100,7 @@ def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
     source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path
 ) -> None:
     source.export(tmp_path / "stock.jsonl")
-    epoch = target.replay.new_fencing_token()
+    token = target.replay.new_fencing_token()
     target.requests.push([RolloutRequest(seq=s, prompt_id="new", step=0, n=4) for s in range(2)])
     with pytest.raises(RecordError, match=r"group 00000000 is what a request .* another first seq"):
         target.import_trajectories(tmp_path / "stock.jsonl")
@@ -114,9 +114,9 @@ def test_groups_can_be_numbered_anew_and_leave_the_prompt_stream_alone(
     }
     for lease in target.requests.lease("a", 2):
         target.requests.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
-    share = target.replay.lease_fresh("learner", 0, epoch=epoch)
+    share = target.replay.lease_fresh("learner", 0, fencing_token=token)
     assert share.ready and [g.seq for g in share.groups] == [0, 1]
-    target.replay.commit_step(0, 1, [g.id for g in share.groups], epoch)
+    target.replay.commit_step(0, 1, [g.id for g in share.groups], token)
     assert target.stats.check_ledger().trained_fresh == 2 and target.stats.read().stock == 10
 
 

@@ -19,11 +19,11 @@ from tests.buffer_records import CONFIG, make_group, requests, run_step
 
 
 def stocked(buffer: ReplayBuffer, steps: int = 12) -> int:
-    """A buffer with 8 replayable trajectories per step, until a tier is full; returns the epoch."""
-    epoch = buffer.replay.new_fencing_token()
+    """A buffer with 8 replayable trajectories per step, until a tier is full; returns the token."""
+    token = buffer.replay.new_fencing_token()
     for step in range(steps):
-        run_step(buffer, step, epoch)
-    return epoch
+        run_step(buffer, step, token)
+    return token
 
 
 def plain(buffer: ReplayBuffer) -> redis.Redis:
@@ -35,7 +35,7 @@ def after_the_choice(
 ) -> list[int]:
     """Calls ``then`` with the chosen ids, ``times`` times, before their values are read. Returns
     the draws' sizes."""
-    original, sizes = buffer._connection.run, list[int]()
+    original, sizes = buffer.replay._run, list[int]()
     buffer._connection._sorts = False  # two round trips: more may happen
 
     def run(name: str, *args: Any) -> Any:
@@ -46,7 +46,7 @@ def after_the_choice(
                 then(reply.decode().split())
         return reply
 
-    buffer._run = run
+    buffer.replay._run = run
     return sizes
 
 
@@ -78,13 +78,13 @@ def test_values_that_vanish_after_the_choice_are_drawn_anew(buffer: ReplayBuffer
 
 
 def test_an_evicted_value_is_still_read(buffer: ReplayBuffer) -> None:
-    epoch = stocked(buffer)
+    token = stocked(buffer)
     gone: set[str] = set()
 
     def evict(chosen: list[str]) -> None:
         small = CONFIG.model_copy(update={"capacity": 8})
         with ReplayBuffer.connect(small, "run", buffer._connection.url, reconfigure=True) as other:
-            run_step(other, 12, epoch)
+            run_step(other, 12, token)
         gone.update(
             tid for tid in chosen if not plain(buffer).hexists(buffer._connection.key("trajs"), tid)
         )
@@ -99,8 +99,8 @@ def test_a_value_deleted_by_hand_is_quarantined_once(buffer: ReplayBuffer) -> No
     plain(buffer).delete(buffer._connection.key("t:00000001.2"))
     assert len({t.id for t in buffer.replay.draw(8, step=1, seed=0)}) == 7
     assert buffer.stats.read().quarantined_records == 1
-    buffer._quarantined("00000001.2", RecordError("again"))
-    buffer._quarantined("99999999.0", RecordError("never stored"))
+    buffer.replay._quarantined("00000001.2", RecordError("again"))
+    buffer.replay._quarantined("99999999.0", RecordError("never stored"))
     assert buffer.stats.read().quarantined_records == 1
 
 

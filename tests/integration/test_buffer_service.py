@@ -1,5 +1,5 @@
-"""The replay buffer on a real Redis: leases, idempotence, fencing, draws, hints, the notice
-board."""
+"""The replay buffer on a real Redis: leases, idempotence, fencing, draws, hints, values and
+heartbeats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
-from tests.buffer_records import CONFIG, make_group, requests, run_step
+from tests.buffer_records import CONFIG, make_group, requests, run_step, tier_of
 
 # -- leases
 
@@ -65,7 +65,7 @@ def test_a_lease_is_bounded_by_completions_and_keeps_the_order(buffer: ReplayBuf
     assert [x.request.n for x in buffer.requests.lease("a", 9, completions=9)] == [8, 1]
 
 
-def test_evaluation_tickets_come_first_once_their_version_is_out(buffer: ReplayBuffer) -> None:
+def test_evaluation_requests_come_first_once_their_version_is_out(buffer: ReplayBuffer) -> None:
     buffer.requests.push(requests(0))
     rounds = [
         RolloutRequest(seq=i, prompt_id=f"e{i}", step=0, n=1, kind="eval", round=1, min_version=1)
@@ -90,7 +90,8 @@ def test_expired_leases_go_back_lowest_seq_first(buffer: ReplayBuffer) -> None:
     buffer.requests.push(requests(0, 4))
     dead = buffer.requests.lease("dead", 3, lease_s=0.05)
     time.sleep(0.1)
-    assert buffer.requests.reap() == 3
+    assert buffer.requests.lease("nobody", 0) == []  # expired leases go back all the same
+    assert buffer.stats.read().counters["leases_expired"] == 3
     again = buffer.requests.lease("b", 9, lease_s=60)
     assert [x.request.seq for x in again] == [0, 1, 2, 3]
     assert buffer.requests.renew("dead", dead, 60) == []
@@ -176,10 +177,10 @@ def test_commit_is_idempotent_and_fenced(buffer: ReplayBuffer) -> None:
     new = buffer.replay.new_fencing_token()
     for call in (
         lambda: buffer.replay.commit_step(1, 2, [], old),
-        lambda: buffer.replay.lease_fresh("zombie", 1, epoch=old),
+        lambda: buffer.replay.lease_fresh("zombie", 1, fencing_token=old),
         lambda: buffer.replay.publish_version(5, old),
     ):
-        with pytest.raises(FencedError, match="epoch 1 is over"):
+        with pytest.raises(FencedError, match="fencing token 1 is no longer valid, 2 is"):
             call()
     with pytest.raises(VersionError, match="older than 1"):
         buffer.replay.commit_step(1, 0, [], new)
@@ -193,8 +194,8 @@ def test_commit_is_idempotent_and_fenced(buffer: ReplayBuffer) -> None:
 
 
 def test_nothing_of_the_current_step_is_replayed(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
-    run_step(buffer, 0, epoch)
+    token = buffer.replay.new_fencing_token()
+    run_step(buffer, 0, token)
     buffer.requests.push(requests(1))
     for lease in buffer.requests.lease("a", 2):
         buffer.requests.add_group(
@@ -206,11 +207,11 @@ def test_nothing_of_the_current_step_is_replayed(buffer: ReplayBuffer) -> None:
 
 
 def test_late_groups_are_replay_only(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     buffer.requests.push(requests(0))
     first, second = buffer.requests.lease("a", 2)
     buffer.requests.add_group(make_group(first, [1.0] * 4), first, tokens_generated=1)
-    buffer.replay.commit_step(0, 1, ["00000000"], epoch)
+    buffer.replay.commit_step(0, 1, ["00000000"], token)
     assert (
         buffer.requests.add_group(make_group(second, [0.0] * 4), second, tokens_generated=1).status
         == "late"
@@ -230,20 +231,20 @@ def test_draws_do_not_depend_on_arrival_order(server: EmbeddedRedis) -> None:
     for order in (1, -1):
         redis.Redis.from_url(server.url).flushall()
         with ReplayBuffer.connect(CONFIG, "run", server.url) as buffer:
-            epoch = buffer.replay.new_fencing_token()
+            token = buffer.replay.new_fencing_token()
             for step in range(4):
                 buffer.requests.push(requests(step, 3, prompt=f"p{step % 2}-"))
                 for lease in buffer.requests.lease("a", 3)[::order]:
                     rewards = [float((lease.request.seq + i) % 3 == 0) for i in range(4)]
                     buffer.requests.add_group(make_group(lease, rewards), lease, tokens_generated=1)
                 gids = [g.id for g in buffer.replay.lease_fresh("l", step).groups]
-                buffer.replay.commit_step(step, step + 1, gids, epoch)
+                buffer.replay.commit_step(step, step + 1, gids, token)
             drawn.append([t.id for t in buffer.replay.draw(16, step=4, seed=3)])
     assert drawn[0] == drawn[1]
 
 
 def test_stratified_quota_of_four_is_one_one_two(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     means = [
         0.0,
         0.1,
@@ -264,21 +265,19 @@ def test_stratified_quota_of_four_is_one_one_two(buffer: ReplayBuffer) -> None:
         buffer.requests.add_group(
             make_group(lease, [means[lease.request.seq]]), lease, tokens_generated=1
         )
-    buffer.replay.commit_step(0, 1, [f"{i:08d}" for i in range(len(means))], epoch)
+    buffer.replay.commit_step(0, 1, [f"{i:08d}" for i in range(len(means))], token)
     stats = buffer.stats.read()
     assert (stats.threshold_low, stats.threshold_high) == pytest.approx((0.4, 0.7), abs=4e-9)
     assert stats.tiers == {"hard": 5, "medium": 3, "easy": 3}
     for seed in range(10):
-        tiers = [
-            buffer.replay.tier_of(t.prompt_id) for t in buffer.replay.draw(4, step=1, seed=seed)
-        ]
+        tiers = [tier_of(buffer, t.prompt_id) for t in buffer.replay.draw(4, step=1, seed=seed)]
         assert sorted(map(str, tiers)) == ["easy", "hard", "hard", "medium"]
 
 
 def test_uniform_draws_are_uniform(buffer: ReplayBuffer) -> None:
-    epoch = buffer.replay.new_fencing_token()
+    token = buffer.replay.new_fencing_token()
     for step in range(4):
-        run_step(buffer, step, epoch)  # 32 trajectories
+        run_step(buffer, step, token)  # 32 trajectories
     counts: dict[str, int] = {}
     draws = 400
     for seed in range(draws):
@@ -293,7 +292,7 @@ def test_uniform_draws_are_uniform(buffer: ReplayBuffer) -> None:
     assert chi2 < 61.1  # 31 degrees of freedom, p = 0.001
 
 
-def big_step(buffer: ReplayBuffer, step: int, epoch: int) -> int:
+def big_step(buffer: ReplayBuffer, step: int, token: int) -> int:
     """256 groups of 8 of prompts whose averages are spread over [0, 1], committed; how many were
     evicted."""
     asked = [
@@ -305,16 +304,16 @@ def big_step(buffer: ReplayBuffer, step: int, epoch: int) -> int:
         hits = int(lease.request.prompt_id[1:]) % 9
         group = make_group(lease, [1.0] * hits + [0.0] * (8 - hits), version=step)
         buffer.requests.add_group(group, lease, tokens_generated=1)
-    return buffer.replay.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], epoch).evicted
+    return buffer.replay.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], token).evicted
 
 
 def test_capacity_holds_whatever_a_step_adds(server: EmbeddedRedis) -> None:
     redis.Redis.from_url(server.url).flushall()
     small = CONFIG.model_copy(update={"capacity": 1000})
     with ReplayBuffer.connect(small, "run", server.url) as buffer:
-        epoch = buffer.replay.new_fencing_token()
+        token = buffer.replay.new_fencing_token()
         for step in range(5):
-            big_step(buffer, step, epoch)
+            big_step(buffer, step, token)
             stats = buffer.stats.read()
             assert (
                 stats.stock <= 1000 and stats.tiers["hard"] <= 400 and stats.tiers["medium"] <= 350
@@ -326,9 +325,9 @@ def test_what_is_too_old_goes_however_much_a_step_adds(server: EmbeddedRedis) ->
     redis.Redis.from_url(server.url).flushall()
     ageing = CONFIG.model_copy(update={"capacity": 100_000, "max_age_versions": 1})
     with ReplayBuffer.connect(ageing, "run", server.url) as buffer:
-        epoch = buffer.replay.new_fencing_token()
+        token = buffer.replay.new_fencing_token()
         for step in range(4):
-            big_step(buffer, step, epoch)
+            big_step(buffer, step, token)
             assert (
                 buffer.stats.read().stock == 2048
             )  # version is step + 1: only the last step's own is young enough
@@ -341,7 +340,7 @@ def test_a_tier_beside_an_older_one_of_nearly_the_same_average_is_cut_too(
     shares = TierShares(easy=0.2, medium=0.1, hard=0.7)
     config = CONFIG.model_copy(update={"capacity": 1000, "tier_shares": shares})
     with ReplayBuffer.connect(config, "run", server.url) as b:
-        epoch = b.replay.new_fencing_token()
+        token = b.replay.new_fencing_token()
         # Hard 0.500 and Medium 0.505 share an age bin; all of Hard's 320 trajectories are older
         # than Medium's.
         for step, (name, count, reward) in enumerate(
@@ -356,7 +355,7 @@ def test_a_tier_beside_an_older_one_of_nearly_the_same_average_is_cut_too(
                 b.requests.add_group(
                     make_group(lease, [reward] * 8, accuracy=False), lease, tokens_generated=1
                 )
-            b.replay.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], epoch)
+            b.replay.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], token)
         assert b.stats.read().tiers == {"hard": 320, "medium": 100, "easy": 200}
 
 
@@ -365,12 +364,12 @@ def test_reuse_limit_counts_steps(server: EmbeddedRedis) -> None:
     with ReplayBuffer.connect(
         CONFIG.model_copy(update={"max_reuse": 1}), "run", server.url
     ) as buffer:
-        epoch = buffer.replay.new_fencing_token()
-        run_step(buffer, 0, epoch)
+        token = buffer.replay.new_fencing_token()
+        run_step(buffer, 0, token)
         first = {t.id for t in buffer.replay.draw(4, step=1, seed=1)}
         assert {t.id for t in buffer.replay.draw(4, step=1, seed=1)} == first  # a retry
         assert not first & {t.id for t in buffer.replay.draw(4, step=1, seed=2)}  # another rank's
-        buffer.replay.commit_step(1, 2, [], epoch)
+        buffer.replay.commit_step(1, 2, [], token)
         assert buffer.stats.read().stock == 0
 
 
@@ -380,7 +379,7 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
     with ReplayBuffer.connect(
         CONFIG.model_copy(update={"hints": gate}), "run", server.url
     ) as buffer:
-        epoch = buffer.replay.new_fencing_token()
+        token = buffer.replay.new_fencing_token()
 
         def visit(step: int, rewards: list[float]) -> bool:
             buffer.requests.push(
@@ -397,7 +396,7 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
                 make_group(leases["y"], [0.9, 0.9]), leases["y"], tokens_generated=1
             )
             buffer.replay.commit_step(
-                step, step + 1, [f"{2 * step:08d}", f"{2 * step + 1:08d}"], epoch
+                step, step + 1, [f"{2 * step:08d}", f"{2 * step + 1:08d}"], token
             )
             assert not leases["y"].hinted
             return leases["x"].hinted
@@ -422,27 +421,19 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
 # -- notice board
 
 
-def test_notice_board(buffer: ReplayBuffer) -> None:
-    assert (
-        buffer.control.desired("rollout") is None
-        and buffer.control.get_value("x") is None
-        and buffer.control.flag("stop") is None
-    )
+def test_values_and_heartbeats(buffer: ReplayBuffer) -> None:
+    assert buffer.control.desired("rollout") is None and buffer.control.get_value("x") is None
     buffer.control.set_desired("rollout", 3)
     buffer.control.set_value("x", {"a": [1, 2.5, None]})
     buffer.control.heartbeat("actor", "7", 41)
-    buffer.control.set_flag("stop", "SIGTERM")
-    assert buffer.control.desired("rollout") == 3 and buffer.control.get_value("x") == {
-        "a": [1, 2.5, None]
-    }
+    assert buffer.control.desired("rollout") == 3
+    assert buffer.control.get_value("x") == {"a": [1, 2.5, None]}
     beat = buffer.control.heartbeats()["actor/7"]
     assert beat.progress == 41 and 0 <= beat.age_s < 5
-    assert buffer.control.flag("stop") == "SIGTERM"
-    buffer.control.clear_flag("stop")
     buffer.control.drop_heartbeat("actor", "7")
-    assert buffer.control.flag("stop") is None and buffer.control.heartbeats() == {}
-    with pytest.raises(RecordError, match="fact y"):
-        buffer.control.set_value("y", dataclasses)
+    assert buffer.control.heartbeats() == {}
+    with pytest.raises(RecordError, match="value y"):
+        buffer.control.set_value("y", dataclasses)  # type: ignore[arg-type]
 
 
 def test_scripts_are_loaded_again_after_a_flush(buffer: ReplayBuffer) -> None:

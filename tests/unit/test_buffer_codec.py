@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avatar_rl.buffer_service.config import BufferConfig, TierShares
-from avatar_rl.buffer_service.draw import generator, seed_state
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import FORMAT, checksum, decode, encode
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
+from avatar_rl.buffer_service.replay import seed_state
 from avatar_rl.common.errors import ConfigError
 from tests.buffer_records import make_group
+from tests.reference_buffer import generator
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -1,8 +1,10 @@
--- ARGV: step, new version, epoch, gid... Acknowledges a trained step once: its groups become replayable, the version grows,
--- draws of the step are counted as reuse. Returns {committed, version, trained groups, replay-only groups, evicted}.
+-- requires: requests replayable
+-- ARGV: step, new version, fencing token, gid... Acknowledges a trained step once: its groups become replayable, the
+-- version grows, draws of the step are counted as reuse. Returns {committed, version, trained groups, replay-only
+-- groups, evicted}.
 local m = meta()
-local step, version, epoch = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-if epoch ~= m.epoch then fail('FENCED', 'epoch ' .. ARGV[3] .. ' is over, ' .. m.epoch .. ' has begun') end
+local step, version = tonumber(ARGV[1]), tonumber(ARGV[2])
+check_token(m, ARGV[3])
 if step <= m.trained then return { 0, m.version, 0, 0, 0 } end
 if version < m.version then fail('VERSION', 'version ' .. ARGV[2] .. ' is older than ' .. m.version) end
 local trained, named = {}, 0
@@ -19,9 +21,9 @@ call('HSET', K('meta'), 'trained', step, 'version', version)
 m.trained, m.version = step, version
 local q, rest, added = thresholds(m), 0, 0
 for _, gid in ipairs(call('ZRANGEBYSCORE', K('fresh'), '-inf', '(' .. (step + 1) * STEP)) do
-  local group = cmsgpack.unpack(call('HGET', K('groups'), gid))
-  make_replayable(m, q, gid, group)
-  added = added + group[4]
+  local g = group(call('HGET', K('groups'), gid))
+  make_replayable(m, q, gid, g)
+  added = added + g.n
   del(m, 'groups', gid)
   call('ZREM', K('fresh'), gid)
   if not trained[gid] then rest = rest + 1 end
@@ -47,9 +49,9 @@ for tid in pairs(drawn) do
 end
 call('DEL', K('drawn'), K('freshlease'))
 
--- Tickets of passed steps that nobody holds will not be asked for any more.
-for _, tkey in ipairs(call('ZRANGEBYSCORE', K('pend:t'), '-inf', '(' .. (step + 1) * STEP)) do
-  drop_ticket(m, tkey, cmsgpack.unpack(call('HGET', K('tickets'), tkey)))
+-- Requests of passed steps that nobody holds will not be asked for any more.
+for _, rkey in ipairs(call('ZRANGEBYSCORE', K('pend:t'), '-inf', '(' .. (step + 1) * STEP)) do
+  drop_request(m, rkey, load_request(rkey))
 end
 for _, s in ipairs(call('HKEYS', K('steps'))) do
   if tonumber(s) <= step then call('HDEL', K('steps'), s) end

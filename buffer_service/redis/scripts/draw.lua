@@ -1,6 +1,7 @@
--- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, list them 0|1, prompt
--- ids... Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then reads
--- the values in the same round trip (through Lua they would take longer). One that is removed meanwhile lingers.
+-- requires: tiers stock random
+-- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, list them 0|1,
+-- prompt ids... Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then
+-- reads the values in the same round trip (through Lua they would take longer). One that is removed meanwhile lingers.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
 local want, step, strategy, diverse = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5], ARGV[6] == '1'
@@ -28,24 +29,24 @@ if m.max_reuse > 0 then
   end
 end
 
--- Takes up to n untaken members of the ranges {key, first, members}, uniformly: a Fisher-Yates shuffle of positions
+-- Takes up to n untaken members of the ranges {key, first, size}, uniformly: a Fisher-Yates shuffle of positions
 -- that remembers only the swapped ones.
 local function pick(ranges, n)
   if n == 0 then return 0 end
   local size, swapped, got, i, last = 0, {}, 0, 0, #ranges
-  for at = 1, last do size = size + ranges[at][3] end
+  for at = 1, last do size = size + ranges[at].size end
   while got < n and i < size do
     local j = i + below(size - i)
     local position = swapped[j] or j
     swapped[j] = swapped[i] or i
     i = i + 1
     local at, r = 1, ranges[1]
-    while at < last and position >= r[3] do
-      position, at = position - r[3], at + 1
+    while at < last and position >= r.size do
+      position, at = position - r.size, at + 1
       r = ranges[at]
     end
-    local rank = r[2] + position -- below 10^8, which every Redis writes out as an integer
-    local tid = call('ZRANGE', r[1], rank, rank)[1]
+    local rank = r.first + position -- below 10^8, which every Redis writes out as an integer
+    local tid = call('ZRANGE', r.key, rank, rank)[1]
     if not (taken[tid] or elsewhere[tid]) then
       taken[tid], got = true, got + 1
       out[#out + 1] = tid
@@ -54,8 +55,14 @@ local function pick(ranges, n)
   return got
 end
 
-local function of_tier(tier, kind) return { K('stock:' .. kind), seg[tier][kind][1], seg[tier][kind][2] } end
-local function all(kind) return { K('stock:' .. kind), 0, seg[1][kind][2] + seg[2][kind][2] + seg[3][kind][2] } end
+local function of_tier(tier, kind)
+  local segment = seg[tier][kind]
+  return { key = K('stock:' .. kind), first = segment.first, size = segment.size }
+end
+local function all(kind)
+  local size = seg[HARD][kind].size + seg[MEDIUM][kind].size + seg[EASY][kind].size
+  return { key = K('stock:' .. kind), first = 0, size = size }
+end
 
 -- n members of failures and successes; diverse: half of each, the odd one from `first`, then whichever is left.
 local function mix(failures, successes, n, first)
@@ -80,9 +87,9 @@ end
 
 local function stratified(n)
   local easy, medium, hard = quotas(n)
-  mix(of_tier(3, 'f'), of_tier(3, 's'), easy, 'f') -- the odd one is of the rarer kind
-  mix(of_tier(2, 'f'), of_tier(2, 's'), medium, 's')
-  mix(of_tier(1, 'f'), of_tier(1, 's'), hard, 's')
+  mix(of_tier(EASY, 'f'), of_tier(EASY, 's'), easy, 'f') -- the odd one is of the rarer kind
+  mix(of_tier(MEDIUM, 'f'), of_tier(MEDIUM, 's'), medium, 's')
+  mix(of_tier(HARD, 'f'), of_tier(HARD, 's'), hard, 's')
 end
 
 if strategy == 'recent' then
@@ -96,7 +103,8 @@ else
       local key = K('pt:' .. ARGV[11 + i])
       local failures = call('ZCOUNT', key, 0, 0)
       local n = floor(want / prompts) + (i <= want % prompts and 1 or 0)
-      mix({ key, 0, failures }, { key, failures, call('ZCARD', key) - failures }, n, 's')
+      local successes = call('ZCARD', key) - failures
+      mix({ key = key, first = 0, size = failures }, { key = key, first = failures, size = successes }, n, 's')
     end
   end
   if #out < want then stratified(want - #out) end

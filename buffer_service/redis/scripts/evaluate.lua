@@ -1,9 +1,8 @@
--- ARGV: tkey, payload. Stores one evaluation result and acknowledges its ticket; 0 when it was settled before.
-local m = meta()
-local raw = call('HGET', K('tickets'), ARGV[1])
-if not raw then return 0 end
-local t = cmsgpack.unpack(raw)
-if t[4] ~= 'eval' then fail('UNKNOWN', 'ticket ' .. ARGV[1] .. ' is not an evaluation ticket') end
-call('HSET', K('eval:' .. t[5]), t[8], ARGV[2])
-drop_ticket(m, ARGV[1], t)
+-- requires: requests
+-- ARGV: request key, payload. Stores one evaluation result and acknowledges its request; 0 when it was settled before.
+local m, r = meta(), load_request(ARGV[1])
+if not r then return 0 end
+if r.kind ~= 'eval' then fail('UNKNOWN', 'request ' .. ARGV[1] .. ' is not an evaluation request') end
+call('HSET', K('eval:' .. r.round), r.seq, ARGV[2])
+drop_request(m, ARGV[1], r)
 return 1

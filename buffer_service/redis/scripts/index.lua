@@ -1,16 +1,17 @@
+-- requires: prompts requests stock
 -- ARGV: "prompts" | "trajs" | "tickets", then fields of that hash. Rebuilds the derived sorted sets after a restore.
-local names = {}
-for i = 2, #ARGV do names[#names + 1] = ARGV[i] end
-local records = call('HMGET', K(ARGV[1]), unpack(names))
-for i, name in ipairs(names) do
-  local r = cmsgpack.unpack(records[i])
-  if ARGV[1] == 'prompts' then
-    if score_of(r) then call('ZADD', K('rank'), score_of(r), name) end
-    if r[7] == 1 then call('SADD', K('hints'), name) end
-  elseif ARGV[1] == 'tickets' then
-    pend(name, r)
-  else
-    stock_add(name, r, tonumber(call('ZSCORE', K('rank'), r[1])))
-  end
+local function index_prompt(pid, raw)
+  local s = unpack_prompt(raw)
+  if score_of(s) then call('ZADD', K('rank'), score_of(s), pid) end
+  if s.hint_on == 1 then call('SADD', K('hints'), pid) end
 end
-return #names
+local function index_trajectory(tid, raw)
+  local pid, success, version = unpack(cmsgpack.unpack(raw))
+  stock_add(tid, pid, success, version, tonumber(call('ZSCORE', K('rank'), pid)))
+end
+local function index_request(rkey, raw) pend(rkey, request(raw)) end
+
+local index = ({ prompts = index_prompt, trajs = index_trajectory, tickets = index_request })[ARGV[1]]
+local records = call('HMGET', K(ARGV[1]), unpack(ARGV, 2))
+for i, raw in ipairs(records) do index(ARGV[i + 1], raw) end
+return #records

@@ -1,39 +1,92 @@
--- ARGV[1]: packed {gid, seq, step, pid, hinted, tokens, tkey, bound, rewards}; ARGV[2]: packed {pid, step, hinted, n, zero,
--- successes, versions}, kept as it is while the group is fresh; ARGV[3..]: the encoded trajectories. Returns {status,
--- evicted}. bound -2: trajectories from a file, for replay only, without a ticket. Every check comes before the first write.
-local m, a = meta(), cmsgpack.unpack(ARGV[1])
-local gid, seq, step, pid, hinted, tkey, bound = a[1], a[2], a[3], a[4], a[5], a[7], a[8]
+-- requires: requests prompts replayable
+-- ARGV[1]: the packed head (NewGroup of requests.py). ARGV[2]: the packed state, kept as it is while the group is fresh
+-- (GroupState). ARGV[3..]: the encoded trajectories. An imported group comes from a file, for replay only, without a
+-- request. Returns {status, evicted}. Every check comes before the first write.
+local m = meta()
+local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards = unpack(cmsgpack.unpack(ARGV[1]))
 if call('GETBIT', K('seen'), seq) == 1 then
   count('duplicates', 1)
   return { 'duplicate', 0 }
 end
-local raw = call('HGET', K('tickets'), tkey)
-local t = raw and cmsgpack.unpack(raw)
-local imported = bound == -2
-if imported and t then fail('TAKEN', 'group ' .. gid .. ' is what a ticket of this run waits for') end
-if not t and not imported and step > m.trained then fail('UNKNOWN', 'group ' .. gid .. ' has no ticket in this run') end
-if t and (t[1] ~= pid or t[2] ~= step) then
-  fail('UNKNOWN', 'group ' .. gid .. ' is of prompt ' .. pid .. ' and step ' .. step .. ', its ticket asks for ' .. t[1] ..
-    ' and step ' .. t[2])
+local r = load_request(rkey)
+if imported and r then fail('TAKEN', 'group ' .. gid .. ' is what a request of this run waits for') end
+if not r and not imported and step > m.trained then
+  fail('UNKNOWN', 'group ' .. gid .. ' has no request in this run')
+end
+if r and (r.prompt ~= pid or r.step ~= step) then
+  fail('UNKNOWN', 'group ' .. gid .. ' is of prompt ' .. pid .. ' and step ' .. step .. ', its request asks for ' ..
+    r.prompt .. ' and step ' .. r.step)
 end
 
-local late = imported or step <= m.trained or (bound >= 0 and step + bound < m.version)
-local values, n = {}, #a[9]
+local function add_visit(visits)
+  local at, n = #visits + 1, 0
+  while at > 1 and visits[at - 1][1] > seq do at = at - 1 end
+  table.insert(visits, at, { seq, unpack(rewards) })
+  for _, visit in ipairs(visits) do n = n + #visit - 1 end
+  while n - (#visits[1] - 1) >= m.window do
+    n = n - (#visits[1] - 1)
+    table.remove(visits, 1)
+  end
+end
+
+-- The prompt's stored trajectories follow its Rbar.
+local function rescore(old, new)
+  local members = call('ZRANGE', K('pt:' .. pid), 0, -1, 'WITHSCORES')
+  if #members == 0 then return end
+  local moved = bin_of(old) ~= bin_of(new)
+  for _, kind in ipairs(KINDS) do
+    local scored, names, aged = {}, {}, {}
+    for i = 1, #members, 2 do
+      if (members[i + 1] == '1') == (kind == 's') then
+        scored[#scored + 1], scored[#scored + 2] = new, members[i]
+        names[#names + 1] = members[i]
+        aged[#aged + 1], aged[#aged + 2] = 0, members[i]
+      end
+    end
+    many('ZADD', K('stock:' .. kind), scored)
+    if moved then
+      many('ZREM', age_key(kind, bin_of(old)), names)
+      many('ZADD', age_key(kind, bin_of(new)), aged)
+    end
+  end
+end
+
+local function fixed(rbar) return floor(rbar * FIXED + 0.5) end
+
+-- Folds the visit into the prompt's statistics and moves its stock with it.
+local function fold_visit()
+  local s = load_prompt(pid)
+  local before = score_of(s)
+  local visits = hinted and s.hinted_visits or s.visits
+  add_visit(visits)
+  local mean = mean_of_last(visits, m.window, 0)
+  if hinted then s.hinted_rbar = mean else s.rbar = mean end
+  local after = score_of(s)
+  store_prompt(m, pid, s)
+  if before ~= after then
+    call('ZADD', K('rank'), after, pid)
+    call('HINCRBY', K('meta'), 'rbar_sum', fixed(after) - (before and fixed(before) or 0))
+    if before then rescore(before, after) end
+  end
+end
+
+local late = imported or step <= m.trained or (bound ~= UNCHECKED and step + bound < m.version)
+local values, n = {}, #rewards
 for i = 1, n do values[2 * i - 1], values[2 * i] = K('t:' .. tid_of(gid, i - 1)), ARGV[i + 2] end
 call('MSET', unpack(values)) -- first, so that a full Redis refuses before anything else is written
 call('SETBIT', K('seen'), seq, 1)
-if t then drop_ticket(m, tkey, t) end -- a passed step's ticket may be gone; its group still serves replay
-fold_visit(m, pid, seq, a[9], hinted)
+if r then drop_request(m, rkey, r) end -- a passed step's request may be gone; its group still serves replay
+fold_visit()
 count('generated', 1)
 count('completions', n)
-count('tokens', a[6])
+count('tokens', tokens)
 if not late then
   put(m, 'groups', gid, ARGV[2])
   call('ZADD', K('fresh'), step * STEP + seq, gid)
   return { 'fresh', 0 }
 end
 local q = thresholds(m)
-make_replayable(m, q, gid, cmsgpack.unpack(ARGV[2]))
+make_replayable(m, q, gid, group(ARGV[2]))
 count('replay_only', 1)
 if imported then count('imported', 1) elseif step > m.trained then call('HINCRBY', K('steps'), step, -1) end
 return { 'late', evict(m, q, n) }

@@ -1,17 +1,20 @@
--- ARGV: run id, format, reconfigure 0|1, rules text, then field and value pairs of the rules. Creates the run's meta or checks
--- that it fits. Returns 1 when created.
+-- ARGV: run id, layout, reconfigure 0|1, rules text, then field and value pairs of the rules. Creates the run's meta or
+-- checks that it fits. Returns 1 when created.
 local run = call('HGET', K('meta'), 'run_id')
 if run and run ~= ARGV[1] then fail('SETUP', 'namespace ' .. P .. ' belongs to run ' .. run) end
 local rules = {}
 for i = 5, #ARGV do rules[#rules + 1] = ARGV[i] end
 if run then
   local format = call('HGET', K('meta'), 'format')
-  if format ~= ARGV[2] then fail('SETUP', 'namespace ' .. P .. ' has layout ' .. format .. ', this code has ' .. ARGV[2]) end
+  if format ~= ARGV[2] then
+    fail('SETUP', 'namespace ' .. P .. ' has layout ' .. format .. ', this code has ' .. ARGV[2])
+  end
   if ARGV[3] == '0' and call('HGET', K('meta'), 'rules') ~= ARGV[4] then
     for i = 1, #rules, 2 do
       local stored = call('HGET', K('meta'), rules[i])
       if stored ~= rules[i + 1] then
-        fail('SETUP', 'run ' .. run .. ' was set up with ' .. rules[i] .. '=' .. tostring(stored) .. ', this client says ' .. rules[i + 1])
+        fail('SETUP', 'run ' .. run .. ' was set up with ' .. rules[i] .. '=' .. tostring(stored) ..
+          ', this client says ' .. rules[i + 1])
       end
     end
   end

@@ -1,19 +1,21 @@
--- ARGV: packed tickets {tkey, pid, step, epoch, kind, round, n, min_version, seq}. Returns how many were new.
+-- requires: requests
+-- ARGV: key and packed request, by turns. Returns how many were new.
 local m, new = meta(), 0
-for _, raw in ipairs(ARGV) do
-  local a = cmsgpack.unpack(raw)
-  local tkey, eval = a[1], a[5] == 'eval'
-  local known = call('HEXISTS', K('tickets'), tkey) == 1
-  if eval then
-    known = known or call('HEXISTS', K('eval:' .. a[6]), a[9]) == 1 or call('SISMEMBER', K('rounds:done'), a[6]) == 1
-  else
-    known = known or a[3] <= m.trained or call('GETBIT', K('seen'), a[9]) == 1
+
+local function known(rkey, r)
+  if call('HEXISTS', K('tickets'), rkey) == 1 then return true end
+  if r.kind == 'eval' then
+    return call('HEXISTS', K('eval:' .. r.round), r.seq) == 1 or call('SISMEMBER', K('rounds:done'), r.round) == 1
   end
-  if not known then
-    local t = { a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], 0, '' }
-    put(m, 'tickets', tkey, cmsgpack.pack(t))
-    pend(tkey, t)
-    call('HINCRBY', K(eval and 'rounds' or 'steps'), eval and a[6] or a[3], 1)
+  return r.step <= m.trained or call('GETBIT', K('seen'), r.seq) == 1
+end
+
+for i = 1, #ARGV, 2 do
+  local rkey, r = ARGV[i], request(ARGV[i + 1])
+  if not known(rkey, r) then
+    put(m, 'tickets', rkey, ARGV[i + 1])
+    pend(rkey, r)
+    expect(r, 1)
     new = new + 1
   end
 end

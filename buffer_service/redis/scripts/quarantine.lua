@@ -1,17 +1,11 @@
--- ARGV: tkey, reason, detail, keep. The ticket is acknowledged as dropped; unless keep is 1 its prompt is never leased
--- again. Returns 1, or 0 when the ticket was settled before.
-local m, tkey = meta(), ARGV[1]
-local raw = call('HGET', K('tickets'), tkey)
-if not raw then return 0 end
-local t = cmsgpack.unpack(raw)
-if ARGV[4] ~= '1' then call('HSETNX', K('quarantine'), t[1], ARGV[2] .. ': ' .. ARGV[3]) end
-drop_ticket(m, tkey, t)
-if t[4] == 'eval' then
-  call('HINCRBY', K('rounds'), t[5], -1)
-else
-  if t[2] > m.trained then call('HINCRBY', K('steps'), t[2], -1) end
-  call('SETBIT', K('seen'), t[8], 1)
-  count('generated', 1)
-  count('dropped:' .. ARGV[2], 1)
-end
+-- requires: requests
+-- ARGV: request key, reason, detail, keep the prompt 0|1. The request is acknowledged as dropped; unless it is kept,
+-- its prompt is never leased again. Returns 1, or 0 when the request was settled before.
+local m, rkey = meta(), ARGV[1]
+local r = load_request(rkey)
+if not r then return 0 end
+if ARGV[4] ~= '1' then call('HSETNX', K('quarantine'), r.prompt, ARGV[2] .. ': ' .. ARGV[3]) end
+drop_request(m, rkey, r)
+if r.kind == 'eval' or r.step > m.trained then expect(r, -1) end
+if r.kind == 'train' then drop_unanswered(r, ARGV[2]) end
 return 1

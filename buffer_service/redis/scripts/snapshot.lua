@@ -1,7 +1,7 @@
 -- ARGV: "begin" | "end", token (a number above 0). From begin to end the first write of a field keeps its old value in
 -- snap:<hash>, so that the hashes can be read in small pages and still give the state of this moment. Begin returns the
--- small state; a later one takes the old values over. End returns whether they were still kept for this token, and
--- clears only those.
+-- small state as {name, contents} each; a later one takes the old values over. End returns whether they were still kept
+-- for this token, and clears only those.
 meta()
 if ARGV[1] == 'end' and call('HGET', K('meta'), 'snap') ~= ARGV[2] then return 0 end
 for _, hash in ipairs({ 'prompts', 'trajs', 'reuse', 'groups', 'tickets' }) do call('UNLINK', K('snap:' .. hash)) end
@@ -10,8 +10,15 @@ if ARGV[1] == 'end' then
   return 1
 end
 call('HSET', K('meta'), 'snap', ARGV[2])
-local evals = {}
-for _, round in ipairs(call('HKEYS', K('rounds'))) do evals[#evals + 1] = { round, call('HGETALL', K('eval:' .. round)) } end
-return { call('HGETALL', K('meta')), call('HGETALL', K('ledger')), call('HGETALL', K('steps')), call('HGETALL', K('rounds')),
-  call('SMEMBERS', K('rounds:done')), call('HGETALL', K('quarantine')), call('HGETALL', K('corrupt')),
-  call('HGETALL', K('facts')), call('ZRANGE', K('fresh'), 0, -1, 'WITHSCORES'), call('GET', K('seen')) or '', evals }
+local state, evals = {}, {}
+for _, hash in ipairs({ 'meta', 'ledger', 'steps', 'rounds', 'quarantine', 'corrupt', 'facts' }) do
+  state[#state + 1] = { hash, call('HGETALL', K(hash)) }
+end
+for _, round in ipairs(call('HKEYS', K('rounds'))) do
+  evals[#evals + 1] = { round, call('HGETALL', K('eval:' .. round)) }
+end
+state[#state + 1] = { 'rounds:done', call('SMEMBERS', K('rounds:done')) }
+state[#state + 1] = { 'fresh', call('ZRANGE', K('fresh'), 0, -1, 'WITHSCORES') }
+state[#state + 1] = { 'seen', call('GET', K('seen')) or '' }
+state[#state + 1] = { 'evals', evals }
+return state

@@ -1,4 +1,4 @@
-"""Packing of commands and reading of replies: no Redis, a socket pair."""
+"""Packing of commands and reading of replies by hand: no Redis, a socket pair."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avatar_rl.buffer_service.redis.connection import WholeCommands
-from avatar_rl.buffer_service.redis.wire import ReplyReader, Word, pack
+from avatar_rl.buffer_service.redis.handmade import HANDMADE, ReplyReader
+from avatar_rl.buffer_service.redis.wire import HIREDIS, Word
 
 BIG = bytes(range(256)) * 40
 REPLIES: list[tuple[bytes, Any]] = [
@@ -105,5 +105,5 @@ def test_a_reply_that_breaks_off_is_a_connection_error(line: Line) -> None:
         st.binary(max_size=9000) | st.text() | st.integers() | st.floats(), min_size=1, max_size=6
     )
 )
-def test_commands_are_packed_as_redis_py_packs_them(args: list[Word]) -> None:
-    assert pack("GET", *args) == WholeCommands().pack("GET", *args)[0]
+def test_commands_are_packed_as_hiredis_packs_them(args: list[Word]) -> None:
+    assert HANDMADE.pack("GET", *args) == HIREDIS.pack("GET", *args)
