@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,10 +15,12 @@ import av
 import numpy as np
 import soundfile
 from av.container import InputContainer
+from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from avatar_rl.common.errors import InputError
+from avatar_rl.prompts.media.completeness import check_whole, wav_states_no_length
 
 _SOUNDFILE_SUFFIXES = {".wav", ".flac"}
 _AUDIO_GAP_S = 0.05  # a jump of time stamps beyond this is silence, below it is rounding
@@ -29,6 +31,20 @@ _INDEXED_FORMATS = {
     "matroska",
     "webm",
 }  # seeking is exact in these; MP3 guesses from byte positions
+#: Containers that hold their media themselves. Playlists (HLS, DASH, concat, SDP) open other files.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,mp3,flac,aac,"
+    "aiff,caf,au,amr,amrnb,amrwb,ac3,eac3,dts,ape,wv,tta,h264,hevc,m4v,av1,obu,ivf,gif,apng,mjpeg,dv,mxf,nut,rm,"
+    "yuv4mpegpipe"
+)
+_IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows formats that run programs
+_PLAYLISTS = {
+    b"#EXTM3U": "HLS",
+    b"ffconcat": "ffconcat",
+    b"v=0": "SDP",
+    b"<?xml": "DASH or XML",
+    b"<MPD": "DASH",
+}
 _TICKS_BY_INDEX = 1_000_000  # ticks per second where the container has no time stamps
 
 
@@ -128,13 +144,13 @@ def decode_audio(
 
 def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
     """RGB image uint8 (H, W, 3), upright, on white where it is transparent, shrunk to
-    ``max_pixels``.
+    ``max_pixels``. 16-bit grey values are scaled to 8 bits.
 
-    Raises InputError for a file that is not a readable image.
+    Raises InputError for a file that is no readable PNG, JPEG, WebP, BMP, GIF or TIFF image.
     """
     try:
-        with Image.open(path) as image:
-            rgb = _on_white(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_IMAGES) as image:
+            rgb = _on_white(_eight_bits(path, ImageOps.exif_transpose(image)))
     except (
         UnidentifiedImageError,
         OSError,
@@ -143,12 +159,33 @@ def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
         Image.DecompressionBombError,
     ) as error:
         raise InputError(
-            path, f"not a readable image ({error})", "replace the file or drop the row"
+            path,
+            f"not a readable image ({error})",
+            "give a PNG, JPEG, WebP, BMP, GIF or TIFF file, or drop the row",
         ) from error
     size = _shrunk(rgb.width, rgb.height, max_pixels)
     return np.asarray(
         rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
     ).copy()
+
+
+def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits scaled down; Pillow's own conversion makes them white."""
+    if image.mode not in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
+        return image
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((values.astype(np.uint32) * 255 // 65535).astype(np.uint8))
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if low >= 0 and high <= 255:
+        return Image.fromarray(values.astype(np.uint8))
+    raise InputError(
+        path,
+        f"has grey values from {low:g} to {high:g}, and nothing says which is white",
+        "save it with 8 or 16 bits per value",
+    )
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -210,10 +247,21 @@ def _span(clip: tuple[float, float] | None) -> str:
 @contextmanager
 def _open(path: Path) -> Iterator[InputContainer]:
     """The opened file; what libav says about it becomes a DataError."""
+    check_whole(path)
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # titles need not be UTF-8
+        with av.open(
+            str(path),
+            metadata_errors="replace",  # titles need not be UTF-8
+            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
+        ) as container:
             yield container
     except av.FFmpegError as error:
+        if (kind := _playlist(path)) is not None:
+            raise InputError(
+                path,
+                f"is a playlist ({kind}), which would open other files",
+                "give the media file itself (ffmpeg -i IN -c copy OUT.mp4)",
+            ) from error
         raise InputError(
             path,
             f"cannot be decoded ({error.strerror})",
@@ -221,6 +269,38 @@ def _open(path: Path) -> Iterator[InputContainer]:
             "it "
             "(ffmpeg -i IN -c:v libx264 -c:a aac OUT.mp4)",
         ) from error
+
+
+def _playlist(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return next((kind for mark, kind in _PLAYLISTS.items() if head.startswith(mark)), None)
+
+
+def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
+    """The one that players show: the default track, else the largest; no cover picture."""
+    shown = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not shown:
+        raise InputError(
+            path,
+            "has no video stream" + (" but a cover picture" if container.streams.video else ""),
+            "give the item kind 'audio' or 'image', or correct its path",
+        )
+    return max(shown, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+
+
+def _audio_stream(container: InputContainer, path: Path) -> av.AudioStream:
+    """The one that players play: the default track, else that of most channels, else the first."""
+    if not container.streams.audio:
+        raise InputError(
+            path,
+            "has no audio stream",
+            "drop the audio item (or audio_in_video), or mux sound in",
+        )
+    return max(
+        container.streams.audio,
+        key=lambda s: (bool(s.disposition & Disposition.default), s.channels),
+    )
 
 
 def _origin(container: InputContainer) -> float:
@@ -231,13 +311,7 @@ def _origin(container: InputContainer) -> float:
 
 def _timeline(container: InputContainer, path: Path) -> Timeline:
     """Frame times from the packet headers, without decoding where the container has time stamps."""
-    if not container.streams.video:
-        raise InputError(
-            path,
-            "has no video stream",
-            "give the item kind 'audio' or 'image', or correct its path",
-        )
-    stream = container.streams.video[0]
+    stream = _video_stream(container, path)
     packets = [  # their headers alone: kept whole they would hold the file in memory
         (packet.pts, packet.is_keyframe, packet.duration)
         for packet in container.demux(stream)
@@ -249,13 +323,16 @@ def _timeline(container: InputContainer, path: Path) -> Timeline:
         return _counted_timeline(path)
     ticks = sorted({int(pts) for pts, _, _ in packets if pts is not None})
     keys = sorted(int(pts) for pts, is_key, _ in packets if is_key and pts is not None)
+    if keys and not packets[0][1]:  # a chunk of a stream: it plays from its first key frame on
+        ticks = ticks[bisect_left(ticks, keys[0]) :]
     seconds = float(stream.time_base)
     # the last frame's own length can be missing or wrong, the usual spacing is there as soon as
     # there are two
     last = float(np.median(np.diff(ticks))) if len(ticks) > 1 else float(packets[-1][2] or 0)
     if last <= 0:
         last = 1 / (float(stream.average_rate or 1) * seconds)
-    origin = min(_origin(container), ticks[0] * seconds)
+    first = min(int(pts) for pts, _, _ in packets if pts is not None)
+    origin = min(_origin(container), first * seconds)
     return Timeline(
         ticks, keys, seconds, origin, (ticks[-1] + last) * seconds - origin, counted=False
     )
@@ -264,8 +341,9 @@ def _timeline(container: InputContainer, path: Path) -> Timeline:
 def _counted_timeline(path: Path) -> Timeline:
     """For elementary streams and old AVI files: decode once, count, and go by the average rate."""
     with _open(path) as container:
-        rate = container.streams.video[0].average_rate
-        count = sum(1 for _ in container.decode(container.streams.video[0]))
+        stream = _video_stream(container, path)
+        rate = stream.average_rate
+        count = sum(1 for _ in container.decode(stream))
     if not rate or not count:
         raise InputError(path, "has neither time stamps nor a frame rate", "re-encode it as .mp4")
     ticks = [round(index * _TICKS_BY_INDEX / rate) for index in range(count)]
@@ -301,16 +379,16 @@ def _read_targets(
     # right one
     tolerance = 2 * float(np.median(np.diff(line.ticks))) if len(line.ticks) > 1 else 0.0
     with _open(path) as container:
-        stream = container.streams.video[0]
+        stream = _video_stream(container, path)
         stream.codec_context.thread_count = threads
-        decoded = _ticked(container, line)
+        decoded = _ticked(container, stream, line)
         current: tuple[int, av.VideoFrame] | None = None
         ahead = next(decoded, None)
         for target in targets:
             at = bisect_right(keys, target) - 1
             if at >= 0 and ahead is not None and keys[at] > ahead[0]:
                 container.seek(keys[at], stream=stream)
-                decoded = _ticked(container, line)
+                decoded = _ticked(container, stream, line)
                 current, ahead = None, next(decoded, None)
             while ahead is not None and ahead[0] <= target:
                 current, ahead = ahead, next(decoded, None)
@@ -323,9 +401,11 @@ def _read_targets(
     return found
 
 
-def _ticked(container: InputContainer, line: Timeline) -> Iterator[tuple[int, av.VideoFrame]]:
+def _ticked(
+    container: InputContainer, stream: av.VideoStream, line: Timeline
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decoded frames from here on with their ticks."""
-    for index, frame in enumerate(container.decode(container.streams.video[0])):
+    for index, frame in enumerate(container.decode(stream)):
         if line.counted:
             yield line.ticks[min(index, len(line.ticks) - 1)], frame
         elif frame.pts is not None:
@@ -357,6 +437,9 @@ def _read_soundfile(
 ) -> tuple[NDArray[np.float32], int] | None:
     """Mono samples of the clip at the native rate, or None for a codec that libsndfile does not
     know."""
+    check_whole(path)
+    if wav_states_no_length(path):  # libsndfile takes it for empty, FFmpeg reads to its end
+        return None
     try:
         file = soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError:
@@ -373,34 +456,34 @@ def _read_soundfile(
             raise InputError(
                 path, f"cannot be decoded ({error})", "copy the file again or drop the row"
             ) from error
+        if len(samples) < round(end * file.samplerate) - first:
+            raise InputError(
+                path,
+                f"is cut short: {first + len(samples)} of the samples that its header promises",
+                "copy or download the file again, or drop the row",
+            )
         return samples.mean(axis=1, dtype=np.float32), int(file.samplerate)
 
 
 def _read_audio_stream(
     path: Path, clip: tuple[float, float] | None, slack: float
 ) -> tuple[NDArray[np.float32], int]:
-    """Mono samples of the clip of the first audio stream, at its native rate."""
+    """Mono samples of the clip of the default audio stream, at its native rate."""
     with _open(path) as container:
-        if not container.streams.audio:
-            raise InputError(
-                path,
-                "has no audio stream",
-                "drop the audio item (or audio_in_video), or mux sound in",
-            )
+        stream = _audio_stream(container, path)
         origin, duration = _origin(container), (container.duration or 0) / av.time_base
         start, end = clip or (0.0, math.inf)
         if clip is not None and duration > 0:
             start, end = window(path, clip, duration, slack)
         if start > _RUN_UP_S and set(container.format.name.split(",")) & _INDEXED_FORMATS:
             container.seek(int((start - _RUN_UP_S + origin) * av.time_base))
-        stream = container.streams.audio[0]
         if (
             stream.duration is not None and stream.time_base is not None
         ):  # what lies beyond is the encoder's padding
             end = min(
                 end, float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin
             )
-        pieces, rate = _placed(container, path, origin, end)
+        pieces, rate = _placed(container, stream, path, origin, end)
     reached = pieces[-1][0] + pieces[-1][1].size if pieces else 0
     if clip is not None and reached < end * rate and duration <= 0:
         window(
@@ -416,11 +499,10 @@ def _read_audio_stream(
 
 
 def _placed(
-    container: InputContainer, path: Path, origin: float, end: float
+    container: InputContainer, stream: av.AudioStream, path: Path, origin: float, end: float
 ) -> tuple[list[tuple[int, NDArray[np.float32]]], int]:
     """(sample index from the origin, mono samples) of each decoded frame up to ``end`` seconds, and
     the rate."""
-    stream = container.streams.audio[0]
     planar = av.AudioResampler(format="fltp")
     pieces: list[tuple[int, NDArray[np.float32]]] = []
     cursor, rate = 0, stream.rate

@@ -27,7 +27,7 @@ from avatar_rl.prompts.record import MediaItem, MediaPlan, resolve_uri
 
 log = logging.getLogger(__name__)
 
-_DECODER_VERSION = 2  # part of every cache key: raise it when decoding gives other values
+_DECODER_VERSION = 3  # part of every cache key: raise it when decoding gives other values
 
 
 @dataclass(frozen=True)
