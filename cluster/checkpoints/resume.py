@@ -1,5 +1,5 @@
-"""Going on with a run: which one, whether the recipe still fits, and its folder put back to the
-cut."""
+"""Resuming a run: which one, whether the recipe still fits, and its folder put back to the
+checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,11 +22,12 @@ from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.common.types import JsonObject, ReadOnlyJson
 
 #: When a run ends.
 UNTIL = ("loop.steps", "loop.target_accuracy", "evaluation")
 #: Keys that may differ from those the run began with: they change how it runs, not what it
-#: computes. So may ``UNTIL``, to go on longer; a learning-rate schedule that depends on the number
+#: computes. So may ``UNTIL``, to train longer; a learning-rate schedule that depends on the number
 #: of steps then follows the new length.
 HARMLESS = (
     "name",
@@ -80,7 +80,7 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run to go on with."""
+    """A run to resume."""
 
     run: Path
     checkpoint: Checkpoint | None  # None: it ended before its first checkpoint and begins again
@@ -111,7 +111,7 @@ def find_run(parent: Path, wanted: str, name: str) -> Path | None:
     unfinished run of ``name`` (of any, where that is empty); one that failed before its first step
     only where there is no other.
 
-    None when "auto" finds nothing to go on with. Raises ConfigError when a named run does not
+    None when "auto" finds nothing to resume. Raises ConfigError when a named run does not
     exist."""
     if wanted == "auto":
         ours = re.compile(re.escape(name) + r"-[0-9-]+" if name else ".*")
@@ -131,7 +131,7 @@ def find_run(parent: Path, wanted: str, name: str) -> Path | None:
     raise ConfigError(f"--resume {wanted}: there is no such run below {parent} (newest: {known})")
 
 
-def saved_config(run: Path) -> dict[str, Any]:
+def saved_config(run: Path) -> JsonObject:
     """config.yaml of a run folder, under today's keys. Raises DataError when it is missing or no
     mapping."""
     file = run / "config.yaml"
@@ -146,9 +146,9 @@ def saved_config(run: Path) -> dict[str, Any]:
     return current_keys(RunConfig, found, recorded=True)
 
 
-def reusable_config(run: Path) -> dict[str, Any]:
-    """The run's own recipe, to go on with. Raises ConfigError when it held secrets, which are not
-    written down."""
+def reusable_config(run: Path) -> JsonObject:
+    """The run's own recipe, to resume it with. Raises ConfigError when it held secrets, which are
+    not written down."""
     found = saved_config(run)
     masked = [key for key, value in flatten(found) if isinstance(value, str) and MASK in value]
     if masked:
@@ -159,7 +159,7 @@ def reusable_config(run: Path) -> dict[str, Any]:
     return found
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: ReadOnlyJson, prefix: str = "") -> Iterator[tuple[str, ReadOnlyJson]]:
     """(dotted key, leaf) pairs of nested mappings; lists are leaves, as in a recipe's overrides."""
     if isinstance(value, Mapping) and value:
         for key in value:
@@ -168,7 +168,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: ReadOnlyJson, now: ReadOnlyJson) -> list[str]:
     """What of two configurations differs and matters: "key: before -> now"."""
     old, new = dict(flatten(before)), dict(flatten(now))
     found = []
@@ -193,7 +193,7 @@ def check_recipe(run: Path, config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -> Resumption | None:
-    """The run to go on with and its newest whole checkpoint; None when "auto" finds none.
+    """The run to resume and its newest whole checkpoint; None when "auto" finds none.
 
     Raises ConfigError (no such run, another recipe, nothing left to do).
     """
@@ -201,7 +201,7 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
     if run is None:
         on_message("nothing to resume: a new run is started")
         return None
-    resumption = going_on(run, config, on_message)
+    resumption = resumable(run, config, on_message)
     checkpoint = resumption.checkpoint
     if (
         checkpoint is not None
@@ -216,7 +216,7 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
     return resumption
 
 
-def going_on(run: Path, config: RunConfig, on_damage: Callable[[str], None]) -> Resumption:
+def resumable(run: Path, config: RunConfig, on_damage: Callable[[str], None]) -> Resumption:
     """``run`` from its newest whole checkpoint, also when nothing but its last evaluation is left
     to do.
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import redis
@@ -33,6 +33,16 @@ log = logging.getLogger(__name__)
 BEAT_S = 2.0
 SILENCE_S = 4 * BEAT_S  # a counter that stands still for this long belongs to nobody
 LOCK = "run.lock"
+
+
+class Holder(TypedDict, total=False):
+    """Content of a lock; empty where it cannot be read."""
+
+    host: str
+    pid: int
+    started: float  # of the process, seconds since the epoch
+    token: str
+    beats: int  # grows while the holder lives
 
 
 class RunLock:
@@ -125,13 +135,14 @@ class RunLock:
 
     def _text(self) -> str:
         started = psutil.Process().create_time()
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": started,
-            "token": self.token,
-        }
-        return json.dumps({**owner, "beats": self._beats})
+        holder = Holder(
+            host=self.host,
+            pid=os.getpid(),
+            started=started,
+            token=self.token,
+            beats=self._beats,
+        )
+        return json.dumps(holder)
 
     def _mine(self) -> bool:
         return _read(self.path).get("token") == self.token
@@ -183,7 +194,7 @@ class RunLock:
         except FileNotFoundError:
             return
 
-    def _moves(self, beats: Any) -> bool:
+    def _moves(self, beats: int | None) -> bool:
         """Whether a foreign heartbeat changes while we look, by our own clock."""
         deadline = time.monotonic() + SILENCE_S / BEAT_S * self._beat_s
         while time.monotonic() < deadline:
@@ -194,7 +205,7 @@ class RunLock:
         return False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Holder:
     """The lock's content; empty when it is gone, half-written or cannot be read."""
     try:
         return _parsed(path)
@@ -202,11 +213,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> Holder:
     """The lock's content; empty when it is gone or half-written. Raises OSError when storage fails
     to say."""
     try:
-        found = json.loads(path.read_text())
+        found: Holder = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from avatar_rl.cluster.checkpoints.resume import going_on
+from avatar_rl.cluster.checkpoints.resume import resumable
 from avatar_rl.cluster.curriculum.record import (
     STATE,
     CurriculumState,
@@ -194,7 +194,7 @@ class CurriculumRun:
         with _screen(stage, config.loop.steps) as screen:
             resumption = None
             if begun is not None:
-                resumption = going_on(begun, config, screen.event)
+                resumption = resumable(begun, config, screen.event)
                 screen.event(str(resumption))
 
             def note(run_id: str) -> None:

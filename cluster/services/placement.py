@@ -4,18 +4,31 @@ in time."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from avatar_rl.common.errors import ResourceError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+
+class Node(TypedDict):
+    """What is used of Ray's row of a node."""
+
+    NodeID: str
+    NodeManagerAddress: str
+    Alive: bool
+    Labels: dict[str, str]
+    Resources: dict[str, float]
 
 
 def reserve(
     bundles: list[dict[str, float]], labels: Mapping[str, str], *, strict: bool, deadline_s: float
-) -> Any:
-    """A placement group with a bundle for each learner rank: on one node if they fit there
-    (``strict``: or not at all).
+) -> PlacementGroup:
+    """A placement group with a bundle for each learner rank, on one node if they fit there.
 
-    Raises ResourceError naming what is missing when it is not placed within ``deadline_s`` seconds.
+    ``strict``: on one node or not at all. Raises ResourceError naming what is missing when it is
+    not placed within ``deadline_s`` seconds.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -37,7 +50,7 @@ def reserve(
     return group
 
 
-def release(group: Any) -> None:
+def release(group: PlacementGroup) -> None:
     """Give a group's resources back; its actors must be gone."""
     from ray.util.placement_group import remove_placement_group
 
@@ -78,11 +91,12 @@ def shortage() -> str:
     return f"the cluster has {len(live_nodes())} node(s), {', '.join(parts)}"
 
 
-def live_nodes() -> list[dict[str, Any]]:
+def live_nodes() -> list[Node]:
     """Ray's rows of the nodes that are alive, in a stable order."""
     import ray
 
+    nodes: list[Node] = ray.nodes()
     return sorted(
-        (node for node in ray.nodes() if node["Alive"]),
+        (node for node in nodes if node["Alive"]),
         key=lambda node: str(node["NodeManagerAddress"]),
     )

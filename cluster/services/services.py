@@ -10,7 +10,7 @@ import signal
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
@@ -23,6 +23,9 @@ from avatar_rl.cluster.services.placement import live_nodes
 from avatar_rl.cluster.services.shared_storage import check_shared
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.rewards.config import RewardConfig
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +54,19 @@ ENVIRONMENT = {
 
 
 class Services:
-    """Context manager. Leaving it stops what it started, and only that; it is safe to leave
-    twice."""
+    """Redis, Ray and a managed judge. Leaving the context stops what it started, and only that; it
+    is safe to leave twice.
 
-    def __init__(self, config: RunConfig, data_dir: Path) -> None:
+    Args:
+        config: The recipe.
+        data_dir: Where an embedded Redis and a judge's server write.
+        needs: CPUs and GPUs of the actors; those of the recipe's training unless given.
+    """
+
+    def __init__(self, config: RunConfig, data_dir: Path, needs: Needs | None = None) -> None:
         self.config = config
         self.data_dir = data_dir
-        self.needs: Needs = needs_of(config)
+        self.needs = needs or needs_of(config)
         self.redis: EmbeddedRedis | None = None
         self.redis_url = ""
         self.on_gpu = False
@@ -156,7 +165,8 @@ class Services:
         self._ray_started = True
         # in place of Ray's: the command's own, or to stop as orderly as on Ctrl-C
         signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
-        node: Any = ray._private.worker._global_node
+        node: Node | None = ray._private.worker._global_node
+        assert node is not None  # of a driver that is connected
         self._session = Path(node.get_session_dir_path())
         if address:  # the node has had other jobs
             self._workers = f"*-{ray.get_runtime_context().get_job_id()}-*"

@@ -7,11 +7,14 @@ import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.services.placement import live_nodes
 from avatar_rl.common.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    import ray
 
 JOB_FOLDER = "runtime_resources"  # part of the path where Ray unpacks a job's working directory
 PROBE = ".avatar-probe-"
@@ -72,7 +75,7 @@ def check_shared(folders: Sequence[Path], readable: Sequence[Path], *, deadline_
         for probe in probes:
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_text(token)
-        asked: dict[Any, str] = {
+        asked: dict[ray.ObjectRef[list[Path]], str] = {
             look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote(probes, token, [path.absolute() for path in readable]): node[

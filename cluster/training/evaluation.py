@@ -1,14 +1,37 @@
-"""Held-out accuracy from the answers of an evaluation round, by question type and by the modality
-it needs."""
+"""Held-out accuracy: rounds of prompts that the rollout actors answer while training continues."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
+
+import msgspec
+
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.checkpoints.checkpoint import RoundsState
+from avatar_rl.cluster.config import EvaluationConfig
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.training.prompt_schedule import evaluation_requests
+from avatar_rl.common.errors import ReplayBufferError
+
+POOL_ROUNDS = 500_000  # above the numbers of held-out rounds
+
+
+class Answer(TypedDict):
+    """What a rollout actor writes for one prompt, among other things."""
+
+    prompt_id: str
+    category: str
+    needs: list[str]
+    accuracy: float | None  # None: masked
+    version: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -22,36 +45,29 @@ class Evaluation:
     tokens: int
     by_category: dict[str, float] = field(default_factory=dict)
     by_need: dict[str, float] = field(default_factory=dict)
-    selected: float | None = (
-        None  # accuracy on the prompts of the types that are trained; None without any
-    )
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    selected: float | None = None  # on prompts of the types that are trained; None without any
+    samples: list[Answer] = field(default_factory=list)
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """Flat names for the telemetry; prefix "pool" is the training prompts'."""
-        return {
-            f"{prefix}/accuracy": self.accuracy,
-            **({} if self.selected is None else {f"{prefix}/selected": self.selected}),
-            **{f"{prefix}/accuracy/{name}": value for name, value in self.by_category.items()},
-            **{
-                f"{prefix}/needs/{name}": value
-                for name, value in self.by_need.items()
-                if prefix == "eval"
-            },
-        }
+        found = {f"{prefix}/accuracy": self.accuracy}
+        if self.selected is not None:
+            found[f"{prefix}/selected"] = self.selected
+        found |= {f"{prefix}/accuracy/{name}": value for name, value in self.by_category.items()}
+        if prefix == "eval":
+            found |= {f"{prefix}/needs/{name}": value for name, value in self.by_need.items()}
+        return found
 
 
 def summarise(
     round: int, payloads: Sequence[bytes], *, selected: Collection[str] = (), samples: int = 24
 ) -> Evaluation:
-    """Average the payloads written by the rollout actors; prompts whose accuracy is masked are left
-    out.
+    """Average the answers written by the rollout actors; those with a masked accuracy are left out.
 
     ``selected`` are the ids of the held-out prompts of the types that are trained.
     """
-    answers = sorted(
-        (json.loads(payload) for payload in payloads), key=lambda answer: answer["prompt_id"]
-    )
+    answers: list[Answer] = [json.loads(payload) for payload in payloads]
+    answers.sort(key=lambda answer: answer["prompt_id"])
     by_category: dict[str, list[float]] = defaultdict(list)
     by_need: dict[str, list[float]] = defaultdict(list)
     accuracies = []
@@ -75,3 +91,111 @@ def summarise(
         selected=fmean(trained) if trained else None,
         samples=answers[:: max(1, len(answers) // samples)][:samples],
     )
+
+
+class EvaluationRounds:
+    """Asks a set of prompts of the rollout actors, one round at a time.
+
+    ``results`` holds the finished rounds, oldest first, without their samples.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        buffer: ReplayBuffer,
+        prompt_ids: Sequence[str],
+        folder: RunFolder,
+        screen: Screen,
+        *,
+        selected: Collection[str] = (),
+        pool: bool = False,
+    ) -> None:
+        self.config, self.buffer, self.folder, self.screen = config, buffer, folder, screen
+        self.prompt_ids = list(prompt_ids)
+        self.selected = frozenset(selected)
+        self.pool = pool  # of the training prompts: sampled, and measured only
+        self.results: list[Evaluation] = []
+        self._round = POOL_ROUNDS if pool else 0
+        self._pending: tuple[int, int] | None = None  # under way: round, step
+
+    def begin(self, step: int) -> None:
+        """Ask every prompt, of a policy at least as new as now; training continues meanwhile."""
+        if not self.prompt_ids or self._pending is not None:
+            return
+        self._round += 1
+        self._pending = (self._round, step)
+        samples = self.config.pool.samples if self.pool else 1
+        version = self.buffer.replay.version()
+        requests = evaluation_requests(
+            self.prompt_ids, round=self._round, min_version=version, samples=samples
+        )
+        self.buffer.requests.push(requests)
+
+    def collect(self) -> bool:
+        """Report the round under way if all its answers are there. False while some are missing."""
+        if self._pending is None:
+            return True
+        round, step = self._pending
+        results = self.buffer.requests.eval_results(round)
+        if not results.complete:
+            self.screen.progress(len(self.prompt_ids) - results.missing, len(self.prompt_ids))
+            return False
+        evaluation = summarise(round, list(results.payloads.values()), selected=self.selected)
+        self.buffer.requests.clear_eval(round)
+        self._pending = None
+        self.results.append(replace(evaluation, samples=[]))
+        if self.pool:
+            self.folder.metrics(step, evaluation.metrics("pool"))
+            return True
+        self.folder.metrics(step, evaluation.metrics())
+        self.folder.samples(step, evaluation.samples, kind="eval")
+        self.folder.status(
+            accuracy_before=self.results[0].accuracy, accuracy_now=evaluation.accuracy
+        )
+        self.screen.update(evaluation.metrics())
+        return True
+
+    def evaluate(self, step: int, phase: str, watch: Callable[[], None]) -> None:
+        """A whole round, waited for; one under way is collected first.
+
+        ``watch`` is called meanwhile. Raises ReplayBufferError past ``evaluation.timeout_s``.
+        """
+        if not self.prompt_ids:
+            return
+        if not self.pool:
+            self.screen.phase(phase, f"{len(self.prompt_ids)} held-out prompts, greedy")
+        deadline = time.monotonic() + self.config.timeout_s
+        for begin in (False, True):
+            if begin:
+                self.begin(step)
+            while not self.collect():
+                watch()
+                if time.monotonic() > deadline:
+                    raise ReplayBufferError(
+                        f"the evaluation at step {step} did not finish within "
+                        f"{self.config.timeout_s:g} s: see if the rollout actors live, lower "
+                        "evaluation.limit or raise evaluation.timeout_s"
+                    )
+
+    def reached(self, target: float | None) -> bool:
+        """Whether the last evaluation met ``target`` on the selected types, or on all where none
+        are selected."""
+        if target is None or not self.results:
+            return False
+        last = self.results[-1]
+        return (last.accuracy if last.selected is None else last.selected) >= target
+
+    def state(self) -> RoundsState:
+        """For a checkpoint; the answers themselves are in the buffer."""
+        return RoundsState(
+            round=self._round,
+            pending=list(self._pending) if self._pending is not None else None,
+            results=[asdict(result) for result in self.results],
+        )
+
+    def restore(self, state: RoundsState) -> None:
+        """Continue from ``state``."""
+        pending = state["pending"]
+        self._round = state["round"]
+        self._pending = (pending[0], pending[1]) if pending else None
+        self.results = [msgspec.convert(result, Evaluation) for result in state["results"]]

@@ -3,54 +3,99 @@ probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from avatar_rl.actors.config import SamplingConfig
+from avatar_rl.actors.rollout import ProbeCompletion
+from avatar_rl.cluster.training.system import System
+from avatar_rl.cluster.workers.learner_group import LearnerGroup
+from avatar_rl.cluster.workers.pool import Pool, unwrap
+from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.common.errors import ModelError
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.05}
-
-
 PROBE_TOKENS = 32
+
+
+class LearnerView(TypedDict):
+    """What the learner sees of a probe completion."""
+
+    prompt_token_ids: NDArray[np.integer]
+    placeholders: Mapping[str, Sequence[int]]  # name of a media input -> its shape
+    logprobs: NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What the probe found. Differences are absolute, in natural-log units per token."""
+    """What the probe found. The difference is absolute, in natural-log units per token."""
 
     prompts: int
     tokens: int
     max_difference: float
-    mean_difference: float
 
 
-def ask_both(
-    pool: Any, prompt_ids: Sequence[str], sampling: SamplingConfig
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def probe_parity(
+    system: System,
+    fleet: RolloutFleet,
+    learner: LearnerGroup,
+    prompt_ids: Sequence[str],
+    dtype: str,
+) -> None:
+    """Ask both sides and compare, unless ``probe.prompts`` is 0.
+
+    Raises ModelError when they differ, and ResourceError when actors die too often meanwhile.
+    """
+    import ray
+
+    probe = system.config.probe
+    if probe.prompts == 0:
+        return
+    system.screen.phase("parity probe", f"{probe.prompts} prompts on both sides")
+    while True:
+        try:
+            asked, seen = _ask_both(
+                system.pool, prompt_ids[: probe.prompts], system.config.rollout.sampling
+            )
+            break
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        except ray.exceptions.RayActorError:  # the dead are replaced
+            fleet.await_ready()
+            learner.await_ready([rank.progress.remote() for rank in system.pool.ranks])
+    parity = check_parity(asked, seen, tolerance=probe.tolerance or DEFAULT_TOLERANCE[dtype])
+    message = f"{parity.tokens} tokens agree within {parity.max_difference:.1e}"
+    system.report("parity probe", message)
+
+
+def _ask_both(
+    pool: Pool, prompt_ids: Sequence[str], sampling: SamplingConfig
+) -> tuple[list[ProbeCompletion], list[LearnerView]]:
     """Completions of the first rollout actor, and the learner's view of them. Raises Ray's
     errors."""
     import ray
 
     tokens = min(PROBE_TOKENS, sampling.max_tokens)
-    asked = ray.get(next(iter(pool.rollouts.values())).probe.remote(list(prompt_ids), tokens))
-    items = [item | {"temperature": sampling.temperature} for item in asked]
+    asked: list[ProbeCompletion] = ray.get(
+        next(iter(pool.rollouts.values())).probe.remote(list(prompt_ids), tokens)
+    )
+    items = [{**item, "temperature": sampling.temperature} for item in asked]
     [seen, *_] = ray.get([rank.probe.remote(items) for rank in pool.ranks])
     return asked, seen
 
 
 def check_parity(
-    rollout: Sequence[dict[str, Any]], learner: Sequence[dict[str, Any]], *, tolerance: float
+    rollout: Sequence[ProbeCompletion], learner: Sequence[LearnerView], *, tolerance: float
 ) -> Parity:
     """Compare the rollout side's probe completions with the learner's view of them, prompt by
     prompt.
 
-    ``rollout``: prompt_id, prompt_token_ids, token_ids, logprobs, text; ``learner``:
-    prompt_token_ids, placeholders (name -> count), logprobs. Raises ModelError naming the prompt
-    and what differs, or when nothing was generated."""
+    Raises ModelError naming the prompt and what differs, or when nothing was generated.
+    """
     if rollout and not any(item["text"].strip() for item in rollout):
         raise ModelError(
             f"all {len(rollout)} probe completions are empty: the model ends its turn at once. "
@@ -87,4 +132,4 @@ def check_parity(
             "can be rounding in "
             "bfloat16: then raise probe.tolerance"
         )
-    return Parity(len(rollout), together.size, float(together.max()), float(together.mean()))
+    return Parity(len(rollout), together.size, float(together.max()))

@@ -1,6 +1,9 @@
-"""The prompt stream: which prompt is asked when. ``epochs`` is a pure function of the seed, so a
-position is all a resume needs; ``open`` also reads the prompts' moving averages, which are in the
-buffer (exact at max_staleness 0)."""
+"""The prompt schedule: which prompts each step asks.
+
+``epochs`` is a pure function of the seed, so the number of the step is all that a resume needs.
+``open`` also reads the prompts' moving averages, which are in the buffer (exact at max_staleness
+0).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,23 @@ from avatar_rl.cluster.config import LoopConfig
 
 Averages = Mapping[str, float]  # Rbar by prompt id, of the prompts that were asked
 
-FLOOR = 0.02  # of a solved prompt: it is looked at again now and then, lest it is forgotten
+FLOOR = 0.02  # weight of a solved prompt: it is asked again now and then, lest it is forgotten
 
 
 class PromptSchedule:
-    """``prompts_per_step`` requests a step: from endless epochs over the prompt ids, each shuffled
-    from (seed, epoch), or from the prompts with most left to learn (`open_prompts`)."""
+    """``loop.prompts_per_step`` rollout requests for each step.
+
+    Schedule ``epochs`` passes over the prompts again and again, each pass shuffled from (seed,
+    epoch). Schedule ``open`` prefers the prompts with most left to learn (``open_prompts``).
+
+    Args:
+        prompt_ids: The training prompts.
+        loop: Prompts a step, completions a prompt, the schedule's name.
+        seed: Of the run.
+        warm_up: Stored trajectories until which whole groups are generated (docs/method.md 1.3).
+        full_reward: The largest reward a completion can have.
+        first_seq: Number of the first request; imported replay is numbered below it.
+    """
 
     def __init__(
         self,
@@ -28,42 +42,44 @@ class PromptSchedule:
         seed: int,
         warm_up: int,
         full_reward: float = 1.0,
+        first_seq: int = 0,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.loop, self.seed, self.warm_up, self.full_reward = loop, seed, warm_up, full_reward
-        self.first_seq = 0  # of step 0; imported replay is numbered below it
+        self.first_seq = first_seq
         self._orders: dict[int, list[int]] = {}
 
     def requests(self, step: int, averages: Averages | None = None) -> list[RolloutRequest]:
-        """The requests of one step, in order. Schedule ``open`` needs Rbar of the prompts that were
-        asked before."""
+        """The requests of one step, in order. Schedule ``open`` needs the moving average reward
+        (Rbar) of the prompts that were asked before."""
         count = self.loop.prompts_per_step
         completions = self.loop.fresh_at(step, self.warm_up)
-        places = range(step * count, (step + 1) * count)
+        positions = range(step * count, (step + 1) * count)
         if self.loop.schedule == "open":
             missing = {
                 prompt_id: self.full_reward - rbar for prompt_id, rbar in (averages or {}).items()
             }
             chosen = open_prompts(self.prompt_ids, missing, count, seed=self.seed, step=step)
         else:
-            chosen = [self._in_turn(place) for place in places]
+            chosen = [self._prompt_at(position) for position in positions]
         return [
             RolloutRequest(
-                seq=self.first_seq + place,
+                seq=self.first_seq + position,
                 prompt_id=prompt_id,
                 step=step,
-                epoch=self._epoch(place),
+                epoch=self._epoch(position),
                 kind="train",
                 n=completions,
             )
-            for place, prompt_id in zip(places, chosen, strict=True)
+            for position, prompt_id in zip(positions, chosen, strict=True)
         ]
 
-    def _epoch(self, place: int) -> int:
-        return place // len(self.prompt_ids)
+    def _epoch(self, position: int) -> int:
+        return position // len(self.prompt_ids)
 
-    def _in_turn(self, place: int) -> str:
-        return self.prompt_ids[self._order(self._epoch(place))[place % len(self.prompt_ids)]]
+    def _prompt_at(self, position: int) -> str:
+        order = self._order(self._epoch(position))
+        return self.prompt_ids[order[position % len(self.prompt_ids)]]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -81,9 +97,10 @@ def open_prompts(
     draw.
 
     ``missing`` is the full reward less Rbar of every prompt that was asked. A weight is ``FLOOR +
-    max(0, missing)``; drawn without replacement (Efraimidis and Spirakis 2006: the smallest
-    ``Exp(1) / weight``), and all over again where ``count`` exceeds the prompts. Equal arguments
-    give equal prompts."""
+    max(0, missing)``. Prompts are drawn without replacement (Efraimidis and Spirakis 2006: the
+    smallest ``Exp(1) / weight``), and all over again where ``count`` exceeds the prompts. Equal
+    arguments give equal prompts.
+    """
     generator = np.random.default_rng((seed, step, 1))
     chosen: list[str] = []
     while len(chosen) < count:

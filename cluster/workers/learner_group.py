@@ -1,38 +1,58 @@
-"""The learner's rank group under supervision: a rank that dies costs its step, never the run
-(docs/survival.md)."""
+"""The learner's rank group: a rank that dies costs its step, never the run.
+
+The whole table of what a death costs is in supervision.py; docs/survival.md explains it.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.cluster.services.restart_budget import Report, RestartBudget
-from avatar_rl.cluster.workers.learner_watch import LearnerWatch
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
-from avatar_rl.cluster.workers.rollout_fleet import Fleet
+from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+from avatar_rl.cluster.workers.supervision import LearnerWatch, Report, RestartBudget
 from avatar_rl.common.errors import AvatarError, ResourceError
+from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.learner.state_replica import FileProof
+
+if TYPE_CHECKING:
+    import ray
+    from ray.actor import ActorHandle
 
 LOOK_S = 0.5  # between looks at everything else while a step is trained
 LAST_WORDS_S = 10.0  # a rank whose peer died fails too, perhaps before the death itself is known
+
+
+T = TypeVar("T")
+Proofs = dict[str, FileProof]  # path below the learner's folder -> what the file must read back as
 
 
 class StateLostError(ResourceError):
     """The learner died and nobody holds its state: the run goes back to its last checkpoint."""
 
 
+class StepReport(TypedDict):
+    """What rank 0 says of a finished step; all empty when it died before it could."""
+
+    metrics: dict[str, float]
+    samples: list[JsonObject]
+    distributions: dict[str, list[float]]
+
+
 class LearnerGroup:
-    """Trains steps on all ranks; replaces the group when a rank dies and goes on from the state
-    that is held."""
+    """Trains steps on all ranks. When a rank dies it replaces the group, which continues from the
+    state that the replica holds."""
 
     def __init__(
         self,
         pool: Pool,
         spec: LearnerSpec,
         ranks: int,
+        replica: ActorHandle,
         buffer: ReplayBuffer,
         scratch: Path,
         budget: RestartBudget,
@@ -40,22 +60,22 @@ class LearnerGroup:
         stall_s: float = 600.0,
     ) -> None:
         self.pool, self.spec, self.ranks, self.buffer = pool, spec, ranks, buffer
-        self.scratch = (
-            scratch  # for a state on its way to new ranks: on a disk that all of them see
-        )
+        self.replica = replica
+        self.scratch = scratch  # of a state on its way to new ranks; all of them see this disk
         self._budget, self._report, self._stall_s = budget, report, stall_s
 
-    def start(self) -> list[Any]:
-        """References of the ranks' readiness, for ``await_ready``."""
+    def start(self) -> list[ray.ObjectRef[dict[str, str]]]:
+        """Start all ranks; the references are for ``await_ready``."""
         while True:
             try:
                 return self.pool.start_learner(self.spec, ranks=self.ranks)
             except StartDeathError as death:
                 self._start_over(death)
 
-    def await_ready(self, references: Sequence[Any]) -> list[Any]:
-        """What the ranks answer. One that dies meanwhile costs the group a new start: then what
-        that answers."""
+    def await_ready(
+        self, references: Sequence[ray.ObjectRef[dict[str, str]]]
+    ) -> list[dict[str, str]]:
+        """What each rank says when ready. One that dies meanwhile costs the group a new start."""
         while True:
             try:
                 return self.pool.wait_ready(references, "learner ranks")
@@ -70,15 +90,25 @@ class LearnerGroup:
         self.pool.stop_learner()
 
     def train(
-        self, step: int, samples: int, fleet: Fleet, look: Callable[[], None]
-    ) -> dict[str, Any]:
+        self, step: int, samples: int, fleet: RolloutFleet, look: Callable[[], None]
+    ) -> StepReport:
         """One step on all ranks; meanwhile dead rollout actors are replaced and ``look`` is called.
 
-        Returns rank 0's report, without metrics when the step was committed but the report died
-        with its writer. Raises what a rank raised, ResourceError (too many deaths) or
-        StateLostError."""
+        Args:
+            step: Number of the step, from 0.
+            samples: Completions to report with their text.
+            fleet: Watched while the ranks train.
+            look: Called at least twice a second.
+
+        Raises:
+            ResourceError: ranks died too often.
+            StateLostError: a rank died and nobody holds the state.
+            AvatarError: what a rank raised itself, and what ``look`` raises.
+        """
         while True:
-            waiting = [rank.train_step.remote(step, samples=samples) for rank in self.pool.ranks]
+            waiting: list[ray.ObjectRef[StepReport]] = [
+                rank.train_step.remote(step, samples=samples) for rank in self.pool.ranks
+            ]
             death = self._wait(waiting, fleet, look)
             if death is None:
                 import ray
@@ -93,7 +123,12 @@ class LearnerGroup:
                 )
                 return {"metrics": {}, "samples": [], "distributions": {}}
 
-    def _wait(self, references: list[Any], fleet: Fleet, look: Callable[[], None]) -> str | None:
+    def _wait(
+        self,
+        references: list[ray.ObjectRef[StepReport]],
+        fleet: RolloutFleet,
+        look: Callable[[], None],
+    ) -> str | None:
         """None when all ranks are done, else how one died."""
         import ray
 
@@ -126,8 +161,9 @@ class LearnerGroup:
     def recover(self, step: int, death: str) -> None:
         """A new group in place of the dead one, with the state of the newest committed version.
 
-        The old group is ended and fenced first, so that the version cannot move any more: a commit
-        that was under way has then either happened or will be refused."""
+        The old group is ended and fenced first, so that the version cannot change any more: a
+        commit under way has then either happened or will be refused.
+        """
         import ray
 
         self._report("learner died", f"in step {step}: {death}; it is replaced")
@@ -136,17 +172,16 @@ class LearnerGroup:
         version = self.buffer.replay.version()
         folder = self.scratch
         shutil.rmtree(folder, ignore_errors=True)
-        if version and ray.get(self.pool.state_replica.write.remote(version, folder)) is None:
+        if version and ray.get(self.replica.write.remote(version, folder)) is None:
             raise StateLostError(
                 f"the learner died in step {step} and its state of version {version} is held by "
-                "nobody: it is larger "
-                "than checkpoint.replica_bytes, or its keeper died too"
+                "nobody: it is larger than checkpoint.replica_bytes, or its replica died too"
             )
         self.await_ready(self.start())
         if version:
             self.restore(folder, version)
         shutil.rmtree(folder, ignore_errors=True)
-        self._report("learner restarted", f"it goes on from version {version}")
+        self._report("learner restarted", f"it continues from version {version}")
 
     def restore(self, folder: Path, version: int) -> None:
         """Load the state below ``folder`` on all ranks and put its weights on the weight store."""
@@ -157,7 +192,7 @@ class LearnerGroup:
             if version:
                 ray.get([rank.publish_again.remote(version) for rank in self.pool.ranks])
             # Held again: should the next step never be finished, somebody still has this version.
-            ray.get([rank.hold.remote(version) for rank in self.pool.ranks])
+            ray.get([rank.replicate.remote(version) for rank in self.pool.ranks])
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError as error:
@@ -166,34 +201,36 @@ class LearnerGroup:
             ) from error
 
     def held(self, version: int) -> bool:
-        """Whether the state of ``version`` lies outside the learner."""
+        """Whether the replica holds the state of ``version``."""
         import ray
 
-        return version in ray.get(self.pool.state_replica.versions.remote())
+        return version in ray.get(self.replica.versions.remote())
 
-    def writer(self, version: int) -> Callable[[Path], dict[str, Any]]:
-        """What writes the state of ``version`` below a folder, beside the training. Call it between
-        two steps: a state that is not held is copied now, by the ranks themselves. Raises
-        ResourceError when a rank is dead."""
+    def writer(self, version: int) -> Callable[[Path], Proofs]:
+        """A function that writes the state of ``version`` below a folder while training continues.
+
+        Call it between two steps: a state that no replica holds is copied now, by the ranks
+        themselves. Raises ResourceError when a rank is dead.
+        """
         import ray
 
-        pool = self.pool
-        held = ray.get(pool.state_replica.pin.remote(version))
+        pinned: ray.ObjectRef[bool] = self.replica.pin.remote(version)
+        held = ray.get(pinned)
         if not held:
             try:
-                ray.get([rank.capture_state.remote() for rank in pool.ranks])
+                ray.get([rank.capture_state.remote() for rank in self.pool.ranks])
             except ray.exceptions.RayActorError as error:
                 raise ResourceError(f"a learner rank died: {last_line(error)}") from error
 
-        def write(folder: Path) -> dict[str, Any]:
+        def write(folder: Path) -> Proofs:
             if held:
-                proofs = ray.get(pool.state_replica.write.remote(version, folder.resolve()))
+                proofs = ray.get(self.replica.write.remote(version, folder.resolve()))
                 if proofs is None:
                     raise ResourceError(
-                        f"the state of version {version} is not held any more: its keeper died"
+                        f"the state of version {version} is not held any more: its replica died"
                     )
                 return proofs
-            parts = ray.get([rank.write_state.remote(folder.resolve()) for rank in pool.ranks])
+            parts = ray.get([rank.write_state.remote(folder.resolve()) for rank in self.pool.ranks])
             return {name: proof for part in parts for name, proof in part.items()}
 
         return write
@@ -214,8 +251,8 @@ class LearnerGroup:
                 self.recover(self.spec.steps, last_line(error))
 
 
-def death_among(references: Sequence[Any]) -> str | None:
-    """How one of the ranks still waited for died, if one did: then what another raised was the
+def death_among(references: Sequence[ray.ObjectRef[T]]) -> str | None:
+    """How one of the ranks still waited for died, if one did; what another raised was then the
     consequence."""
     import ray
 

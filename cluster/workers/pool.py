@@ -1,15 +1,16 @@
-"""The run's Ray actors: placed, made ready under a deadline, and asked together."""
+"""The run's Ray actors: what each kind is told, where it is placed, and when it is ready."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.common.errors import AvatarError, ResourceError
@@ -18,31 +19,47 @@ from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state_replica import StateReplica
 from avatar_rl.rewards.actor import RewardActor
 
-#: Ray brings these back by itself and repeats what was asked of them: their calls are safe to
-#: repeat.
+if TYPE_CHECKING:
+    import ray
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+#: Ray restarts these by itself and repeats what was asked of them; their calls are safe to repeat
+#: (supervision.py has the whole table).
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 #: For train_step, for the weight store's standing call (Outbox), and for questions.
 LEARNER_THREADS = 4
 
+T = TypeVar("T")
+
 
 class StartDeathError(ResourceError):
-    """An actor's process died before it was ready, by no error of its own: another may do
-    better."""
+    """An actor's process died before it was ready, by no error of its own: worth another try."""
+
+
+class ActorClass(Protocol):
+    """What Ray makes of a class: ``remote`` starts an actor."""
+
+    def remote(self, *args: Any) -> ActorHandle: ...
 
 
 class Pool:
-    """Creates actors and remembers them. All handles are Ray actor handles."""
+    """Creates the run's actors and holds their handles; the last handle to go ends an actor.
+
+    The weight store is there from the beginning; ``state_replica`` stays None where nothing is
+    trained.
+    """
 
     def __init__(self, config: RunConfig, services: Services) -> None:
         self.config, self.services = config, services
-        self.weight_store: Any = None
-        self.state_replica: Any = None
-        self.scorers: list[Any] = []
-        self.rollouts: dict[str, Any] = {}
-        self.ranks: list[Any] = []
-        self._learner_group: Any = None
+        self.weight_store = self.actor_class(WeightStore, cpus=0, **IMMORTAL).remote()
+        self.state_replica: ActorHandle | None = None
+        self.scorers: list[ActorHandle] = []
+        self.rollouts: dict[str, ActorHandle] = {}
+        self.ranks: list[ActorHandle] = []
+        self._learner_group: PlacementGroup | None = None
 
-    def _remote(
+    def actor_class(
         self,
         cls: type,
         *,
@@ -50,29 +67,26 @@ class Pool:
         gpus: float = 0.0,
         environment: dict[str, str] | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> ActorClass:
+        """``cls`` as a Ray actor class with these resources, in a worker's environment."""
         import ray
 
         variables = {"env_vars": environment or self.services.worker_environment()}
-        return ray.remote(cls).options(
-            num_cpus=cpus, num_gpus=gpus, runtime_env=variables, **options
-        )
+        options |= {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": variables}
+        return cast(ActorClass, ray.remote(cls).options(**options))
 
     def _gpus(self, named: float | None) -> float:
         return named if named is not None else float(self.services.on_gpu)
 
-    def start_weight_store(self) -> None:
-        self.weight_store = self._remote(WeightStore, cpus=0, **IMMORTAL).remote()
-
-    def start_state_replica(self, ranks: int) -> None:
-        """Holds the learner's state outside the learner; two calls at once: one may write a
+    def start_state_replica(self, ranks: int) -> ActorHandle:
+        """Holds the learner's state outside the learner; two calls at once, since one may write a
         checkpoint."""
-        self.state_replica = self._remote(
-            StateReplica, cpus=0, max_concurrency=2, **IMMORTAL
-        ).remote(ranks)
+        make = self.actor_class(StateReplica, cpus=0, max_concurrency=2, **IMMORTAL)
+        self.state_replica = make.remote(ranks)
+        return self.state_replica
 
     def start_scorers(self, datasets: Sequence[Path]) -> None:
-        make = self._remote(
+        make = self.actor_class(
             RewardActor,
             cpus=0,
             max_concurrency=64,
@@ -90,10 +104,10 @@ class Pool:
             for _ in range(count)
         ]
 
-    def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[Any]:
-        """New rollout actors; returns the references of their readiness."""
+    def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[ray.ObjectRef[None]]:
+        """New rollout actors; returns references that resolve when each is ready."""
         resources = self.config.resources
-        make = self._remote(
+        make = self.actor_class(
             RolloutActor,
             cpus=resources.rollout_cpus,
             gpus=self._gpus(resources.rollout_gpus),
@@ -107,9 +121,11 @@ class Pool:
             self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
         return [self.rollouts[name].ready.remote() for name in names]
 
-    def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[Any]:
-        """The rank group; returns the references of its readiness. Rank 0 picks the meeting
-        point."""
+    def start_learner(
+        self, spec: LearnerSpec, *, ranks: int
+    ) -> list[ray.ObjectRef[dict[str, str]]]:
+        """The rank group; returns references to what each rank says when ready. Rank 0 picks the
+        meeting point."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = self.config.resources
@@ -125,7 +141,7 @@ class Pool:
             PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)
         ]
         self.ranks = [
-            self._remote(
+            self.actor_class(
                 LearnerRankActor,
                 cpus=cpus,
                 gpus=gpus,
@@ -134,7 +150,8 @@ class Pool:
             ).remote(spec, rank, ranks, self.weight_store, self.state_replica)
             for rank, place in enumerate(places)
         ]
-        [(address, port)] = self.wait_ready([self.ranks[0].meeting_point.remote()], "learner ranks")
+        meeting: ray.ObjectRef[tuple[str, int]] = self.ranks[0].meeting_point.remote()
+        [(address, port)] = self.wait_ready([meeting], "learner ranks")
         return [rank.setup.remote(address, port) for rank in self.ranks]
 
     def stop_learner(self) -> None:
@@ -147,7 +164,7 @@ class Pool:
             release(self._learner_group)
             self._learner_group = None
 
-    def wait_ready(self, references: Sequence[Any], what: str) -> list[Any]:
+    def wait_ready(self, references: Sequence[ray.ObjectRef[T]], what: str) -> list[T]:
         """Results of readiness calls. Raises ResourceError naming what is missing when the deadline
         passes, and StartDeathError when a process dies meanwhile."""
         import ray
@@ -168,7 +185,7 @@ class Pool:
             raise kind(f"{what} died while starting: {error}") from error
 
 
-def unwrap(error: Any) -> BaseException:
+def unwrap(error: BaseException) -> BaseException:
     """The typed error inside a Ray task error, or the Ray error with its remote traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, AvatarError):
@@ -181,6 +198,70 @@ def unwrap(error: Any) -> BaseException:
             "cold_start.micro_batch_tokens), or set "
             "learner.share_prefix: false and learner.gradient_checkpointing: true; for rollout "
             "actors lower "
-            "rollout.engine.gpu_memory_utilization or max_num_seqs. Then go on with --resume"
+            "rollout.engine.gpu_memory_utilization or max_num_seqs. Then continue with --resume"
         )
     return error
+
+
+def rollout_spec(
+    config: RunConfig, run_id: str, model: Path, datasets: Datasets, redis_url: str
+) -> RolloutSpec:
+    """What every rollout actor of the run is told."""
+    rollout = config.rollout
+    return RolloutSpec(
+        run_id=run_id,
+        seed=config.seed,
+        model=model,
+        datasets=datasets.asked,
+        data=config.data.reader,
+        media=config.data.media,
+        template=config.data.template,
+        engine=rollout.engine,
+        sampling=rollout.sampling,
+        evaluation_tokens=config.evaluation.max_tokens,
+        buffer=config.buffer,
+        redis_url=redis_url,
+        max_sequences=rollout.max_sequences,
+        max_staleness=config.loop.max_staleness,
+        lease_s=rollout.lease_s,
+        scores_together=config.rewards.quick,
+        unimodal=config.rewards.asks_unimodal,
+    )
+
+
+def learner_spec(
+    config: RunConfig,
+    run_id: str,
+    model: Path,
+    datasets: Datasets,
+    redis_url: str,
+    *,
+    cold_start: bool = False,
+) -> LearnerSpec:
+    """What every learner rank is told; ``cold_start``: as ranks of the supervised Stage 0."""
+    assert not cold_start or datasets.sft is not None
+    learner = config.learner
+    if cold_start and config.cold_start is not None:
+        sft = config.cold_start
+        learner = learner.model_copy(
+            update={"ranks": sft.ranks, "micro_batch_tokens": sft.micro_batch_tokens}
+        )
+    return LearnerSpec(
+        run_id=run_id,
+        seed=config.seed,
+        model=model,
+        reference=config.model.reference or model,
+        datasets=(datasets.sft,) if cold_start and datasets.sft is not None else datasets.asked,
+        data=config.data.reader,
+        media=config.data.media,
+        template=config.data.template,
+        learner=learner,
+        sft=config.cold_start if cold_start else None,
+        buffer=config.buffer,
+        redis_url=redis_url,
+        steps=config.loop.steps,
+        replayed=config.loop.replayed,
+        max_tokens=config.rollout.sampling.max_tokens,
+        step_timeout_s=config.loop.step_timeout_s,
+        replica_bytes=0 if cold_start else config.checkpoint.replica_bytes,
+    )

@@ -1,45 +1,95 @@
-"""The rollout actors of a run: started, watched, replaced, scaled, stopped."""
+"""The rollout actors of a run: started, watched, replaced, scaled, stopped.
+
+What a death of one costs is in supervision.py, beside the rest of the table.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.config import RolloutSection
 from avatar_rl.cluster.services.placement import shortage
-from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
-from avatar_rl.cluster.workers.autoscale import Autoscaler
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
+from avatar_rl.cluster.workers.supervision import RestartBudget
+
+if TYPE_CHECKING:
+    import ray
 
 STOP_S = 5.0
 LOOK_S = 1.0  # between looks at the desired state
 DESIRED = "rollout_workers"  # its name in the buffer; `avatar scale` writes it
 
+#: Of the autoscaler, shares of a step's wall time. Between high and low nothing changes.
+LEARNER_WAITS = 0.25
+ROLLOUTS_WAIT = 0.5
+IDLE = 0.1
+PATIENCE = 3  # steps in a row that must say the same
+COOLDOWN = 3  # steps after a change whose waits still show the old size
+
+
+@dataclass
+class Autoscaler:
+    """How many rollout actors to have: more while the learner waits, fewer while rollouts wait.
+
+    One actor at a time, within [smallest, largest]. Feed it every step.
+    """
+
+    smallest: int
+    largest: int
+    _streak: int = 0  # steps in a row: above 0 that ask for more, below 0 for less
+    _rest: int = 0
+
+    def observe(
+        self, workers: int, *, learner_wait: float, rollout_wait: float, step: float
+    ) -> int:
+        """The size to have, from one step's waits and its length, all in seconds."""
+        if self._rest > 0:
+            self._rest -= 1
+            return workers
+        learner, rollouts = (
+            wait / step if step > 0 else 0.0 for wait in (learner_wait, rollout_wait)
+        )
+        if learner > LEARNER_WAITS and rollouts < IDLE:
+            self._streak = max(self._streak, 0) + 1
+        elif rollouts > ROLLOUTS_WAIT and learner < IDLE:
+            self._streak = min(self._streak, 0) - 1
+        else:
+            self._streak = 0
+        if abs(self._streak) < PATIENCE:
+            return workers
+        wanted = min(self.largest, max(self.smallest, workers + (1 if self._streak > 0 else -1)))
+        self._streak = 0
+        if wanted != workers:
+            self._rest = COOLDOWN
+        return wanted
+
 
 @dataclass
 class Member:
-    """An actor's way through the fleet: it joins (engine starting), works, and may be asked to
+    """An actor's way through the fleet: it joins (its engine starts), works, and may be asked to
     leave."""
 
-    ready: Any  # reference of its readiness; None once it works
+    ready: ray.ObjectRef[None] | None  # resolves when its engine is up; None once it works
     deadline: float  # to be ready, or, once it is leaving, to have drained
     leaving: bool = False
     stopped: bool = False  # leaving, and past its time: told to stop where it is
 
 
-class Fleet:
-    """Keeps as many rollout actors as are desired. One that dies is replaced, and its leases are
+class RolloutFleet:
+    """Keeps as many rollout actors as are desired; one that dies is replaced and its leases are
     given back.
 
-    The desired state lies in the buffer, so that it outlives this process and anyone may set it;
-    without one it is ``scaling.workers``. Nobody waits for an actor that joins or leaves: training
-    goes on."""
+    The desired number lies in the buffer, so it outlives this process and anyone may set it; where
+    it is not set, it is ``scaling.workers``. Nobody waits for an actor that joins or leaves:
+    training continues.
+    """
 
     def __init__(
         self,
@@ -59,7 +109,7 @@ class Fleet:
             screen,
         )
         self.scaling = scaling
-        self.working: dict[Any, str] = {}  # run() reference -> actor
+        self.working: dict[ray.ObjectRef[None], str] = {}  # of its run() -> actor
         self.members: dict[str, Member] = {}
         self.budget = RestartBudget(pool.config.supervision.restarts, "rollout actors")
         self._named = 0
@@ -71,9 +121,8 @@ class Fleet:
             else None
         )
 
-    def start(self, count: int) -> list[Any]:
-        """``count`` new actors; returns the references of their readiness. ``work`` sets them
-        going."""
+    def start(self, count: int) -> None:
+        """Start ``count`` new actors; ``work`` sets them going."""
         names = [f"rollout-{self._named + number}" for number in range(count)]
         self._named += count
         references = self.pool.start_rollouts(self.spec, names)
@@ -81,10 +130,9 @@ class Fleet:
         self.members |= {
             name: Member(ready, deadline) for name, ready in zip(names, references, strict=True)
         }
-        return references
 
     def await_ready(self) -> None:
-        """Until every engine is up; an actor that dies before is replaced. Raises what
+        """Wait until every engine is up; an actor that dies before is replaced. Raises what
         ``Pool.wait_ready`` does."""
         ready: set[str] = set()
         while starting := sorted(self.members.keys() - ready):
@@ -96,8 +144,7 @@ class Fleet:
                 self._replace(name, str(death))
 
     def work(self) -> None:
-        """Set every actor going that is not; one whose engine still starts begins as soon as it is
-        up."""
+        """Every actor leases requests from now on, or as soon as its engine is up."""
         for name in sorted(self.members.keys() - set(self.working.values())):
             self._go(name)
 
@@ -114,9 +161,8 @@ class Fleet:
             time.sleep(timeout)
         self.reconcile()
 
-    def replace(self, reference: Any) -> None:
-        """An actor's ``run`` ended: it has left as it was told, or else say why and start
-        another."""
+    def replace(self, reference: ray.ObjectRef[None]) -> None:
+        """An actor's ``run`` ended: it left as it was told, or it died and another is started."""
         import ray
 
         name = self.working.pop(reference)
@@ -138,9 +184,8 @@ class Fleet:
         self.folder.event("rollout actor died", f"{name}: {reason}")
         self.screen.event(f"{name} died and is replaced: {reason.splitlines()[-1][:160]}")
         restarts = self.pool.config.supervision.restarts
-        if (
-            self.working and restarts
-        ):  # a node takes all its actors along, which is one misfortune and not many
+        if self.working and restarts:
+            # A node takes all its actors along, which is one misfortune and not many.
             self.budget.limit = restarts + self.size - 1
         self.budget.spend(f"{name}: {reason}")
         self._forget(name)
@@ -159,8 +204,8 @@ class Fleet:
         return self.scaling.bounded(self.scaling.workers if wanted is None else wanted)
 
     def reconcile(self) -> None:
-        """One look at what is desired and at who joins and leaves; cheap, and nobody is waited
-        for."""
+        """Compare with the desired number, and look at who joins and leaves. Cheap; waits for
+        nobody."""
         now = time.monotonic()
         if now - self._looked < LOOK_S:
             return
@@ -179,8 +224,7 @@ class Fleet:
             self._dismiss(-missing, now)
 
     def autoscale(self, metrics: Mapping[str, float]) -> None:
-        """Feed a step's waits to the policy, when the recipe asks for one, and desire what it
-        says."""
+        """Where the recipe asks for it: set the desired number from the waits of one step."""
         if (
             self._policy is None
             or "time/learner_wait" not in metrics
@@ -199,8 +243,7 @@ class Fleet:
             self._say("rollout pool autoscaled", f"{now} -> {wanted} actors desired")
 
     def _welcome(self, now: float) -> None:
-        """Actors whose engine is up begin; those that Ray could not place in time are given up with
-        the reason."""
+        """Actors whose engine is up begin; those that Ray could not place in time are given up."""
         import ray
 
         for name, member in list(self.members.items()):
@@ -214,7 +257,7 @@ class Fleet:
                 self._say("rollout actor not placed", f"{name}: {shortage()}; it is tried again")
 
     def _dismiss(self, count: int, now: float) -> None:
-        """The youngest leave first: those that only join at once, the others once their groups are
+        """The youngest leave first: at once where they only join, else when their groups are
         delivered."""
         staying = [name for name, member in self.members.items() if not member.leaving]
         for name in staying[-count:]:
@@ -231,8 +274,8 @@ class Fleet:
             )
 
     def _see_off(self, now: float) -> None:
-        """Past its time a leaving actor is stopped and gives its leases back; one that cannot even
-        do that is killed and its leases expire."""
+        """Past its deadline a leaving actor is stopped and gives its leases back; one that cannot
+        even do that is killed."""
         for name, member in list(self.members.items()):
             if not member.leaving or now <= member.deadline:
                 continue
@@ -251,9 +294,7 @@ class Fleet:
         import ray
 
         ray.kill(self.pool.rollouts[name])
-        self.working = {
-            reference: other for reference, other in self.working.items() if other != name
-        }
+        self.working = {run: other for run, other in self.working.items() if other != name}
         self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -267,7 +308,7 @@ class Fleet:
         self.screen.event(f"{kind}: {message}")
 
     def stop(self) -> None:
-        """Ask the actors to stop and give them a moment, so that they leave no lease behind."""
+        """Ask the actors to stop and wait up to ``STOP_S``, so that they leave no lease behind."""
         import ray
 
         if not ray.is_initialized():
@@ -276,3 +317,13 @@ class Fleet:
             actor.stop.remote()
         if self.working:
             ray.wait(list(self.working), num_returns=len(self.working), timeout=STOP_S)
+
+    def close(self) -> None:
+        """Stop the actors and end their processes, which frees their resources for others."""
+        import ray
+
+        self.stop()
+        actors = list(self.pool.rollouts.values())
+        self.pool.rollouts.clear()
+        for actor in actors:
+            ray.kill(actor)

@@ -11,16 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-#: Starts a child that would live on, names it to a orphan reaper, and says so.
+#: Starts a child that would live on, names it to an orphan reaper, and says so.
 DRIVER = """
 import subprocess, sys, time
-from avatar_rl.cluster.services.orphans import Reaper
+from avatar_rl.cluster.services.orphans import OrphanReaper
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
 child = subprocess.Popen(sleep, start_new_session=True)
-orphan reaper = Reaper()
+reaper = OrphanReaper()
 print(child.pid, flush=True)
 sys.stdin.readline()
-orphan reaper.close()
+reaper.close()
 """
 
 

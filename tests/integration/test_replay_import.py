@@ -47,16 +47,14 @@ def buffer(server: EmbeddedRedis, loop: LoopConfig) -> Iterator[ReplayBuffer]:
         yield buffer
 
 
-def stream_of(buffer: ReplayBuffer, loop: LoopConfig) -> PromptSchedule:
-    stream = PromptSchedule(["p0"], loop, seed=0, warm_up=0)
-    stream.first_seq = first_seq(buffer)
-    return stream
+def schedule_of(buffer: ReplayBuffer, loop: LoopConfig) -> PromptSchedule:
+    return PromptSchedule(["p0"], loop, seed=0, warm_up=0, first_seq=first_seq(buffer))
 
 
 def own_step(
-    buffer: ReplayBuffer, stream: PromptSchedule, step: int, epoch: int, reward: float
+    buffer: ReplayBuffer, schedule: PromptSchedule, step: int, epoch: int, reward: float
 ) -> None:
-    requests = stream.requests(step)
+    requests = schedule.requests(step)
     assert buffer.requests.push(requests) == len(requests), f"step {step} would never arrive"
     for lease in buffer.requests.lease("a", len(requests), max_staleness=0):
         buffer.requests.add_group(
@@ -70,21 +68,21 @@ def test_imported_visits_leave_an_average_before_those_of_the_run(
     buffer: ReplayBuffer, loop: LoopConfig
 ) -> None:
     assert buffer.replay.baselines(["p0"]) == [0.0]  # until the run has its own
-    stream, epoch = stream_of(buffer, loop), buffer.replay.new_fencing_token()
+    schedule, epoch = schedule_of(buffer, loop), buffer.replay.new_fencing_token()
     for step in range(2):
-        own_step(buffer, stream, step, epoch, 1.0)
+        own_step(buffer, schedule, step, epoch, 1.0)
     assert buffer.replay.baselines(["p0"]) == pytest.approx([16 / 20])
 
 
 def test_imported_trajectories_are_evicted_before_those_of_the_run(
     buffer: ReplayBuffer, loop: LoopConfig
 ) -> None:
-    stream, epoch = stream_of(buffer, loop), buffer.replay.new_fencing_token()
+    schedule, epoch = schedule_of(buffer, loop), buffer.replay.new_fencing_token()
     for step in range(2):
-        own_step(buffer, stream, step, epoch, 0.0)
+        own_step(buffer, schedule, step, epoch, 0.0)
     kept = {t.group_id for t in buffer.replay.draw(40, step=2, seed=0, strategy="uniform")}
     assert buffer.stats.read().stock == 40 and kept == {f"{seq:08d}" for seq in range(5)}
-    own_step(buffer, stream, 2, epoch, 0.0)
+    own_step(buffer, schedule, 2, epoch, 0.0)
     assert {t.group_id for t in buffer.replay.draw(40, step=3, seed=0)} == {
         f"{seq:08d}" for seq in range(1, 6)
     }
@@ -93,14 +91,14 @@ def test_imported_trajectories_are_evicted_before_those_of_the_run(
 def test_a_run_that_goes_on_longer_than_planned_meets_no_imported_number(
     buffer: ReplayBuffer, loop: LoopConfig, tmp_path: Path
 ) -> None:
-    stream, epoch = stream_of(buffer, loop), buffer.replay.new_fencing_token()
+    schedule, epoch = schedule_of(buffer, loop), buffer.replay.new_fencing_token()
     for step in range(2):
-        own_step(buffer, stream, step, epoch, 1.0)
+        own_step(buffer, schedule, step, epoch, 1.0)
     buffer.snapshot(tmp_path / "cut.avsnap")
     buffer.clear()
     with ReplayBuffer.connect(CONFIG, "after", buffer._connection.url) as resumed:
         resumed.restore(tmp_path / "cut.avsnap")
-        longer = stream_of(resumed, loop.model_copy(update={"steps": 6}))
+        longer = schedule_of(resumed, loop.model_copy(update={"steps": 6}))
         epoch = resumed.replay.new_fencing_token()
         for step in range(2, 6):
             own_step(resumed, longer, step, epoch, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avatar_rl.cluster.config import RolloutSection
-from avatar_rl.cluster.workers.autoscale import COOLDOWN, PATIENCE, Autoscaler
+from avatar_rl.cluster.workers.rollout_fleet import COOLDOWN, PATIENCE, Autoscaler
 
 
 def feed(

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from avatar_rl.cluster.checkpoints.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointWriter,
     checkpoints,
     newest_checkpoint,
     read_checkpoint,
 )
+from avatar_rl.cluster.checkpoints.store import MANIFEST
 from avatar_rl.common.errors import DataError
 from avatar_rl.learner.state_replica import Files, StateReplica, write_files
 
@@ -204,12 +204,12 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------------
 
 
-def test_the_keeper_holds_the_newest_two_versions_of_all_ranks(tmp_path: Path) -> None:
+def test_the_replica_holds_the_newest_two_versions_of_all_ranks(tmp_path: Path) -> None:
     state_replica = StateReplica(ranks=2)
     for version in (1, 2, 3):
         for rank in (0, 1):
-            state_replica.hold(version, rank, {f"rank{rank}.pt": a_state(version)["model.pt"]})
-    state_replica.hold(4, 0, a_state())  # its other half never came: the group died in between
+            state_replica.store(version, rank, {f"rank{rank}.pt": a_state(version)["model.pt"]})
+    state_replica.store(4, 0, a_state())  # its other half never came: the group died in between
     assert state_replica.versions() == [3]
     assert state_replica.write(4, tmp_path) is None
     proofs = state_replica.write(3, tmp_path)
@@ -219,9 +219,9 @@ def test_the_keeper_holds_the_newest_two_versions_of_all_ranks(tmp_path: Path) -
 
 def test_a_pinned_version_stays_until_it_is_written(tmp_path: Path) -> None:
     state_replica = StateReplica(ranks=1)
-    state_replica.hold(1, 0, a_state(1))
+    state_replica.store(1, 0, a_state(1))
     assert state_replica.pin(1) and not StateReplica(ranks=1).pin(1)
     for version in (2, 3, 4):
-        state_replica.hold(version, 0, a_state(version))
+        state_replica.store(version, 0, a_state(version))
     assert state_replica.write(1, tmp_path) is not None
     assert state_replica.write(1, tmp_path) is None

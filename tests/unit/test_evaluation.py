@@ -8,8 +8,7 @@ from typing import Any, cast
 import pytest
 
 from avatar_rl.cluster.config import EvaluationConfig
-from avatar_rl.cluster.training.evaluation import summarise
-from avatar_rl.cluster.training.evaluation_rounds import EvaluationRounds
+from avatar_rl.cluster.training.evaluation import EvaluationRounds, summarise
 
 ANSWERS = [
     ("a", "colour", ["video"], 1.0),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from avatar_rl.cluster.config import RolloutSection
-from avatar_rl.cluster.workers.rollout_fleet import Fleet
+from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.common.errors import ResourceError
 
 
-def a_fleet(workers: int, restarts: int) -> Fleet:
+def a_fleet(workers: int, restarts: int) -> RolloutFleet:
     rollouts: dict[str, Any] = {}
 
     def start_rollouts(spec: Any, names: list[str]) -> list[str]:
@@ -29,7 +29,7 @@ def a_fleet(workers: int, restarts: int) -> Fleet:
         requests=SimpleNamespace(abandon=lambda name: None),
         control=SimpleNamespace(drop_heartbeat=lambda *name: None),
     )
-    fleet = Fleet(pool, quiet, buffer, quiet, quiet, scaling=RolloutSection(workers=workers))
+    fleet = RolloutFleet(pool, quiet, buffer, quiet, quiet, scaling=RolloutSection(workers=workers))
     fleet.start(workers)
     fleet.working = dict.fromkeys(fleet.members, "")
     return fleet

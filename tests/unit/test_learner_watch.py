@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import ray
 
-from avatar_rl.cluster.workers import learner_watch
-from avatar_rl.cluster.workers.learner_watch import ASK_EVERY_S, LearnerWatch
+from avatar_rl.cluster.workers import supervision
+from avatar_rl.cluster.workers.supervision import LearnerWatch
+
+ASK_EVERY_S = LearnerWatch.ASK_EVERY_S
 
 
 class Rank:
@@ -28,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return {"moves": rank.moves, "host": "here", "pid": 1}
 
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(learner_watch.time, "monotonic", lambda: now.value)
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now.value)
     monkeypatch.setattr(
         ray, "wait", lambda asked, timeout: (asked if asked[0].moves is not None else [], [])
     )

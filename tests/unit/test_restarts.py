@@ -12,13 +12,16 @@ import pytest
 
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import Resumption
-from avatar_rl.cluster.training import restarts as lives
-from avatar_rl.cluster.training.run import Run
+from avatar_rl.cluster.training import restarts
+from avatar_rl.cluster.training.loop import train
 from avatar_rl.cluster.workers.learner_group import StateLostError
 from avatar_rl.common.errors import ResourceError
 
 CONFIG: Any = SimpleNamespace(
-    supervision=SimpleNamespace(restarts=1), checkpoint=SimpleNamespace(every=20)
+    name="run",
+    output=SimpleNamespace(folder=Path("runs")),
+    supervision=SimpleNamespace(restarts=1),
+    checkpoint=SimpleNamespace(every=20),
 )
 
 
@@ -28,30 +31,26 @@ def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
     began: list[int] = []
     checkpoints: Iterator[int] = iter(cuts)
 
-    class Run:
-        def __init__(self, config: Any, screen: Any, resumption: Resumption | None) -> None:
-            began.append(resumption.step if resumption is not None else 0)
-            self.run_id, self.folder = "run-1", SimpleNamespace(path=Path("run-1"))
-
-        def execute(self) -> str:
-            if len(began) <= len(cuts):
-                raise StateLostError("held by nobody")
-            return "finished"
+    def execute(config: Any, screen: Any, path: Path, resumption: Resumption | None) -> str:
+        began.append(resumption.step if resumption is not None else 0)
+        if len(began) <= len(cuts):
+            raise StateLostError("held by nobody")
+        return "finished"
 
     def prepare(config: Any, wanted: str, on_message: Any) -> Resumption:
         return Resumption(
             Path(wanted), Checkpoint("run-1", next(checkpoints), 0, "model", "data", 0, {}, [])
         )
 
-    monkeypatch.setattr(lives, "Run", Run)
-    monkeypatch.setattr(lives, "prepare", prepare)
-    monkeypatch.setattr(lives, "compact_heap", lambda: None)
+    monkeypatch.setattr(restarts, "execute", execute)
+    monkeypatch.setattr(restarts, "prepare", prepare)
+    monkeypatch.setattr(restarts, "compact_heap", lambda: None)
     return began
 
 
 def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 60, 80])
-    result: Any = lives.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+    result: Any = restarts.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
     assert result == "finished"
     assert began == [0, 20, 60, 80]
 
@@ -59,32 +58,33 @@ def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) 
 def test_it_ends_when_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 20, 20])
     with pytest.raises(ResourceError, match="learner states died 2 times"):
-        lives.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+        restarts.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
     assert began == [0, 20]
 
 
 def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> None:
     done: list[str] = []
-    run: Any = Run.__new__(Run)
-    run.config = SimpleNamespace(
-        loop=SimpleNamespace(steps=9, target_accuracy=0.5),
-        evaluation=SimpleNamespace(pool=SimpleNamespace(stop_at=None)),
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            loop=SimpleNamespace(steps=9, target_accuracy=0.5),
+            evaluation=SimpleNamespace(pool=SimpleNamespace(stop_at=None)),
+        ),
+        first_step=5,
+        fleet=SimpleNamespace(work=lambda: None),
+        screen=SimpleNamespace(phase=lambda *said: None),
+        folder=SimpleNamespace(status=lambda **said: None),
+        heldout=SimpleNamespace(
+            results=[0.1, 0.6],
+            reached=lambda target: target == 0.5,
+            evaluate=lambda step, *_: done.append(f"evaluated at {step}"),
+        ),
+        pool=SimpleNamespace(reached=lambda target: target is not None),
+        supervisor=SimpleNamespace(
+            signals=SimpleNamespace(orderly=False),
+            watch=None,
+            checkpoints=SimpleNamespace(wait=lambda: None),
+            report=lambda kind, message: done.append(kind),
+        ),
     )
-    run.checkpoint = SimpleNamespace(step=5)
-    run.fleet = SimpleNamespace(work=lambda: None)
-    run.screen = SimpleNamespace(phase=lambda *said: None)
-    run.folder = SimpleNamespace(status=lambda **said: None)
-    run.rounds = SimpleNamespace(
-        results=[0.1, 0.6],
-        reached=lambda target: target == 0.5,
-        whole=lambda step, **_: done.append(f"whole at {step}"),
-    )
-    run.pool_rounds = SimpleNamespace(reached=lambda target: target is not None)
-    run.supervisor = SimpleNamespace(
-        signals=SimpleNamespace(orderly=False),
-        watch=None,
-        checkpoints=SimpleNamespace(wait=lambda: None),
-        report=lambda kind, message: done.append(kind),
-    )
-    run._train_and_evaluate()  # there is no learner to train with
-    assert done == ["target was met", "whole at 5"]
+    train(run)  # there is no learner to train with
+    assert done == ["target was met", "evaluated at 5"]

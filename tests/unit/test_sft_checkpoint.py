@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avatar_rl.cluster.checkpoints.sft_checkpoint import MANIFEST, SftCheckpoints
+from avatar_rl.cluster.checkpoints.sft_checkpoint import SftCheckpoints
+from avatar_rl.cluster.checkpoints.store import MANIFEST
 from avatar_rl.learner.state_replica import FileProof, write_files
 
 SETTING = {"ranks": 1, "zero_stage": 0}
@@ -81,4 +82,4 @@ def test_a_failed_write_leaves_the_one_before(tmp_path: Path) -> None:
     found = saved.newest(pytest.fail)
     assert found is not None and found[0] == 20
     assert [place.name for place in saved.folder.iterdir()] == ["step-00000020"]
-    assert json.loads((found[1] / MANIFEST).read_text())["step"] == 20
+    assert json.loads((found[1] / MANIFEST).read_text())["content"]["step"] == 20

@@ -11,10 +11,8 @@ import pytest
 
 from avatar_rl.buffer_service.control import Heartbeat
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.cluster.services.redis_watch import RedisWatch
-from avatar_rl.cluster.services.restart_budget import RestartBudget
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
-from avatar_rl.cluster.workers.stall_watch import StallWatch
+from avatar_rl.cluster.workers.supervision import RedisWatch, RestartBudget, StallWatch
 from avatar_rl.common.errors import ResourceError
 
 
@@ -35,7 +33,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr(
-            "avatar_rl.cluster.workers.stall_watch.time.monotonic", lambda: self.now
+            "avatar_rl.cluster.workers.supervision.time.monotonic", lambda: self.now
         )
 
 
@@ -102,10 +100,8 @@ def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:
-    stops = StopSignals()
     before = signal.getsignal(signal.SIGTERM)
-    stops.install()
-    try:
+    with StopSignals() as stops:
         stops.orderly = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stops.asked == signal.SIGTERM and stops.waited >= 0
@@ -113,15 +109,11 @@ def test_the_first_signal_asks_and_the_second_interrupts() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         assert str(Stopped(signal.SIGTERM)) == "stopped by SIGTERM"
-    finally:
-        stops.restore()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_while_there_is_nothing_to_save_a_signal_acts_at_once() -> None:
-    stops = StopSignals()
-    stops.install()
-    try:
+    with StopSignals() as stops:
         with pytest.raises(Stopped, match="SIGTERM"):  # pre-empted: in order
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
@@ -129,8 +121,6 @@ def test_while_there_is_nothing_to_save_a_signal_acts_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         assert not isinstance(caught.value, Stopped) and stops.asked is None
-    finally:
-        stops.restore()
 
 
 def test_a_killed_redis_comes_back_with_what_it_had(tmp_path: Path) -> None:
@@ -140,10 +130,8 @@ def test_a_killed_redis_comes_back_with_what_it_had(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path, appendfsync="always") as server:
         client = redis.Redis(unix_socket_path=str(server.socket))
         client.set("a", "1")
-        redis_watch = RedisWatch(
-            server, RestartBudget(1, "redis-server"), lambda kind, _: said.append(kind)
-        )
-        try:
+        budget = RestartBudget(1, "redis-server")
+        with RedisWatch(server, budget, lambda kind, _: said.append(kind)) as redis_watch:
             for number in range(2):
                 pid = server.pid
                 assert pid is not None
@@ -154,7 +142,5 @@ def test_a_killed_redis_comes_back_with_what_it_had(tmp_path: Path) -> None:
                     time.sleep(0.02)
                 if number == 0:
                     assert client.get("a") == b"1"
-        finally:
-            redis_watch.stop()
         assert said == ["redis restarted"]
         assert redis_watch.failure is not None and "died 2 times" in str(redis_watch.failure)

@@ -1,5 +1,5 @@
-"""Cuts are of one moment, however slowly they are written, and an order to stop is answered in
-time."""
+"""Checkpoints are of one moment, however slowly they are written, and an order to stop is answered
+in time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_checkpoint
-from avatar_rl.cluster.services.restart_budget import RestartBudget
-from avatar_rl.cluster.services.signals import Stopped
-from avatar_rl.cluster.training.supervisor import Supervisor
+from avatar_rl.cluster.services.signals import Stopped, StopSignals
+from avatar_rl.cluster.training.supervisor import Origin, Supervisor
+from avatar_rl.cluster.workers.supervision import RestartBudget
 from avatar_rl.learner.state_replica import write_files
 
 
@@ -72,12 +72,22 @@ def supervisor(tmp_path: Path) -> Supervisor:
     lock: Any = SimpleNamespace(run_id="run-1")
     screen: Any = SimpleNamespace(event=lambda message: None)
     buffer: Any = Buffer()
-    found = Supervisor(config, folder, lock, SimpleNamespace(redis=None), buffer, screen)  # type: ignore[arg-type]
-    found.signals.restore()
-    nothing: Any = None
     fleet: Any = SimpleNamespace(budget=RestartBudget(1, "rollout actors"))
-    found.attach(nothing, fleet, Ranks(), {}, ("model", "data"))  # type: ignore[arg-type]
-    return found
+    learner: Any = Ranks()
+    return Supervisor(
+        config,
+        folder=folder,
+        screen=screen,
+        lock=lock,
+        signals=StopSignals(),
+        redis=None,
+        buffer=buffer,
+        fleet=fleet,
+        learner=learner,
+        rounds={},
+        accuracies=[],
+        origin=Origin("model", "data"),
+    )
 
 
 def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(
@@ -85,10 +95,10 @@ def test_a_slow_checkpoint_keeps_the_state_of_its_own_step(
 ) -> None:
     buffer: Any = supervisor.buffer
     buffer.at = 1
-    supervisor.checkpoint(1, [])  # its snapshot is on its way; the learner's part comes after it
+    supervisor.begin_checkpoint(1)  # its snapshot is on its way; the learner's part comes after it
     buffer.at = 2
     threading.Timer(0.3, buffer.release.set).start()
-    supervisor.checkpoint(2, [])
+    supervisor.begin_checkpoint(2)
     supervisor.checkpoints.wait()
     for path, step in zip(checkpoints(tmp_path), (2, 1), strict=True):
         checkpoint = read_checkpoint(path)
@@ -103,11 +113,11 @@ def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(
     buffer: Any = supervisor.buffer
     folder: Any = supervisor.folder
     buffer.at = 1
-    supervisor.checkpoint(1, [])
+    supervisor.begin_checkpoint(1)
     buffer.at = 2
     supervisor.signals.asked, supervisor.signals.asked_at = signal.SIGTERM, time.monotonic()
     threading.Timer(10.0, buffer.release.set).start()
-    supervisor.save_last([])
+    supervisor.save_last()
     assert not buffer.release.is_set(), "it was waited for"
     assert folder.all[-1][0] == "checkpoint left out"
     buffer.release.set()
@@ -119,7 +129,7 @@ def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(
 ) -> None:
     buffer: Any = supervisor.buffer
     buffer.at = 20
-    supervisor.between_steps(20, [])
+    supervisor.checkpoint(20)
     buffer.at = 40
 
     def ask() -> None:
@@ -128,7 +138,7 @@ def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(
     threading.Timer(0.3, ask).start()
     threading.Timer(10.0, buffer.release.set).start()
     with pytest.raises(Stopped):
-        supervisor.between_steps(40, [])
+        supervisor.checkpoint(40)
     assert not buffer.release.is_set(), "it was waited for"
     buffer.release.set()
     supervisor.checkpoints.wait()
@@ -141,6 +151,6 @@ def test_a_checkpoint_is_taken_when_due_and_after_the_last_step_however_early(
     buffer.release.set()
     for step, last in ((19, False), (20, False), (21, False), (22, True)):
         buffer.at = step
-        supervisor.between_steps(step, [], last=last)
+        supervisor.checkpoint(step, last=last)
     supervisor.checkpoints.wait()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000022", "step-000020"]

@@ -17,21 +17,23 @@ from avatar_rl.cluster.training.prompt_schedule import (
 IDS = [f"p{i}" for i in range(6)]
 
 
-def stream(**loop: object) -> PromptSchedule:
+def schedule(**loop: object) -> PromptSchedule:
     return PromptSchedule(
         IDS, LoopConfig.model_validate({"fresh": 2, "replayed": 0, **loop}), seed=3, warm_up=0
     )
 
 
 def test_epochs_ask_every_prompt_once_each() -> None:
-    asked = [request for step in range(3) for request in stream(prompts_per_step=4).requests(step)]
+    asked = [
+        request for step in range(3) for request in schedule(prompts_per_step=4).requests(step)
+    ]
     assert [request.seq for request in asked] == list(range(12))
     assert Counter(request.prompt_id for request in asked) == dict.fromkeys(IDS, 2)
     assert [request.epoch for request in asked] == [0] * 6 + [1] * 6
 
 
 def test_open_asks_unknown_prompts_before_known_ones() -> None:
-    requests = stream(prompts_per_step=3, schedule="open").requests(
+    requests = schedule(prompts_per_step=3, schedule="open").requests(
         0, {"p0": -0.5, "p2": 0.0, "p4": 1.0}
     )
     assert {request.prompt_id for request in requests} == {"p1", "p3", "p5"}

@@ -1,0 +1,150 @@
+"""The training loop. Read ``train`` first: it is the whole run, from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.training.evaluation import EvaluationRounds
+from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
+from avatar_rl.cluster.training.run_metrics import RunMetrics
+from avatar_rl.cluster.training.supervisor import Supervisor
+from avatar_rl.cluster.workers.learner_group import LearnerGroup, StepReport
+from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What the loop works with; ``run.py`` builds it, and everything in it is up."""
+
+    config: RunConfig
+    first_step: int  # steps that are done already; above 0 for a resumed run
+    schedule: PromptSchedule  # which prompts each step asks
+    buffer: ReplayBuffer  # where rollout actors and learner meet
+    fleet: RolloutFleet  # rollout actors: generate completions, have them scored, insert them
+    learner: LearnerGroup  # learner ranks: train a step, publish the new weights
+    heldout: EvaluationRounds
+    pool: EvaluationRounds  # of the training prompts
+    supervisor: Supervisor  # looks after all processes, takes the checkpoints
+    metrics: RunMetrics
+    folder: RunFolder
+    screen: Screen
+
+
+def train(run: TrainingRun) -> None:
+    """Train to ``loop.steps`` or to a target accuracy, with an evaluation before and after.
+
+    Generation and training overlap: rollout actors answer whatever is requested, while the learner
+    trains the step whose groups are complete. ``loop.max_staleness`` bounds how far they are apart.
+
+    Raises:
+        Stopped: a signal asked for it; the supervisor can save a last checkpoint.
+        AvatarError: what ends a run, such as too many deaths (workers/supervision.py).
+    """
+    steps = run.config.loop.steps
+    step = requested = run.first_step  # steps trained, steps whose prompts are requested
+    run.fleet.work()
+    run.supervisor.signals.orderly = True
+    evaluate_before(run)
+    done = was_target_reached_before(run)
+    while step < steps and not done:
+        requested = generate(run, step, requested)
+        report, seconds = train_step(run, step)  # the ranks publish the new version themselves
+        step += 1
+        log(run, step, report, seconds)
+        done = evaluate(run, step)
+        run.supervisor.checkpoint(step, last=done)  # where one is due; or stop, if asked to
+    run.heldout.evaluate(step, "evaluation after training", run.supervisor.watch)
+    run.supervisor.checkpoints.wait()
+    run.supervisor.signals.orderly = False
+
+
+def generate(run: TrainingRun, step: int, requested: int) -> int:
+    """Request the prompts of ``step`` and of the ``max_staleness`` steps after it, as far as that
+    was not done. Returns the steps whose prompts are requested now."""
+    loop = run.config.loop
+    ahead = min(step + loop.max_staleness + 1, loop.steps)
+    for number in range(requested, ahead):
+        averages = (
+            run.buffer.replay.averages(run.schedule.prompt_ids) if loop.schedule == "open" else {}
+        )
+        run.buffer.requests.push(run.schedule.requests(number, averages))
+    return max(requested, ahead)
+
+
+def train_step(run: TrainingRun, step: int) -> tuple[StepReport, float]:
+    """One optimiser step on all ranks, and its seconds of wall time, waiting included."""
+    output = run.config.output
+    started = time.perf_counter()
+    wanted = output.samples_every and step % output.samples_every == 0
+    report = run.learner.train(
+        step, output.samples if wanted else 0, run.fleet, run.supervisor.look
+    )
+    return report, time.perf_counter() - started
+
+
+def log(run: TrainingRun, step: int, report: StepReport, seconds: float) -> None:
+    """Metrics of a finished step to run folder and screen; the fleet's size follows them."""
+    metrics = run.metrics.measure(step, report, seconds)
+    run.fleet.autoscale(metrics)
+    run.metrics.write(step, metrics, report)
+
+
+def evaluate(run: TrainingRun, step: int) -> bool:
+    """Begin an evaluation where one is due, take in one that is complete; True once a target is
+    met."""
+    every, target = run.config.evaluation.every, run.config.loop.target_accuracy
+    if every and step % every == 0 and step < run.config.loop.steps:
+        run.heldout.begin(step)
+    run.heldout.collect()
+    if measure_pool(run, step):
+        return True
+    if run.heldout.reached(target):
+        run.folder.event("target reached", f"{target} held-out at step {step}")
+        return True
+    return False
+
+
+def evaluate_before(run: TrainingRun) -> None:
+    """Held-out accuracy before training, unless a resumed run has it already."""
+    if not run.heldout.results:
+        run.heldout.evaluate(0, "evaluation before training", run.supervisor.watch)
+    run.screen.phase("training")
+    run.folder.status(state="training")
+    if run.first_step == 0:
+        measure_pool(run, 0)
+
+
+def measure_pool(run: TrainingRun, step: int) -> bool:
+    """Measure the accuracy over the training prompts when it is due; True once it is what the run
+    stops at."""
+    pool = run.config.evaluation.pool
+    if not pool.every or step % pool.every:
+        return False
+    run.pool.evaluate(step, "measuring the training prompts", run.supervisor.watch)
+    accuracy = run.pool.results[-1].accuracy
+    if pool.stop_at is None or accuracy < pool.stop_at:
+        return False
+    run.folder.event(
+        "pool accuracy reached", f"{accuracy:.3f} at step {step}, stop_at {pool.stop_at:g}"
+    )
+    return True
+
+
+def was_target_reached_before(run: TrainingRun) -> bool:
+    """Whether a resumed run had met its target when it stopped: only its end is left to do."""
+    config = run.config
+    reached = run.first_step > 0 and (
+        run.heldout.reached(config.loop.target_accuracy)
+        or run.pool.reached(config.evaluation.pool.stop_at)
+    )
+    if reached:
+        run.supervisor.report(
+            "target was met",
+            f"by step {run.first_step}: the run only ends; raise the target to train further",
+        )
+    return reached

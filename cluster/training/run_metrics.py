@@ -1,0 +1,92 @@
+"""What the driver adds to a step's metrics: the buffer's state, rollout rates, moving averages."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.workers.learner_group import StepReport
+from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+
+MOVING = 8  # steps in accuracy/moving
+
+
+class RunMetrics:
+    """Metrics of every step of one run (names: telemetry/metrics.py)."""
+
+    def __init__(
+        self, buffer: ReplayBuffer, fleet: RolloutFleet, folder: RunFolder, screen: Screen
+    ) -> None:
+        self.buffer, self.fleet, self.folder, self.screen = buffer, fleet, folder, screen
+        self.accuracies: deque[float] = deque(maxlen=MOVING)  # of the last steps
+        self.last: dict[str, float] = {}
+        self._quarantined: set[str] = set()  # already in the events
+        self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
+
+    def measure(self, step: int, report: StepReport, seconds: float) -> dict[str, float]:
+        """The metrics of ``step`` (counted from 1), from rank 0's report and the buffer."""
+        metrics = dict(report["metrics"])
+        if math.isfinite(metrics.get("accuracy/train", math.nan)):
+            self.accuracies.append(metrics["accuracy/train"])
+        if self.accuracies:
+            metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
+        metrics |= self._buffer_metrics() | self._rollout_metrics(seconds)
+        metrics |= {"time/step": seconds, "step": float(step)}
+        self.last = metrics
+        return metrics
+
+    def write(self, step: int, metrics: dict[str, float], report: StepReport) -> None:
+        """To the run folder and the screen."""
+        self.folder.metrics(step, metrics)
+        self.folder.distributions(step, report["distributions"])
+        self.folder.status(step=step, reward=metrics.get("reward/mean"))
+        self.screen.update(metrics)
+        if report["samples"]:
+            self.folder.samples(step, report["samples"])
+
+    def _buffer_metrics(self) -> dict[str, float]:
+        stats = self.buffer.stats.read()
+        if stats.quarantined_prompts > len(self._quarantined):
+            self._report_quarantined()
+        ledger = stats.ledger
+        return {
+            **{f"tiers/{name}": float(count) for name, count in stats.tiers.items()},
+            "buffer/stored": float(stats.stock),
+            "hints/active": float(stats.hints_on),
+            "quarantined/prompts": float(stats.quarantined_prompts),
+            "completions/generated": float(ledger.completions),
+            "tokens/generated": float(ledger.tokens),
+            "ledger/generated": float(ledger.generated),
+            "ledger/trained_fresh": float(ledger.trained_fresh),
+            "ledger/replay_only": float(ledger.replay_only),
+            "ledger/dropped": float(sum(ledger.dropped.values())),
+            "ledger/in_flight": float(ledger.in_flight),
+        }
+
+    def _report_quarantined(self) -> None:
+        for name, why in self.buffer.requests.quarantined().items():
+            if name not in self._quarantined:
+                self._quarantined.add(name)
+                self.folder.event("prompt quarantined", f"{name}: {why}")
+
+    def _rollout_metrics(self, seconds: float) -> dict[str, float]:
+        """Rates since the last step, from the actors' own running totals."""
+        values = [
+            self.buffer.control.get_value(f"rollout/{name}") for name in self.fleet.pool.rollouts
+        ]
+        known = [value for value in values if value]
+        before = self._rollout_totals
+        totals = {name: float(sum(value[name] for value in known)) for name in before}
+        self._rollout_totals = totals
+        gained = {name: max(0.0, totals[name] - before[name]) for name in totals}
+        busy = gained["busy_s"] + gained["wait_s"]
+        if busy <= 0:
+            return {}
+        return {
+            "rollout/tokens_per_s": gained["tokens"] / busy * max(1, len(known)),
+            "time/rollout_wait": gained["wait_s"] / busy * seconds,
+            "rollout/workers": float(len(self.fleet.working)),
+        }
