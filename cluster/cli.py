@@ -199,7 +199,8 @@ def scale(run: str, rollout_workers: int, folder: Path, url: str | None) -> int:
 @takes_overrides
 def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> int:
     """Check this machine, and what a recipe needs of it."""
-    from avatar_rl.cluster.commands.doctor import examine, print_findings
+    from avatar_rl.cluster.commands.doctor import examine
+    from avatar_rl.cluster.commands.findings import print_findings
     from avatar_rl.cluster.recipe.load import parse_overrides
 
     return print_findings(examine(recipe, parse_overrides(overrides)))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from avatar_rl.cluster.curriculum.record import CurriculumState, Result
 from avatar_rl.cluster.curriculum.stages import Curriculum
+from avatar_rl.cluster.telemetry.report import page_template
 from avatar_rl.cluster.telemetry.screen import duration
 from avatar_rl.common.files import replace_text
 
@@ -126,17 +127,7 @@ def markdown(name: str, state: CurriculumState) -> str:
 
 
 def _page(name: str, state: CurriculumState) -> str:
-    """The table as a self-contained page, autoescape on: names come from datasets."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("avatar_rl.cluster.telemetry", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = duration
-    return environment.get_template("curriculum.html").render(
+    """The table as a self-contained page."""
+    return page_template("curriculum.html").render(
         name=name, records=state.stages, lines=lines(state), footers=footers(state)
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -18,6 +18,7 @@ from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.files import sha256_of
+from avatar_rl.common.types import Json
 from avatar_rl.prompts.selection import SelectionConfig
 
 #: What a stage's result does not depend on: what may change when a run goes on, but for how long it
@@ -45,7 +46,7 @@ class StageConfig(Section):
         le=1,
         description="End the stage once held-out accuracy on its own types reaches this.",
     )
-    rewards: dict[str, Any] = Field(
+    rewards: Overlay = Field(
         {}, description="`rewards` section of the stage; its weights replace the recipe's."
     )
     start: Path | Literal["previous"] = Field(
@@ -57,7 +58,7 @@ class StageConfig(Section):
         description="'keep': trajectories of the stage before stay replayable, under this stage's "
         "rewards.",
     )
-    overrides: dict[str, Any] = Field(
+    overrides: Overlay = Field(
         {}, description="Any other sections of the recipe: data, learner, evaluation."
     )
 
@@ -197,14 +198,14 @@ def _laid(raw: Overlay, overrides: Sequence[tuple[str, str]], preset_name: str |
     return overridden(raw, overrides)
 
 
-def _listed(raw: Overlay, source: str) -> list[Any]:
+def _listed(raw: Overlay, source: str) -> list[Json]:
     stages = raw.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ConfigError(f"recipe {source}: stages must be a list of stages, each with a name")
     return stages
 
 
-def _entry(item: Any, number: int, source: str) -> StageConfig:
+def _entry(item: Json, number: int, source: str) -> StageConfig:
     try:
         return StageConfig.model_validate(item)
     except ValidationError as error:
@@ -213,7 +214,7 @@ def _entry(item: Any, number: int, source: str) -> StageConfig:
         raise ConfigError(f"recipe {source}, stage {name}:\n  " + "\n  ".join(lines)) from error
 
 
-def _drop(settings: Any, name: str) -> None:
+def _drop(settings: Json, name: str) -> None:
     """Without the dotted key, if it is there."""
     head, _, rest = name.partition(".")
     if rest and isinstance(settings, dict):

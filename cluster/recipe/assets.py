@@ -3,16 +3,17 @@ found by content."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.cache import made_once
 from avatar_rl.common.errors import ConfigError, DataError, ModelError
+from avatar_rl.common.types import ReadOnlyJson, ReadOnlyObject
 from avatar_rl.prompts.datasets import PromptIndex
 
 Progress = Callable[[str, str], None]  # phase, detail
@@ -34,6 +35,25 @@ class Datasets:
     def asked(self) -> tuple[Path, ...]:
         """The files whose prompts are asked during RL."""
         return (self.train,) if self.heldout is None else (self.train, self.heldout)
+
+
+@contextmanager
+def made_once(folder: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
+    """Whether the caller has to make ``folder``; nobody else does within this block.
+
+    ``on_wait`` is told when another run is at it. Should that one die, its lock dies with it and
+    the caller takes over."""
+    if folder.is_dir():
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait(f"another run makes {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not folder.is_dir()
 
 
 def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
@@ -106,7 +126,7 @@ def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
     """Where the cold-started policy of this recipe lies: equal data, model and settings find it
     again."""
     assert config.cold_start is not None
-    settings = {
+    settings: ReadOnlyObject = {
         "sft": config.cold_start.model_dump(mode="json", exclude={"ranks", "checkpoint_every"}),
         "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
         "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
@@ -135,7 +155,7 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def key(settings: Any) -> str:
+def key(settings: ReadOnlyJson) -> str:
     """Short content key of JSON-ready settings."""
     text = json.dumps([REVISION, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -197,7 +217,7 @@ def check_fusion(prompts: PromptIndex, config: RunConfig) -> None:
     """
     if not config.rewards.asks_unimodal:
         return
-    from avatar_rl.actors.unimodal import parts_of
+    from avatar_rl.actors.groups import parts_of
 
     if not any(
         len(parts_of(prompt, unimodal=True)) > 1

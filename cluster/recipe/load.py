@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
 from avatar_rl.common.config import current_keys, subsection
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.types import Json
 
 
 def load_recipe(
@@ -124,7 +125,7 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
     empties it."""
     for key, text in overrides:
         try:
-            value: Any = yaml.safe_load(text)
+            value: Json = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
         if value == {}:
@@ -133,13 +134,15 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
     return raw
 
 
-def _nested(key: str, value: Any) -> Overlay:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
+def _nested(key: str, value: Json) -> Overlay:
+    *parents, leaf = key.split(".")
+    nested: Overlay = {leaf: value}
+    for part in reversed(parents):
+        nested = {part: nested}
+    return nested
 
 
-def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
+def explain(item: ErrorDetails, root: type[BaseModel] = RunConfig) -> str:
     """One readable line per pydantic error of a ``root``."""
     location = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
@@ -157,7 +160,7 @@ def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
     return f"{location}: unknown key, {remedy}"
 
 
-def _fields(parents: Sequence[Any], root: type[BaseModel]) -> list[str]:
+def _fields(parents: Sequence[int | str], root: type[BaseModel]) -> list[str]:
     """Field names of the section at ``parents``, following optional sections."""
     section: type[BaseModel] | None = root
     for part in parents:

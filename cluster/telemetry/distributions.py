@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avatar_rl.cluster.telemetry.plots import BLUE, ORANGE, STYLE
 from avatar_rl.common.files import replaced_file
+from avatar_rl.common.types import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Json]
 KINDS = (("fresh", BLUE), ("replay", ORANGE))
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from avatar_rl.cluster.telemetry.distributions import draw_distributions
 from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe, members, uncatalogued
 from avatar_rl.cluster.telemetry.plots import draw_plot
 from avatar_rl.cluster.telemetry.run_files import (
     RunStatus,
+    Sample,
     read_distributions,
     read_metrics,
     read_status,
 )
 from avatar_rl.cluster.telemetry.screen import duration
 from avatar_rl.common.files import read_jsonl, replace_text
+from avatar_rl.common.types import JsonObject
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Row = dict[str, float | None]
 #: Pairs of held-out answers and training groups shown, and the last events listed.
@@ -32,6 +37,34 @@ STATES = {
     "failed": "failed; this report covers the steps until then",
     "lost": "its process is gone; this report covers the steps until then",
 }
+
+
+class Ledger(TypedDict):
+    """``gap``: groups unaccounted for; None where an entry is missing."""
+
+    entries: dict[str, int]
+    gap: int | None
+    step: int
+
+
+class AnswerPair(TypedDict):
+    """Two answers to one held-out prompt and their steps; ``after`` None with one evaluation."""
+
+    before: Sample
+    after: Sample | None
+    steps: tuple[int, int]
+
+
+class SampleGroup(TypedDict):
+    """Completions of one prompt in one step."""
+
+    step: int
+    rows: list[Sample]
+
+
+class Events(TypedDict):
+    counts: list[tuple[str, int]]  # by kind
+    last: list[JsonObject]
 
 
 @dataclass(frozen=True)
@@ -58,7 +91,7 @@ def write_report(run: Path) -> Path:
     title = headline(rows)
     plot = draw_plot(rows, run / "plot.png", title)
     distributions = draw_distributions(read_distributions(run), run / "distributions.png")
-    page = _template().render(
+    page = page_template("report.html").render(
         status=status,
         state=STATES.get(
             "lost" if status.lost else status.state, f"{status.state}, still under way"
@@ -137,7 +170,7 @@ def tiles(rows: Sequence[Row], status: RunStatus) -> list[tuple[str, str]]:
     return [("steps", steps), ("wall time", duration(status.updated - status.started)), *known]
 
 
-def ledger(rows: Sequence[Row]) -> dict[str, Any] | None:
+def ledger(rows: Sequence[Row]) -> Ledger | None:
     """The last ledger and whether it closes: generated = trained fresh + replay only + dropped + in
     flight."""
     parts = ("trained_fresh", "replay_only", "dropped", "in_flight")
@@ -176,36 +209,36 @@ def tier_history(rows: Sequence[Row], points: int = 6) -> list[dict[str, int]]:
     return [whole[round(index * (len(whole) - 1) / (points - 1))] for index in range(points)]
 
 
-def answer_pairs(run: Path) -> list[dict[str, Any]]:
+def answer_pairs(run: Path) -> list[AnswerPair]:
     """Held-out answers of the first and the last evaluation to the same prompts, those that changed
     first."""
     files = sorted((run / "samples").glob("eval_*.jsonl"))
     if not files:
         return []
-    first = {row.get("prompt_id"): row for row in read_jsonl(files[0])}
-    final = {row.get("prompt_id"): row for row in read_jsonl(files[-1])} if len(files) > 1 else {}
+    steps = (_file_step(files[0]), _file_step(files[-1]))
+    first = {row.get("prompt_id"): row for row in _samples(files[0])}
+    final = {row.get("prompt_id"): row for row in _samples(files[-1])} if len(files) > 1 else {}
     shared = [(row, final.get(name)) for name, row in first.items() if name in final or not final]
     shared.sort(key=lambda pair: -abs(_accuracy(pair[1]) - _accuracy(pair[0])) if pair[1] else 0.0)
     return [
-        {"before": before, "after": after, "steps": [_file_step(files[0]), _file_step(files[-1])]}
-        for before, after in shared[:SHOWN_PAIRS]
+        {"before": before, "after": after, "steps": steps} for before, after in shared[:SHOWN_PAIRS]
     ]
 
 
-def rollout_groups(run: Path) -> list[dict[str, Any]]:
+def rollout_groups(run: Path) -> list[SampleGroup]:
     """Sampled training groups of the first and the last saved step, completions with every reward
     component."""
     files = sorted((run / "samples").glob("step_*.jsonl"))
     chosen = files if len(files) < 2 else [files[0], files[-1]]
-    shown = []
+    shown: list[SampleGroup] = []
     for file in chosen:
-        groups = groupby(read_jsonl(file), key=lambda row: row.get("prompt_id"))
+        groups = groupby(_samples(file), key=lambda row: row.get("prompt_id"))
         for _, rows in list((key, list(rows)) for key, rows in groups)[:SHOWN_GROUPS]:
             shown.append({"step": _file_step(file), "rows": rows})
     return shown
 
 
-def events(run: Path) -> dict[str, Any]:
+def events(run: Path) -> Events:
     """Counts by kind and the last events."""
     rows = list(read_jsonl(run / "events.jsonl"))
     return {
@@ -228,7 +261,11 @@ def final_values(rows: Sequence[Row]) -> list[tuple[str, float, str, str]]:
     return [(name, value, entry.unit, entry.meaning) for name, entry, value in entries]
 
 
-def _accuracy(row: Mapping[str, Any]) -> float:
+def _samples(file: Path) -> list[Sample]:
+    return cast(list[Sample], list(read_jsonl(file)))
+
+
+def _accuracy(row: Sample) -> float:
     return float(row.get("accuracy") or 0.0)
 
 
@@ -240,11 +277,15 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def _template() -> Any:
-    """The page, with autoescape on: completions and prompts are untrusted text."""
+def page_template(name: str) -> Template:
+    """A page of templates/, with autoescape on: completions, prompts and names of datasets are
+    untrusted text."""
     import time
 
     from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    def local(form: str) -> Callable[[float], str]:
+        return lambda seconds: time.strftime(form, time.localtime(seconds))
 
     environment = Environment(
         loader=PackageLoader("avatar_rl.cluster.telemetry", "templates"),
@@ -253,11 +294,8 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["clock"] = lambda seconds: time.strftime(
-        "%H:%M:%S", time.localtime(seconds)
-    )
-    environment.filters["date"] = lambda seconds: time.strftime(
-        "%Y-%m-%d %H:%M", time.localtime(seconds)
-    )
+    environment.filters["clock"] = local("%H:%M:%S")
+    environment.filters["date"] = local("%Y-%m-%d %H:%M")
+    environment.filters["duration"] = duration
     environment.filters["score"] = lambda value: "masked" if value is None else f"{value:.3g}"
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from avatar_rl.cluster.recipe.cache import made_once
+from avatar_rl.cluster.recipe.assets import made_once
 
 
 def no_wait(why: str) -> None:

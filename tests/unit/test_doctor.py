@@ -11,9 +11,10 @@ import redis
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.cluster.cli import main
-from avatar_rl.cluster.commands import doctor
-from avatar_rl.cluster.commands.doctor import Finding, examine, print_findings
+from avatar_rl.cluster.commands import doctor_machine
+from avatar_rl.cluster.commands.doctor import examine
 from avatar_rl.cluster.commands.doctor_redis import redis_findings
+from avatar_rl.cluster.commands.findings import Finding, print_findings
 
 RECIPE = (
     "name: t\ndata: {{synthetic: {{n_train: 4}}}}\noutput: {{folder: {folder}, cache: {folder}}}\n"
@@ -83,9 +84,11 @@ def test_missing_inputs_taken_ports_and_absent_clusters_are_named(tmp_path: Path
 
 
 def test_a_wrong_version_and_two_vllms_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.installed
+    real = doctor_machine.installed
     odd: dict[str, str | None] = {"ray": "1.0", "vllm": "0.1", "av": None}
-    monkeypatch.setattr(doctor, "installed", lambda name: odd[name] if name in odd else real(name))
+    monkeypatch.setattr(
+        doctor_machine, "installed", lambda name: odd[name] if name in odd else real(name)
+    )
     found = by_subject(examine())
     assert "ray 1.0" in found["packages"].found and "missing av" in found["packages"].found
     assert "both vllm 0.1" in found["vLLM"].found
@@ -95,8 +98,8 @@ def test_a_wrong_version_and_two_vllms_fail(monkeypatch: pytest.MonkeyPatch) -> 
 def test_redis_is_looked_at_as_a_run_would_use_it(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as server:
         config = BufferConfig(url=server.url)
-        rows = {row[0]: row for row in redis_findings(config)}
-        assert {name: row[1] for name, row in rows.items()} == {
+        rows = by_subject(list(redis_findings(config)))
+        assert {name: row.level for name, row in rows.items()} == {
             "redis": "ok",
             "redis memory": "warn",
             "redis durability": "ok",
@@ -107,11 +110,11 @@ def test_redis_is_looked_at_as_a_run_would_use_it(tmp_path: Path) -> None:
         client.config_set("maxmemory-policy", "allkeys-lru")
         client.config_set("appendonly", "no")
         client.execute_command("ACL", "SETUSER", "default", "-@scripting")
-        rows = {row[0]: row for row in redis_findings(config)}
-        assert rows["redis memory"][1] == "fail" and "allkeys-lru" in rows["redis memory"][2]
-        assert rows["redis durability"][1] == "warn"
-        assert rows["redis rights"][1] == "fail" and "users.acl" in rows["redis rights"][3]
+        rows = by_subject(list(redis_findings(config)))
+        assert rows["redis memory"].level == "fail" and "allkeys-lru" in rows["redis memory"].found
+        assert rows["redis durability"].level == "warn"
+        assert rows["redis rights"].level == "fail" and "users.acl" in rows["redis rights"].remedy
         assert client.keys("*") == []
         client.config_set("requirepass", "right")
         [row] = redis_findings(config)
-        assert row[1] == "fail" and "login" in row[2]
+        assert row.level == "fail" and "login" in row.found
