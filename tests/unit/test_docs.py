@@ -151,7 +151,7 @@ def test_links_lead_somewhere(page: str) -> None:
 FOREIGN = {"WeightConverter"}
 
 
-def missing_code(path: Path, code: str) -> bool:
+def missing_code(code: str) -> bool:
     """Whether inline code names a file, module or class that does not exist."""
     module = re.fullmatch(r"(?:python -m )?((?:avatar_rl|benchmarks|cluster)(?:\.\w+)+)", code)
     if module and code.startswith(("python", "avatar_rl")):
@@ -188,7 +188,7 @@ def resolves(dotted: str) -> bool:
 def test_what_is_named_exists(page: str) -> None:
     path = ROOT / page
     code = CODE.findall(FENCE.sub("", text(path)))
-    assert [name for name in code if missing_code(path, name)] == []
+    assert [name for name in code if missing_code(name)] == []
 
 
 #: Dotted code that begins like a recipe's key and is none.
@@ -235,7 +235,6 @@ def test_a_key_that_does_not_exist_is_noticed() -> None:
 
 
 def test_a_name_that_does_not_exist_is_noticed() -> None:
-    page = ROOT / "README.md"
     for wrong in (
         "cluster/gone.py",
         "gone.py",
@@ -244,7 +243,7 @@ def test_a_name_that_does_not_exist_is_noticed() -> None:
         "make bench NAME=gone",
         "GoneClass.method",
     ):
-        assert missing_code(page, wrong), wrong
+        assert missing_code(wrong), wrong
     for right in (
         "cluster/cli.py",
         "avatar_rl.learner.config.ObjectiveConfig",
@@ -252,7 +251,7 @@ def test_a_name_that_does_not_exist_is_noticed() -> None:
         "ObjectiveConfig",
         "loop.steps",
     ):
-        assert not missing_code(page, right), right
+        assert not missing_code(right), right
 
 
 def test_the_sections_that_are_cited_exist() -> None:
