@@ -9,34 +9,39 @@ read them."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+from safetensors.torch import load_file
 
 from avatar_rl.actors.config import RequestSampling
-from avatar_rl.actors.groups import completion_facts
+from avatar_rl.actors.engine.engine import FinishedRequest
+from avatar_rl.actors.engine.prompt_cache import EngineInput, RenderedPrompt
+from avatar_rl.actors.feeder import render
+from avatar_rl.actors.groups import completions_of
 from avatar_rl.actors.rollout import RolloutActor
-from avatar_rl.buffer_service.records.requests import RolloutRequest
+from avatar_rl.buffer_service.records.requests import InsertReceipt, RequestLease, RolloutRequest
+from avatar_rl.buffer_service.requests import RequestQueue
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.block import pack_weights
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.workers.pool import Pool, rollout_spec
-from benchmarks.harness import Figures
+from avatar_rl.common.scoring import UnscoredGroup
+from benchmarks.harness import Figures, parser
 
 RUN_ID = "bench"
 SEQUENCES = 64  # in flight
-POOL = 32  # prompts; they recur
 POLL_S = 0.01
 DEADLINE_S = 300.0
 
@@ -57,36 +62,64 @@ class Spent(NamedTuple):
         return Spent(self.wall - start.wall, self.cpu - start.cpu)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured at which sizes."""
+
+    pool: int = 32  # prompts; they recur
+    shapes: tuple[tuple[int, int], ...] = ((64, 4), (64, 8), (24, 4), (24, 8))  # (tokens, n)
+    waves: int = 8  # engine loads of 64 tokens in a round
+    cold_rounds: int = 3
+    trainers: tuple[tuple[str, float], ...] = (
+        ("equal", 1.0),
+        ("slow_trainer", 2.0),
+        ("fast_trainer", 0.5),
+    )
+
+
+SMOKE = Sizes(8, ((24, 4),), 1, 1, (("equal", 1.0),))
+
+
+class TimedRequests:
+    """A rollout actor's side of the buffer, with a stopwatch. ``delivered`` is called after each
+    insert."""
+
+    def __init__(self, requests: RequestQueue, delivered: Callable[[], None]) -> None:
+        self.requests, self.delivered = requests, delivered
+        self.renew, self.release = requests.renew, requests.release
+        self.clock: dict[str, list[float]] = defaultdict(list)  # seconds per call
+
+    def lease(self, *arguments: Any, **options: Any) -> list[RequestLease]:
+        start = time.perf_counter()
+        leases = self.requests.lease(*arguments, **options)
+        if leases:
+            self.clock["lease"].append((time.perf_counter() - start) / len(leases))
+        return leases
+
+    def add_group(self, *arguments: Any, **options: Any) -> InsertReceipt:
+        start = time.perf_counter()
+        receipt = self.requests.add_group(*arguments, **options)
+        self.clock["insert"].append(time.perf_counter() - start)
+        self.delivered()
+        return receipt
+
+
 class MeasuredActor(RolloutActor):
     """The rollout actor with a stopwatch, and its engine without anything around it."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.clock: dict[str, list[float]] = defaultdict(list)  # seconds per call
-        self._left = 0
-        self._delivered = Spent.now()
-        self._inner = {name: getattr(self.buffer, name) for name in ("lease_tickets", "add_group")}
-        self.buffer.requests.lease = self._lease  # type: ignore[method-assign]
-        self.buffer.requests.add_group = self._add  # type: ignore[method-assign]
+        self.timed = TimedRequests(self.buffer.requests, self.note_delivery)
+        self.buffer.requests = self.timed  # type: ignore[assignment]
+        self.left = 0
+        self.delivered = Spent.now()
 
-    def _lease(self, *arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        leases = self._inner["lease_tickets"](*arguments, **options)
-        if leases:
-            self.clock["lease"].append((time.perf_counter() - start) / len(leases))
-        return leases
-
-    def _add(self, *arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        receipt = self._inner["add_group"](*arguments, **options)
-        self.clock["insert"].append(time.perf_counter() - start)
-        self._left -= 1
-        if self._left == 0:
-            self._delivered = (
-                Spent.now()
-            )  # ending takes as long as the wait for news of the weights
+    def note_delivery(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            # ending takes as long as the wait for news of the weights
+            self.delivered = Spent.now()
             self.stop()
-        return receipt
 
     def set_length(self, tokens: int) -> None:
         """Every completion has this many tokens from now on."""
@@ -96,25 +129,22 @@ class MeasuredActor(RolloutActor):
     def path(self, groups: int) -> Spent:
         """Time until ``groups`` requests, in the stream already, are groups that the buffer has
         acknowledged."""
-        self._left = groups
+        self.left = groups
         start = Spent.now()
         self.run()
-        return self._delivered.since(start)
+        return self.delivered.since(start)
 
     def bare(self, requests: list[RolloutRequest]) -> Spent:
         """Time the engine alone needs for ``requests``: all queued at once, media preprocessed
         before."""
         work = [
-            (request, self._rendered(self.prompts[request.prompt_id], hinted=False))
+            render(self.engine, self.encoder, self.prompts[request.prompt_id], hinted=False)
             for request in requests
         ]
         start = Spent.now()
-        for request, entry in work:
-            sampling = RequestSampling.of(self.spec.sampling, request.n)
-            self.engine.submit(f"bare-{request.seq}", entry, sampling, seed=request.seq)
-        finished = []
-        while self.engine.in_flight:
-            finished += self.engine.step()
+        for request, entry in zip(requests, work, strict=True):
+            self.submit(f"bare-{request.seq}", entry, request)
+        finished = self.finish()
         spent = Spent.now().since(start)
         assert len(finished) == len(requests)
         return spent
@@ -128,31 +158,41 @@ class MeasuredActor(RolloutActor):
             while waiting and (self.engine.in_flight + 1) * waiting[-1].n <= SEQUENCES:
                 request = waiting.pop()
                 entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
-                sampling = RequestSampling.of(self.spec.sampling, request.n)
-                self.engine.submit(f"cold-{request.seq}", entry, sampling, seed=request.seq)
+                self.submit(f"cold-{request.seq}", entry, request)
             self.engine.step()
         return Spent.now().since(start)
+
+    def submit(
+        self, request_id: str, entry: EngineInput | RenderedPrompt, request: RolloutRequest
+    ) -> None:
+        sampling = RequestSampling.of(self.spec.sampling, request.n)
+        self.engine.submit(request_id, entry, sampling, seed=request.seq)
+
+    def finish(self) -> list[FinishedRequest]:
+        """Step until nothing is in flight."""
+        finished = []
+        while self.engine.in_flight:
+            finished += self.engine.step()
+        return finished
 
     def score_s(self, request: RolloutRequest, calls: int) -> float:
         """Median seconds of one scoring round trip, engine idle."""
         entry = self.encoder.engine_input(self.prompts[request.prompt_id], hinted=False)
-        sampling = RequestSampling.of(self.spec.sampling, request.n)
-        self.engine.submit("score", entry, sampling, seed=0)
-        finished = []
-        while self.engine.in_flight:
-            finished += self.engine.step()
-        facts = completion_facts(finished[0])
+        self.submit("score", entry, request)
+        [finished] = self.finish()
+        answers = completions_of(finished)
+        group = UnscoredGroup(prompt_id=request.prompt_id, completions=answers)
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            ray.get(self.scorer.score.remote([(request.prompt_id, facts)]))
+            ray.get(self.scorer.score.remote([group]))
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
     def medians(self) -> dict[str, float]:
         """Median seconds per group of the timed calls so far; the clock starts anew."""
-        found = {name: statistics.median(times) for name, times in self.clock.items()}
-        self.clock.clear()
+        found = {name: statistics.median(times) for name, times in self.timed.clock.items()}
+        self.timed.clock.clear()
         return found
 
 
@@ -160,7 +200,9 @@ class Stage:
     """Services, one rollout actor and a learner-side client of the buffer, all on the real code
     path."""
 
-    def __init__(self, folder: Path, prompts: int) -> None:
+    def __init__(self, folder: Path, cache: Path, sizes: Sizes) -> None:
+        self.sizes = sizes
+        prompts = sizes.pool * (1 + 2 * sizes.cold_rounds)
         settings: dict[str, Any] = {
             "data": {
                 "synthetic": {"n_train": prompts, "n_heldout": 8, "n_sft": 0},
@@ -178,36 +220,39 @@ class Stage:
                 "sampling": {"max_tokens": 64, "ignore_eos": True},
             },
             "loop": {"max_staleness": 1},
-            "output": {"cache": folder / "cache"},
+            "output": {"cache": cache},
         }
         self.config = RunConfig.model_validate(settings)
-        self.services = Services(self.config, folder)
+        self.folder, self.exits = folder, ExitStack()
         self.numbers = count()
 
     def __enter__(self) -> Stage:
-        self.services.__enter__()
-        config = self.config
-        datasets = prepare_datasets(config, lambda *_: None)
-        model = prepare_base_model(config, lambda *_: None)
-        self.buffer = ReplayBuffer.connect(config.buffer, RUN_ID, url=self.services.redis_url)
-        self.fencing_token = self.buffer.replay.new_fencing_token()
-        self.pool = Pool(config, self.services)
-        self.pool.start_scorers(datasets.asked)
-        spec = rollout_spec(config, RUN_ID, model, datasets, self.services.redis_url)
-        make = self.pool.actor_class(MeasuredActor, cpus=1, max_concurrency=4)
-        self.actor = make.remote("rollout-0", spec, self.pool.scorers[0], self.pool.weight_store)
-        self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
-        self.weights = _published_weights(model)
+        with ExitStack() as exits:
+            config = self.config
+            self.services = exits.enter_context(Services(config, self.folder))
+            datasets = prepare_datasets(config, lambda *_: None)
+            model = prepare_base_model(config, lambda *_: None)
+            url = self.services.redis_url
+            self.buffer = exits.enter_context(ReplayBuffer.connect(config.buffer, RUN_ID, url=url))
+            self.fencing_token = self.buffer.replay.new_fencing_token()
+            self.pool = Pool(config, self.services)
+            self.pool.start_scorers(datasets.asked)
+            spec = rollout_spec(config, RUN_ID, model, datasets, url)
+            make = self.pool.actor_class(MeasuredActor, cpus=1, max_concurrency=4)
+            self.actor = make.remote(
+                "rollout-0", spec, self.pool.scorers[0], self.pool.weight_store
+            )
+            self.pool.wait_ready([self.actor.ready.remote()], "rollout actor")
+            self.weights = load_file(model / "model.safetensors")
+            self.exits = exits.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.buffer.close()
-        self.services.__exit__(*error)
+        self.exits.close()
 
-    def requests(
-        self, groups: int, n: int, step: int = 0, first: int = 0, pool: int = POOL
-    ) -> list[RolloutRequest]:
-        """Requests over ``pool`` recurring prompts from prompt ``first`` on."""
+    def requests(self, groups: int, n: int, step: int = 0, first: int = 0) -> list[RolloutRequest]:
+        """Requests over the pool of recurring prompts from prompt ``first`` on."""
+        pool = self.sizes.pool
         chosen = [next(self.numbers) for _ in range(groups)]
         return [
             RolloutRequest(seq=seq, prompt_id=f"train-{first + place % pool:05d}", step=step, n=n)
@@ -222,19 +267,14 @@ class Stage:
         return self.call("path", len(requests))
 
 
-def _published_weights(model: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return pack_weights(0, load_file(model / "model.safetensors"))[1:]
-
-
-def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
+def efficiency(stage: Stage, rounds: int) -> Figure:
     """Path over bare engine, warm, for each length and group size."""
+    pool, waves = stage.sizes.pool, stage.sizes.waves
     ratios: list[list[float]] = []
-    for tokens, n in ((64, 4), (64, 8), (24, 4), (24, 8)):
+    for tokens, n in stage.sizes.shapes:
         stage.call("set_length", tokens)
         groups = waves * SEQUENCES // n * (64 // tokens)
-        stage.call("bare", stage.requests(POOL, n))  # warms the media
+        stage.call("bare", stage.requests(pool, n))  # warms the media
         stage.call("medians")
         spent: dict[str, list[Spent]] = {"bare": [], "path": []}
         for turn in range(rounds):
@@ -264,14 +304,15 @@ def efficiency(stage: Stage, rounds: int, waves: int) -> Figure:
     yield "rollout_efficiency", statistics.median(ratios[0])
 
 
-def cold_pass(stage: Stage, rounds: int) -> Figure:
+def cold_pass(stage: Stage) -> Figure:
     """The same for prompts seen for the first time: their media are decoded and preprocessed."""
+    pool, rounds = stage.sizes.pool, stage.sizes.cold_rounds
     stage.call("set_length", 64)
     pairs = []
     for turn in range(rounds):
-        first = POOL * (1 + 2 * turn)
-        bare = stage.call("cold", stage.requests(POOL, 4, first=first))
-        path = stage.path(stage.requests(POOL, 4, first=first + POOL))
+        first = pool * (1 + 2 * turn)
+        bare = stage.call("cold", stage.requests(pool, 4, first=first))
+        path = stage.path(stage.requests(pool, 4, first=first + pool))
         pairs.append(bare.wall / path.wall)
     yield "rollout_efficiency_cold", statistics.median(pairs)
 
@@ -308,7 +349,7 @@ class SimulatedTrainer:
             if done:
                 ray.get(done)
         start = time.monotonic()
-        reference = ray.put((self.step + 1, *self.stage.weights))
+        reference = ray.put(pack_weights(self.step + 1, self.stage.weights))
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
         ray.get(self.stage.pool.weight_store.publish.remote(reference))
         buffer.replay.commit_step(
@@ -335,8 +376,8 @@ class SimulatedTrainer:
         return time.perf_counter() - start
 
     def overlapped(self, seconds: float, steps: int) -> float:
-        """Seconds per step at staleness 1, as cluster/training.py runs it; the first step fills the
-        pipeline."""
+        """Seconds per step at staleness 1, as cluster/training/loop.py runs it; the first step
+        fills the pipeline."""
         start = 0.0
         for number in range(steps + 1):
             self.push(self.step + 1)
@@ -363,7 +404,7 @@ def overlap(stage: Stage, steps: int, groups: int, n: int, tokens: int) -> Figur
     trainer.alone()
     worst = []
     before = ray.get(stage.actor.stats.remote())
-    for name, factor in (("equal", 1.0), ("slow_trainer", 2.0), ("fast_trainer", 0.5)):
+    for name, factor in stage.sizes.trainers:
         alone = [trainer.alone() for _ in range(2)]
         train_s = factor * statistics.mean(alone)
         step_s = trainer.overlapped(train_s, steps)
@@ -382,36 +423,36 @@ def overlap(stage: Stage, steps: int, groups: int, n: int, tokens: int) -> Figur
     yield "overlap_efficiency", min(worst)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument(
         "--rounds", type=int, default=4, help="turns of bare engine and path per setting"
     )
-    parser.add_argument("--steps", type=int, default=5, help="steps per trainer speed")
-    parser.add_argument(
+    options_of.add_argument("--steps", type=int, default=5, help="steps per trainer speed")
+    options_of.add_argument(
         "--groups", type=int, default=32, help="groups of 4 per step of the overlap part"
     )
-    parser.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
-    parser.add_argument(
+    options_of.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
+    options_of.add_argument(
         "--tokens", type=int, default=64, help="completion length of the overlap part, at most 190"
     )
-    options = parser.parse_args()
-    figures = Figures("orchestration")
+    options_of.add_argument("--cache", type=Path, help="for clips and tiny model; none: new ones")
+    options = options_of.parse_args(arguments)
+    sizes = Sizes()
+    if options.smoke:
+        sizes, options.rounds, options.steps, options.groups, options.tokens = SMOKE, 1, 1, 4, 24
+    figures = Figures("orchestration", options.out)
     parts: list[Callable[[Stage], Figure]] = []
     if options.only != "overlap":
-        parts += [
-            lambda stage: efficiency(stage, options.rounds, waves=8),
-            lambda stage: cold_pass(stage, 3),
-        ]
+        parts += [lambda stage: efficiency(stage, options.rounds), cold_pass]
     if options.only != "efficiency":
         parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4, options.tokens))
-    with (
-        tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder,
-        Stage(Path(folder), POOL * 7) as stage,
-    ):
-        for part in parts:
-            for name, value in part(stage):
-                figures.add({name: value})
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
+        folder = Path(name)
+        with Stage(folder, options.cache or folder / "cache", sizes) as stage:
+            for part in parts:
+                for label, value in part(stage):
+                    figures.add({label: value})
     figures.write()
 
 

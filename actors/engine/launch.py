@@ -105,29 +105,22 @@ def engine_arguments(
     if kind in MULTIMODAL:
         kinds = ("image", "video", "audio") if kind in OMNI else ("image", "video")
         arguments["limit_mm_per_prompt"] = dict.fromkeys(kinds, config.media_per_prompt)
-    optional: dict[str, Any] = {
+    sizes = {
         "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "block_size": config.block_size,
     }
     if cpu:
-        defaults = {
-            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
-            "max_num_batched_tokens": config.max_model_len,
-            "block_size": CPU_BLOCK_SIZE,
-        }
-        optional = {
-            name: defaults[name] if value is None else value for name, value in optional.items()
+        sizes = {
+            "kv_cache_memory_bytes": config.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES,
+            "max_num_batched_tokens": max(config.max_num_batched_tokens or 0, config.max_model_len),
+            "block_size": config.block_size or CPU_BLOCK_SIZE,
         }
         # A partial prefill rewinds the request's generator, which CPU generators cannot do.
-        optional["enable_chunked_prefill"] = False
-        optional["max_num_batched_tokens"] = max(
-            optional["max_num_batched_tokens"], config.max_model_len
-        )
-        optional["skip_mm_profiling"] = True
+        arguments |= {"enable_chunked_prefill": False, "skip_mm_profiling": True}
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
-    return arguments | {name: value for name, value in optional.items() if value is not None}
+    return arguments | {name: size for name, size in sizes.items() if size is not None}
 
 
 def model_kind(model_path: Path) -> str:

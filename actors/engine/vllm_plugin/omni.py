@@ -29,7 +29,7 @@ def install() -> None:
     """Correct the thinker class and its embedding merge in place."""
     from vllm.model_executor.models import qwen2_5_omni_thinker as module
 
-    thinker: Any = module.Qwen2_5OmniThinkerForConditionalGeneration  # Any: its methods change here
+    thinker: Any = module.Qwen2_5OmniThinkerForConditionalGeneration  # its methods change here
     if hasattr(thinker, _INSTALLED):
         return
     stock = thinker.get_mrope_input_positions

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
     from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
     from vllm.multimodal.processing.context import InputProcessingContext
+    from vllm.utils.jsontree import JSONTree
 
 KEYS = ("second_per_grid_ts", "video_second_per_grid")
 _INSTALLED = "_avatar_rl_seconds"
@@ -28,14 +29,14 @@ def install() -> None:
     from vllm.model_executor.models import qwen2_5_omni_thinker
     from vllm.multimodal.processing import context
 
-    # Any: their methods change here.
+    # Untyped, as their methods change here.
     contexts: Any = context.InputProcessingContext
     infos: Any = qwen2_5_omni_thinker.Qwen2_5OmniThinkerProcessingInfo
     if hasattr(contexts, _INSTALLED):
         return
     cast, load = contexts._postprocess_output, infos.get_hf_processor
 
-    def _postprocess_output(self: InputProcessingContext, output: Any) -> Any:
+    def _postprocess_output(self: InputProcessingContext, output: JSONTree) -> JSONTree:
         found = cast(self, output)
         for key in KEYS:
             if isinstance(output, dict) and isinstance(output.get(key), Tensor):
