@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,15 +20,19 @@ from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.learner.batch.microbatch import Row, collate, padded
 from avatar_rl.learner.batch.plan import StepWork, plan_step
-from avatar_rl.learner.clock import Clock
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from avatar_rl.learner.engine import TrainEngine, init_distributed
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
-from avatar_rl.learner.rank import LearnerRank
+from avatar_rl.learner.objective.step_metrics import StepMetrics
 from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.learner.state import StateReplicator
+from avatar_rl.learner.step import StepTrainer
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
-from avatar_rl.prompts.encoding.template import EncodedPrompt
+from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from avatar_rl.prompts.media.loader import MediaLoader
 
 GROUP = 8
 LONGEST = 128  # tokens of a completion
@@ -33,34 +40,56 @@ VOCABULARY = 4096
 LR = 1e-7  # so small that a frozen batch stays what it is
 
 
-class BenchRank(LearnerRank):
-    """A learner rank that is handed its steps."""
+class FrozenPrompts:
+    """Prompts that are tokens already, in the place of a dataset and its encoder."""
 
-    def _setup_rl(self, dtype: str) -> None:
-        self.reference = ReferencePolicy(
-            self.spec.reference,
-            dtype=dtype,
-            share_prefix=self.spec.learner.share_prefix,
-            device=self.engine.device,
-            cached=10**6,
+    def __init__(self, encoded: Mapping[str, EncodedPrompt]) -> None:
+        self.encoded = encoded
+
+    def __getitem__(self, prompt_id: str) -> str:
+        return prompt_id
+
+    def encode(self, prompt_id: str, hinted: bool = False) -> EncodedPrompt:
+        return self.encoded[prompt_id]
+
+
+class BenchLearner:
+    """The learner's engine and step trainer, which are handed their steps: no buffer, no
+    publishing. ``frozen`` stands in for the dataset of ``spec``."""
+
+    def __init__(self, spec: LearnerSpec, frozen: FrozenPrompts | None = None) -> None:
+        join_alone()
+        share, optimizer = spec.learner.share_prefix, spec.learner.optimizer
+        policy = Policy(load_model(spec.model, dtype=optimizer.dtype).eval(), share_prefix=share)
+        self.engine = TrainEngine(policy, optimizer, world_size=1, dtype=optimizer.dtype)
+        self.prompts: Any = frozen or PromptIndex.read(spec.datasets, spec.data)
+        self.encoder: Any = frozen or PromptEncoder(
+            spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
         )
-
-    def begin(self) -> BenchRank:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.setup("127.0.0.1", port)
-        return self
+        self.trainer = StepTrainer(
+            spec,
+            0,
+            1,
+            self.engine,
+            self.prompts,
+            self.encoder,
+            StateReplicator(self.engine, 0, None, max_bytes=0),
+            reference=ReferencePolicy(
+                spec.reference,
+                dtype=optimizer.dtype,
+                share_prefix=share,
+                device=self.engine.device,
+                cached=10**6,
+            ),
+        )
 
     def update(self, work: StepWork) -> tuple[float, float]:
         """Plan, train and update as ``train_step`` does, without publishing; loss and gradient
         norm."""
-        self.clock = Clock()
-        plan = plan_step(work, self.spec.learner, ranks=1, max_tokens=self.spec.max_tokens)
-        metrics = self._train(plan).metrics()
-        with self.clock("optimizer"):
-            norm = self.engine.step(LR)
-        return metrics["loss/policy"] + metrics["loss/kl"], norm
+        found = StepMetrics()
+        self.trainer.forward_backward(self.trainer.plan(work), found)
+        metrics = found.metrics()
+        return metrics["loss/policy"] + metrics["loss/kl"], self.engine.step(LR)
 
     def seconds(self, works: Sequence[StepWork]) -> list[float]:
         """Wall seconds of an update on each of ``works``."""
@@ -72,18 +101,14 @@ class BenchRank(LearnerRank):
         return found
 
 
-class TextRank(BenchRank):
-    """Its prompts are token ids, so it needs no dataset and no processor."""
-
-    def __init__(self, spec: LearnerSpec, prompts: Mapping[str, EncodedPrompt]) -> None:
-        self.spec, self.rank, self.ranks = spec, 0, 1
-        self.encoded = prompts
-        self.reference = self.buffer = self.sender = self.cold_start = self.outbox = None
-        self.skipped = 0
-        self.clock = Clock()
-
-    def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
-        return self.encoded[trajectory.prompt_id]
+def join_alone() -> None:
+    """This process is the only rank of its group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    init_distributed(on_gpu=False, timeout=timedelta(minutes=5))
 
 
 def make_spec(model: Path, reference: Path, learner: LearnerConfig, **changes: Any) -> LearnerSpec:
@@ -209,22 +234,9 @@ def with_behaviour(work: StepWork, logprobs: Sequence[np.ndarray]) -> StepWork:
     groups = []
     for group in work.groups:
         members = tuple(
-            Trajectory(
-                **{
-                    **{name: getattr(t, name) for name in t.__struct_fields__},
-                    "logprobs": next(values),
-                }
-            )
-            for t in group.trajectories
+            msgspec.structs.replace(t, logprobs=next(values)) for t in group.trajectories
         )
-        groups.append(
-            Group(
-                **{
-                    **{name: getattr(group, name) for name in group.__struct_fields__},
-                    "trajectories": members,
-                }
-            )
-        )
+        groups.append(msgspec.structs.replace(group, trajectories=members))
     return StepWork(work.step, work.version, tuple(groups), work.replays, work.baselines)
 
 

@@ -1,52 +1,90 @@
-"""The learner rank as Ray knows it: who only holds a handle (the driver, the weight store) need not
-import torch."""
+"""The learner rank as Ray knows it: a process that only holds a handle (the driver, the weight
+store) need not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avatar_rl.common.process import no_collections
 from avatar_rl.learner.spec import LearnerSpec
 
-#: Methods of ``avatar_rl.learner.rank.LearnerRank`` that are called from outside.
-METHODS = (
-    "progress",
-    "meeting_point",
-    "setup",
-    "sft",
-    "probe",
-    "train_step",
-    "export",
-    "hold",
-    "capture_state",
-    "write_state",
-    "restore_state",
-    "publish_again",
-)
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from avatar_rl.learner.rank import ProbeCompletion, ProbeScores, Progress, SetupReport
+    from avatar_rl.learner.sft import SftReport
+    from avatar_rl.learner.state_replica import FileProof
+    from avatar_rl.learner.step import StepReport
 
 
 class LearnerRankActor:
     """Plain class; the cluster makes it a Ray actor. Ray imports the class of every handle it is
-    given, so this one is light and makes the real rank in its own process."""
+    given, so this one is light and makes the real rank in its own process.
+
+    All but ``progress``, ``meeting_point``, ``write_state`` and ``publish_again`` without a version
+    are collective: ask all ranks at the same time."""
 
     @no_collections()
     def __init__(
-        self, spec: LearnerSpec, rank: int, ranks: int, weight_store: Any, state_replica: Any = None
+        self,
+        spec: LearnerSpec,
+        rank: int,
+        ranks: int,
+        weight_store: ActorHandle,
+        state_replica: ActorHandle | None = None,
     ) -> None:
         from avatar_rl.learner.rank import LearnerRank
 
         self.learner = LearnerRank(spec, rank, ranks, weight_store, state_replica)
         self.outbox = self.learner.outbox  # for the weight store's standing call
 
+    def progress(self) -> Progress:
+        """How far it has come, answered while a step is trained."""
+        return self.learner.progress()
 
-def _passed_on(name: str) -> Callable[..., Any]:
-    def method(self: LearnerRankActor, *arguments: Any, **named: Any) -> Any:
-        return getattr(self.learner, name)(*arguments, **named)
+    def meeting_point(self) -> tuple[str, int]:
+        """Rank 0: address and port where the group meets."""
+        return self.learner.meeting_point()
 
-    method.__name__ = name
-    return method
+    def setup(self, address: str, port: int) -> SetupReport:
+        """Join the group and load the policy."""
+        return self.learner.setup(address, port)
 
+    def sft(self, first: int, count: int) -> SftReport:
+        """``count`` cold-start updates from ``first``."""
+        return self.learner.sft(first, count)
 
-for _name in METHODS:
-    setattr(LearnerRankActor, _name, _passed_on(_name))
+    def probe(self, completions: Sequence[ProbeCompletion]) -> list[ProbeScores]:
+        """The learner's view of the engine's probe completions."""
+        return self.learner.probe(completions)
+
+    def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
+        """Train ``step``, publish and commit; rank 0 reports."""
+        return self.learner.train_step(step, samples=samples)
+
+    def export(self, path: Path) -> str:
+        """Write the policy as a Hugging Face checkpoint."""
+        return self.learner.export(path)
+
+    def replicate(self, version: int) -> None:
+        """Leave a copy of the state, which is that of ``version``, with the state replica."""
+        self.learner.replicator.replicate(version)
+
+    def capture_state(self) -> None:
+        """Copy the state into this process's memory, for ``write_state``."""
+        self.learner.replicator.capture()
+
+    def write_state(self, folder: Path) -> dict[str, FileProof]:
+        """Write the captured state below ``folder``, beside a training step."""
+        return self.learner.replicator.write(folder)
+
+    def restore_state(self, folder: Path) -> None:
+        """Resume from a state that was written below ``folder``."""
+        self.learner.replicator.restore(folder)
+
+    def publish_again(self, version: int | None = None) -> int:
+        """Offer the newest version to a weight store that lost it; with ``version``, publish these
+        weights under that number."""
+        return self.learner.publish_again(version)

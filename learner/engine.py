@@ -1,4 +1,5 @@
-"""The DeepSpeed engine behind four methods: accumulate, step, score, state."""
+"""The DeepSpeed engine behind four methods, accumulate, step, score and state; and the learning
+rate of an update."""
 
 from __future__ import annotations
 
@@ -6,24 +7,26 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending
 from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze, logit_chunks
 
 if TYPE_CHECKING:
-    from avatar_rl.learner.config import OptimizerConfig
+    from avatar_rl.learner.config import OptimizerConfig, Schedule
 
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
-#: What ranks must agree on before a backward: encoders, under ZeRO 3 one entry for each of their
-#: runs; logit chunks.
+#: What ranks must agree on before a backward: encoders (under ZeRO 3 one entry for each of their
+#: runs) and logit chunks.
 Needs = tuple[tuple[str, ...], int]
 
 #: Features of a micro-batch and the part of the model (a word of its parameters' names) that only
@@ -51,10 +54,24 @@ def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
     )
 
 
-def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> dict[str, Any]:
+def lr_at(
+    update: int, *, lr: float, warmup: int, total: int, schedule: Schedule, floor: float = 0.0
+) -> float:
+    """Rate of update ``update`` (0-based) of ``total``: linear warm-up from lr/warmup, then the
+    schedule down to ``floor * lr`` at the last update."""
+    if update < warmup:
+        return lr * (update + 1) / warmup
+    if schedule == "constant" or total <= warmup + 1:
+        return lr
+    progress = min(1.0, (update - warmup) / (total - warmup - 1))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return lr * (floor + (1 - floor) * left)
+
+
+def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> JsonObject:
     """DeepSpeed's own configuration for one optimiser step per training step
     (docs/dependencies.md)."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: JsonObject = {"stage": config.zero_stage}
     if config.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
     if config.offload_optimizer:
@@ -142,21 +159,20 @@ class TrainEngine:
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in trained if p.ndim >= 2],
-                "weight_decay": self.config.weight_decay,
-            },
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
+        groups = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((matrices, self.config.weight_decay), (vectors, 0.0))
+            if parameters
         ]
-        groups = [group for group in groups if group["params"]]
-        # step() sets the rate: a step that DeepSpeed makes on its own must not decay weights.
-        arguments: dict[str, Any] = {"lr": 0.0, "betas": self.config.betas, "eps": self.config.eps}
+        make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
         if self.config.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-        return torch.optim.AdamW(groups, **arguments)
+            make = partial(DeepSpeedCPUAdam, adamw_mode=True)
+        # step() sets the rate: a step that DeepSpeed makes on its own must not decay weights.
+        return make(groups, lr=0.0, betas=self.config.betas, eps=self.config.eps)
 
     @property
     def policy(self) -> Policy:
@@ -180,9 +196,8 @@ class TrainEngine:
         is not finite adds nothing. What is ``Pending`` is collated in its turn. Raises ConfigError,
         on all ranks, where ranks cannot run side by side."""
         self._flags = []
-        plan = self._agree(
-            micro_batches, spare
-        )  # before the first backward: ranks must meet in one order
+        # Before the first backward: ranks must meet in one order.
+        plan = self._agree(micro_batches, spare)
         for number, chunks in enumerate(plan):
             pending = micro_batches[number] if number < len(micro_batches) else spare
             micro_batch = pending.collate() if isinstance(pending, Pending) else pending
@@ -230,10 +245,9 @@ class TrainEngine:
             raise ConfigError(
                 f"zero_stage {stage} needs all ranks to use the same encoders"
                 f"{', equally often (images and videos are two runs),' if stage == 3 else ''} at "
-                "the same time, but "
-                "this step mixes prompts with different media: set learner.optimizer.zero_stage "
-                "0, freeze the encoders "
-                "(zero_stage 1 and 2), or train on prompts with the same kinds of media"
+                "the same time, but this step mixes prompts with different media: set "
+                "learner.optimizer.zero_stage 0, freeze the encoders (zero_stage 1 and 2), or "
+                "train on prompts with the same kinds of media"
             )
 
     def _needs(self, batch: MicroBatch | Pending) -> Needs:
@@ -268,17 +282,16 @@ class TrainEngine:
             self.policy.parameters(), self.config.max_grad_norm
         )
         if not torch.isfinite(self._norm):
-            self.engine.basic_optimizer.zero_grad(
-                set_to_none=True
-            )  # AdamW passes over what has no gradient
+            # AdamW passes over what has no gradient.
+            self.engine.basic_optimizer.zero_grad(set_to_none=True)
 
     def step(self, lr: float) -> float:
         """Clip, update and clear; returns the global gradient norm before clipping, 0 without
         gradients.
 
-        A norm that is not finite is returned as inf on every rank: weights and optimiser state then
-        stay as they were (ZeRO and bfloat16 have DeepSpeed leave such an update out; ``_clip`` does
-        it for float32 without ZeRO)."""
+        A norm that is not finite is returned as inf on every rank. Weights and optimiser state then
+        stay as they were: DeepSpeed leaves such an update out under ZeRO and in bfloat16, and
+        ``_clip`` does so for float32 without ZeRO."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -289,9 +302,11 @@ class TrainEngine:
         return found if math.isfinite(found) else math.inf
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed keeps the gradient of a parameter until there is another; in a step that does
-        not use it, it would be applied again, and one whose first micro-batch does not use it would
-        add to it."""
+        """Zero the gradients that DeepSpeed keeps until there are others.
+
+        A step that does not use a parameter would apply its old gradient again. A step whose first
+        micro-batch does not use it would add to the old gradient.
+        """
         zero, offload = self.optimizer, self.config.offload_optimizer
         stale: list[Tensor] = []
         if self.config.zero_stage == 3:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from avatar_rl.common.errors import DataError
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, Size, pack
+from avatar_rl.learner.engine import lr_at
 from avatar_rl.learner.model.policy import PolicyOutput
-from avatar_rl.learner.schedule import lr_at
 from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
@@ -32,6 +32,14 @@ def target_text(prompt: Prompt) -> str:
             "out"
         )
     return f"<think>{prompt.reasoning}</think><answer>{prompt.answer}</answer>"
+
+
+class SftReport(TypedDict):
+    """What some cold-start updates came to."""
+
+    update: int  # the next one
+    loss: float  # mean per token, averaged over the updates
+    tokens: int
 
 
 class ColdStart:
@@ -52,13 +60,8 @@ class ColdStart:
                 f"cold start has {len(prompts)} prompts, fewer than one batch of "
                 f"{config.batch_size}"
             )
-        self.engine, self.encoder, self.prompts, self.config, self.rank = (
-            engine,
-            encoder,
-            list(prompts),
-            config,
-            rank,
-        )
+        self.engine, self.encoder, self.config, self.rank = engine, encoder, config, rank
+        self.prompts = list(prompts)
         tokenizer = encoder.tokenizer
         self.end = tokenizer.eos_token_id
         self.targets = [
@@ -69,7 +72,7 @@ class ColdStart:
             for prompt in self.prompts
         ]
 
-    def run(self, first: int, count: int) -> dict[str, Any]:
+    def run(self, first: int, count: int) -> SftReport:
         """Updates ``first`` to ``first + count - 1``; returns the mean loss per token and the
         tokens seen."""
         loss = tokens = 0.0
@@ -90,8 +93,7 @@ class ColdStart:
     def _update(self, update: int) -> tuple[float, int]:
         batch = self._batch(update)
         total = sum(len(self.targets[i]) for i in batch)
-        # By row number, so that a rank meets mostly its own part of the dataset and decodes only
-        # that.
+        # By row number: so a rank meets mostly its own part of the dataset, and decodes only that.
         share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
         rows = [self._row(i) for i in share]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
@@ -100,9 +102,8 @@ class ColdStart:
             Pending([rows[i] for i in indices], share_prefix)
             for indices in pack(sizes, self.config.micro_batch_tokens, share_prefix=share_prefix)
         ]
-        loss_sum = torch.zeros(
-            (), dtype=torch.float64, device=self.engine.device
-        )  # nccl takes no CPU tensor
+        # On the engine's device: nccl takes no CPU tensor.
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)
 
         def cross_entropy(_: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             loss = -output.logprobs.sum() / total  # padded positions are 0

@@ -30,4 +30,4 @@ class LearnerSpec:
     replayed: int  # per group
     max_tokens: int  # longest completion that is sampled
     step_timeout_s: float
-    replica_bytes: int = 0  # state up to this size is held outside at every step
+    replica_bytes: int = 0  # state up to this size is replicated at every step

@@ -1,9 +1,9 @@
-"""The learner's state outside the learner: copied to host memory, held by another process, written
-to a checkpoint.
+"""The learner's state outside the learner: copied to host memory, replicated to another process,
+written to a checkpoint.
 
 What DeepSpeed would write into files (weights, optimiser moments, its counters) is caught on its
-way there. So a training step pauses for the serialisation alone, and one way serves checkpoints and
-the copy that outlives a rank."""
+way there. So a training step pauses for the serialisation alone. Checkpoints and the copy that
+outlives a rank are made the same way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.state_replica import TAG, FileProof, Files, write_files
 
 if TYPE_CHECKING:
-    from avatar_rl.buffer_service.weights.sender import WeightSender
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
+    from ray.actor import ActorHandle
+
     from avatar_rl.learner.engine import TrainEngine
 
 
@@ -49,7 +51,7 @@ def capture(engine: TrainEngine, rank: int) -> Files:
         def __init__(self) -> None:
             self.name = "memory"
 
-        def create(self, info: Any) -> None: ...
+        def create(self, info: CheckpointCommitInfo) -> None: ...
 
         def save(self, state_dict: Any, path: str) -> None:
             files[Path(path).name] = _serialised(state_dict)
@@ -57,9 +59,8 @@ def capture(engine: TrainEngine, rank: int) -> Files:
     usual = engine.engine.checkpoint_engine
     engine.engine.checkpoint_engine = Memory()
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="avatar-"
-        ) as scratch:  # DeepSpeed puts a script of its own there
+        # A folder, since DeepSpeed puts a script of its own there.
+        with tempfile.TemporaryDirectory(prefix="avatar-") as scratch:
             engine.save(Path(scratch), TAG)
     finally:
         engine.engine.checkpoint_engine = usual
@@ -97,37 +98,45 @@ def _serialised(value: Any) -> NDArray[np.uint8]:
     return np.frombuffer(buffer.getbuffer(), dtype=np.uint8)
 
 
-class DurableState:
-    """The part of a learner rank that outlives it. Its methods run on every rank."""
+class StateReplicator:
+    """Copies a rank's state out of its process: at every step to the state replica, and into
+    checkpoints. Its methods run on every rank."""
 
-    engine: TrainEngine
-    rank: int
-    ranks: int
-    state_replica: Any
-    replica_bytes: int
-    sender: WeightSender | None
-    _captured: Files | None = None
+    def __init__(
+        self,
+        engine: TrainEngine,
+        rank: int,
+        state_replica: ActorHandle | None,
+        *,
+        max_bytes: int,
+    ) -> None:
+        self.engine, self.rank, self.state_replica = engine, rank, state_replica
+        self.max_bytes = max_bytes  # a larger state is written into checkpoints only
+        self._captured: Files | None = None
 
-    def hold(self, version: int) -> None:
+    def replicate(self, version: int) -> None:
         """Leave a copy of the state that is about to become ``version`` with the state replica.
-        Returns once all ranks have: whatever version is committed after that can be gone on
-        from."""
+
+        Returns once all ranks have. So a run can resume from every version that is committed after
+        that. Does nothing for a state that is larger than ``max_bytes``.
+        """
         import ray
 
-        if self.state_replica is None or state_bytes(self.engine) > self.replica_bytes:
+        if self.state_replica is None or state_bytes(self.engine) > self.max_bytes:
             return
-        ray.get(self.state_replica.hold.remote(version, self.rank, capture(self.engine, self.rank)))
-        if self.ranks > 1:
+        files = capture(self.engine, self.rank)
+        ray.get(self.state_replica.store.remote(version, self.rank, files))
+        if self.engine.world_size > 1:
             dist.barrier()
 
-    def capture_state(self) -> None:
-        """Copy the state into this process's memory; training may go on while ``write_state``
-        writes it."""
+    def capture(self) -> None:
+        """Copy the state into this process's memory; training may continue while ``write`` writes
+        it."""
         self._captured = capture(self.engine, self.rank)
 
-    def write_state(self, folder: Path) -> dict[str, FileProof]:
-        """Write what ``capture_state`` copied below ``folder``; runs beside a training step. Once
-        for each copy: raises ModelError when there is none."""
+    def write(self, folder: Path) -> dict[str, FileProof]:
+        """Write what ``capture`` copied below ``folder``; runs beside a training step. Once for
+        each copy: raises ModelError when there is none."""
         files, self._captured = self._captured, None
         if files is None:
             raise ModelError(
@@ -135,16 +144,6 @@ class DurableState:
             )
         return write_files(files, folder)
 
-    def restore_state(self, folder: Path) -> None:
-        """Go on from a state that was written below ``folder``."""
+    def restore(self, folder: Path) -> None:
+        """Resume from a state that was written below ``folder``."""
         restore(self.engine, self.rank, folder)
-
-    def publish_again(self, version: int | None = None) -> int:
-        """Rank 0 puts the newest version on a weight store that lost it, or after a restore, when
-        all ranks are asked, these weights as ``version``; returns the version."""
-        if version is None:
-            return self.sender.put_again() if self.sender is not None else 0
-        with self.engine.whole_weights() as weights:
-            if self.sender is not None:
-                self.sender.publish(version, weights)
-        return version

@@ -1,5 +1,5 @@
-"""Files of a learner's state: written and proven, and held by a process that never needs torch
-(learner/state.py)."""
+"""Files of a learner's state: written with a proof, and held by a process that never needs torch
+(learner/state.py makes them)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StateReplica:
     """Plain class; the cluster makes it a Ray actor. Holds the state of the ``keep`` newest
     versions, and a pinned one.
 
-    Two, because a version that was held and published may yet fail to be committed.
+    Two, because a version that was replicated and published may yet fail to be committed.
     """
 
     def __init__(self, ranks: int, keep: int = 2) -> None:
@@ -53,7 +53,7 @@ class StateReplica:
         self._held: dict[int, dict[int, Files]] = {}  # version -> rank -> files
         self._pinned: dict[int, dict[int, Files]] = {}
 
-    def hold(self, version: int, rank: int, files: Files) -> None:
+    def store(self, version: int, rank: int, files: Files) -> None:
         """Take one rank's part of ``version``; a repeat replaces it."""
         self._held.setdefault(version, {})[rank] = files
         for old in sorted(self._held)[: -self.keep]:

@@ -62,7 +62,7 @@ class WeightReceiver:
                 yield update
                 del update  # or the store would hold it until the next one has come
             else:
-                self.version = before  # ask again: another learner may publish it anew
+                self.version = before  # ask again: another learner may publish it again
 
     def fetch(self, buffer: ReplayBuffer | None = None) -> tuple[int, dict[str, Tensor]] | None:
         """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the

@@ -1,3 +1,3 @@
-"""From trajectories to micro-batches: plan.py splits a step over ranks under a token budget,
-microbatch.py lays rows out, each prompt and its media once.
+"""From trajectories to micro-batches: plan.py collects a step from the buffer and splits it over
+ranks under a token budget, microbatch.py lays rows out, each prompt and its media once.
 """

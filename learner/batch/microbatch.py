@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,19 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from avatar_rl.prompts.encoding.template import EncodedPrompt
-
-#: Processor outputs that the models' forward takes; anything else (timing fields) only feeds the
-#: positions.
-MODEL_FEATURES = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "input_features",
-    "feature_attention_mask",
-)
+from avatar_rl.prompts.encoding.template import FEATURES, EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -52,10 +40,10 @@ def pack(sizes: Sequence[Size], budget: int, *, share_prefix: bool) -> list[list
     """Split rows into micro-batches of at most ``budget`` padded tokens (a single larger row stands
     alone).
 
-    Cost of a micro-batch = distinct prompts x longest prompt + rows x longest completion, the
-    tokens the model really computes. Rows of one prompt stay together; similar lengths meet, so
-    that little is padding. Deterministic: every rank packs the whole step and finds the same
-    micro-batches."""
+    Cost of a micro-batch = distinct prompts x longest prompt + rows x longest completion. These are
+    the tokens that the model really computes. Rows of one prompt stay together, and similar lengths
+    meet, so that little is padding. Deterministic: every rank packs the whole step and finds the
+    same micro-batches."""
     indices = range(len(sizes))
     if share_prefix:
         order = sorted(indices, key=lambda i: (sizes[i].key, sizes[i].tokens, i))
@@ -107,8 +95,8 @@ class _Fill:
 def share_out(
     batches: Sequence[list[int]], sizes: Sequence[Size], world_size: int
 ) -> list[list[list[int]]]:
-    """Micro-batches per rank, heaviest first onto the least loaded. Ranks may differ in count: see
-    ``pad_share``."""
+    """Micro-batches per rank, heaviest first onto the least loaded. Ranks may differ in count:
+    ``TrainEngine.accumulate`` evens that out."""
     load = [0] * world_size
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     weight = [
@@ -125,7 +113,7 @@ def share_out(
 
 def collate(rows: Sequence[Row], *, share_prefix: bool) -> MicroBatch:
     """One micro-batch of B rows. Completion tokens are left-aligned in (B, T)."""
-    keys: dict[object, int] = {}
+    keys: dict[tuple[str, bool] | int, int] = {}
     prompts: list[EncodedPrompt] = []
     index = []
     for position, row in enumerate(rows):
@@ -161,7 +149,7 @@ class Pending:
     @property
     def features(self) -> set[str]:
         """Names of the media tensors that the micro-batch will have."""
-        return {name for row in self.rows for name in row.prompt.features if name in MODEL_FEATURES}
+        return {name for row in self.rows for name in row.prompt.features if name in FEATURES}
 
     @property
     def tokens(self) -> int:
@@ -185,14 +173,12 @@ def _pad(tensors: Sequence[Tensor]) -> Tensor:
 
 def _merge_features(prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
-    for name in MODEL_FEATURES:
+    for name in FEATURES:
         parts = [prompt.features[name] for prompt in prompts if name in prompt.features]
         if not parts:
             continue
-        if name in (
-            "input_features",
-            "feature_attention_mask",
-        ):  # (audios, [mel,] frames): widths may differ
+        # (audios, [mel,] frames): widths may differ
+        if name in ("input_features", "feature_attention_mask"):
             width = max(part.shape[-1] for part in parts)
             parts = [F.pad(part, (0, width - part.shape[-1])) for part in parts]
         merged[name] = torch.cat(parts)
@@ -214,15 +200,13 @@ class MicroBatch:
     temperature: Tensor  # (B,) float
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            moved[entry.name] = (
-                {k: v.to(device) for k, v in value.items()}
-                if isinstance(value, dict)
-                else value.to(device)
-            )
-        return MicroBatch(**moved)
+        features = {name: value.to(device) for name, value in self.features.items()}
+        tensors = {
+            entry.name: getattr(self, entry.name).to(device)
+            for entry in fields(self)
+            if entry.name != "features"
+        }
+        return MicroBatch(features=features, **tensors)
 
     @property
     def tokens(self) -> int:

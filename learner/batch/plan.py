@@ -1,19 +1,25 @@
-"""One training step as data: its completions, their advantages, and how they are split into
-micro-batches and ranks."""
+"""What a training step works on: leased and drawn from the buffer, then planned, that is given
+advantages and split into micro-batches and ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.common.errors import ReplayBufferError
 from avatar_rl.learner.batch.microbatch import Size, pack, share_out
 from avatar_rl.learner.config import LearnerConfig
 from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
 from avatar_rl.learner.objective.loss import StepTotals
+from avatar_rl.learner.spec import LearnerSpec
+
+POLL_S = 0.005  # between looks for a complete step
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,73 @@ class StepWork:
         replay."""
         share = slice(number, None, updates)
         return replace(self, replays=self.replays[share], baselines=self.baselines[share])
+
+
+class StepSource:
+    """Rank 0's side of the buffer: one lease, one draw and one commit per step.
+
+    Only rank 0 talks to the buffer. So the deviation of the replayed batch and the denominators of
+    the loss are those of the whole step, without any further exchange (docs/method.md 1.1).
+    """
+
+    def __init__(self, buffer: ReplayBuffer, spec: LearnerSpec) -> None:
+        self.buffer, self.spec = buffer, spec
+        self.fencing_token = buffer.replay.new_fencing_token()
+
+    def collect(self, step: int, waiting: Callable[[], None]) -> StepWork:
+        """The step's groups, as soon as all are in, and its replays; ``waiting`` is called at every
+        look. Raises ReplayBufferError when they do not arrive in time."""
+        groups = self._await_groups(step, waiting)
+        replay, spec = self.buffer.replay, self.spec
+        version = replay.version()
+        replays: list[Trajectory] = []
+        if groups:
+            replays = replay.draw(
+                len(groups) * spec.replayed * spec.learner.updates,
+                step=step,
+                seed=spec.seed,
+                version=version,
+                prompt_ids=[group.prompt_id for group in groups],
+            )
+        baselines = replay.baselines([r.prompt_id for r in replays], [r.hinted for r in replays])
+        of_groups: list[float] = []
+        if spec.learner.objective.fresh_advantage == "vcrs":
+            of_groups = replay.baselines(
+                [group.prompt_id for group in groups], [group.hinted for group in groups]
+            )
+        return StepWork(
+            step, version, tuple(groups), tuple(replays), tuple(baselines), tuple(of_groups)
+        )
+
+    def _await_groups(self, step: int, waiting: Callable[[], None]) -> Sequence[Group]:
+        deadline = time.monotonic() + self.spec.step_timeout_s
+        while True:
+            waiting()
+            share = self.buffer.replay.lease_fresh(
+                "learner",
+                step,
+                lease_s=self.spec.learner.lease_s,
+                fencing_token=self.fencing_token,
+            )
+            if share.ready:
+                return share.groups
+            if time.monotonic() > deadline:
+                raise ReplayBufferError(
+                    f"step {step}: {share.missing} of {share.expected} groups did not arrive "
+                    f"within {self.spec.step_timeout_s:g} s: see whether rollout and reward actors "
+                    "live, raise loop.step_timeout_s"
+                )
+            time.sleep(POLL_S)
+
+    def commit(self, work: StepWork) -> None:
+        """The step is trained; its version, which was published before, counts from now on."""
+        self.buffer.replay.commit_step(
+            work.step, work.version + 1, [group.id for group in work.groups], self.fencing_token
+        )
+
+    def report_behaviour_kl(self, value: float) -> None:
+        """Mean k3 to the behaviour policy, which opens the hint gate (docs/method.md 1.4)."""
+        self.buffer.replay.report_behaviour_kl(value)
 
 
 @dataclass(frozen=True)

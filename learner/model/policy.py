@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avatar_rl.learner.batch.microbatch import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 #: Tokens whose logits are held at once; a 152k vocabulary in float32 makes that about 1.2 GB.
 LOGIT_CHUNK = 2048
@@ -82,7 +85,7 @@ class Policy(nn.Module):
         return torch.cat(pieces)[order.argsort()]
 
     def _continue(
-        self, batch: MicroBatch, run: list[int], tokens: int, prefix: Any, first: Tensor
+        self, batch: MicroBatch, run: list[int], tokens: int, prefix: DynamicCache, first: Tensor
     ) -> Tensor:
         """Hidden states (len(run), tokens, H) of some of the completions, on the keys and values of
         their prompts."""
@@ -91,9 +94,8 @@ class Policy(nn.Module):
         index = torch.tensor(run, device=first.device)
         rows, steps = batch.rows[index], torch.arange(max(1, tokens - 1), device=first.device)
         cache = copy(prefix)
-        cache.layers = [
-            copy(layer) for layer in prefix.layers
-        ]  # selecting replaces a layer's tensors
+        # A copy of each layer: selecting replaces the layer's tensors.
+        cache.layers = [copy(layer) for layer in prefix.layers]
         cache.batch_select_indices(rows)
         positions = batch.next_positions[rows, None] + steps
         rest = self.model(
@@ -150,7 +152,7 @@ class Policy(nn.Module):
         )
         flat = hidden[keep]  # (N, H) real tokens only
         pieces = []
-        # Some chunks may be empty: the head runs all the same, as other ranks gather its weights at
+        # Some chunks may be empty. The head runs all the same: other ranks gather its weights at
         # the same time.
         for arguments in zip(
             *(whole.tensor_split(chunks) for whole in (flat, tokens, temperature)), strict=True

@@ -21,8 +21,8 @@ _Key = tuple[str, int, int]
 
 
 def _key(name: str, row: Row) -> _Key:
-    """A buffer restored to an older state gives ids out again: prompt and completion tokens belong
-    to the key."""
+    """Prompt and completion tokens belong to the key: a buffer that was restored to an older state
+    gives the same ids again."""
     return name, row.prompt.digest, prompt_digest(row.token_ids)
 
 
@@ -30,9 +30,8 @@ class ReferencePolicy:
     """k3 KL needs log pi_ref of every trained token (docs/method.md 1.1); a cache keyed by
     trajectory serves replays.
 
-    The cache lives and dies with this process and its one reference: a run that is resumed with
-    another ``model.reference`` computes everything anew, nothing of it is stored with the
-    trajectories."""
+    The cache lives as long as this process and its one reference. Nothing of it is stored with the
+    trajectories, so a run that is resumed with another ``model.reference`` computes all again."""
 
     def __init__(
         self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int
@@ -60,7 +59,7 @@ class ReferencePolicy:
         result = padded([self._cache[key] for key in keys])
         for key in {keys[i] for i in missing}:
             if not np.isfinite(self._cache[key]).all():
-                del self._cache[key]  # what spoilt it may not do so the next time
+                del self._cache[key]  # the next computation may be finite
         while len(self._cache) > max(self.cached, len(keys)):
             self._cache.popitem(last=False)
         return result.to(self.device)

@@ -24,7 +24,8 @@ from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
 from avatar_rl.learner.config import OptimizerConfig
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.export import export_checkpoint
-from avatar_rl.learner.model.load import checkpoint_names, load_model, published_names
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.names import checkpoint_names, published_names
 from avatar_rl.learner.model.policy import Policy, PolicyOutput
 from avatar_rl.learner.state import capture, restore
 from avatar_rl.learner.state_replica import write_files

@@ -6,8 +6,9 @@ the real code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -19,17 +20,19 @@ from torch import Tensor
 import avatar_rl.learner.batch.microbatch
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.common.errors import ModelError
-from avatar_rl.learner.batch.microbatch import MicroBatch
-from avatar_rl.learner.batch.plan import StepPlan, StepWork
-from avatar_rl.learner.clock import Clock
+from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
+from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.learner.objective.step_metrics import StepMetrics
 from avatar_rl.learner.rank import LearnerRank
 from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.learner.step import StepTrainer
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
-from avatar_rl.prompts.encoding.template import EncodedPrompt
+from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import build_vision_language
 
@@ -86,39 +89,52 @@ def step_work(step: int) -> StepWork:
     return StepWork(step, step, tuple(groups), (), ())
 
 
-class UnluckyRank(LearnerRank):
-    """Its model gives NaN where ``TROUBLE`` says so."""
+class Numbers:
+    """Prompts by id, "p2" being 2."""
 
-    def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
-        self.spec, self.rank, self.ranks = spec, rank, ranks
-        self.reference = self.buffer = self.sender = self.cold_start = self.state_replica = (
-            self.outbox
-        ) = None
-        self.skipped, self.clock = 0, Clock()
+    def __getitem__(self, prompt_id: str) -> int:
+        return int(prompt_id[1:])
+
+
+class Encoder:
+    def encode(self, prompt: int, hinted: bool) -> EncodedPrompt:
+        return encoded(prompt)
+
+
+class Steps:
+    """Rank 0's buffer: a list of steps, and which of them were committed."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
         self.committed: list[int] = []
-        self.events: list[str] = []  # of the last step
-        self.encoded_at: list[int] = []  # `moves` at every encoding
-        self.step = -1
 
-    def _setup_rl(self, dtype: str) -> None:
-        pass
-
-    def _collect(self, step: int) -> StepWork:
+    def collect(self, step: int, waiting: Callable[[], None]) -> StepWork:
         self.events.clear()
         return step_work(step)
 
-    def _encode(self, trajectory: Trajectory) -> EncodedPrompt:
-        self.encoded_at.append(self.moves)
-        return encoded(int(trajectory.prompt_id[1:]))
-
-    def _commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
+    def commit(self, work: StepWork) -> None:
         self.committed.append(work.step)
 
-    def _loss(
+    def report_behaviour_kl(self, value: float) -> None:
+        assert np.isfinite(value)
+
+
+class UnluckyTrainer(StepTrainer):
+    """Its model gives NaN where ``TROUBLE`` says so."""
+
+    events: list[str]  # of the last step
+    encoded_at: list[int]  # ``moves`` at every encoding
+
+    def encode(self, trajectory: Trajectory) -> Row:
+        row = super().encode(trajectory)
+        self.encoded_at.append(self.moves)
+        return row
+
+    def loss(
         self,
         plan: StepPlan,
         indices: list[int],
-        rows: Any,
+        rows: list[Row],
         batch: MicroBatch,
         output: PolicyOutput,
         step_metrics: StepMetrics,
@@ -130,20 +146,52 @@ class UnluckyRank(LearnerRank):
             broken = output.logprobs.clone()
             broken[names.index(culprit)] = torch.nan
             output = output._replace(logprobs=broken)
-        value = super()._loss(plan, indices, rows, batch, output, step_metrics)
+        value = super().loss(plan, indices, rows, batch, output, step_metrics)
         if what == "gradient" and culprit in names:
             value = value + (output.logprobs.sum() * 0.0).abs().sqrt()  # 0, but its gradient is NaN
         return value
 
 
+class UnluckyRank(LearnerRank):
+    """Needs no dataset, tokenizer, weight store or buffer."""
+
+    trainer: UnluckyTrainer
+
+    def __init__(self, spec: LearnerSpec, rank: int, ranks: int) -> None:
+        self.spec, self.rank, self.ranks = spec, rank, ranks
+        self.prompts, self.encoder = (
+            cast("PromptIndex", Numbers()),
+            cast("PromptEncoder", Encoder()),
+        )
+        self.outbox = cast("Outbox", None)
+        self.sender = self.cold_start = self.state_replica = None
+        self.events: list[str] = []
+        self.steps = Steps(self.events)
+
+    def make_trainer(self, dtype: str) -> UnluckyTrainer:
+        trainer = UnluckyTrainer(
+            self.spec,
+            self.rank,
+            self.ranks,
+            self.engine,
+            self.prompts,
+            self.encoder,
+            self.replicator,
+            source=cast("StepSource", self.steps) if self.rank == 0 else None,
+            sender=mock.create_autospec(WeightSender, instance=True) if self.rank == 0 else None,
+        )
+        trainer.events, trainer.encoded_at = self.events, []
+        return trainer
+
+
 def watch_collation(events: list[str]) -> None:
     """Have every micro-batch that is made noted."""
 
-    def made(**fields: Any) -> MicroBatch:
+    def noted(rows: Sequence[Row], *, share_prefix: bool) -> MicroBatch:
         events.append("collate")
-        return MicroBatch(**fields)
+        return collate(rows, share_prefix=share_prefix)
 
-    avatar_rl.learner.batch.microbatch.MicroBatch = made  # type: ignore[assignment,misc]
+    avatar_rl.learner.batch.microbatch.collate = noted
 
 
 def exported(rank: LearnerRank, out: Path) -> int:
@@ -195,7 +243,8 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         weights, metrics, error = [unlucky.engine.state_dict()], [], ""
         for step in range(5):
             try:
-                metrics.append(unlucky.train_step(step).get("metrics"))
+                report = unlucky.train_step(step)
+                metrics.append(report["metrics"] if report is not None else None)
             except ModelError as caught:
                 error = str(caught)
             weights.append(unlucky.engine.state_dict())
@@ -205,9 +254,9 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             "weights": weights,
             "metrics": metrics,
             "error": error,
-            "committed": unlucky.committed,
+            "committed": unlucky.steps.committed,
             "events": unlucky.events,
-            "encoded_at": unlucky.encoded_at,
+            "encoded_at": unlucky.trainer.encoded_at,
             "copies": exported(unlucky, folder / "export"),
         }
     return found

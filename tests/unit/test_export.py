@@ -14,7 +14,7 @@ from torch import Tensor
 import avatar_rl.learner.model.export
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.model.export import export_checkpoint
-from avatar_rl.learner.model.load import checkpoint_names, published_names
+from avatar_rl.learner.model.names import checkpoint_names, published_names
 
 NAN = float("nan")
 WEIGHTS = {

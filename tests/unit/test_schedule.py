@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from avatar_rl.learner.config import Schedule
-from avatar_rl.learner.schedule import lr_at
+from avatar_rl.learner.engine import lr_at
 
 
 def rates(

@@ -1,0 +1,325 @@
+"""One training step of a learner rank. Read ``StepTrainer.train_step`` first.
+
+Rank 0 collects the step from the buffer and sends it to the others. Every rank makes the same plan
+of it, and trains its own share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avatar_rl.buffer_service.records.trajectory import Trajectory
+from avatar_rl.buffer_service.weights.sender import WeightSender
+from avatar_rl.common.errors import ModelError
+from avatar_rl.common.types import JsonObject
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, padded
+from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork, plan_step, truncated
+from avatar_rl.learner.engine import TrainEngine, lr_at
+from avatar_rl.learner.model.policy import PolicyOutput
+from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.objective.loss import policy_loss
+from avatar_rl.learner.objective.shaping import tas_weights
+from avatar_rl.learner.objective.step_metrics import StepMetrics, reward_metrics
+from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.learner.state import StateReplicator
+from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.template import PromptEncoder
+
+log = logging.getLogger(__name__)
+
+
+class StepReport(TypedDict):
+    """What rank 0 says of a step."""
+
+    metrics: dict[str, float]
+    samples: list[JsonObject]  # completions as readable rows
+    distributions: dict[str, list[float]]  # see ``StepMetrics.distributions``
+
+
+class PhaseTimer:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[phase] += time.perf_counter() - start
+
+
+@dataclass
+class StepTrainer:
+    """Trains one rank's share of every step. ``source`` and ``sender`` are rank 0's."""
+
+    spec: LearnerSpec
+    rank: int
+    ranks: int
+    engine: TrainEngine
+    prompts: PromptIndex
+    encoder: PromptEncoder
+    replicator: StateReplicator
+    reference: ReferencePolicy | None = None
+    source: StepSource | None = None
+    sender: WeightSender | None = None
+    moves: int = 0  # grows whenever this rank gets somewhere
+    skipped: int = 0  # micro-batches and updates of all ranks and steps that were left out
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
+        """Train ``step``, publish the next version and commit it.
+
+        Rank 0 returns a report that shows the completions of ``samples`` groups; the others return
+        None. Raises ReplayBufferError when the step's groups do not arrive in time, ModelError when
+        a prompt has changed or too many losses or gradients were not finite.
+        """
+        self.timer = PhaseTimer()
+        with self.timer("learner_wait"):
+            work = self._broadcast(self.source.collect(step, self._move) if self.source else None)
+        updates, lr, step_metrics = self.spec.learner.updates, self._lr(step), StepMetrics()
+        for number in range(updates):
+            plan = self.plan(work.update(number, updates))
+            self.forward_backward(plan, step_metrics)
+            grad_norm = self._optimizer_step(plan, lr, step_metrics)
+        with self.timer("hold"):
+            self.replicator.replicate(work.version + 1)
+        self._move()
+        with self.timer("publish"), self.engine.whole_weights() as weights:
+            self._publish_and_commit(work, weights)
+        gathered = self._gather(step_metrics)
+        self._count_skipped(gathered)
+        if self.source is None:
+            return None
+        metrics = self._metrics(work, gathered) | {"lr": lr, "grad_norm": grad_norm}
+        if "kl/behaviour" in metrics:
+            self.source.report_behaviour_kl(metrics["kl/behaviour"])
+        shown = [t for group in work.groups[:samples] for t in group.trajectories]
+        return StepReport(
+            metrics=metrics,
+            samples=[self._sample_row(trajectory) for trajectory in shown],
+            distributions=gathered.distributions(),
+        )
+
+    # -- the parts of a step, in their order -------------------------------------------------------
+
+    def _broadcast(self, work: StepWork | None) -> StepWork:
+        if self.ranks > 1:
+            box = [work]
+            dist.broadcast_object_list(box, src=0)
+            [work] = box
+        assert work is not None
+        return work
+
+    def plan(self, work: StepWork) -> StepPlan:
+        """Advantages and shares of one optimiser update, the same on every rank."""
+        return plan_step(work, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+
+    def forward_backward(self, plan: StepPlan, step_metrics: StepMetrics) -> None:
+        """Forward and backward over this rank's micro-batches: adds to the gradients and to
+        ``step_metrics``."""
+        if self.rank == 0:
+            step_metrics.add_step(plan.advantages, plan.is_replay, plan.ages)
+        if not plan.trajectories:
+            return
+        share = plan.shares[self.rank]
+        with self.timer("encode"):
+            rows = {i: self.encode(plan.trajectories[i]) for indices in share for i in indices}
+            micro_batches = [self._pending([rows[i] for i in indices]) for indices in share]
+            # A rank without a share still takes part in the collectives.
+            spare = (
+                micro_batches[0]
+                if micro_batches
+                else self._pending([self.encode(plan.trajectories[0])])
+            )
+
+        def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
+            self._move()
+            indices = share[number]
+            return self.loss(
+                plan, indices, [rows[i] for i in indices], micro_batch, output, step_metrics
+            )
+
+        with self.timer("forward_backward"):
+            self.engine.accumulate(micro_batches, loss, spare)
+
+    def encode(self, trajectory: Trajectory) -> Row:
+        """The trajectory with its prompt's tokens and media. Raises ModelError when they are not
+        those that it was generated for."""
+        self._move()
+        prompt = self.prompts[trajectory.prompt_id]
+        encoded = self.encoder.encode(prompt, hinted=trajectory.hinted)
+        if encoded.digest != trajectory.prompt_digest:
+            raise ModelError(
+                f"trajectory {trajectory.id}: its prompt {trajectory.prompt_id!r} has other "
+                f"tokens than when it was generated ({len(encoded.input_ids)} against "
+                f"{trajectory.prompt_tokens}): the dataset, template or pixel bounds changed; "
+                "start from an empty buffer"
+            )
+        return Row(
+            (trajectory.prompt_id, trajectory.hinted),
+            encoded,
+            trajectory.token_ids,
+            trajectory.temperature,
+        )
+
+    def loss(
+        self,
+        plan: StepPlan,
+        indices: list[int],
+        rows: list[Row],
+        batch: MicroBatch,
+        output: PolicyOutput,
+        step_metrics: StepMetrics,
+    ) -> Tensor:
+        """Loss of the plan's completions ``indices``, () with gradient (docs/method.md 1.1)."""
+        config, device = self.spec.learner.objective, output.logprobs.device
+        chosen = [plan.trajectories[i] for i in indices]
+        mask = batch.mask.to(device)
+        reference = (
+            self.reference.logprobs([t.id for t in chosen], rows)
+            if self.reference is not None
+            else None
+        )
+        result = policy_loss(
+            output.logprobs,
+            padded([t.logprobs for t in chosen]).to(device),
+            mask,
+            plan.advantages.values[indices].to(device, torch.float32),
+            tas_weights(mask, config.tas_shape, config.tas_lambda, config.tas_normalize),
+            plan.is_replay[indices].to(device),
+            reference,
+            config,
+            totals=plan.totals,
+            truncated=truncated(chosen).to(device),
+            old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
+        )
+        if torch.isfinite(result.loss):
+            step_metrics.add(result, output.entropy)
+        else:
+            finite = torch.isfinite(result.rows).tolist()
+            culprits = [t.id for t, fine in zip(chosen, finite, strict=True) if not fine]
+            log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
+            step_metrics.skip(culprits)
+        return result.loss
+
+    def _optimizer_step(self, plan: StepPlan, lr: float, step_metrics: StepMetrics) -> float:
+        """Update the weights; the gradient's norm before clipping, inf where it was not finite.
+
+        Then the engine has made no update. The step is published and committed all the same.
+        """
+        grad_norm = 0.0  # of a plan without trajectories: no rank has computed anything
+        if plan.trajectories:
+            with self.timer("optimizer"):
+                grad_norm = self.engine.step(lr)
+        if not np.isfinite(grad_norm):
+            share = plan.shares[self.rank]
+            suspects = [i for number in self.engine.suspects for i in share[number]]
+            culprits = [plan.trajectories[i].id for i in suspects]
+            log.warning(
+                "no update: the gradient is not finite; on this rank it came from trajectories %s",
+                culprits,
+            )
+            step_metrics.skip(culprits, count=int(self.rank == 0))
+        self._move()
+        return grad_norm
+
+    def _publish_and_commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
+        """Weights first, then the version that announces them: a rollout actor that sees the number
+        has only to wait for a copy."""
+        if self.source is not None and self.sender is not None:
+            self.sender.publish(work.version + 1, weights)
+            self.source.commit(work)
+
+    def _gather(self, step_metrics: StepMetrics) -> StepMetrics:
+        """What all ranks collected, on every rank."""
+        if self.ranks == 1:
+            return step_metrics
+        of_ranks = [step_metrics] * self.ranks
+        dist.all_gather_object(of_ranks, step_metrics)
+        first, *others = of_ranks
+        for other in others:
+            first.merge(other)
+        return first
+
+    def _count_skipped(self, gathered: StepMetrics) -> None:
+        """Every rank knows of all that was left out, so all stop at the same step, after its
+        commit."""
+        self.skipped += gathered.skipped
+        limit = self.spec.learner.max_skipped
+        if gathered.skipped and self.skipped > limit:
+            raise ModelError(
+                f"{self.skipped} times a loss or gradient was not finite, more than "
+                f"learner.max_skipped = {limit}; last because of trajectories "
+                f"{gathered.culprits[:16]}: lower learner.optimizer.lr, or look at the rewards and "
+                "media of these trajectories"
+            )
+
+    # -- the report --------------------------------------------------------------------------------
+
+    def _metrics(self, work: StepWork, gathered: StepMetrics) -> dict[str, float]:
+        updates = self.spec.learner.updates
+        fresh = [t for group in work.groups for t in group.trajectories]
+        metrics = gathered.metrics()
+        for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
+            metrics[name] /= updates
+        metrics["loss/total"] = metrics["loss/policy"] + metrics["loss/kl"]
+        if fresh:
+            metrics |= reward_metrics(fresh)
+            lag = [work.version - trajectory.version for trajectory in fresh]
+            metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
+            metrics["groups/fresh"] = float(len(work.groups))
+        metrics["version"] = float(work.version + 1)
+        trained = [*fresh * updates, *work.replays]
+        metrics["replay/share"] = len(work.replays) / max(1, len(trained))
+        metrics["learner/updates"] = float(updates)
+        tokens = float(sum(len(t.token_ids) for t in trained))
+        seconds = self.timer.spent
+        metrics["tokens/trained"] = tokens
+        busy = sum(value for name, value in seconds.items() if name != "learner_wait")
+        metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
+        metrics["learner/skipped"] = float(self.skipped)
+        return metrics | {f"time/{name}": value for name, value in seconds.items()}
+
+    def _sample_row(self, trajectory: Trajectory) -> JsonObject:
+        """One completion with its prompt, its text and every reward component."""
+        return {
+            **self.prompts[trajectory.prompt_id].label(),
+            "text": self.encoder.tokenizer.decode(trajectory.token_ids.tolist()),
+            "reward": trajectory.reward,
+            "accuracy": trajectory.components.get("accuracy"),
+            "components": dict(trajectory.components),
+            "hinted": trajectory.hinted,
+            "version": trajectory.version,
+            "finish_reason": trajectory.finish_reason,
+            "tokens": len(trajectory.token_ids),
+        }
+
+    def _pending(self, rows: list[Row]) -> Pending:
+        return Pending(rows, self.spec.learner.share_prefix)
+
+    def _lr(self, step: int) -> float:
+        config, steps = self.spec.learner, self.spec.steps
+        return lr_at(
+            step,
+            lr=config.optimizer.lr,
+            warmup=round(config.warmup * steps),
+            total=steps,
+            schedule=config.schedule,
+        )
+
+    def _move(self) -> None:
+        """Note progress: a rank that hangs stays at its number of moves."""
+        self.moves += 1
