@@ -83,7 +83,7 @@ def show(run: Path) -> int:
 
 
 def resume(run: Path, overrides: Sequence[str]) -> int:
-    """Go on with ``run`` by its own recipe."""
+    """Resume ``run`` by its own recipe."""
     from avatar_rl.cluster.checkpoints.resume import reusable_config
     from avatar_rl.cluster.recipe.load import check, overridden, parse_overrides
     from avatar_rl.cluster.recipe.presets import merge
@@ -130,7 +130,7 @@ def stoppable(work: Callable[[], None]) -> int:
     try:
         work()
     except Stopped as stopped:
-        print(f"avatar: {stopped}; go on with --resume auto", file=sys.stderr)
+        print(f"avatar: {stopped}; resume with --resume auto", file=sys.stderr)
         return 0 if stopped.number == signal.SIGTERM else 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -19,7 +19,7 @@ RECONNECT_S = 2.0  # the run is there or it is not
 
 def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
     """Sets the desired number of rollout actors of the run in ``folder``; says so in words. The
-    run's supervisor sees it within a second or so; actors join and leave while training goes on.
+    run's supervisor sees it within a second or so; actors join and leave while it trains.
 
     Raises ConfigError when the folder is no run's, the run is over, or its recipe does not allow
     the number, and BufferUnreachableError when its Redis does not answer."""

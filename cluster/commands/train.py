@@ -67,7 +67,7 @@ def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked
         curriculum = _started(curriculum, asked.start, asked.stage or asked.from_stage)
     if asked.resume not in (None, "auto"):
         raise ConfigError(
-            f"--resume {asked.resume}: a recipe with stages goes on by itself, from its last "
+            f"--resume {asked.resume}: a recipe with stages resumes by itself, from its last "
             "checkpoint; to run one of them again use --stage or --from-stage"
         )
     if asked.dry_run:

@@ -1,6 +1,6 @@
 """Runs the stages of a curriculum in series, each from what the one before made.
 
-Finished stages are not run again; one that was interrupted goes on from its last checkpoint.
+Finished stages are not run again; one that was interrupted resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from avatar_rl.prompts.selection import select
 from avatar_rl.rewards.actor import check_judge
 
 #: What a plan says of a stage that is to be run.
-RUNS = ("run", "go on")
+RUNS = ("run", "resume")
 #: Senses taken away after the last stage, one set at a time.
 MODALITY_CHECK: tuple[Kinds, ...] = (("audio",), ("video",))
 
@@ -83,7 +83,7 @@ class CurriculumRun:
         check_judge(config.rewards)
 
     def plan(self, *, only: str | None = None, first: str | None = None) -> list[tuple[Stage, str]]:
-        """Every stage with what will be done about it: "run", "go on", "done before" or "not asked
+        """Every stage with what will be done about it: "run", "resume", "done before" or "not asked
         for".
 
         Raises ConfigError for an unknown stage name, and for one whose predecessor has no result.
@@ -111,14 +111,10 @@ class CurriculumRun:
                 record is not None and record.digest == digest and Path(record.checkpoint).is_dir()
             )
             fresh = fresh or forced or not known
-            after_one = any(
-                before in RUNS for _, before in plan
-            )  # which makes something else to start from
-            action = (
-                "go on"
-                if not after_one and self.state.begun(stage.name, digest) is not None
-                else "run"
-            )
+            # a stage that runs before this one makes something else to start from
+            after_one = any(before in RUNS for _, before in plan)
+            has_begun = self.state.begun(stage.name, digest) is not None
+            action = "resume" if has_begun and not after_one else "run"
             plan.append((stage, action if fresh else "done before"))
             parent = digest
         self._check_start(plan)
@@ -137,8 +133,8 @@ class CurriculumRun:
                 if record is None or not Path(record.checkpoint).is_dir():
                     raise ConfigError(
                         f"stage {stage.name} starts from stage {previous[0].name}, which has no "
-                        "checkpoint in "
-                        f"{self.curriculum.folder}: run that first, or give --start CHECKPOINT"
+                        f"checkpoint in {self.curriculum.folder}: run that first, or give --start "
+                        "CHECKPOINT"
                     )
             previous = (stage, action)
 
@@ -155,7 +151,7 @@ class CurriculumRun:
             if action in RUNS:
                 digest = stage.digest(self._datasets[stage.name], parent)
                 self.state.drop_from([later.name for later, _ in plan[number - 1 :]])
-                begun = self.state.begun(stage.name, digest) if action == "go on" else None
+                begun = self.state.begun(stage.name, digest) if action == "resume" else None
                 self.state.underway = None
                 record = self._run(stage, digest, before, begun)
                 self.state.stages.append(record)

@@ -21,7 +21,7 @@ from avatar_rl.common.files import sha256_of
 from avatar_rl.common.types import Json
 from avatar_rl.prompts.selection import SelectionConfig
 
-#: What a stage's result does not depend on: what may change when a run goes on, but for how long it
+#: What a stage's result does not depend on: what may change when a run resumes, but for how long it
 #: trains and when it stops.
 _IRRELEVANT = (*(name for name in HARMLESS if name not in UNTIL), "evaluation.timeout_s")
 

@@ -51,7 +51,7 @@ MIN_FREE_BYTES = 64 << 20
 
 
 class StatusChanges(TypedDict, total=False):
-    """Fields of RunStatus that change while a run goes on."""
+    """Fields of RunStatus that change during a run."""
 
     state: State
     phase: str
@@ -255,7 +255,7 @@ class RunFolder:
         if not self.degraded:
             self.degraded = True
             self._warn(
-                _disk_message(self.path, error) + "; training goes on, records wait in memory"
+                _disk_message(self.path, error) + "; training continues, records wait in memory"
             )
 
     def _warn(self, message: str) -> None:

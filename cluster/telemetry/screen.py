@@ -119,7 +119,7 @@ class Screen:
             if phase.name == TRAINING or (
                 not finished and now - self._last_plain < PLAIN_PROGRESS_S
             ):
-                # training prints its own line per step, also while an evaluation goes on beside it
+                # training prints its own line per step, also during an evaluation
                 return
             self._last_plain = now
         of = f" {done:g}/{phase.total:g}" if phase.total is not None else f" {done:g}"

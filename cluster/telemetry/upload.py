@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, cast
 
 from avatar_rl.common.errors import ConfigError, ResourceError
 
-LEFT_OUT = (
-    "redis",
-)  # the append-only file of an embedded server: `avatar buffer export` is the portable form
+#: The append-only file of an embedded server: `avatar buffer export` is the portable form.
+LEFT_OUT = ("redis",)
 
 
-def open_target(url: str) -> tuple[object, str]:
+class FileSystem(Protocol):
+    """What is used of fsspec's, which has no types."""
+
+    def makedirs(self, path: str, exist_ok: bool) -> None: ...
+
+    def put_file(self, local: str, remote: str) -> None: ...
+
+
+def open_target(url: str) -> tuple[FileSystem, str]:
     """(file system, path) of an fsspec URL; ConfigError when its protocol is unknown or its package
     is missing."""
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return cast(tuple[FileSystem, str], fsspec.core.url_to_fs(url))
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"output.upload: {url}: {error}; install the protocol's package, e.g. s3fs, gcsfs"
@@ -37,8 +45,8 @@ def upload(folder: Path, url: str) -> str:
             continue
         place = f"{base}/{part.as_posix()}"
         try:
-            files.makedirs(place.rpartition("/")[0], exist_ok=True)  # type: ignore[attr-defined]
-            files.put_file(str(file), place)  # type: ignore[attr-defined]
+            files.makedirs(place.rpartition("/")[0], exist_ok=True)
+            files.put_file(str(file), place)
         except Exception as error:  # each store has its own
             raise ResourceError(
                 f"output.upload: {file} could not be written to {url}: {error}"

@@ -227,7 +227,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(finished: Finished, tmp_path
     output = Driver(finished.folder, runs).finish()
     state = read_state(runs / "course")
     see = state.stages[1]
-    assert "see: go on" in output and state.underway is None
+    assert "see: resume" in output and state.underway is None
     assert [row["step"] for row in read_metrics(Path(see.run)) if row["step"]] == [1, 2, 3, 4]
     [folder] = (runs / "course").glob("see-*")
     assert folder == Path(see.run)  # no second run of the stage

@@ -265,8 +265,8 @@ def test_an_interrupted_stage_goes_on(raw: dict[str, Any]) -> None:
     run = prepared(raw)
     finish(run, 1)
     folder = begin(run, "see")
-    assert actions(run) == ["done before", "go on", "run"]
-    assert actions(run, only="see") == ["not asked for", "go on", "not asked for"]
+    assert actions(run) == ["done before", "resume", "run"]
+    assert actions(run, only="see") == ["not asked for", "resume", "not asked for"]
     (folder / "status.json").unlink()  # killed before it had a folder
     assert actions(run) == ["done before", "run", "run"]
 
@@ -277,7 +277,7 @@ def test_an_interrupted_stage_that_is_another_one_now_runs_from_its_start(
     run = prepared(raw)
     finish(run, 2)
     begin(run, "hear")
-    assert actions(run) == ["done before", "done before", "go on"]
+    assert actions(run) == ["done before", "done before", "resume"]
     assert actions(run, first="see") == [
         "not asked for",
         "run",

@@ -148,5 +148,5 @@ def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> 
         assert whole == pytest.approx(item.decoder * 14 + item.parameters * 4)
         assert split < item.learner_bytes(8, 2) < item.learner_bytes(8, 1) < whole
     assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), (
-        "paste `python -m cluster.memory` into it"
+        "paste `python -m avatar_rl.cluster.recipe.memory` into it"
     )
