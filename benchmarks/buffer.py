@@ -1,20 +1,22 @@
-"""Replay buffer figures -> build/bench/buffer.json: against raw Redis, growth to a million prompts,
-memory, AOF modes.
+"""Replay buffer figures: against raw Redis, growth to a million prompts, memory, AOF modes.
 
-Run with ``make bench NAME=buffer``; about one minute. Every ratio compares two things timed by
-turns in the same process."""
+``make bench NAME=buffer`` writes build/bench/buffer.json; it takes about two minutes. Every ratio
+compares two things timed by turns in the same process. ``ARGS='--only against_raw growth'`` takes
+parts alone.
+
+Both ways of speaking to Redis are measured by turns: hiredis and the hand-made protocol. The one in
+use has the plain names (``insert_ratio``); the other one's names end with it.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,19 @@ from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
 from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.buffer_service.redis import connection as redis_connection
+from avatar_rl.buffer_service.redis.connection import Connection, open_client, open_wire
+from avatar_rl.buffer_service.redis.handmade import HANDMADE
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.buffer_service.redis.wire import pack
+from avatar_rl.buffer_service.redis.wire import HIREDIS, Resp
 from avatar_rl.buffer_service.store import ReplayBuffer
+from benchmarks.harness import Figures, parser
 
 Times = list[float]
 GROUP, TOKENS, DRAW = 8, 512, 64
+IN_USE = redis_connection.RESP
+WAYS = {"hiredis": HIREDIS, "handmade": HANDMADE}
+ENDING = {name: "" if way is IN_USE else f"_{name}" for name, way in WAYS.items()}  # of its figures
 
 
 def group_for(
@@ -66,19 +75,38 @@ def group_for(
     )
 
 
+class Client:
+    """A buffer that speaks to Redis in one way, and what is below it."""
+
+    def __init__(self, config: BufferConfig, name: str, url: str, resp: Resp) -> None:
+        redis_connection.RESP = resp  # looked at when a connection is made
+        try:
+            self.buffer = ReplayBuffer.connect(config, name, url)
+            self.connection = Connection(config, name, url)
+        finally:
+            redis_connection.RESP = IN_USE
+        self.pack = resp.pack
+        self.wire = open_wire(config, url, resp)
+
+
 class Bench:
     """One run of the buffer with a stream of requests over ``prompts`` prompts."""
 
     def __init__(self, url: str, name: str, *, capacity: int, prompts: int) -> None:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
-        self.buffer = ReplayBuffer.connect(self.config, name, url)
-        self.raw = (
-            self.buffer._connection.client
-        )  # redis-py as it is, with the options of the buffer
-        self.wire = self.buffer._connection._wire  # the buffer's own short way, by itself
-        self.epoch = self.buffer.replay.new_fencing_token()
+        self.url = url
+        self.raw: Any = open_client(self.config, url)  # redis-py, with the buffer's options
+        self.clients = {way: Client(self.config, name, url, resp) for way, resp in WAYS.items()}
+        self.using(next(way for way, ending in ENDING.items() if not ending))
+        self.fencing_token = self.buffer.replay.new_fencing_token()
         self.prompts, self.seq, self.step = prompts, 0, 0
         self.rng = np.random.default_rng(1)
+
+    def using(self, way: str) -> Bench:
+        """Continues with the client of this way."""
+        self.client = self.clients[way]
+        self.buffer, self.connection = self.client.buffer, self.client.connection
+        return self
 
     def leases(self, n: int, *, stride: int = 1) -> list[RequestLease]:
         """``n`` leased requests of the present step, prompts spread over the whole set."""
@@ -98,8 +126,8 @@ class Bench:
         return found
 
     def commit(self) -> None:
-        gids = [g.decode() for g in self.raw.zrange(self.buffer._connection.key("fresh"), 0, -1)]
-        self.buffer.replay.commit_step(self.step, self.step + 1, gids, self.epoch)
+        gids = [g.decode() for g in self.raw.zrange(self.connection.key("fresh"), 0, -1)]
+        self.buffer.replay.commit_step(self.step, self.step + 1, gids, self.fencing_token)
         self.step += 1
 
     def fill(self, trajectories: int, *, tokens: int = TOKENS, n: int = GROUP) -> None:
@@ -112,7 +140,7 @@ class Bench:
     def seed_prompts(self) -> None:
         """Statistics of all prompts at once, written as the scripts write them, so that a million
         take a minute."""
-        key = self.buffer._connection.key
+        key = self.connection.key
         total = 0
         scale = 1 << 28
         for first in range(0, self.prompts, 5000):
@@ -166,7 +194,7 @@ class Bench:
         for i in range(n):
             begin = time.perf_counter()
             pairs = [word for j, data in enumerate(groups[i]) for word in (f"raw:{i}:{j}", data)]
-            self.wire.ask(pack("MSET", *pairs))
+            self.client.wire.ask(self.client.pack("MSET", *pairs))
             times.append(time.perf_counter() - begin)
         self.raw.unlink(*[f"raw:{i}:{j}" for i in range(n) for j in range(GROUP)])
         return times
@@ -191,7 +219,7 @@ class Bench:
     def raw_draw_times(self, chosen: list[list[str]]) -> Times:
         """Plain MGET of the values of draws; nothing is decoded."""
         times = []
-        for keys in [[self.buffer._connection.key(f"t:{tid}") for tid in ids] for ids in chosen]:
+        for keys in [[self.connection.key(f"t:{tid}") for tid in ids] for ids in chosen]:
             begin = time.perf_counter()
             self.raw.mget(keys)
             times.append(time.perf_counter() - begin)
@@ -202,7 +230,7 @@ class Bench:
         times = []
         for ids in chosen:
             begin = time.perf_counter()
-            self.buffer._connection.read_values(ids, _forget)
+            self.connection.read_values(ids, _forget)
             times.append(time.perf_counter() - begin)
         return times
 
@@ -230,47 +258,60 @@ def rate(times: Sequence[float]) -> float:
 
 
 def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
+    """Inserts and draws per second of each way, over those of a plain redis-py client."""
     with EmbeddedRedis(folder / "raw", persistent=False) as server:
         bench = Bench(server.url, "ratios", capacity=10_000, prompts=2000)
         bench.fill(2000 if quick else 10_000)
         rounds = 4 if quick else 20
-        ours, raw, wire = by_turns(
+        raw, *times = by_turns(
             [
-                lambda _: bench.insert_times(50),
                 lambda _: bench.raw_insert_times(50),
-                lambda _: bench.wire_insert_times(50),
+                *(lambda _, way=way: bench.using(way).insert_times(50) for way in WAYS),
+                *(lambda _, way=way: bench.using(way).wire_insert_times(50) for way in WAYS),
             ],
             rounds,
         )
+        yield from _ratios("insert", raw, times)
         bench.commit()
-        yield "insert_per_s", rate(ours)
-        yield "raw_insert_per_s", rate(raw)
-        yield "wire_insert_per_s", rate(wire)
-        yield "insert_ratio", rate(ours) / rate(raw)
-        yield "insert_wire_ratio", rate(ours) / rate(wire)
-        yield "insert_p99_ms", float(np.percentile(ours, 99)) * 1e3
-        for_raw, for_wire = (
-            [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)] for k in (1, 2)
-        )
-        ours, raw, wire = by_turns(
+        # Each reader has values of its own, chosen long before: they are in no cache by then.
+        chosen = [
+            [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)]
+            for k in range(1 + len(WAYS))
+        ]
+        seeds = {way: 20 * rounds * k for k, way in enumerate(WAYS, 1 + len(WAYS))}
+        raw, *times = by_turns(
             [
-                lambda i: bench.draw_times(20, 20 * i),
-                lambda i: bench.raw_draw_times(for_raw[i]),
-                lambda i: bench.wire_draw_times(for_wire[i]),
+                lambda i: bench.raw_draw_times(chosen[0][i]),
+                *(
+                    lambda i, way=way: bench.using(way).draw_times(20, seeds[way] + 20 * i)
+                    for way in WAYS
+                ),
+                *(
+                    lambda i, way=way, ids=ids: bench.using(way).wire_draw_times(ids[i])
+                    for way, ids in zip(WAYS, chosen[1:], strict=True)
+                ),
             ],
             rounds,
         )
-        yield "draw_per_s", rate(ours)
-        yield "raw_mget_per_s", rate(raw)
-        yield "wire_mget_per_s", rate(wire)
-        yield "draw_ratio", rate(ours) / rate(raw)
-        yield "draw_wire_ratio", rate(ours) / rate(wire)
-        yield "draw_p99_ms", float(np.percentile(ours, 99)) * 1e3
+        yield from _ratios("draw", raw, times)
+
+
+def _ratios(what: str, raw: Times, times: list[Times]) -> Iterator[tuple[str, float]]:
+    """Figures of each way; ``times`` has those of the buffer, then those of the bare wire."""
+    yield f"raw_{what}_per_s", rate(raw)
+    for ending, ours, wire in zip(
+        ENDING.values(), times[: len(WAYS)], times[len(WAYS) :], strict=True
+    ):
+        yield f"{what}_per_s{ending}", rate(ours)
+        yield f"wire_{what}_per_s{ending}", rate(wire)
+        yield f"{what}_ratio{ending}", rate(ours) / rate(raw)
+        yield f"{what}_wire_ratio{ending}", rate(ours) / rate(wire)
+        yield f"{what}_p99_ms{ending}", float(np.percentile(ours, 99)) * 1e3
 
 
 def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
-    """Time per call at many prompts and trajectories over that at few; the two servers are measured
-    by turns."""
+    """Time per call at many prompts and trajectories over that at few, for each way; the two
+    servers are measured by turns."""
     prompts, stock = (50_000, 10_000) if quick else (1_000_000, 100_000)
     with (
         EmbeddedRedis(folder / "few", persistent=False) as a,
@@ -284,17 +325,19 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "million_prompts", many.buffer.stats.read().prompts
         yield "million_stock", many.buffer.stats.read().stock
         yield "memory_million_mib", memory(many.raw) / 2**20
+        measured = [(bench, way) for way in WAYS for bench in (few, many)]
         rounds = 4 if quick else 16
-        small, large = by_turns(
-            [lambda _: few.insert_times(50), lambda _: many.insert_times(50)], rounds
+        inserts = by_turns(
+            [lambda _, b=b, way=way: b.using(way).insert_times(50) for b, way in measured], rounds
         )
         few.commit()
         many.commit()
-        yield "growth_insert", statistics.median(large) / statistics.median(small)
-        small, large = by_turns(
-            [lambda _: few.draw_times(30), lambda _: many.draw_times(30)], rounds
+        draws = by_turns(
+            [lambda _, b=b, way=way: b.using(way).draw_times(30) for b, way in measured], rounds
         )
-        yield "growth_draw", statistics.median(large) / statistics.median(small)
+        for what, times in (("insert", inserts), ("draw", draws)):
+            for ending, small, large in zip(ENDING.values(), times[::2], times[1::2], strict=True):
+                yield f"growth_{what}{ending}", statistics.median(large) / statistics.median(small)
         yield "stats_ms_million", _timed(many.buffer.stats.read) * 1e3
         yield from snapshot_figures(many, folder)
 
@@ -305,7 +348,7 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def take_snapshot(url: str, capacity: int, out: Path, took: Any) -> None:
+def take_snapshot(url: str, capacity: int, out: Path, took: Synchronized[float]) -> None:
     with ReplayBuffer.connect(BufferConfig(capacity=capacity, warm_up=0), "many", url) as buffer:
         took.value = _timed(lambda: buffer.snapshot(out))
 
@@ -315,7 +358,7 @@ def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
     one."""
 
     def longest(until: Callable[[], bool]) -> float:
-        raw, worst = redis.Redis.from_url(bench.buffer._connection.url), 0.0
+        raw, worst = redis.Redis.from_url(bench.url), 0.0
         while not until():
             worst = max(worst, _timed(raw.ping))
             time.sleep(0.0005)
@@ -329,7 +372,7 @@ def snapshot_figures(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
     )  # a process of its own, as a thread would hold up our clock too
     took = context.Value("d", 0.0)
     child = context.Process(
-        target=take_snapshot, args=(bench.buffer._connection.url, bench.config.capacity, out, took)
+        target=take_snapshot, args=(bench.url, bench.config.capacity, out, took)
     )
     bench.raw.config_set("slowlog-log-slower-than", 100)
     bench.raw.config_set("slowlog-max-len", 20_000)
@@ -378,25 +421,21 @@ def aof_modes(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
             yield f"aof_{name}_insert_p99_ms", float(np.percentile(times, 99)) * 1e3
 
 
+PARTS = (against_raw, footprint, aof_modes, growth)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/buffer.json"))
-    options = parser.parse_args()
-    figures: dict[str, float] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count() or 0}
+    options = parser(__doc__)
+    names = [part.__name__ for part in PARTS]
+    options.add_argument("--only", nargs="+", choices=names, default=names, help="parts alone")
+    given = options.parse_args()
+    figures = Figures("buffer", given.out)
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
-        for part in (against_raw, footprint, aof_modes, growth):
-            for name, value in part(Path(folder), options.quick):
-                figures[name] = round(float(value), 4)
-                print(f"{name:28s} {figures[name]:>14,.3f}", flush=True)
-    figures["load_after"] = round(os.getloadavg()[0], 2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    load = (
-        f"load {figures['load_before']:.1f} -> {figures['load_after']:.1f} on "
-        f"{figures['cores']:.0f} cores"
-    )
-    print(f"{options.out}; {load}")
+        for part in PARTS:
+            if part.__name__ in given.only:
+                for name, value in part(Path(folder), given.smoke):
+                    figures.add({name: value})
+    print(figures.write())
 
 
 if __name__ == "__main__":
