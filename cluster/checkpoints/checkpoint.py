@@ -193,7 +193,7 @@ class CheckpointWriter:
             log.info("checkpoint of step %d failed", checkpoint.step, exc_info=True)
             self._report(
                 "checkpoint failed",
-                f"step {checkpoint.step}: {error or type(error).__name__}; the run goes on",
+                f"step {checkpoint.step}: {error or type(error).__name__}; the run continues",
             )
         finally:
             fixed.set()

@@ -186,7 +186,7 @@ def check_recipe(run: Path, config: RunConfig) -> None:
     changed = differences(saved_config(run), mask_secrets(config.model_dump(mode="json")))
     if changed:
         raise ConfigError(
-            f"run {run.name} cannot go on with another recipe:\n  " + "\n  ".join(changed) + "\n"
+            f"run {run.name} cannot resume with another recipe:\n  " + "\n  ".join(changed) + "\n"
             "put these keys back (steps, output, evaluation, resources and workers may change), "
             "or start a new run"
         )
@@ -209,8 +209,8 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
         and read_status(run).state == "finished"
     ):
         raise ConfigError(
-            f"run {run.name} is finished after {checkpoint.step} steps: raise loop.steps to go on "
-            "with it"
+            f"run {run.name} is finished after {checkpoint.step} steps: raise loop.steps to "
+            "train further"
         )
     on_message(str(resumption))
     return resumption

@@ -1,9 +1,10 @@
-"""One job per run: a lock in the run's folder for those who share its disk, and one in Redis for
-those who share that.
+"""One job per run: a lock in the run's folder for jobs that share its disk, and one in Redis for
+jobs that share that.
 
-No clock is compared between hosts. A holder on this host lives while its process does; one
-elsewhere while its heartbeat counter moves under our eyes. In Redis the key lives while its holder
-renews it, by Redis' own clock."""
+No clock is compared between hosts. A holder on this host is alive while its process is. A holder
+elsewhere is alive while its heartbeat counter changes as we look. In Redis the key lasts while its
+holder renews it, by Redis' own clock.
+"""
 
 from __future__ import annotations
 
@@ -159,9 +160,8 @@ class RunLock:
                     return
                 replace_text(self.path, self._text())
             except OSError as error:
-                log.info(
-                    "heartbeat of run %s not written: %s", self.run_id, error
-                )  # a full disk, say: go on
+                # A full disk, perhaps: the run continues.
+                log.info("heartbeat of run %s not written: %s", self.run_id, error)
             self._renew()
 
     def _renew(self) -> None:

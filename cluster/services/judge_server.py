@@ -163,6 +163,6 @@ class JudgeServer:
             return False
 
     def _tail(self) -> str:
-        """The end of its log, which goes on in ``log``."""
+        """The end of its log; the whole is in ``log``."""
         lines = self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         return f"{' | '.join(lines) or 'it said nothing'} (whole log: {self.log})"

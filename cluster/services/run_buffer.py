@@ -29,14 +29,23 @@ def open_buffer(
     under_way: bool = False,
     login: BufferConfig | None = None,
 ) -> Iterator[ReplayBuffer]:
-    """The run at ``url`` with the settings it has (``create``: a new one where there is none), or
-    that of a run folder: at the server its recipe names (``login``: with these secrets), or the
-    embedded one, started from its append-only file; ``under_way``: of a run that goes on, the
-    server it has.
+    """The buffer of ``run``: a run id at ``url``, or a run folder.
 
-    Raises ConfigError when the folder is not a run's or hides a password, ConfigError or
-    BufferSetupError while its run goes on (unless ``under_way``), and as ``ReplayBuffer.attach``
-    does."""
+    A run folder's buffer is at the server that its recipe names, or embedded; an embedded one is
+    started from its append-only file.
+
+    Args:
+        run: A run id where ``url`` is given, else a run folder.
+        url: The server.
+        password_env: Variable that holds the password for ``url``.
+        create: Set up a new run at ``url`` where there is none.
+        under_way: The run works now: use the server it has.
+        login: Secrets for the server that the recipe names.
+
+    Raises:
+        ConfigError: not a run folder, one that hides a password, or one whose run works now.
+        BufferSetupError: the embedded server is in use; and as ``ReplayBuffer.attach`` does.
+    """
     if url is not None:
         with ReplayBuffer.attach(
             BufferConfig(password_env=password_env), run, url, create=create
@@ -72,7 +81,7 @@ def open_buffer(
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """The run's lock, so that no job goes on with it meanwhile."""
+    """The run's lock, so that no job resumes it meanwhile."""
     lock = RunLock(folder, on_warning=print)
     lock.acquire()
     try:

@@ -16,7 +16,7 @@ from avatar_rl.cluster.config import LoopConfig
 
 Averages = Mapping[str, float]  # Rbar by prompt id, of the prompts that were asked
 
-FLOOR = 0.02  # weight of a solved prompt: it is asked again now and then, lest it is forgotten
+FLOOR = 0.02  # weight of a solved prompt: asked again now and then, so that it is not forgotten
 
 
 class PromptSchedule:
