@@ -131,7 +131,7 @@ def _checked(path: Path) -> tuple[_State, dict[str, int]]:
             _read(path, data, _page)
         elif kind == _VALUES:
             _read(path, data, _rows)
-    return _read(path, last[_STATE], _state), _read(path, last[_END], _sizes)
+    return _read(path, last.get(_STATE, b""), _state), _read(path, last[_END], _sizes)
 
 
 def _scan(connection: Connection, name: str) -> dict[bytes, bytes]:

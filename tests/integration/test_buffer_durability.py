@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +26,8 @@ from avatar_rl.buffer_service.records.codec import decode
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis, find_redis_server
 from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, namespace, requests, run_step
+
+OLD_SNAPSHOT = Path(__file__).parents[1] / "data" / "buffer-of-release-0.1.snap"
 
 # -- durability
 
@@ -264,6 +269,53 @@ def test_a_damaged_snapshot_is_refused_and_the_run_kept(
         pytest.raises(BufferSetupError, match="is of run run, not second"),
     ):
         second.restore(path)
+
+
+def test_a_snapshot_of_the_release_before_is_restored(buffer: ReplayBuffer) -> None:
+    report = buffer.restore(OLD_SNAPSHOT)
+    assert (report.prompts, report.trajectories, report.requests) == (13, 40, 1)
+    assert (report.version, report.trained_step) == (6, 5)
+    stats, books = buffer.stats.read(), buffer.stats.check_ledger()
+    assert (books.generated, books.trained_fresh, books.in_flight) == (14, 12, 1)
+    assert books.dropped == {"broken": 1} and books.evicted == 8 and books.tokens == 289
+    assert stats.tiers == {"hard": 40, "medium": 0, "easy": 0} and stats.fencing_token == 2
+    assert [t.id for t in buffer.replay.draw(8, step=6, seed=0)] == [
+        *("00000004.2", "00000006.0", "00000004.0", "00000007.1"),
+        *("00000010.3", "00000005.2", "00000009.1", "00000007.3"),
+    ]  # as that release drew
+    assert buffer.requests.quarantined() == {"p101": "broken: video"}
+    assert buffer.control.get_value("model") == {"hidden": 128}
+    [lease] = buffer.requests.lease("a", 9)
+    assert lease.request.prompt_id == "p102" and lease.attempt == 1
+    buffer.requests.add_group(make_group(lease, [1.0]), lease, tokens_generated=1)
+    assert len(buffer.replay.lease_fresh("learner", 6).groups) == 2
+
+
+def frame(kind: int, content: object) -> bytes:
+    data = msgspec.msgpack.encode(content)
+    return struct.pack("<BII", kind, len(data), zlib.crc32(data)) + data
+
+
+@pytest.mark.parametrize("state", [{"meta": 1}, None], ids=["odd", "none"])
+def test_a_snapshot_of_another_shape_is_refused_by_name(
+    buffer: ReplayBuffer, tmp_path: Path, state: dict[str, int] | None
+) -> None:
+    path, before = tmp_path / "odd.snap", namespace(buffer)
+    path.write_bytes(b"AVSNAP01" + (frame(0, state) if state else b"") + frame(3, {"prompts": 0}))
+    with pytest.raises(RecordError, match=r"odd\.snap was written by another release"):
+        buffer.restore(path)
+    assert namespace(buffer) == before
+
+
+def test_a_snapshot_of_another_layout_is_refused_by_name(
+    buffer: ReplayBuffer, tmp_path: Path
+) -> None:
+    client = redis.Redis.from_url(buffer._connection.url)
+    client.hset(buffer._connection.key("meta"), "format", 2)
+    buffer.snapshot(tmp_path / "newer.snap")
+    client.hset(buffer._connection.key("meta"), "format", 1)
+    with pytest.raises(BufferSetupError, match="has layout 2, this code has 1; restore it with"):
+        buffer.restore(tmp_path / "newer.snap")
 
 
 def test_a_restore_that_was_cut_short_is_noticed_and_can_be_repeated(
