@@ -6,12 +6,13 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from avatar_rl.common.errors import InputError
+from avatar_rl.common.types import JsonObject
 
 Modality = Literal["video", "audio", "image"]
 
@@ -133,7 +134,7 @@ class Prompt(Strict):
         default_factory=dict, description="anything a dataset wants to carry along"
     )
 
-    def label(self) -> dict[str, Any]:
+    def label(self) -> JsonObject:
         """What a row about one of its completions says of the prompt; JSON-ready."""
         return {
             "prompt_id": self.id,

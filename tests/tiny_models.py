@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.encoding.template import EncodedPrompt
@@ -39,6 +40,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BOUNDS = {"shortest_edge": 56 * 56, "longest_edge": 64 * 28 * 28}
+
+
+def allowed_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that are safe to sample: every plain token and the end of turn.
+
+    A media placeholder among a completion's tokens crashes the scoring pass, and rows beyond the
+    tokenizer's length do not decode. Works for any Hugging Face tokenizer."""
+    special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    return [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or i not in special]
 
 
 class ArrayLoader(MediaLoader):

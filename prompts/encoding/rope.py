@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from avatar_rl.common.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OMNI = {
     "qwen2_5_omni": (
@@ -46,7 +49,7 @@ class PositionRule:
     ``config`` is its transformers config: the top one, or an omni checkpoint's thinker config
     together with ``kind``, the model_type of the top one."""
 
-    def __init__(self, config: Any, kind: str | None = None) -> None:
+    def __init__(self, config: PretrainedConfig, kind: str | None = None) -> None:
         self.kind: str = kind or config.model_type
         self.config = getattr(config, "thinker_config", config)
         self._omni = _omni_namespace(self.kind, self.config) if self.kind in OMNI else None
@@ -163,7 +166,7 @@ def _grid(frames: int, height: int, width: int, rate: float) -> Tensor:
     return torch.stack([axis.reshape(-1) for axis in axes])
 
 
-def _omni_namespace(kind: str, config: Any) -> tuple[Any, SimpleNamespace]:
+def _omni_namespace(kind: str, config: PretrainedConfig) -> tuple[Any, SimpleNamespace]:
     """transformers' position code on a light stand-in for the model it is a method of."""
     from importlib import import_module
 

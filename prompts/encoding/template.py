@@ -13,21 +13,35 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avatar_rl.common.errors import DataError, ModelError
+from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.processor import (
+    EngineInput,
+    EngineMedium,
+    EngineVideoMetadata,
+    PixelBounds,
+    ProcessorSettings,
+    VideoMetadata,
+    VideoSettings,
+    load_processor,
+)
 from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI, PositionRule
 from avatar_rl.prompts.media.loader import DecodedMedia, MediaLoader
 from avatar_rl.prompts.record import Modality, Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Processor outputs that a model's forward takes; the others only shape the text and the positions.
 FEATURES = (
@@ -70,7 +84,7 @@ class PromptEncoder:
     def __init__(self, model_path: Path, loader: MediaLoader, config: TemplateConfig) -> None:
         self.loader = loader
         self.config = config
-        self.processor, model_config = _load_processor(Path(model_path))
+        self.processor, model_config = load_processor(Path(model_path))
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.kind: str = model_config.model_type
         self.positions = PositionRule(model_config)
@@ -103,7 +117,7 @@ class PromptEncoder:
             messages, tokenize=False, add_generation_prompt=True
         )
 
-    def engine_input(self, prompt: Prompt, hinted: bool) -> dict[str, Any]:
+    def engine_input(self, prompt: Prompt, hinted: bool) -> EngineInput:
         """vLLM prompt: token ids with one placeholder per medium, decoded media, their processor
         settings and ids.
 
@@ -115,17 +129,17 @@ class PromptEncoder:
             self.check_length(prompt, len(token_ids))
             return {"prompt_token_ids": token_ids}
         media = prepared.media
-        data: dict[Modality, list[Any]] = {}
+        data: dict[Modality, list[EngineMedium]] = {}
         if media.videos:
             data["video"] = [
-                frames if self.kind in OMNI else (frames, {**metadata, "do_sample_frames": False})
+                frames if self.kind in OMNI else (frames, _unsampled(metadata))
                 for frames, metadata in zip(prepared.frames, prepared.metadata, strict=True)
             ]
         if media.audios:
             data["audio"] = [(audio.samples, audio.sample_rate) for audio in media.audios]
         if media.images:
             data["image"] = [prepared_image(image.pixels) for image in media.images]
-        settings = dict(prepared.settings)
+        settings = prepared.settings.copy()
         if self.kind in OMNI and media.videos:
             settings["second_per_grid_ts"] = prepared.seconds
         arrays: dict[Modality, list[np.ndarray]] = {
@@ -183,7 +197,7 @@ class PromptEncoder:
     def _encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
         prepared = self._prepare(prompt, hinted)
         if prompt.media.items:
-            output = self.processor(**self._processor_call(prepared))
+            output: Mapping[str, Tensor] = self._processed(prepared)
             ids = output["input_ids"][0]
         else:
             output = {}
@@ -198,27 +212,31 @@ class PromptEncoder:
         )
         return EncodedPrompt(ids, positions.ids, positions.next, features, prompt_digest(ids))
 
-    def _processor_call(self, prepared: _Prepared) -> dict[str, Any]:
-        """Arguments of the transformers processor."""
+    def _processed(self, prepared: _Prepared) -> Mapping[str, Tensor]:
+        """What the transformers processor makes of text and media."""
+        media = prepared.media
         settings = {
             name: dict(value) if isinstance(value, dict) else value
             for name, value in prepared.settings.items()
         }
-        call: dict[str, Any] = {"text": [prepared.text], "return_tensors": "pt", **settings}
-        media = prepared.media
-        if media.videos:
-            call["videos"] = prepared.frames
-            if self.kind not in OMNI:
-                from transformers.video_utils import VideoMetadata
+        if media.videos and self.kind not in OMNI:
+            from transformers.video_utils import VideoMetadata as Metadata
 
-                call["videos_kwargs"]["video_metadata"] = [
-                    VideoMetadata(**entry) for entry in prepared.metadata
-                ]
-        if media.audios:
-            call["audio"] = [audio.samples for audio in media.audios]
-        if media.images:
-            call["images"] = [prepared_image(image.pixels) for image in media.images]
-        return call
+            settings["videos_kwargs"] = {
+                **prepared.settings["videos_kwargs"],
+                "video_metadata": [Metadata(**entry) for entry in prepared.metadata],
+            }
+        given = {
+            "videos": prepared.frames,
+            "audio": [audio.samples for audio in media.audios],
+            "images": [prepared_image(image.pixels) for image in media.images],
+        }
+        return self.processor(
+            text=[prepared.text],
+            return_tensors="pt",
+            **{name: items for name, items in given.items() if items},
+            **settings,
+        )
 
     def _prepare(self, prompt: Prompt, hinted: bool) -> _Prepared:
         text = self.text(prompt, hinted)
@@ -246,7 +264,7 @@ class PromptEncoder:
                 "`frames` in proportion to "
                 "the lengths of their clips"
             )
-        metadata = [
+        metadata: list[VideoMetadata] = [
             {
                 "total_num_frames": len(video.frames),
                 "fps": 2 / step,
@@ -263,9 +281,8 @@ class PromptEncoder:
 
     def _settings(
         self, prompt: Prompt, media: DecodedMedia, seconds: list[float]
-    ) -> dict[str, Any]:
-        """Processor settings that mean the same in transformers and in vLLM, JSON-ready."""
-        settings: dict[str, Any] = {}
+    ) -> ProcessorSettings:
+        settings: ProcessorSettings = {}
         if media.images:
             settings["images_kwargs"] = {"size": self._bounds(prompt, "image")}
         if media.videos:
@@ -273,19 +290,23 @@ class PromptEncoder:
             if self.kind not in OMNI and self.kind != "qwen2_5_vl":
                 # Qwen3-VL bounds the whole video, and one setting serves all videos of the prompt.
                 most = max(len(video.frames) for video in media.videos)
-                size = {edge: pixels * most for edge, pixels in size.items()}
-            settings["videos_kwargs"] = {
+                size = {
+                    "shortest_edge": size["shortest_edge"] * most,
+                    "longest_edge": size["longest_edge"] * most,
+                }
+            videos: VideoSettings = {
                 "size": size,
                 "do_sample_frames": False,
                 "cap_pixels_per_frame": False,
             }
             if self.kind in OMNI:
-                settings["videos_kwargs"]["fps"] = 2 / seconds[0]
+                videos["fps"] = 2 / seconds[0]
+            settings["videos_kwargs"] = videos
         if prompt.media.audio_in_video:
             settings["use_audio_in_video"] = True
         return settings
 
-    def _bounds(self, prompt: Prompt, kind: Modality) -> dict[str, int]:
+    def _bounds(self, prompt: Prompt, kind: Modality) -> PixelBounds:
         found = {(item.min_pixels, item.max_pixels) for item in prompt.media.of(kind)}
         if len(found) > 1:
             raise DataError(
@@ -352,16 +373,20 @@ class _Prepared:
     text: str
     media: DecodedMedia
     frames: list[np.ndarray]
-    metadata: list[dict[str, Any]]  # transformers' VideoMetadata fields, one per video
+    metadata: list[VideoMetadata]  # one per video
     seconds: list[float]  # seconds per temporal grid step, one per video
-    settings: dict[str, Any]
+    settings: ProcessorSettings
 
 
-def prepared_image(pixels: np.ndarray) -> Any:
+def prepared_image(pixels: np.ndarray) -> Image:
     """PIL image of (H, W, 3) uint8: unlike an array it leaves no doubt about its channel axis."""
     from PIL import Image
 
     return Image.fromarray(pixels)
+
+
+def _unsampled(metadata: VideoMetadata) -> EngineVideoMetadata:
+    return {**metadata, "do_sample_frames": False}
 
 
 def _seconds_per_grid(fps: float) -> float:
@@ -380,36 +405,3 @@ def _key(*parts: str) -> bytes:
 def _content(array: np.ndarray) -> str:
     """Content key of a decoded medium whose file has no digest."""
     return blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
-
-
-def _load_processor(model_path: Path) -> tuple[Any, Any]:
-    """The folder's processor (tokenizer alone for a text model) and config."""
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-
-    if not (model_path / "config.json").is_file():
-        raise ModelError(
-            f"model folder {model_path} has no config.json: give a Hugging Face checkpoint folder"
-        )
-    config = AutoConfig.from_pretrained(model_path)
-    media = config.model_type in MULTIMODAL
-    needed = [("tokenizer.json", "vocab.json")]
-    needed += [("preprocessor_config.json", "processor_config.json")] if media else []
-    for names in needed:
-        if not any((model_path / name).is_file() for name in names):
-            raise ModelError(
-                f"model folder {model_path} ({config.model_type}) has no {' or '.join(names)}: "
-                "copy the tokenizer and "
-                "processor files of the base model into it"
-            )
-    try:
-        processor = (AutoProcessor if media else AutoTokenizer).from_pretrained(model_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"tokenizer or processor in {model_path} cannot be loaded: {error}"
-        ) from error
-    if processor.chat_template is None:
-        raise ModelError(
-            f"model folder {model_path} has no chat template: add chat_template.jinja of the base "
-            "model"
-        )
-    return processor, config

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     """A decoded array and its two numbers (video: fps, seconds; audio: Hz, seconds; image: 0,
     0)."""
 
-    array: NDArray[Any]
+    array: NDArray[Any]  # uint8 frames and pictures, float32 sound
     rate: float
     duration: float
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
+from avatar_rl.prompts.readers.rows import Value
 from avatar_rl.prompts.record import (
     PROBLEM_TYPE_SPELLINGS,
     MediaItem,
@@ -26,7 +28,12 @@ _LETTER = re.compile(r"^\s*\(?([A-Z])(?:\)|[.:]|$)\s*")
 _LETTERED_LINE = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*\S")
 
 
-def build_prompt(fields: dict[str, Any], config: DataConfig, where: str) -> Prompt:
+#: Raw values by the names of Prompt's fields.
+RawField: TypeAlias = "Value | MediaPlan | Mapping[str, Value]"
+Fields: TypeAlias = Mapping[str, RawField]
+
+
+def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
     """A Prompt from Prompt-named raw ``fields``: tags unwrapped, spellings folded, options
     lettered, defaults filled.
 
@@ -41,22 +48,24 @@ def build_prompt(fields: dict[str, Any], config: DataConfig, where: str) -> Prom
     kind = _problem_type(values.get("problem_type"), options, answer, config, where)
     if kind is ProblemType.MULTIPLE_CHOICE:
         answer = _letter(answer, options, question, where)
-    values |= {
-        "question": _without_lines(question, options),
-        "answer": answer,
-        "options": options,
-        "problem_type": kind,
-        "media": _plan(values.get("media"), config, where),
-    }
+    question = _without_lines(question, options)
+    plan = _plan(values.get("media"), config, where)
     if config.system is not None:
         values.setdefault("system", config.system)
     if isinstance(reasoning := values.get("reasoning"), str):
         values["reasoning"] = thought(reasoning) or reasoning.strip()
-    if values.get("id") in (None, ""):
-        values["id"] = content_id(values)
-    values["id"] = str(values["id"])
+    given_id = values.get("id")
+    unnamed = given_id is None or given_id == ""
+    checked = {
+        "id": content_id(question, answer, options, plan) if unnamed else str(given_id),
+        "question": question,
+        "answer": answer,
+        "options": options,
+        "problem_type": kind,
+        "media": plan,
+    }
     try:
-        return Prompt.model_validate(values)
+        return Prompt.model_validate(values | checked)
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])
@@ -85,15 +94,14 @@ def split_option(option: str) -> tuple[str, str]:
     return (match[1], option[match.end() :].strip()) if match else ("", option)
 
 
-def content_id(values: dict[str, Any]) -> str:
-    """Id of a row that names none: the same content gives the same id in every run and on every
-    machine."""
-    media = values["media"].model_dump(mode="json", include={"items"})
-    content = [values["question"], values["answer"], list(values["options"]), media]
+def content_id(question: str, answer: str, options: tuple[str, ...], plan: MediaPlan) -> str:
+    """Id of a row that names none. The same content gives the same id everywhere."""
+    media = plan.model_dump(mode="json", include={"items"})
+    content = [question, answer, list(options), media]
     return "c" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _text(values: dict[str, Any], key: str, where: str) -> str:
+def _text(values: Fields, key: str, where: str) -> str:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         what = f"no {key}" if value is None else f"the {key} is a {type(value).__name__}"
@@ -105,7 +113,7 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
 
 
 def _problem_type(
-    given: Any, options: tuple[str, ...], answer: str, config: DataConfig, where: str
+    given: RawField, options: tuple[str, ...], answer: str, config: DataConfig, where: str
 ) -> ProblemType:
     if given is None:
         if config.problem_type is not None:
@@ -124,12 +132,12 @@ def _problem_type(
     return PROBLEM_TYPE_SPELLINGS[folded]
 
 
-def _options(given: Any, where: str) -> tuple[str, ...]:
+def _options(given: RawField, where: str) -> tuple[str, ...]:
     """Options as "A. red", whether they came as texts, lettered texts or a dict by letter."""
     if not given:
         return ()
     if isinstance(given, dict):  # parquet gives every row all keys, the absent ones as None
-        given = [f"{letter}. {text}" for letter, text in given.items() if text is not None]
+        given = [f"{letter}. {text!s}" for letter, text in given.items() if text is not None]
     if not isinstance(given, list | tuple) or not all(
         isinstance(option, str | int | float) for option in given
     ):
@@ -190,7 +198,7 @@ def _without_lines(question: str, options: tuple[str, ...]) -> str:
     return "\n".join(kept).strip() or question
 
 
-def _plan(given: Any, config: DataConfig, where: str) -> MediaPlan:
+def _plan(given: RawField, config: DataConfig, where: str) -> MediaPlan:
     """The media plan with decode defaults, and the videos' sound tracks where the config asks for
     them."""
     try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import KINDS, media_item
+from avatar_rl.prompts.readers.rows import Value, Values
 from avatar_rl.prompts.record import MediaItem, Modality
 
 _TAG = re.compile(r"<(video|audio|image)>")
@@ -27,19 +27,13 @@ class Chat:
     items: list[MediaItem]  # in the order of their placeholders
 
 
-def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str) -> Chat:
+def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> Chat:
     """The user turn's text and media; media without a path of their own come from the row's lists
     in turn."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and "role" in m for m in messages
-    ):
-        raise InputError(
-            where, "messages are not a list of {role, content}", "correct the messages"
-        )
     waiting = _listed(row)
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     items: list[MediaItem] = []
-    for message in messages:
+    for message in _messages(messages, where):
         role = message["role"]
         if not isinstance(role, str) or role not in turns:
             raise InputError(
@@ -74,10 +68,20 @@ def read_chat(messages: Any, row: dict[str, Any], config: DataConfig, where: str
     )
 
 
-def _listed(row: dict[str, Any]) -> dict[Modality, list[Any]]:
+def _messages(given: Value, where: str) -> list[Values]:
+    messages = given if isinstance(given, list) else [None]
+    found = [message for message in messages if isinstance(message, dict) and "role" in message]
+    if len(found) != len(messages):
+        raise InputError(
+            where, "messages are not a list of {role, content}", "correct the messages"
+        )
+    return found
+
+
+def _listed(row: Values) -> dict[Modality, list[Value]]:
     """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``,
     by kind."""
-    entries: dict[Modality, list[Any]] = {}
+    entries: dict[Modality, list[Value]] = {}
     for kind in KINDS:
         given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
         entries[kind] = [
@@ -89,12 +93,12 @@ def _listed(row: dict[str, Any]) -> dict[Modality, list[Any]]:
     return entries
 
 
-def _data_type(row: dict[str, Any]) -> Modality | None:
+def _data_type(row: Values) -> Modality | None:
     folded = str(row.get("data_type")).strip().lower()
     return next((kind for kind in KINDS if kind == folded), None)
 
 
-def _claim_path(row: dict[str, Any], has_media: bool, where: str) -> None:
+def _claim_path(row: Values, has_media: bool, where: str) -> None:
     """Raises InputError for a path that may be a medium and is of no kind: left out, the question
     would be blind. Beside other media and without a data_type it is any column."""
     if (
@@ -112,7 +116,7 @@ def _claim_path(row: dict[str, Any], has_media: bool, where: str) -> None:
 
 
 def _content(
-    content: Any, waiting: dict[Modality, list[Any]], config: DataConfig, where: str
+    content: Value, waiting: dict[Modality, list[Value]], config: DataConfig, where: str
 ) -> tuple[str, list[MediaItem]]:
     """Text of a message without its media places, and the media in the order of the places."""
     items: list[MediaItem] = []
@@ -127,28 +131,28 @@ def _content(
         )
     texts: list[str] = []
     for part in content:
-        kind_or_text = part.get("type") if isinstance(part, dict) else None
-        if kind_or_text == "text":
-            texts.append(str(part.get("text") or ""))
-        elif kind_or_text in KINDS:
-            own = {
+        fields = part if isinstance(part, dict) else {}
+        named = fields.get("type")
+        medium = next((kind for kind in KINDS if kind == named), None)
+        if named == "text":
+            texts.append(str(fields.get("text") or ""))
+        elif medium is not None:
+            own: Values = {
                 key: value
-                for key, value in part.items()
+                for key, value in fields.items()
                 if key not in ("type", "text") and value is not None
             }
-            items.append(
-                media_item(own or _next(waiting, kind_or_text, where), kind_or_text, config, where)
-            )
+            items.append(media_item(own or _next(waiting, medium, where), medium, config, where))
         else:
             raise InputError(
                 where,
-                f"content part of the type {kind_or_text!r}",
+                f"content part of the type {named!r}",
                 f"known are text, {', '.join(KINDS)}",
             )
     return "\n".join(text.strip() for text in texts if text.strip()), items
 
 
-def _next(waiting: dict[Modality, list[Any]], kind: Modality, where: str) -> Any:
+def _next(waiting: dict[Modality, list[Value]], kind: Modality, where: str) -> Value:
     if not waiting[kind]:
         raise InputError(
             where,

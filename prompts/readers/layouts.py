@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.config import DataConfig, DatasetFormat
-from avatar_rl.prompts.readers.build import build_prompt, thought
+from avatar_rl.prompts.readers.build import Fields, RawField, build_prompt, thought
 from avatar_rl.prompts.readers.chat import read_chat
-from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.readers.rows import Value, Values
+from avatar_rl.prompts.record import MediaPlan, Prompt
 
 _IDS = ("id", "problem_id", "question_id", "uid")
 _QUESTIONS = ("problem", "question")
@@ -33,15 +33,14 @@ _MEDIA = {f"{kind}{end}" for kind in ("video", "audio", "image") for end in ("",
 }
 
 
-def detect(row: dict[str, Any], where: str) -> DatasetFormat:
+def detect(row: Values, where: str) -> DatasetFormat:
     """Layout of a row by its keys. Raises InputError where none fits."""
     if isinstance(row.get("reward_model"), dict) and isinstance(row.get("prompt"), list):
         return "verl"
-    if isinstance(
-        row.get("media"), dict
-    ):  # no other layout has it; a misspelt key is then named, not lost
+    # No other layout has it. A misspelt key beside it is then named, not lost.
+    if isinstance(row.get("media"), dict):
         return "native"
-    messages = next((row[key] for key in _MESSAGES if isinstance(row.get(key), list)), None)
+    messages = _first_list(row, _MESSAGES)
     if messages is not None:
         parts = any(
             isinstance(message, dict) and isinstance(message.get("content"), list)
@@ -60,35 +59,34 @@ def detect(row: dict[str, Any], where: str) -> DatasetFormat:
     )
 
 
-def read_row(row: dict[str, Any], layout: DatasetFormat, config: DataConfig, where: str) -> Prompt:
+def read_row(row: Values, layout: DatasetFormat, config: DataConfig, where: str) -> Prompt:
     """The prompt of a row. Raises InputError saying what is wrong with it."""
     return build_prompt(_FIELDS[layout](row, config, where), config, where)
 
 
-def _native(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]:
-    dense: dict[str, Any] = _without_none(row)
-    return dense
+def _native(row: Values, config: DataConfig, where: str) -> Fields:
+    return {key: _without_none(value) for key, value in row.items() if value is not None}
 
 
-def _chat(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]:
+def _chat(row: Values, config: DataConfig, where: str) -> Fields:
     """Conversational, ms-swift, Video-R1 and AVATAR rows: messages, or a question with media beside
     it."""
-    fields = {key: row.get(key) for key in _SHARED} | {
-        "reasoning": _first(row, _REASONING),
-        "id": _first(row, _IDS),
-    }
+    fields: dict[str, RawField] = {key: row.get(key) for key in _SHARED}
+    fields |= {"reasoning": _first(row, _REASONING), "id": _first(row, _IDS)}
     answer = _first(row, _ANSWERS)
-    messages = next((row[key] for key in _MESSAGES if isinstance(row.get(key), list)), None)
+    messages = _first_list(row, _MESSAGES)
     if messages is None:
         question = _first(row, _QUESTIONS)
         text = question if isinstance(question, str) else ""
-        chat = read_chat(
-            [{"role": "user", "content": text}], row, config, where
-        )  # its tags are places, too
-        fields |= {"question": chat.question if text else question, "media": {"items": chat.items}}
+        # the question's tags are places, too
+        chat = read_chat([{"role": "user", "content": text}], row, config, where)
+        fields |= {
+            "question": chat.question if text else question,
+            "media": MediaPlan(items=tuple(chat.items)),
+        }
     else:
         chat = read_chat(messages, row, config, where)
-        fields |= {"question": chat.question, "media": {"items": chat.items}}
+        fields |= {"question": chat.question, "media": MediaPlan(items=tuple(chat.items))}
         fields["system"] = fields["system"] or chat.system
         if chat.target is not None:
             answer = chat.target if answer is None else answer
@@ -99,27 +97,31 @@ def _chat(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]
     return fields | {"answer": answer, "extra": _scalars(row, used)}
 
 
-def _verl(row: dict[str, Any], config: DataConfig, where: str) -> dict[str, Any]:
+def _verl(row: Values, config: DataConfig, where: str) -> Fields:
     chat = read_chat(row.get("prompt"), row, config, where)
     info, judged = (_object(row, key, where) for key in ("extra_info", "reward_model"))
     source = row.get("data_source")
     index = info.get("index")
     place = (source, info.get("split"), str(index))
-    fields = {key: row.get(key) if row.get(key) is not None else info.get(key) for key in _SHARED}
+    extra: Values = {**_scalars(info, {*_SHARED, "question", "answer"})}
+    if source is not None:
+        extra["data_source"] = source
+    fields: dict[str, RawField] = {
+        key: row.get(key) if row.get(key) is not None else info.get(key) for key in _SHARED
+    }
     return fields | {
         "id": _first(row, _IDS)
         or (None if index is None else "/".join(str(part) for part in place if part)),
         "question": chat.question,
         "answer": judged.get("ground_truth"),
         "system": fields["system"] or chat.system,
-        "media": {"items": chat.items},
+        "media": MediaPlan(items=tuple(chat.items)),
         "category": fields["category"] or row.get("ability") or "",
-        "extra": _scalars(info, {*_SHARED, "question", "answer"})
-        | ({} if source is None else {"data_source": source}),
+        "extra": extra,
     }
 
 
-_FIELDS: dict[str, Callable[[dict[str, Any], DataConfig, str], dict[str, Any]]] = {
+_FIELDS: dict[str, Callable[[Values, DataConfig, str], Fields]] = {
     "native": _native,
     "conversational": _chat,
     "swift": _chat,
@@ -127,7 +129,7 @@ _FIELDS: dict[str, Callable[[dict[str, Any], DataConfig, str], dict[str, Any]]] 
 }
 
 
-def _object(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+def _object(row: Values, key: str, where: str) -> Values:
     value = row.get(key) or {}
     if not isinstance(value, dict):
         raise InputError(
@@ -136,11 +138,16 @@ def _object(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
+def _first(row: Values, keys: tuple[str, ...]) -> Value:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _scalars(row: dict[str, Any], used: set[str]) -> dict[str, str]:
+def _first_list(row: Values, keys: tuple[str, ...]) -> list[Value] | None:
+    values = (row.get(key) for key in keys)
+    return next((value for value in values if isinstance(value, list)), None)
+
+
+def _scalars(row: Values, used: set[str]) -> dict[str, str]:
     """What else a row carries, as text (Prompt.extra)."""
     return {
         key: str(value)
@@ -149,7 +156,7 @@ def _scalars(row: dict[str, Any], used: set[str]) -> dict[str, str]:
     }
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: Value) -> Value:
     """Arrow fills absent keys with None; a Prompt row simply leaves them out."""
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.common.files import replaced_file
 from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.readers.rows import Value, Values
 from avatar_rl.prompts.record import MediaItem, Modality
 
 KINDS: tuple[Modality, ...] = get_args(Modality)
@@ -37,14 +38,14 @@ _MAGIC = {
 }
 
 
-def media_item(entry: Any, kind: Modality, config: DataConfig, where: str) -> MediaItem:
+def media_item(entry: Value, kind: Modality, config: DataConfig, where: str) -> MediaItem:
     """One medium from a path or a dict (``{"video": path, "fps": 2, "video_start": 1.0}``,
     ``{"bytes": ...}``)."""
-    fields: dict[str, Any] = {"kind": kind}
+    fields: dict[str, Value | tuple[Value, Value]] = {"kind": kind}
     if isinstance(entry, str):
         fields["uri"] = entry
     elif isinstance(entry, dict):
-        values = {
+        values: Values = {
             key: value
             for key, value in entry.items()
             if value is not None and key not in ("type", "text")
@@ -82,7 +83,7 @@ def media_item(entry: Any, kind: Modality, config: DataConfig, where: str) -> Me
 def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
     """``item`` with the decode settings it leaves open taken from ``config``."""
     given = item.model_fields_set
-    update: dict[str, Any] = {}
+    update: Values = {}
     if item.kind == "audio":
         update = {"sample_rate": config.sample_rate}
     else:
@@ -92,7 +93,7 @@ def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
     return item.model_copy(update={key: value for key, value in update.items() if key not in given})
 
 
-def _uri(values: dict[str, Any], kind: Modality, config: DataConfig, where: str) -> str:
+def _uri(values: Values, kind: Modality, config: DataConfig, where: str) -> str:
     """Takes the path (or the embedded bytes) out of ``values``."""
     found = [
         values.pop(key)
@@ -112,7 +113,7 @@ def _uri(values: dict[str, Any], kind: Modality, config: DataConfig, where: str)
     return paths[0]
 
 
-def _extract(content: Any, kind: Modality, config: DataConfig, where: str) -> str:
+def _extract(content: Value, kind: Modality, config: DataConfig, where: str) -> str:
     """Writes media embedded in a row to a file named by its content; returns the path."""
     if config.extract_to is None:
         raise InputError(

@@ -6,12 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from avatar_rl.common.errors import InputError
 
 _BATCH_ROWS = 256
 _LAYOUTS = ".jsonl, .json (an array), .parquet, a folder of these, or a folder saved by `datasets`"
+
+
+#: What a column may hold: JSON, and bytes in parquet.
+Value: TypeAlias = "bool | int | float | str | bytes | list[Value] | dict[str, Value] | None"
+Values: TypeAlias = dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,10 @@ class DatasetRow:
 
     where: str  # "file:line", or "file:row" where rows are not lines
     number: int  # 1-based line or row
-    content: dict[str, Any] | InputError
+    content: Values | InputError
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Values:
         """The row's values. Raises the InputError of a malformed row."""
         if isinstance(self.content, InputError):
             raise self.content
@@ -65,7 +70,7 @@ def _jsonl(path: Path) -> Iterator[DatasetRow]:
                 yield DatasetRow(where, number, _parsed(line, where))
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any] | InputError:
+def _parsed(line: bytes, where: str) -> Values | InputError:
     remedy = "each line must be one JSON object: mend or remove the line"
     try:
         value = json.loads(line.decode("utf-8-sig"))

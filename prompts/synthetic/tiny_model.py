@@ -11,13 +11,23 @@ import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from avatar_rl.common.files import new_folder
 from avatar_rl.prompts.synthetic.config import Category
 from avatar_rl.prompts.synthetic.questions import draft
+
+if TYPE_CHECKING:
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
+
+    from avatar_rl.common.types import JsonObject
 
 TAGS = ("think", "answer", "time", "caption", "thinking")
 TAG_TOKENS = tuple(
@@ -87,7 +97,7 @@ def build_tiny_omni(out: Path, *, seed: int = 0) -> Path:
     return out
 
 
-def _initialise(model: Any) -> None:
+def _initialise(model: PreTrainedModel) -> None:
     """Weights of variance 1 / fan-in, so that signals keep their size.
 
     The published 0.02 suits widths in the thousands; here it makes media invisible for hundreds of
@@ -99,20 +109,9 @@ def _initialise(model: Any) -> None:
             if "embed_tokens" in name:
                 weight.normal_(0, 0.5)
             elif weight.dim() >= 2:
-                gain = (
-                    2.0 if "audio_tower.conv" in name else 1.0
-                )  # to be heard beside the position embedding
+                # sound has to be heard beside the position embedding
+                gain = 2.0 if "audio_tower.conv" in name else 1.0
                 weight.normal_(0, gain / weight[0].numel() ** 0.5)
-
-
-def allowed_token_ids(tokenizer: Any) -> list[int]:
-    """Ids that are safe to sample: every plain token and the end of turn.
-
-    A media placeholder among a completion's tokens crashes the scoring pass, and rows beyond the
-    tokenizer's length do not decode. Works for any Hugging Face tokenizer."""
-    special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    return [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or i not in special]
 
 
 def _corpus() -> Iterator[str]:
@@ -137,7 +136,7 @@ def _corpus() -> Iterator[str]:
         yield from ("system", "user", "assistant", "Hint: ")
 
 
-def _tokenizer() -> Any:
+def _tokenizer() -> PreTrainedTokenizerBase:
     """Byte-level BPE with Qwen2's rules, learnt on the synthetic world's texts."""
     from tokenizers import (
         AddedToken,
@@ -168,10 +167,10 @@ def _tokenizer() -> Any:
     )
     bpe.train_from_iterator(_corpus(), trainer)
     learnt = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in learnt["merges"]]
+    merges = [tuple(pair) for pair in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # it takes the pairs as well
         eos_token=EOS,
         pad_token=PAD,
         unk_token=PAD,
@@ -186,7 +185,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _model_config(tokenizer: Any) -> Any:
+def _model_config(tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     from transformers import Qwen2_5OmniConfig
 
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in MEDIA_TOKENS.items()}
@@ -262,7 +261,7 @@ TALKER_TOKENS = (
 )
 
 
-def _talker_config() -> dict[str, Any]:
+def _talker_config() -> JsonObject:
     """The speech half is never built; its config has to be there and sound."""
     return {
         "vocab_size": 64,
@@ -283,7 +282,7 @@ def _talker_config() -> dict[str, Any]:
     }
 
 
-def _processor(tokenizer: Any) -> Any:
+def _processor(tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     from transformers import (
         Qwen2_5OmniProcessor,
         Qwen2VLImageProcessor,

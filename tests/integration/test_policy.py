@@ -29,8 +29,17 @@ from avatar_rl.learner.objective.shaping import tas_weights
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.record import Prompt
-from avatar_rl.prompts.synthetic.tiny_model import allowed_token_ids, build_tiny_omni
-from tests.tiny_models import ArrayLoader, audio, image, load_reference, make_prompt, respawn, video
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from tests.tiny_models import (
+    ArrayLoader,
+    allowed_token_ids,
+    audio,
+    image,
+    load_reference,
+    make_prompt,
+    respawn,
+    video,
+)
 
 TEMPERATURES = (1.0, 0.7, 1.3)
 LENGTHS = (9, 1, 14)  # completion tokens of a prompt's three rows

@@ -22,10 +22,10 @@ from avatar_rl.prompts.synthetic.tiny_model import (
     MEDIA_TOKENS,
     TAG_TOKENS,
     VOCABULARY,
-    allowed_token_ids,
     build_tiny_omni,
 )
 from avatar_rl.prompts.synthetic.world import synthesize
+from tests.tiny_models import allowed_token_ids
 
 
 @pytest.fixture(scope="module")
