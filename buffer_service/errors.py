@@ -1,5 +1,4 @@
-"""Typed errors of the replay buffer service. Each says what was wrong with which input, and what to
-do."""
+"""Typed errors of the replay buffer. Each says which input was wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -49,4 +48,4 @@ class VersionError(ReplayBufferError):
 
 
 class LedgerError(ReplayBufferError):
-    """The books do not close: generated != trained fresh + replay only + dropped + in flight."""
+    """The ledger does not balance: some generated groups are unaccounted for."""

@@ -1,5 +1,4 @@
-"""The learner's side: fresh groups of a step, replayed trajectories, baselines, and the commit of a
-step."""
+"""The learner's side: fresh groups of a step, replayed trajectories, baselines, the commit."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIXED = 1 << 28  # Rbar is a multiple of 1 / FIXED; their sum over prompts is kept as an integer
 _DRAWS = 8  # a removed value lingers for 10 s; a client that stood still for longer draws again
-_DAMAGED = 8  # bad records that one call goes on without; more are no accident
+_DAMAGED = 8  # bad records that one call skips; more are no accident
 
 
 class _Averages(msgspec.Struct, array_like=True, frozen=True):
@@ -56,16 +55,15 @@ def _checked(share: tuple[int, int]) -> tuple[int, int]:
 
 
 class ReplayStock:
-    """Nothing is replayed in the step that produced it: a group becomes replayable when its step is
-    committed."""
+    """Fresh groups and the replayable stock. A group becomes replayable when its step is committed:
+    nothing is replayed in the step that it was generated for."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._run = connection.run
 
     def _values(self, ids: Sequence[str]) -> tuple[list[Trajectory], str | None]:
-        """The records of ``ids``, and the first id whose record is gone. Raises RecordError for a
-        bad one."""
+        """The records of ``ids``, and the first id whose record is gone. Raises RecordError."""
         connection = self._connection
         return self._taken(lambda take: connection.read_values(ids, take)) if ids else ([], None)
 
@@ -99,13 +97,13 @@ class ReplayStock:
 
     @staticmethod
     def _despite_damage(ask: Callable[[], T]) -> T:
-        """``ask``, again when it met a bad record, which is in quarantine by then. Raises
-        RecordError for too many."""
+        """Calls ``ask``, and again after a bad record, which is in quarantine by then. Raises
+        RecordError after too many."""
         for _ in range(_DAMAGED):
             try:
                 return ask()
             except RecordError as error:
-                log.warning("%s (which is done)", error)
+                log.warning("%s (it is asked again)", error)
         return ask()
 
     def _quarantined(self, tid: str, error: RecordError) -> RecordError:
@@ -127,12 +125,17 @@ class ReplayStock:
         lease_s: float = DEFAULT_LEASE_S,
         fencing_token: int | None = None,
     ) -> FreshShare:
-        """Groups rank, rank + world, ... of ``step`` in seq order, or none until the whole step is
-        in. O(groups).
+        """Groups of ``step`` in seq order, none until the whole step has arrived. O(groups).
 
-        Asking again with the same consumer gives the same groups. Raises StepTrainedError,
-        FencedError (a newer token was taken), LeaseHeldError (another consumer has this share),
-        RecordError (more than a few damaged records: a group with one is dropped)."""
+        The same consumer gets the same groups when it asks again. A group with a damaged record is
+        dropped.
+
+        Args:
+            share: (rank, world) takes the groups rank, rank + world, ...
+            fencing_token: of this learner; none is not checked.
+
+        Raises StepTrainedError, FencedError (a newer token was taken), LeaseHeldError (another
+        consumer has this share), RecordError (more than a few damaged records)."""
         rank, world = _checked(share)
         lease_ms = int(lease_s * 1000)
         ask = (
@@ -182,13 +185,19 @@ class ReplayStock:
         version: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> list[Trajectory]:
-        """``count`` replayed trajectories for ``step``, or those at rank, rank + world, ... of
-        them. O(count log N).
+        """Replayed trajectories for ``step``, none while fewer than ``warm_up`` are stored.
+        O(count log N).
 
-        Empty below ``warm_up`` stored. No trajectory twice unless the stock is smaller than
-        ``count``. Equal contents, seed and step give equal draws. Reuse is counted when the step is
-        committed, once per step. ``same_prompt`` spreads the count over ``prompt_ids``. Raises
-        StepTrainedError, RecordError (more than a few damaged records: they leave the stock)."""
+        Equal contents, seed and step give equal draws. No trajectory comes twice unless the stock
+        is smaller than ``count``. Reuse is counted once per step, when it is committed. Damaged
+        records leave the stock.
+
+        Args:
+            prompt_ids: over which strategy ``same_prompt`` spreads the count.
+            version: the learner's, where it is ahead of the buffer's; bounds the age.
+            share: (rank, world) takes those at rank, rank + world, ... of one common draw.
+
+        Raises StepTrainedError, RecordError (more than a few damaged records)."""
         config = self._connection.config
         strategy = strategy or config.strategy
         diverse = config.reward_diverse if reward_diverse is None else reward_diverse
@@ -234,9 +243,10 @@ class ReplayStock:
     def baselines(
         self, prompt_ids: Sequence[str], hinted: Sequence[bool] | None = None
     ) -> list[float]:
-        """Rbar of each prompt (of its hinted visits where ``hinted``), the mean over all prompts
-        where it has none (docs/method.md 1.1). O(prompts). Raises ReplayBufferError before the
-        first group."""
+        """Rbar of each prompt, of its hinted visits where ``hinted`` (docs/method.md 1.1). A prompt
+        without one gets the mean over all prompts. O(prompts).
+
+        Raises ReplayBufferError before the first group."""
         if not prompt_ids:
             return []
         flags = [False] * len(prompt_ids) if hinted is None else hinted
@@ -274,9 +284,10 @@ class ReplayStock:
     def commit_step(
         self, step: int, new_version: int, group_ids: Sequence[str], fencing_token: int
     ) -> CommitReceipt:
-        """Settles a trained step for all ranks at once: ``group_ids`` were trained, the rest of it
-        becomes replay only, all of it replayable, the policy version grows. O(groups log N). A
-        repeat changes nothing.
+        """Settles a trained step for all ranks at once. O(groups log N).
+
+        All its groups become replayable. ``group_ids`` count as trained, the others as replay only.
+        The policy version becomes ``new_version``. A repeat changes nothing.
 
         Raises FencedError, UnknownRequestError (a group that is not waiting), VersionError; then
         nothing changed."""
@@ -292,12 +303,12 @@ class ReplayStock:
         )
 
     def new_fencing_token(self) -> int:
-        """A token for a new learner; every older one is refused from now on (FencedError)."""
+        """A token for a new learner. Older tokens are refused from now on (FencedError)."""
         return int(self._run("fencing_token"))
 
     def version(self, meanwhile: Meanwhile = None) -> int:
-        """Newest policy version. O(1). ``meanwhile`` runs while Redis answers, again if the answer
-        was lost."""
+        """Newest policy version. O(1). ``meanwhile`` runs while Redis answers; it runs again if the
+        answer was lost."""
         found = self._connection.ask(
             "HGET", self._connection.key("meta"), "version", meanwhile=meanwhile
         )

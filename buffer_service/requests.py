@@ -51,19 +51,18 @@ def _check_request(t: RolloutRequest) -> None:
 
 
 class RequestQueue:
-    """Requests are leased in order of step and seq, evaluation first; Redis' clock alone ends a
-    lease."""
+    """Requests are leased in order of step and seq, evaluation first. A lease ends by the clock of
+    Redis alone."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._run = connection.run
 
     def push(self, requests: Iterable[RolloutRequest]) -> int:
-        """Appends requests, those of one step or round at once; returns how many were new. O(n log
-        N).
+        """Appends requests and returns how many were new. O(n log N).
 
-        Idempotent by (kind, round, seq): a request that waits, is held or was settled is left
-        alone."""
+        Those of one step or round are appended at once. Idempotent by (kind, round, seq): a request
+        that waits, is held or was settled is left alone. Raises RecordError."""
         ordered = sorted(requests, key=lambda t: (t.kind, t.round, t.step, t.seq))
         for request in ordered:
             _check_request(request)
@@ -83,14 +82,14 @@ class RequestQueue:
         max_staleness: int = 1,
         completions: int | None = None,
     ) -> list[RequestLease]:
-        """Up to ``count`` requests for ``consumer``, none when nothing is admissible. O(count log
-        N).
-
-        ``completions`` bounds what they ask for together: in their order, up to the first that does
-        not fit.
+        """Leases up to ``count`` requests, none when nothing is admissible. O(count log N).
 
         A train request is admissible while ``step <= version + max_staleness`` and ``min_version <=
-        version``."""
+        version``. Expired leases go back to the queue first.
+
+        Args:
+            completions: bound of what the leases ask for together. They come in order, up to the
+                first that does not fit."""
         lease_ms = int(lease_s * 1000)
         rows = self._run(
             "lease",
@@ -106,17 +105,17 @@ class RequestQueue:
     def renew(
         self, consumer: str, leases: Sequence[RequestLease], lease_s: float = DEFAULT_LEASE_S
     ) -> list[RequestLease]:
-        """Extends leases; returns those still held by ``consumer``: stop work on the others."""
+        """Extends leases and returns those still held by ``consumer``. Stop work on the others."""
         mine = [lease for lease in leases if lease.consumer == consumer]
         return self._extend("renew", mine, lease_s)
 
     def release(self, leases: Sequence[RequestLease]) -> int:
-        """Gives leases back unfinished; returns how many were still held."""
+        """Gives leases back unfinished and returns how many were still held."""
         return len(self._extend("release", leases, 0.0))
 
     def abandon(self, consumer: str) -> int:
-        """Gives back whatever a consumer that is known to be dead holds, instead of waiting for its
-        leases to expire; returns how many requests wait again. O(leases)."""
+        """Gives back the leases of a consumer that is known to be dead, before they expire. Returns
+        how many requests wait again. O(leases)."""
         return int(self._run("abandon", consumer))
 
     def _extend(
@@ -129,30 +128,29 @@ class RequestQueue:
         return [lease for lease in leases if lease.request.key in held]
 
     def quarantine(self, lease: RequestLease, reason: str, detail: str = "") -> bool:
-        """Gives up on the lease's prompt: dropped(reason) in the ledger, never leased again, its
-        step needs one less.
+        """Gives up on the lease's prompt: it is never leased again.
 
-        False when the request was settled before.
-        """
+        The request counts as dropped(reason) in the ledger; its step needs one group less. False
+        when the request was settled before."""
         return bool(self._run("quarantine", lease.request.key, reason, detail, 0))
 
     def drop(self, lease: RequestLease, reason: str) -> bool:
-        """Gives up on this one group: dropped(reason) in the ledger, its step needs one less, the
-        prompt stays.
+        """Gives up on this one group; its prompt stays.
 
-        False when the request was settled before.
-        """
+        The request counts as dropped(reason) in the ledger; its step needs one group less. False
+        when the request was settled before."""
         return bool(self._run("quarantine", lease.request.key, reason, "", 1))
 
     def add_group(
         self, group: Group, lease: RequestLease, *, tokens_generated: int, bound: int | None = None
     ) -> InsertReceipt:
         """Stores a scored group, updates its prompt and acknowledges the request, all or nothing.
-        O(G + s log N), s the prompt's stored trajectories.
 
-        Late, so for replay only, when its step is trained or ``step + bound < version``. Idempotent
-        by group id. Raises RecordError (malformed), UnknownRequestError (not what its request asks
-        for), BufferFullError; then nothing changed."""
+        O(G + s log N), s the prompt's stored trajectories. Idempotent by group id. The group is
+        late, so for replay only, when its step is trained or ``step + bound < version``.
+
+        Raises RecordError (malformed), UnknownRequestError (not what its request asks for),
+        BufferFullError; then nothing changed."""
         if tokens_generated < 0 or (bound is not None and bound < 0):
             raise RecordError(
                 f"group {group.id}: tokens_generated {tokens_generated} or bound {bound} is "
@@ -161,8 +159,9 @@ class RequestQueue:
         return self._insert(group, lease.request.key, tokens_generated, bound)
 
     def add_imported(self, group: Group) -> InsertReceipt:
-        """Stores a group that a file holds, for replay only: no request asks for it. As ``late``
-        or ``duplicate``. Raises RecordError when a request of this run waits for its seq."""
+        """Stores a group from a file, for replay only: no request asks for it.
+
+        Raises RecordError when it is malformed or a request of this run waits for its seq."""
         return self._insert(group, f"t:{group.id}", 0, None, imported=True)
 
     def _insert(
@@ -206,7 +205,7 @@ class RequestQueue:
         return InsertReceipt(status.decode(), evicted)
 
     def add_eval(self, lease: RequestLease, payload: bytes) -> bool:
-        """Stores one evaluation result and acknowledges its request; False when it was settled
+        """Stores one evaluation result and acknowledges its request. False when it was settled
         before."""
         return bool(self._run("evaluate", lease.request.key, payload))
 

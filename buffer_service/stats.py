@@ -1,4 +1,4 @@
-"""What the buffer says about itself: one-round-trip statistics and the ledger."""
+"""Statistics of the buffer in one round trip, and the ledger."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ class BufferStats:
         )
 
     def ledger(self) -> Ledger:
-        """The books; ``in_flight`` is counted from the waiting groups, not kept."""
+        """The ledger. ``in_flight`` is counted from the groups that wait."""
         return self.read().ledger
 
     def check_ledger(self) -> Ledger:
-        """The books, or LedgerError when they do not close."""
+        """The ledger. Raises LedgerError when it does not balance."""
         books = self.ledger()
         if books.gap:
             raise LedgerError(

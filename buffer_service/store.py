@@ -104,9 +104,10 @@ class ReplayBuffer:
         return self._connection.config
 
     def snapshot(self, path: Path, on_begin: Callable[[], None] | None = None) -> SnapshotReport:
-        """Writes the state of this moment to ``path`` while others go on writing; ``on_begin`` is
-        called once it is fixed. O(contents). Raises RecordError when another snapshot began or
-        Redis restarted meanwhile."""
+        """Writes the state of this moment to ``path`` while others continue to write. O(contents).
+
+        ``on_begin`` is called once the state is fixed. Raises RecordError when another snapshot
+        began or Redis restarted meanwhile."""
         return save(self._connection, path, on_begin)
 
     def restore(self, path: Path, *, any_run: bool = False) -> SnapshotReport:
@@ -132,8 +133,8 @@ class ReplayBuffer:
             first_seq: numbers the groups from here; they keep their seq without it. Use it in a
                 run whose own prompt stream will reach those seqs (one bit per seq is kept).
 
-        Raises RecordError, naming the row at fault (the file is checked first), or the group whose
-        seq a request of this run waits for (then the groups before it stay)."""
+        Raises RecordError for a row at fault: the file is checked before anything is stored. Also
+        for a group whose seq a request of this run waits for; then the groups before it stay."""
         return exchange.import_groups(self.requests.add_imported, path, first_seq)
 
     def clear(self) -> int:

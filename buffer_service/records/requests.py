@@ -147,7 +147,9 @@ class EvalResults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """The books, in groups: generated = trained_fresh + replay_only + dropped + in_flight."""
+    """Groups by what became of them.
+
+    It balances: generated = trained_fresh + replay_only + dropped + in_flight."""
 
     generated: int
     trained_fresh: int
@@ -161,7 +163,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def gap(self) -> int:
-        """0 when the books close."""
+        """Groups unaccounted for, 0 when it balances."""
         return (
             self.generated
             - self.trained_fresh

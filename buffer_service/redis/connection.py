@@ -1,4 +1,4 @@
-"""The line to Redis: one thread-safe client, typed errors, reconnecting within a deadline."""
+"""The connection to Redis: thread-safe, typed errors, reconnects within a deadline."""
 
 from __future__ import annotations
 
@@ -122,18 +122,16 @@ def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferErr
 
 
 class Connection:
-    """One run's namespace on one Redis. Every script is safe to repeat, so a lost reply is simply
-    asked for again."""
+    """One run's namespace on one Redis. Every script is safe to repeat, so a call whose reply was
+    lost is sent again."""
 
     def __init__(self, config: BufferConfig, run_id: str, url: str) -> None:
         self.config, self.run_id, self.url = config, run_id, url
-        self.prefix = (
-            f"avatar:{{{run_id}}}:"  # the braces keep a run in one slot of a Redis cluster
-        )
+        # The braces keep a run in one slot of a Redis cluster.
+        self.prefix = f"avatar:{{{run_id}}}:"
         self.where = f"Redis at {re.sub('//[^@/]*@', '//', url)}"
-        self.client: Any = open_client(
-            config, url
-        )  # its annotations allow text, which we never ask for
+        # The annotations of redis-py allow text replies, which we never ask for.
+        self.client: Any = open_client(config, url)
         self._pack = RESP.pack
         self._wire = open_wire(config, url, RESP)
         self._memory_checked = 0.0
@@ -143,8 +141,8 @@ class Connection:
         return self.prefix + name
 
     def attempt(self, operation: Callable[[], T]) -> T:
-        """Runs ``operation``, again with backoff while Redis is away, up to ``reconnect_s``. Raises
-        typed errors."""
+        """Runs ``operation``; while Redis is away again, with backoff, for up to ``reconnect_s``.
+        Raises typed errors."""
         try:
             return operation()
         except _AWAY as error:
@@ -165,8 +163,8 @@ class Connection:
             raise translate(error, self.where) from error
 
     def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Reply:
-        """The reply to one plain command, by the short way. ``meanwhile`` runs while it is under
-        way; again if it was lost."""
+        """The reply to one plain command. ``meanwhile`` runs while it is under way; it runs again
+        if the reply was lost."""
         packed = self._pack(*command)
         return self.attempt(lambda: self._wire.ask(packed, meanwhile))
 
@@ -174,7 +172,7 @@ class Connection:
         """One atomic operation by name."""
         packed = self._pack("EVALSHA", script(name).sha, 1, self.prefix, *args)
 
-        def once() -> Any:
+        def once() -> Reply:
             try:
                 return self._wire.ask(packed)
             except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
@@ -183,8 +181,9 @@ class Connection:
         return self.attempt(once)
 
     def read_values(self, ids: Sequence[str], take: Take) -> None:
-        """Hands ``take`` some ids with their stored values (None: gone), in order, until all were
-        had: what has come is decoded while the next comes. Raises what redis-py raises; call it by
+        """Hands the stored values of ``ids`` (None: gone) to ``take`` in parts, in order.
+
+        One part is decoded while the next is under way. Raises what redis-py raises; call it by
         ``attempt``."""
         parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
         start = self.key("t:")
@@ -193,8 +192,9 @@ class Connection:
         self._wire.each(commands, lambda values: take(next(rest), values))
 
     def draw_values(self, listed: str, count: int, take: Take, args: Sequence[Word]) -> bool:
-        """The draw ``args``, which leaves at most ``count`` ids in the list ``listed``, and their
-        values in the same round trip; ``take`` gets them as from ``read_values``. False where this
+        """A draw and its values in one round trip. ``take`` gets them as from ``read_values``.
+
+        The draw ``args`` leaves at most ``count`` ids in the list ``listed``. False where this
         login may not SORT ... GET: nothing was taken. Raises what redis-py raises; call it by
         ``attempt``."""
         if not self._sorts:
@@ -231,7 +231,7 @@ class Connection:
         return True
 
     def together(self, build: Callable[[Pipeline], None]) -> list[Reply]:
-        """Plain commands that ``build`` queues on a pipeline, as one transaction; their replies."""
+        """The replies to plain commands that ``build`` queues, as one transaction."""
 
         def once() -> list[Reply]:
             with self.client.pipeline(transaction=True) as pipe:

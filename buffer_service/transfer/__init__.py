@@ -1,3 +1,4 @@
-"""A run's buffer as a file: snapshot.py everything, for a restore; export.py trajectories for other
-tools and back.
+"""A run's buffer as a file.
+
+snapshot.py holds everything, for a restore; export.py trajectories for other tools, and back.
 """

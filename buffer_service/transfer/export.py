@@ -121,7 +121,7 @@ def _group(path: Path, number: int, gid: str, rows: list[Row], seq: int) -> Grou
                 id=trajectory_id(name, i),
                 group_id=name,
                 prompt_id=row.prompt_id,
-                index=i,  # anew: what was evicted leaves no gap
+                index=i,  # numbered again: what was evicted leaves no gap
                 hinted=row.hinted,
                 prompt_tokens=row.prompt_tokens,
                 prompt_digest=row.prompt_digest,

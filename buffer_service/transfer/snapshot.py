@@ -195,13 +195,13 @@ def _write(connection: Connection, writer: _Writer, state: _State) -> dict[str, 
 def save(
     connection: Connection, path: Path, on_begin: Callable[[], None] | None = None
 ) -> SnapshotReport:
-    """Writes a snapshot to ``path`` (by way of a temporary file and a rename). Writers are held up
-    for one short script at a time; ``on_begin`` is called once the moment it shows is fixed.
-    O(contents).
+    """Writes a snapshot to ``path``, by a temporary file and a rename. O(contents).
 
-    One at a time: without ``on_begin`` (any moment will do) it waits for one under way, else it
-    ends that one. Raises RecordError when another began or Redis restarted meanwhile; then ``path``
-    is as before."""
+    Writers wait for one short script at a time. ``on_begin`` is called once the moment is fixed.
+    There is one snapshot at a time. Without ``on_begin`` any moment will do, so it waits for one
+    under way; else it ends that one.
+
+    Raises RecordError when another began or Redis restarted meanwhile; ``path`` is as before."""
     if on_begin is None:
         _wait_for_another(connection)
     process, token = _process(connection), secrets.randbelow(2**53 - 1) + 1
