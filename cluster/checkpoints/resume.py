@@ -209,8 +209,8 @@ def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -
         and read_status(run).state == "finished"
     ):
         raise ConfigError(
-            f"run {run.name} is finished after {checkpoint.step} steps: raise loop.steps to "
-            "train further"
+            f"run {run.name} is finished after {checkpoint.step} steps: raise loop.steps to train "
+            "further"
         )
     on_message(str(resumption))
     return resumption
@@ -245,9 +245,8 @@ def check_assets(checkpoint: Checkpoint, model: Path, datasets: Datasets) -> Non
         if before != now:
             raise ConfigError(
                 f"run {checkpoint.run_id} began with another {name}: {where} has digest "
-                f"{now[:12]}, the "
-                "checkpoint says "
-                f"{before[:12]}; give it the {name} back, or start a new run"
+                f"{now[:12]}, the checkpoint says {before[:12]}; give it the {name} back, or start "
+                "a new run"
             )
 
 

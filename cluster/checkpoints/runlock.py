@@ -95,9 +95,8 @@ class RunLock:
                 if time.monotonic() > deadline:
                     holder = (client.get(self._key) or b"?").decode()
                     raise ConfigError(
-                        f"run {self.run_id} is held by {holder} (lock in Redis): stop that job, "
-                        "or give this one "
-                        "another name"
+                        f"run {self.run_id} is held by {holder} (lock in Redis): stop that job, or "
+                        "give this one another name"
                     )
                 time.sleep(self._beat_s / 4)
         except redis.exceptions.RedisError as error:

@@ -54,8 +54,8 @@ class SftCheckpoints:
                 manifest = msgspec.convert(read_manifest(place), _Manifest)
                 if manifest.setting != self.setting:
                     on_damage(
-                        f"{place} was written with {manifest.setting}, this is {self.setting}: "
-                        "not used"
+                        f"{place} was written with {manifest.setting}, this is {self.setting}: not "
+                        "used"
                     )
                     continue
                 check_files(place, manifest.files)

@@ -44,8 +44,7 @@ def reserve(
         raise ResourceError(
             f"{len(bundles)} learner ranks were not placed within {deadline_s:g} s: "
             f"{missing(bundles, labels, strict=strict)}; {shortage()}. Lower learner.ranks or "
-            "resources.learner_*, "
-            f"or add a node that has them free{where}"
+            f"resources.learner_*, or add a node that has them free{where}"
         ) from error
     return group
 

@@ -120,8 +120,8 @@ class Services:
         if self.config.resources.address or os.environ.get("RAY_ADDRESS"):
             raise ConfigError(
                 "rewards.judge.kind managed serves on loopback, which other nodes of a cluster do "
-                "not reach: serve the "
-                "judge yourself and give rewards.judge.kind: openai with its base_url"
+                "not reach: serve the judge yourself and give rewards.judge.kind: openai with its "
+                "base_url"
             )
         self.judge = JudgeServer(rewards.judge, self.data_dir / "judge.log", port=free_port())
         self.judge.start()
@@ -183,10 +183,9 @@ class Services:
         if short:
             raise ResourceError(
                 f"the {'cluster' if address else 'machine'} cannot hold this run: "
-                f"{'; '.join(short)}. "
-                "Lower rollout.workers, learner.ranks (cold_start.ranks) or the per-actor "
-                "resources, such as "
-                "resources.rollout_gpus 0.4 and learner_gpus 0.4 to share one GPU, or add nodes"
+                f"{'; '.join(short)}. Lower rollout.workers, learner.ranks (cold_start.ranks) or "
+                "the per-actor resources, such as resources.rollout_gpus 0.4 and learner_gpus 0.4 "
+                "to share one GPU, or add nodes"
             )
 
     def _check_cluster(self) -> None:
@@ -195,8 +194,7 @@ class Services:
         if nodes > 1 and self.redis is not None:
             raise ResourceError(
                 f"the cluster has {nodes} nodes, but the embedded Redis answers only on the "
-                "driver's: start one that "
-                "all reach (deploy/redis/redis.conf) and set buffer.url"
+                "driver's: start one that all reach (deploy/redis/redis.conf) and set buffer.url"
             )
         named = [config.model.path if config.model.path != "tiny" else None, config.model.reference]
         named += [config.data.train, config.data.heldout, config.data.sft]

@@ -27,10 +27,9 @@ def check_durable(config: RunConfig) -> None:
         path: Path = getattr(config.output, name)
         if JOB_FOLDER in path.absolute().parts:
             raise ConfigError(
-                f"output.{name}: {path} lies in the job's own copy of the working directory, "
-                "which Ray deletes after "
-                "the job and other nodes do not see: give an absolute path on storage that all "
-                "nodes mount"
+                f"output.{name}: {path} lies in the job's own copy of the working directory, which "
+                "Ray deletes after the job and other nodes do not see: give an absolute path on "
+                "storage that all nodes mount"
             )
 
 
@@ -97,9 +96,8 @@ def check_shared(folders: Sequence[Path], readable: Sequence[Path], *, deadline_
                 )
                 raise ResourceError(
                     f"node {asked[reference]} does not see {paths} as this one does: put it on "
-                    "storage that all nodes "
-                    "mount at the same path, and set output.folder, output.cache, model.path and "
-                    "data.* to it"
+                    "storage that all nodes mount at the same path, and set output.folder, "
+                    "output.cache, model.path and data.* to it"
                 )
     finally:
         for probe in probes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.config import RunConfig
@@ -13,8 +14,11 @@ from avatar_rl.cluster.training.evaluation import EvaluationRounds
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Supervisor
-from avatar_rl.cluster.workers.learner_group import LearnerGroup, StepReport
+from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+
+if TYPE_CHECKING:
+    from avatar_rl.learner.step import StepReport
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TrainingRun:
     fleet: RolloutFleet  # rollout actors: generate completions, have them scored, insert them
     learner: LearnerGroup  # learner ranks: train a step, publish the new weights
     heldout: EvaluationRounds
-    pool: EvaluationRounds  # of the training prompts
+    train_pool: EvaluationRounds  # of the training prompts
     supervisor: Supervisor  # looks after all processes, takes the checkpoints
     metrics: RunMetrics
     folder: RunFolder
@@ -125,8 +129,8 @@ def measure_pool(run: TrainingRun, step: int) -> bool:
     pool = run.config.evaluation.pool
     if not pool.every or step % pool.every:
         return False
-    run.pool.evaluate(step, "measuring the training prompts", run.supervisor.watch)
-    accuracy = run.pool.results[-1].accuracy
+    run.train_pool.evaluate(step, "measuring the training prompts", run.supervisor.watch)
+    accuracy = run.train_pool.results[-1].accuracy
     if pool.stop_at is None or accuracy < pool.stop_at:
         return False
     run.folder.event(
@@ -140,7 +144,7 @@ def was_target_reached_before(run: TrainingRun) -> bool:
     config = run.config
     reached = run.first_step > 0 and (
         run.heldout.reached(config.loop.target_accuracy)
-        or run.pool.reached(config.evaluation.pool.stop_at)
+        or run.train_pool.reached(config.evaluation.pool.stop_at)
     )
     if reached:
         run.supervisor.report(

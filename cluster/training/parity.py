@@ -3,12 +3,11 @@ probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from avatar_rl.actors.config import SamplingConfig
 from avatar_rl.actors.rollout import ProbeCompletion
@@ -18,16 +17,11 @@ from avatar_rl.cluster.workers.pool import Pool, unwrap
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.common.errors import ModelError
 
+if TYPE_CHECKING:
+    from avatar_rl.learner.rank import ProbeScores
+
 DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.05}
 PROBE_TOKENS = 32
-
-
-class LearnerView(TypedDict):
-    """What the learner sees of a probe completion."""
-
-    prompt_token_ids: NDArray[np.integer]
-    placeholders: Mapping[str, Sequence[int]]  # name of a media input -> its shape
-    logprobs: NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def probe_parity(
 
 def _ask_both(
     pool: Pool, prompt_ids: Sequence[str], sampling: SamplingConfig
-) -> tuple[list[ProbeCompletion], list[LearnerView]]:
+) -> tuple[list[ProbeCompletion], list[ProbeScores]]:
     """Completions of the first rollout actor, and the learner's view of them. Raises Ray's
     errors."""
     import ray
@@ -89,7 +83,7 @@ def _ask_both(
 
 
 def check_parity(
-    rollout: Sequence[ProbeCompletion], learner: Sequence[LearnerView], *, tolerance: float
+    rollout: Sequence[ProbeCompletion], learner: Sequence[ProbeScores], *, tolerance: float
 ) -> Parity:
     """Compare the rollout side's probe completions with the learner's view of them, prompt by
     prompt.
@@ -99,8 +93,8 @@ def check_parity(
     if rollout and not any(item["text"].strip() for item in rollout):
         raise ModelError(
             f"all {len(rollout)} probe completions are empty: the model ends its turn at once. "
-            "Check its template, "
-            "its generation_config and that it was fine-tuned for this prompt format"
+            "Check its template, its generation_config and that it was fine-tuned for this prompt "
+            "format"
         )
     differences = []
     for asked, seen in zip(rollout, learner, strict=True):
@@ -109,9 +103,8 @@ def check_parity(
         if len(mine) != len(theirs):
             raise ModelError(
                 f"prompt {name!r}: the engine expands it to {len(theirs)} tokens, the learner to "
-                f"{len(mine)} "
-                f"(placeholders on the learner side: {seen['placeholders']}): pixel bounds or "
-                "frame rates differ"
+                f"{len(mine)} (placeholders on the learner side: {seen['placeholders']}): pixel "
+                "bounds or frame rates differ"
             )
         if not np.array_equal(mine, theirs):
             at = int(np.flatnonzero(mine != theirs)[0])
@@ -125,11 +118,9 @@ def check_parity(
     if not together.max() <= tolerance:  # also true for NaN
         raise ModelError(
             f"prompt {rollout[worst]['prompt_id']!r}: log-probabilities of engine and learner "
-            "differ by up to "
-            f"{together.max():.2e} (allowed {tolerance:.0e}), by {together.mean():.2e} on "
-            "average: media inputs, "
-            "positions or weights are not the same. A single token far off beside a small average "
-            "can be rounding in "
-            "bfloat16: then raise probe.tolerance"
+            f"differ by up to {together.max():.2e} (allowed {tolerance:.0e}), by "
+            f"{together.mean():.2e} on average: media inputs, positions or weights are not the "
+            "same. A single token far off beside a small average can be rounding in bfloat16: "
+            "then raise probe.tolerance"
         )
     return Parity(len(rollout), together.size, float(together.max()))

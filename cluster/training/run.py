@@ -167,7 +167,7 @@ def training_run(
         redis = _watch_redis(system, stack)
         signals = stack.enter_context(StopSignals())
         replica = pool.start_state_replica(config.learner.ranks)
-        heldout, measured = _rounds(system, inputs, buffer)
+        heldout, train_pool = _rounds(system, inputs, buffer)
         schedule = _schedule(system, inputs, buffer, is_new=checkpoint is None)
         model = system.starting_policy(inputs.base)
         if checkpoint is not None:
@@ -191,7 +191,7 @@ def training_run(
             buffer=buffer,
             fleet=fleet,
             learner=learner,
-            rounds={"heldout": heldout, "pool": measured},
+            rounds={"heldout": heldout, "pool": train_pool},
             accuracies=metrics.accuracies,
             origin=Origin(model_digest(model), data_digest(inputs.datasets)),
         )
@@ -204,7 +204,7 @@ def training_run(
             fleet=fleet,
             learner=learner,
             heldout=heldout,
-            pool=measured,
+            train_pool=train_pool,
             supervisor=supervisor,
             metrics=metrics,
             folder=system.folder,

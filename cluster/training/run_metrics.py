@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
-from avatar_rl.cluster.workers.learner_group import StepReport
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+
+if TYPE_CHECKING:
+    from avatar_rl.learner.step import StepReport
 
 MOVING = 8  # steps in accuracy/moving
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError, unwrap
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.cluster.workers.supervision import LearnerWatch, Report, RestartBudget
 from avatar_rl.common.errors import AvatarError, ResourceError
-from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state_replica import FileProof
 
 if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
+
+    from avatar_rl.learner.rank import SetupReport
+    from avatar_rl.learner.step import StepReport
 
 LOOK_S = 0.5  # between looks at everything else while a step is trained
 LAST_WORDS_S = 10.0  # a rank whose peer died fails too, perhaps before the death itself is known
@@ -33,14 +35,6 @@ Proofs = dict[str, FileProof]  # path below the learner's folder -> what the fil
 
 class StateLostError(ResourceError):
     """The learner died and nobody holds its state: the run goes back to its last checkpoint."""
-
-
-class StepReport(TypedDict):
-    """What rank 0 says of a finished step; all empty when it died before it could."""
-
-    metrics: dict[str, float]
-    samples: list[JsonObject]
-    distributions: dict[str, list[float]]
 
 
 class LearnerGroup:
@@ -64,7 +58,7 @@ class LearnerGroup:
         self.scratch = scratch  # of a state on its way to new ranks; all of them see this disk
         self._budget, self._report, self._stall_s = budget, report, stall_s
 
-    def start(self) -> list[ray.ObjectRef[dict[str, str]]]:
+    def start(self) -> list[ray.ObjectRef[SetupReport]]:
         """Start all ranks; the references are for ``await_ready``."""
         while True:
             try:
@@ -72,9 +66,7 @@ class LearnerGroup:
             except StartDeathError as death:
                 self._start_over(death)
 
-    def await_ready(
-        self, references: Sequence[ray.ObjectRef[dict[str, str]]]
-    ) -> list[dict[str, str]]:
+    def await_ready(self, references: Sequence[ray.ObjectRef[SetupReport]]) -> list[SetupReport]:
         """What each rank says when ready. One that dies meanwhile costs the group a new start."""
         while True:
             try:
@@ -93,6 +85,9 @@ class LearnerGroup:
         self, step: int, samples: int, fleet: RolloutFleet, look: Callable[[], None]
     ) -> StepReport:
         """One step on all ranks; meanwhile dead rollout actors are replaced and ``look`` is called.
+
+        Returns rank 0's report, empty when the step was committed and the rank died before it said
+        so.
 
         Args:
             step: Number of the step, from 0.

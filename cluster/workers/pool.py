@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
+    from avatar_rl.learner.rank import SetupReport
+
 #: Ray restarts these by itself and repeats what was asked of them; their calls are safe to repeat
 #: (supervision.py has the whole table).
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
@@ -121,9 +123,7 @@ class Pool:
             self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
         return [self.rollouts[name].ready.remote() for name in names]
 
-    def start_learner(
-        self, spec: LearnerSpec, *, ranks: int
-    ) -> list[ray.ObjectRef[dict[str, str]]]:
+    def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[ray.ObjectRef[SetupReport]]:
         """The rank group; returns references to what each rank says when ready. Rank 0 picks the
         meeting point."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -174,9 +174,8 @@ class Pool:
             return ray.get(list(references), timeout=deadline)
         except ray.exceptions.GetTimeoutError as error:
             raise ResourceError(
-                f"{what} not ready after {deadline:g} s; {shortage()}. "
-                "Give the run fewer actors, the cluster more nodes, or raise "
-                "resources.start_timeout_s"
+                f"{what} not ready after {deadline:g} s; {shortage()}. Give the run fewer actors, "
+                "the cluster more nodes, or raise resources.start_timeout_s"
             ) from error
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
@@ -194,10 +193,8 @@ def unwrap(error: BaseException) -> BaseException:
         last = str(error).strip().splitlines()[-1][:300]
         return ResourceError(
             f"out of GPU memory ({last}): for the learner lower learner.micro_batch_tokens (in a "
-            "cold start "
-            "cold_start.micro_batch_tokens), or set "
-            "learner.share_prefix: false and learner.gradient_checkpointing: true; for rollout "
-            "actors lower "
+            "cold start cold_start.micro_batch_tokens), or set learner.share_prefix: false and "
+            "learner.gradient_checkpointing: true; for rollout actors lower "
             "rollout.engine.gpu_memory_utilization or max_num_seqs. Then continue with --resume"
         )
     return error

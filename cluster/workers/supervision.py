@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
+    from avatar_rl.learner.rank import Progress
+
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, str], None]  # kind, message
@@ -74,8 +76,8 @@ class RestartBudget:
         self.total += 1
         if self.spent > self.limit:
             raise ResourceError(
-                f"{self.what} died {self.spent} times without a finished step, last: {reason}; "
-                "see the logs folder of the run, or raise supervision.restarts"
+                f"{self.what} died {self.spent} times without a finished step, last: {reason}; see "
+                "the logs folder of the run, or raise supervision.restarts"
             )
 
     def progress(self) -> None:
@@ -189,14 +191,6 @@ class StallWatch:
         self._seen.pop(name, None)
 
 
-class RankProgress(TypedDict, total=False):
-    """A rank's answer to ``progress``: a number that grows while it works, and where it runs."""
-
-    moves: int
-    host: str
-    pid: int
-
-
 class LearnerWatch:
     """Finds a learner group that hangs during one step, by asking the ranks how far they are.
 
@@ -211,9 +205,9 @@ class LearnerWatch:
         now = time.monotonic()
         self.stall_s = stall_s
         self._ranks = list(ranks)
-        self._asked: list[ray.ObjectRef[RankProgress] | None] = [None] * len(ranks)
+        self._asked: list[ray.ObjectRef[Progress] | None] = [None] * len(ranks)
         self._answered_at = [now] * len(ranks)
-        self._said: list[RankProgress] = [{} for _ in ranks]
+        self._said: list[Progress | None] = [None] * len(ranks)
         self._moved_at = now
         self._looked_at = now - self.ASK_EVERY_S
 
@@ -232,7 +226,8 @@ class LearnerWatch:
                     said = ray.get(reference)
                 except ray.exceptions.RayError:  # dead: the step's own references tell
                     return None
-                if said.get("moves") != self._said[number].get("moves"):
+                before = self._said[number]
+                if before is None or said["moves"] != before["moves"]:
                     self._moved_at = now
                 self._said[number], self._answered_at[number], reference = said, now, None
             self._asked[number] = rank.progress.remote() if reference is None else reference
@@ -248,7 +243,7 @@ class LearnerWatch:
         import ray
 
         for said, rank in zip(self._said, self._ranks, strict=True):
-            if said.get("host") == socket.gethostname():
+            if said is not None and said["host"] == socket.gethostname():
                 kill_worker(said["pid"], "ray::LearnerRank")
             ray.kill(rank)
 

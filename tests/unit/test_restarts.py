@@ -78,7 +78,7 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
             reached=lambda target: target == 0.5,
             evaluate=lambda step, *_: done.append(f"evaluated at {step}"),
         ),
-        pool=SimpleNamespace(reached=lambda target: target is not None),
+        train_pool=SimpleNamespace(reached=lambda target: target is not None),
         supervisor=SimpleNamespace(
             signals=SimpleNamespace(orderly=False),
             watch=None,
