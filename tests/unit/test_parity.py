@@ -1,0 +1,58 @@
+"""The parity probe names the prompt at fault and what differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avatar_rl.cluster.training.parity import check_parity
+from avatar_rl.common.errors import ModelError
+
+
+def a_pair(
+    *, text: str = "red", tokens: tuple[int, ...] = (1, 2, 3), shift: float = 0.0
+) -> tuple[list[Any], list[Any]]:
+    """What engine and learner say of two prompts; the learner differs in the second as told."""
+    logprobs = np.array([-0.5, -1.0], dtype=np.float32)
+    asked = [
+        {
+            "prompt_id": name,
+            "prompt_token_ids": np.array([1, 2, 3]),
+            "token_ids": np.array([7, 8]),
+            "logprobs": logprobs,
+            "text": text,
+        }
+        for name in ("p0", "p1")
+    ]
+    seen = [
+        {"prompt_token_ids": np.array([1, 2, 3]), "placeholders": {}, "logprobs": logprobs},
+        {
+            "prompt_token_ids": np.array(tokens),
+            "placeholders": {"video": [4]},
+            "logprobs": logprobs + shift,
+        },
+    ]
+    return asked, seen
+
+
+def test_sides_that_agree_pass_with_their_difference() -> None:
+    found = check_parity(*a_pair(shift=0.01), tolerance=0.02)
+    assert (found.prompts, found.tokens) == (2, 4)
+    assert found.max_difference == pytest.approx(0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (a_pair(tokens=(1, 2)), "prompt 'p1': the engine expands it to 3 tokens, the learner to 2"),
+        (a_pair(tokens=(1, 2, 9)), "prompt 'p1': token 2 is 3 for the engine and 9"),
+        (a_pair(shift=0.1), "prompt 'p1': log-probabilities .* differ by up to 1.00e-01"),
+        (a_pair(shift=float("nan")), "log-probabilities"),
+        (a_pair(text=" "), "all 2 probe completions are empty"),
+    ],
+)
+def test_what_differs_is_named(pair: tuple[list[Any], list[Any]], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_parity(*pair, tolerance=0.02)
