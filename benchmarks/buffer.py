@@ -23,6 +23,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import redis
+from redis._parsers import _RESP2Parser  # redis-py has no public name for its own reader
+from redis.connection import Encoder, PythonRespSerializer  # type: ignore[attr-defined]
 
 from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
 from avatar_rl.buffer_service.records.codec import encode
@@ -75,6 +77,23 @@ def group_for(
     )
 
 
+class WholeCommands:
+    """Packs a command into one piece, as hiredis does; redis-py alone sends pieces of 6 kB."""
+
+    def __init__(self) -> None:
+        self._pack = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode).pack
+
+    def pack(self, *args: Any) -> list[bytes]:
+        return [b"".join(self._pack(*args))]
+
+
+def plain_client(url: str) -> redis.Redis:
+    """redis-py as it is without hiredis: the client that the targets were set against."""
+    return redis.Redis.from_url(
+        url, parser_class=_RESP2Parser, command_packer=WholeCommands(), socket_read_size=1 << 18
+    )
+
+
 class Client:
     """A buffer that speaks to Redis in one way, and what is below it."""
 
@@ -96,6 +115,7 @@ class Bench:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
         self.url = url
         self.raw: Any = open_client(self.config, url)  # redis-py, with the buffer's options
+        self.plain: Any = plain_client(url)
         self.clients = {way: Client(self.config, name, url, resp) for way, resp in WAYS.items()}
         self.using(next(way for way, ending in ENDING.items() if not ending))
         self.fencing_token = self.buffer.replay.new_fencing_token()
@@ -168,8 +188,8 @@ class Bench:
             times.append(time.perf_counter() - begin)
         return times
 
-    def raw_insert_times(self, n: int) -> Times:
-        """A plain pipelined client: SET of the same bytes, encoded beforehand, in one round
+    def raw_insert_times(self, n: int, client: Any) -> Times:
+        """A pipelined client of redis-py: SET of the same bytes, encoded beforehand, in one round
         trip."""
         request = RolloutRequest(seq=0, prompt_id="raw", step=0, n=GROUP)
         lease = RequestLease(request=request, attempt=1, consumer="raw", hinted=False)
@@ -177,7 +197,7 @@ class Bench:
         times = []
         for i in range(n):
             begin = time.perf_counter()
-            pipe = self.raw.pipeline(transaction=False)
+            pipe = client.pipeline(transaction=False)
             for j, data in enumerate(groups[i]):
                 pipe.set(f"raw:{i}:{j}", data)
             pipe.execute()
@@ -216,12 +236,12 @@ class Bench:
             for i in range(n)
         ]
 
-    def raw_draw_times(self, chosen: list[list[str]]) -> Times:
+    def raw_draw_times(self, chosen: list[list[str]], client: Any) -> Times:
         """Plain MGET of the values of draws; nothing is decoded."""
         times = []
         for keys in [[self.connection.key(f"t:{tid}") for tid in ids] for ids in chosen]:
             begin = time.perf_counter()
-            self.raw.mget(keys)
+            client.mget(keys)
             times.append(time.perf_counter() - begin)
         return times
 
@@ -263,48 +283,54 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         bench = Bench(server.url, "ratios", capacity=10_000, prompts=2000)
         bench.fill(2000 if quick else 10_000)
         rounds = 4 if quick else 20
-        raw, *times = by_turns(
+        times = by_turns(
             [
-                lambda _: bench.raw_insert_times(50),
+                lambda _: bench.raw_insert_times(50, bench.plain),
+                lambda _: bench.raw_insert_times(50, bench.raw),
                 *(lambda _, way=way: bench.using(way).insert_times(50) for way in WAYS),
                 *(lambda _, way=way: bench.using(way).wire_insert_times(50) for way in WAYS),
             ],
             rounds,
         )
-        yield from _ratios("insert", raw, times)
+        yield from _ratios("insert", times)
         bench.commit()
         # Each reader has values of its own, chosen long before: they are in no cache by then.
         chosen = [
             [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)]
-            for k in range(1 + len(WAYS))
+            for k in range(2 + len(WAYS))
         ]
-        seeds = {way: 20 * rounds * k for k, way in enumerate(WAYS, 1 + len(WAYS))}
-        raw, *times = by_turns(
+        seeds = {way: 20 * rounds * k for k, way in enumerate(WAYS, 2 + len(WAYS))}
+        times = by_turns(
             [
-                lambda i: bench.raw_draw_times(chosen[0][i]),
+                lambda i: bench.raw_draw_times(chosen[0][i], bench.plain),
+                lambda i: bench.raw_draw_times(chosen[1][i], bench.raw),
                 *(
                     lambda i, way=way: bench.using(way).draw_times(20, seeds[way] + 20 * i)
                     for way in WAYS
                 ),
                 *(
                     lambda i, way=way, ids=ids: bench.using(way).wire_draw_times(ids[i])
-                    for way, ids in zip(WAYS, chosen[1:], strict=True)
+                    for way, ids in zip(WAYS, chosen[2:], strict=True)
                 ),
             ],
             rounds,
         )
-        yield from _ratios("draw", raw, times)
+        yield from _ratios("draw", times)
 
 
-def _ratios(what: str, raw: Times, times: list[Times]) -> Iterator[tuple[str, float]]:
-    """Figures of each way; ``times`` has those of the buffer, then those of the bare wire."""
+def _ratios(what: str, times: list[Times]) -> Iterator[tuple[str, float]]:
+    """Figures of each way. ``times``: redis-py, redis-py with hiredis, the buffer by each way, the
+    bare wire by each way."""
+    raw, raw_hiredis, *rest = times
     yield f"raw_{what}_per_s", rate(raw)
+    yield f"raw_{what}_per_s_with_hiredis", rate(raw_hiredis)
     for ending, ours, wire in zip(
-        ENDING.values(), times[: len(WAYS)], times[len(WAYS) :], strict=True
+        ENDING.values(), rest[: len(WAYS)], rest[len(WAYS) :], strict=True
     ):
         yield f"{what}_per_s{ending}", rate(ours)
         yield f"wire_{what}_per_s{ending}", rate(wire)
         yield f"{what}_ratio{ending}", rate(ours) / rate(raw)
+        yield f"{what}_hiredis_ratio{ending}", rate(ours) / rate(raw_hiredis)
         yield f"{what}_wire_ratio{ending}", rate(ours) / rate(wire)
         yield f"{what}_p99_ms{ending}", float(np.percentile(ours, 99)) * 1e3
 
@@ -435,7 +461,7 @@ def main() -> None:
             if part.__name__ in given.only:
                 for name, value in part(Path(folder), given.smoke):
                     figures.add({name: value})
-    print(figures.write())
+    figures.write()
 
 
 if __name__ == "__main__":
