@@ -11,18 +11,25 @@ import os
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import openai
 
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.common.types import ReadOnlyObject
+
+if TYPE_CHECKING:
+    from openai.pagination import AsyncPage
+    from openai.types import Model
+    from openai.types.chat import ChatCompletion
 
 log = logging.getLogger(__name__)
 
-Messages = list[dict[str, Any]]
+#: Chat messages as the API takes them.
+Messages: TypeAlias = Sequence[ReadOnlyObject]
 Reply = TypeVar("Reply")
 
 _RETRIED_STATUS = {408, 409, 425, 429}
@@ -171,7 +178,7 @@ class ChatClient:
             "cached": float(len(self._cache)),
         }
 
-    async def _models(self) -> Any:
+    async def _models(self) -> AsyncPage[Model]:
         return await asyncio.wait_for(self._client.models.list(), self._config.request_timeout_s)
 
     async def _insist(
@@ -243,16 +250,15 @@ class ChatClient:
 
     async def _post(self, messages: Messages) -> str:
         config = self._config
-        options: dict[str, Any] = {}
-        if config.reply_format == "json_object":
-            options["response_format"] = {"type": "json_object"}
         try:
-            reply: Any = await self._client.chat.completions.create(
+            reply: ChatCompletion = await self._client.chat.completions.create(
                 model=config.model,
-                messages=messages,  # type: ignore[arg-type]
+                messages=messages,  # type: ignore[arg-type]  # checked by the endpoint
                 temperature=config.temperature,
                 max_tokens=config.max_tokens,
-                **options,
+                response_format=(
+                    {"type": "json_object"} if config.reply_format == "json_object" else openai.omit
+                ),
             )
             text = str(reply.choices[0].message.content or "")
         except openai.APITimeoutError as error:

@@ -13,7 +13,7 @@ from avatar_rl.rewards.answers.format import format_score
 from avatar_rl.rewards.answers.grounding import parse_grounded
 from avatar_rl.rewards.config import BUILTIN, JUDGED, JudgeConfig, RewardConfig
 from avatar_rl.rewards.custom import CustomReward
-from avatar_rl.rewards.fusion import attention_score
+from avatar_rl.rewards.group_rewards import attention_score, self_consistency_scores
 from avatar_rl.rewards.judges.base import Attach
 from avatar_rl.rewards.judges.component import JudgeComponent
 from avatar_rl.rewards.judges.segments import (
@@ -23,7 +23,6 @@ from avatar_rl.rewards.judges.segments import (
     SegmentReward,
 )
 from avatar_rl.rewards.record import Completion, Mark, Scored, ScoreRequest
-from avatar_rl.rewards.self_consistency import self_consistency_scores
 
 
 class Component(Protocol):
@@ -224,8 +223,7 @@ def build_judge(config: JudgeConfig) -> SegmentJudge:
             "rewards.judge.kind managed needs a run that starts the judge; outside one use kind: "
             "openai"
         )
-    from avatar_rl.rewards.judges.openai_judge import (
-        OpenAIJudge,  # the openai package takes 0.7 s to import: only where it is used
-    )
+    # the openai package takes 0.7 s to import: only where it is used
+    from avatar_rl.rewards.judges.openai_judge import OpenAIJudge
 
     return OpenAIJudge(config)

@@ -8,7 +8,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +86,7 @@ class MediaAttach:
         return parts
 
 
-def image_part(pixels: NDArray[np.uint8]) -> dict[str, Any]:
+def image_part(pixels: NDArray[np.uint8]) -> ContentPart:
     """(H, W, 3) RGB as a JPEG data URL."""
     from PIL import Image
 
@@ -96,7 +95,7 @@ def image_part(pixels: NDArray[np.uint8]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{_text(buffer)}"}}
 
 
-def audio_part(audio: DecodedAudio) -> dict[str, Any]:
+def audio_part(audio: DecodedAudio) -> ContentPart:
     """Mono samples as a 16-bit WAV."""
     import soundfile
 

@@ -1,20 +1,19 @@
-"""The judge reward: four criteria per completion, and who may score them (docs/method.md 1.5)."""
+"""What every judge is: four criteria, what it is shown and what it answers (docs/method.md 1.5)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from avatar_rl.common.types import ReadOnlyObject
 from avatar_rl.prompts.record import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 #: The keys of a verdict; each is scored in [0, 1] and the reward is their mean.
 CRITERIA = ("audio_grounding_score", "visual_id_score", "location_acc_score", "caption_corr_score")
 
 Verdict = dict[str, float]
-ContentPart = Mapping[str, Any]
+#: One part of an OpenAI chat message: {"type": "text", "text": ...}.
+ContentPart = ReadOnlyObject
 #: OpenAI content parts (image_url, input_audio) that show a prompt's media to the judge. May block:
 #: runs in a thread.
 Attach = Callable[[Prompt], Sequence[ContentPart]]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+from avatar_rl.common.types import Json, JsonObject
 from avatar_rl.prompts.record import Prompt
-from avatar_rl.rewards.judges.base import CRITERIA, ContentPart, Verdict
+from avatar_rl.rewards.judges.base import ContentPart, Verdict
+
+if TYPE_CHECKING:  # the openai package takes 0.7 s to import
+    from avatar_rl.common.chat_client import Messages
 
 INSTRUCTIONS = """You grade how well another model reasoned about a video with sound.
 You are given one JSON object. "question", "true_answer", "heard" and "scene" come from the dataset and are right.
@@ -36,10 +40,10 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}"
 
 
-def known_of(prompt: Prompt) -> dict[str, object]:
+def known_of(prompt: Prompt) -> JsonObject:
     """What any judge or teacher is told of a prompt, JSON-ready: question, truth, options and what
     is heard."""
-    material: dict[str, object] = {"question": prompt.question, "true_answer": prompt.answer}
+    material: JsonObject = {"question": prompt.question, "true_answer": prompt.answer}
     if prompt.options:
         material["options"] = list(prompt.options)
     if prompt.audio_caption:
@@ -55,7 +59,7 @@ def build_messages(
     *,
     max_chars: int,
     remind: bool,
-) -> list[dict[str, Any]]:
+) -> Messages:
     """Chat messages: our instructions, then the material as one JSON object, which a completion
     cannot leave."""
     material = known_of(prompt)
@@ -70,11 +74,6 @@ def build_messages(
         text = f"{text}\n\n{REMINDER}"
     content: str | list[ContentPart] = [*media, {"type": "text", "text": text}] if media else text
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
-
-
-def parse_reply(reply: str) -> tuple[Verdict, int]:
-    """``parse_scores`` for the four criteria of docs/method.md 1.5."""
-    return parse_scores(reply, CRITERIA)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> tuple[Verdict, int]:
@@ -101,7 +100,7 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> tuple[Verdict, int]:
     )
 
 
-def _score(key: str, value: object) -> float:
+def _score(key: str, value: Json) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{key} is {value!r}, not a number")
     score = float(value)
@@ -110,7 +109,7 @@ def _score(key: str, value: object) -> float:
     return score
 
 
-def _objects(text: str) -> list[dict[str, object]]:
+def _objects(text: str) -> list[JsonObject]:
     """The outermost JSON objects in a text, in order."""
     decoder, found, position = json.JSONDecoder(), [], text.find("{")
     while position >= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.grounding import Segment
@@ -28,11 +28,27 @@ def slots_of(prompt: Prompt) -> list[frozenset[str]]:
     truth."""
     if "scene" not in prompt.extra:
         return []
-    scene = json.loads(prompt.extra["scene"])
+    scene: _Scene = json.loads(prompt.extra["scene"])
     return [_facts(scene, slot) for slot in range(len(scene["sounds"]))]
 
 
-def _facts(scene: dict[str, Any], slot: int) -> frozenset[str]:
+class _Sprite(TypedDict):
+    """One thing that is seen; colour and place per time slot."""
+
+    form: str
+    colours: list[str]
+    places: list[str]
+
+
+class _Scene(TypedDict):
+    """What the synthetic world writes into ``Prompt.extra["scene"]``, as far as judges read it."""
+
+    slot_seconds: float
+    sounds: list[str]  # per time slot
+    sprites: list[_Sprite]
+
+
+def _facts(scene: _Scene, slot: int) -> frozenset[str]:
     sound = scene["sounds"][slot]
     facts = {sound} if sound == "none" else {sound, "beep"}
     for sprite in scene["sprites"]:

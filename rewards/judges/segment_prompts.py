@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from avatar_rl.common.chat_client import Messages
+from avatar_rl.common.types import JsonObject
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.grounding import Segment
 from avatar_rl.rewards.judges.base import ContentPart
 from avatar_rl.rewards.judges.prompts import REMINDER, shorten
+
+if TYPE_CHECKING:  # the openai package takes 0.7 s to import
+    from avatar_rl.common.chat_client import Messages
 
 CONSISTENCY = ("visible", "attributes", "nothing_invented", "sound_plausible")
 COMPLETENESS = ("sufficient", "tight", "complete")
@@ -52,7 +56,7 @@ def completeness_messages(
     prompt: Prompt, segments: Sequence[Segment], media: Sequence[ContentPart], *, remind: bool
 ) -> Messages:
     """Question, truth and times as data, after the frames and sound of the clips."""
-    material: dict[str, object] = {"question": prompt.question, "true_answer": prompt.answer}
+    material: JsonObject = {"question": prompt.question, "true_answer": prompt.answer}
     if prompt.options:
         material["options"] = list(prompt.options)
     material["clips_in_seconds"] = [[segment.start, segment.end] for segment in segments]
@@ -60,7 +64,7 @@ def completeness_messages(
 
 
 def _messages(
-    instructions: str, material: dict[str, object], media: Sequence[ContentPart], remind: bool
+    instructions: str, material: JsonObject, media: Sequence[ContentPart], remind: bool
 ) -> Messages:
     text = json.dumps(material, ensure_ascii=True) + (f"\n\n{REMINDER}" if remind else "")
     content: list[ContentPart] = [*media, {"type": "text", "text": text}]

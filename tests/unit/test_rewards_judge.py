@@ -20,9 +20,8 @@ from avatar_rl.rewards.actor import RewardActor
 from avatar_rl.rewards.config import JudgeConfig, RewardConfig
 from avatar_rl.rewards.judges.base import CRITERIA, Verdict
 from avatar_rl.rewards.judges.openai_judge import OpenAIJudge
-from avatar_rl.rewards.judges.prompts import INSTRUCTIONS, build_messages, parse_reply
+from avatar_rl.rewards.judges.prompts import INSTRUCTIONS, build_messages, parse_scores
 from avatar_rl.rewards.judges.rule_judge import RuleJudge
-from avatar_rl.rewards.record import ScoreRequest
 from tests.unit.test_rewards_judge_server import GOOD, Reply, Server, judge_server
 
 PROMPT = Prompt(
@@ -264,11 +263,13 @@ ONES = json.dumps(dict.fromkeys(CRITERIA, 1.0))
     ],
 )
 def test_readable_replies(reply: str) -> None:
-    assert parse_reply(reply) == (VERDICT, 0)
+    assert parse_scores(reply, CRITERIA) == (VERDICT, 0)
 
 
 def test_missing_key_is_zero_and_counted() -> None:
-    verdict, missing = parse_reply('{"audio_grounding_score": 0.5, "visual_id_score": 1}')
+    verdict, missing = parse_scores(
+        '{"audio_grounding_score": 0.5, "visual_id_score": 1}', CRITERIA
+    )
     assert missing == 2 and verdict == dict(zip(CRITERIA, (0.5, 1.0, 0.0, 0.0), strict=True))
 
 
@@ -295,7 +296,7 @@ def test_missing_key_is_zero_and_counted() -> None:
 )
 def test_unreadable_replies(reply: str) -> None:
     with pytest.raises(ValueError):
-        parse_reply(reply)
+        parse_scores(reply, CRITERIA)
 
 
 SCENE = Prompt(

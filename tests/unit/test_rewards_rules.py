@@ -23,9 +23,8 @@ from avatar_rl.rewards.answers.format import extract_answer, format_score, think
 from avatar_rl.rewards.answers.grounding import Segment, parse_grounded
 from avatar_rl.rewards.answers.numeric import numeric_score, parse_number
 from avatar_rl.rewards.answers.text import ocr_score, rouge_score
-from avatar_rl.rewards.fusion import attention_score
+from avatar_rl.rewards.group_rewards import attention_score, self_consistency_scores
 from avatar_rl.rewards.record import Completion
-from avatar_rl.rewards.self_consistency import self_consistency_scores
 
 OPTIONS = ("A. red", "B. green", "C. a red ball")
 

@@ -1,24 +1,37 @@
-"""Agreement with the majority of the group (docs/method.md 1.5)."""
+"""Rewards that compare a completion with others of its prompt (docs/method.md 1.5, 2.2)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
+from avatar_rl.common.scoring import Completion
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.accuracy import canonical_answer
 from avatar_rl.rewards.answers.format import extract_answer
-from avatar_rl.rewards.record import Completion
+
+#: What a completion earns for answering at least as well as both of its unimodal counterparts.
+ATTENTION_BONUS = 0.3
+
+
+def attention_score(both: float, video: float, audio: float, *, strict: bool) -> float:
+    """r_attn of OmniVideo-R1 (docs/method.md 2.2), from three answer scores.
+
+    0.3 if the audio-visual score is at least both unimodal ones (``strict``: above both), else 0.
+    """
+    best = max(video, audio)
+    return ATTENTION_BONUS if (both > best if strict else both >= best) else 0.0
 
 
 def self_consistency_scores(
     prompt: Prompt, completions: Sequence[Completion], *, max_answer_chars: int
 ) -> list[float]:
-    """1 for every completion whose normalised answer won the vote over these fresh completions,
-    else 0.
+    """1 for every completion whose answer won the vote over these fresh completions, else 0.
 
-    A tie goes to the answer with the higher log-probability per token over all completions that
-    gave it, and a tie of that to the one given first. No (usable) answer: no vote, and 0."""
+    Answers are compared in their normal form (docs/method.md 1.5). A tie goes to the answer with
+    the higher log-probability per token over all completions that gave it. A tie of that goes to
+    the one given first. Without a usable answer there is no vote, and 0.
+    """
     answers = [_vote(prompt, completion.text, max_answer_chars) for completion in completions]
     voters: dict[Hashable, list[Completion]] = defaultdict(list)
     for answer, completion in zip(answers, completions, strict=True):
