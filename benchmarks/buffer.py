@@ -10,8 +10,10 @@ use has the plain names (``insert_ratio``); the other one's names end with it.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import zlib
@@ -23,7 +25,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import redis
-from redis._parsers import _RESP2Parser  # redis-py has no public name for its own reader
 from redis.connection import Encoder, PythonRespSerializer  # type: ignore[attr-defined]
 
 from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
@@ -77,6 +78,9 @@ def group_for(
     )
 
 
+HIDDEN = ("redis", "hiredis")
+
+
 class WholeCommands:
     """Packs a command into one piece, as hiredis does; redis-py alone sends pieces of 6 kB."""
 
@@ -88,10 +92,21 @@ class WholeCommands:
 
 
 def plain_client(url: str) -> redis.Redis:
-    """redis-py as it is without hiredis: the client that the targets were set against."""
-    return redis.Redis.from_url(
-        url, parser_class=_RESP2Parser, command_packer=WholeCommands(), socket_read_size=1 << 18
+    """redis-py without hiredis: the client that the targets were set against. It looks for hiredis
+    when it is imported, so this is a second copy of it."""
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name in HIDDEN}
+    ours |= {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("redis.")}
+    sys.modules["hiredis"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        plain = importlib.import_module("redis")
+    finally:
+        for name in [name for name in sys.modules if name.startswith("redis.")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    found: redis.Redis = plain.Redis.from_url(
+        url, command_packer=WholeCommands(), socket_read_size=1 << 18
     )
+    return found
 
 
 class Client:
