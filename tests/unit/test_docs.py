@@ -3,6 +3,7 @@ easily."""
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -189,6 +190,31 @@ def test_what_is_named_exists(page: str) -> None:
     path = ROOT / page
     code = CODE.findall(FENCE.sub("", text(path)))
     assert [name for name in code if missing_code(name)] == []
+
+
+@pytest.mark.parametrize("page", names(PAGES))
+def test_modules_that_are_named_exist(page: str) -> None:
+    """``avatar_rl.a.b`` and ``from avatar_rl.a import b``, in prose and in code blocks."""
+    content = text(ROOT / page)
+    named = re.findall(r"\bavatar_rl(?:\.\w+)+", content)
+    for module, imports in re.findall(r"from (avatar_rl[\w.]*) import ([\w, ]+)", content):
+        named += [f"{module}.{name.strip()}" for name in imports.split(",")]
+    assert [name for name in named if not resolves(name)] == []
+
+
+@pytest.mark.parametrize("page", names(CURRENT))
+def test_examples_call_what_exists(page: str) -> None:
+    """Functions, classes, attributes and keyword arguments in blocks of Python."""
+    examples = re.findall(r"^```python\n(.*?)^```", text(ROOT / page), re.MULTILINE | re.DOTALL)
+    tree = [ast.parse(example) for example in examples]
+    used: set[str] = set()
+    for node in (node for one in tree for node in ast.walk(one)):
+        match node:
+            case ast.Call(func=ast.Name(id=name)):
+                used.add(name)
+            case ast.Attribute(attr=name) | ast.keyword(arg=str(name)):
+                used.add(name)
+    assert sorted(used - words_of_code()) == []
 
 
 #: Dotted code that begins like a recipe's key and is none.
