@@ -65,7 +65,7 @@ def words_of_code() -> frozenset[str]:
     found: set[str] = set()
     for path, content in sources().items():
         if path.relative_to(ROOT).parts[0] != "tests":
-            found.update(re.findall(r"[A-Za-z_]\w+", content))
+            found.update(re.findall(r"[A-Za-z_]\w*", content))
     return frozenset(found)
 
 
