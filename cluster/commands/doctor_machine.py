@@ -107,7 +107,7 @@ def decoding() -> Iterator[Finding]:
     import numpy as np
     import soundfile
 
-    from avatar_rl.prompts.media.decode import decode_image
+    from avatar_rl.prompts.media.image import decode_image
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

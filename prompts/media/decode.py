@@ -1,5 +1,4 @@
-"""Decoding of one media file into arrays (PyAV, soundfile, Pillow). Deterministic; no caching
-here."""
+"""Video and sound of one file as arrays (PyAV, soundfile). Deterministic, and nothing is cached."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ import soundfile
 from av.container import InputContainer
 from av.stream import Disposition
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.media.completeness import check_whole, wav_states_no_length
@@ -25,19 +23,14 @@ from avatar_rl.prompts.media.completeness import check_whole, wav_states_no_leng
 _SOUNDFILE_SUFFIXES = {".wav", ".flac"}
 _AUDIO_GAP_S = 0.05  # a jump of time stamps beyond this is silence, below it is rounding
 _RUN_UP_S = 1.0  # decoded before a clip: codecs with memory need earlier packets to sound right
-_INDEXED_FORMATS = {
-    "mp4",
-    "mov",
-    "matroska",
-    "webm",
-}  # seeking is exact in these; MP3 guesses from byte positions
+#: Seeking is exact in these; MP3 guesses from byte positions.
+_INDEXED_FORMATS = {"mp4", "mov", "matroska", "webm"}
 #: Containers that hold their media themselves. Playlists (HLS, DASH, concat, SDP) open other files.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,mp3,flac,aac,"
     "aiff,caf,au,amr,amrnb,amrwb,ac3,eac3,dts,ape,wv,tta,h264,hevc,m4v,av1,obu,ivf,gif,apng,mjpeg,dv,mxf,nut,rm,"
     "yuv4mpegpipe"
 )
-_IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows formats that run programs
 _PLAYLISTS = {
     b"#EXTM3U": "HLS",
     b"ffconcat": "ffconcat",
@@ -65,9 +58,7 @@ class Timeline(NamedTuple):
     """Presentation times of every frame of a video, in ticks of its stream."""
 
     ticks: list[int]  # ascending
-    keys: list[
-        int
-    ]  # ascending; those that decoding can start from; empty = only from the beginning
+    keys: list[int]  # ascending; decoding can start from these; empty: only from the beginning
     seconds: float  # per tick
     origin: float  # seconds on the file's clock that count as 0
     duration: float  # seconds from origin to the end of the last frame
@@ -142,63 +133,6 @@ def decode_audio(
     return samples, samples.size / sample_rate
 
 
-def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
-    """RGB image uint8 (H, W, 3), upright, on white where it is transparent, shrunk to
-    ``max_pixels``. 16-bit grey values are scaled to 8 bits.
-
-    Raises InputError for a file that is no readable PNG, JPEG, WebP, BMP, GIF or TIFF image.
-    """
-    try:
-        with Image.open(path, formats=_IMAGES) as image:
-            rgb = _on_white(_eight_bits(path, ImageOps.exif_transpose(image)))
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(
-            path,
-            f"not a readable image ({error})",
-            "give a PNG, JPEG, WebP, BMP, GIF or TIFF file, or drop the row",
-        ) from error
-    size = _shrunk(rgb.width, rgb.height, max_pixels)
-    return np.asarray(
-        rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
-    ).copy()
-
-
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Grey values of more than 8 bits scaled down; Pillow's own conversion makes them white."""
-    if image.mode not in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
-        return image
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((values.astype(np.uint32) * 255 // 65535).astype(np.uint8))
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F" and low >= 0 and high <= 1:
-        return Image.fromarray((values * 255).round().astype(np.uint8))
-    if low >= 0 and high <= 255:
-        return Image.fromarray(values.astype(np.uint8))
-    raise InputError(
-        path,
-        f"has grey values from {low:g} to {high:g}, and nothing says which is white",
-        "save it with 8 or 16 bits per value",
-    )
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, composed as vLLM's own loader does; converting alone would show what colour lies under
-    transparency."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    rgb = Image.new("RGB", image.size, "white")
-    rgb.paste(layer, mask=layer.getchannel("A"))
-    return rgb
-
-
 def resample(samples: NDArray[np.float32], rate: int, target: int) -> NDArray[np.float32]:
     """Band-limited resampling of (S,) from ``rate`` to ``target`` Hz; length ceil(S * target /
     rate)."""
@@ -266,8 +200,7 @@ def _open(path: Path) -> Iterator[InputContainer]:
             path,
             f"cannot be decoded ({error.strerror})",
             "the file is corrupt, cut short or of an unknown format: copy it again, or re-encode "
-            "it "
-            "(ffmpeg -i IN -c:v libx264 -c:a aac OUT.mp4)",
+            "it (ffmpeg -i IN -c:v libx264 -c:a aac OUT.mp4)",
         ) from error
 
 
@@ -414,7 +347,7 @@ def _ticked(
 
 def _rgb(frame: av.VideoFrame, max_pixels: int) -> NDArray[np.uint8]:
     """uint8 (H, W, 3), upright, at most ``max_pixels``."""
-    width, height = _shrunk(frame.width, frame.height, max_pixels)
+    width, height = shrunk(frame.width, frame.height, max_pixels)
     if (width, height) == (frame.width, frame.height):
         image = frame.to_ndarray(format="rgb24")
     else:
@@ -424,7 +357,7 @@ def _rgb(frame: av.VideoFrame, max_pixels: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)), dtype=np.uint8)
 
 
-def _shrunk(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+def shrunk(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     """(width, height) scaled down to at most ``max_pixels``, proportions kept."""
     scale = math.sqrt(max_pixels / (width * height))
     return (
@@ -477,18 +410,16 @@ def _read_audio_stream(
             start, end = window(path, clip, duration, slack)
         if start > _RUN_UP_S and set(container.format.name.split(",")) & _INDEXED_FORMATS:
             container.seek(int((start - _RUN_UP_S + origin) * av.time_base))
-        if (
-            stream.duration is not None and stream.time_base is not None
-        ):  # what lies beyond is the encoder's padding
+        if stream.duration is not None and stream.time_base is not None:
+            # what lies beyond is the encoder's padding
             end = min(
                 end, float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin
             )
         pieces, rate = _placed(container, stream, path, origin, end)
     reached = pieces[-1][0] + pieces[-1][1].size if pieces else 0
     if clip is not None and reached < end * rate and duration <= 0:
-        window(
-            path, clip, reached / rate, slack
-        )  # only now is the length of a file without a header known
+        # only now is the length of a file without a header known
+        window(path, clip, reached / rate, slack)
     first, last = round(start * rate), min(reached, round(min(end * rate, reached)))
     samples = np.zeros(max(0, last - first), np.float32)
     for at, piece in pieces:

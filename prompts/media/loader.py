@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from avatar_rl.common.errors import AvatarError, InputError
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
-from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_image, decode_video
+from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video
+from avatar_rl.prompts.media.image import decode_image
 from avatar_rl.prompts.record import MediaItem, MediaPlan, resolve_uri
 
 log = logging.getLogger(__name__)
