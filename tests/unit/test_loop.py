@@ -31,7 +31,7 @@ class Rounds:
         self.results.append(SimpleNamespace(accuracy=accuracy))
 
     def reached(self, target: float | None) -> bool:
-        return target is not None and self.results[-1].accuracy >= target
+        return target is not None and any(found.accuracy >= target for found in self.results)
 
 
 def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **loop: Any) -> Any:
