@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.small_run import RECIPE
+
 BENCH = Path("build/bench")
 
 
@@ -24,6 +26,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     found.add_argument("--out", type=Path, default=BENCH, help="folder of the figures")
     return found
+
+
+def smoke_recipe(folder: Path) -> Path:
+    """The tests' recipe of a few clips, in ``folder``. With one cache its world, tiny model and
+    cold start are made once for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "smoke.yaml"
+    path.write_text(RECIPE)
+    return path
 
 
 class Figures:

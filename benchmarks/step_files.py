@@ -18,10 +18,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from avatar_rl.cluster.telemetry.run_folder import list_runs, read_metrics
-from benchmarks.harness import Figures, parser
+from avatar_rl.cluster.telemetry.run_files import list_runs, read_metrics
+from benchmarks.harness import Figures, parser, smoke_recipe
 from benchmarks.line_recorder.sitecustomize import BUCKET_S
-from tests.small_run import RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "prompts", "buffer_service", "rewards", "actors", "learner", "cluster")
@@ -35,8 +34,7 @@ Lines = dict[Path, set[int]]  # executed, by file
 def train(folder: Path, steps: int, overrides: Sequence[str]) -> Path:
     """A recorded run; returns its folder. Raises RuntimeError with the end of a failed run's
     output."""
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE)
+    recipe = smoke_recipe(folder)
     records = folder / "records"
     records.mkdir()
     places = [str(ROOT / "benchmarks" / "line_recorder"), str(ROOT)]

@@ -1,68 +1,76 @@
 """Parts, fresh:replayed, lambda and shapes of the paper's rule, one varied at a time; see
 docs/science.md.
 
-    python -m benchmarks.sweeps             what is missing of the runs, then table and figures
-    python -m benchmarks.sweeps --report    only table and figures, from the runs that are there
+    python -m benchmarks.sweeps             table and figures of the records that are kept
+    python -m benchmarks.sweeps --run       measures what is missing first (hours)
 
-Runs are those of the study (same pool, same cold start), all of the same number of completions;
-they are kept in build/study/sweeps.jsonl, so that sweeps can be stopped and go on."""
+Runs are those of the study (same pool, same cold start), all of the same number of completions.
+They are kept in benchmarks/records/sweeps.jsonl, so sweeps can be stopped and resumed."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.presets import merge
-from benchmarks.harness import Figures
-from benchmarks.studies.arms import POOL, SAMPLES
+from benchmarks.harness import Figures, parser, smoke_recipe
+from benchmarks.studies.arms import POOL, SAMPLES, SMOKE_CAP, SMOKE_POOL
 from benchmarks.studies.report import DOCUMENT, insert
-from benchmarks.studies.runs import Records, base_recipe, digest, perform_all, resolve
-from benchmarks.studies.sweep_arms import ARMS, COMPLETIONS, SEEDS, measured_every
+from benchmarks.studies.runs import (
+    RECIPE,
+    RECORDS,
+    Records,
+    add_options,
+    base_recipe,
+    report_or_run,
+    resolve,
+)
+from benchmarks.studies.sweep_arms import ARMS, BASE, COMPLETIONS, SEEDS, measured_every
 from benchmarks.studies.sweep_report import by_arm, draw, flat, table
 
 FOLDER = Path("build/study")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="runs at a time; each keeps about one core busy"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("build/cache"), help="where the cold start is"
-    )
-    options = parser.parse_args()
-    base = base_recipe(POOL, options.cache, FOLDER)
-    todo = []
-    for seed in options.seeds:
-        for name in options.arms:
+def jobs(
+    arms: Sequence[str], seeds: Sequence[int], cache: Path, smoke: Path | None
+) -> list[tuple[str, int, RunConfig]]:
+    """(arm, seed, its checked configuration), seed by seed."""
+    recipe = smoke_recipe(smoke) if smoke is not None else RECIPE
+    base = base_recipe(SMOKE_POOL if smoke else POOL, cache, smoke or FOLDER, recipe)
+    found = []
+    for seed in seeds:
+        for name in arms:
             pool = {"every": measured_every(ARMS[name]), "samples": SAMPLES}
-            recipe = merge(base, {"evaluation": {"pool": pool}})
-            todo.append((name, seed, resolve(recipe, ARMS[name], seed, COMPLETIONS)))
-    records = Records(FOLDER / "sweeps.jsonl")
-    failed = [] if options.report else perform_all(todo, records, options.workers)
-    if failed:
-        raise SystemExit(
-            f"{len(failed)} runs failed ({', '.join(failed)}): start again to repeat them"
+            raw = merge(base, {"evaluation": {"pool": pool}})
+            completions = SMOKE_CAP if smoke else COMPLETIONS
+            found.append((name, seed, resolve(raw, ARMS[name], seed, completions)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    add_options(options_of)
+    options_of.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    options = options_of.parse_args(arguments)
+    seeds, arms = list(options.seeds or SEEDS), list(options.arms)
+    records, smoke = Records(RECORDS / "sweeps.jsonl"), None
+    if options.smoke:
+        options.run, seeds, arms, smoke = True, seeds[:1], [BASE], options.out / "sweeps"
+        records = Records(smoke / "sweeps.jsonl")
+    found = by_arm(
+        report_or_run(
+            options, records, lambda: jobs(arms, seeds, options.cache, smoke), arms, seeds
         )
-    arms = by_arm(
-        [
-            record
-            for name, seed, config in todo
-            if (record := records.get(name, seed, digest(config)))
-        ]
     )
-    print(table(arms))
-    figures = Figures("sweeps")
-    figures.add(flat(arms))
+    print(table(found))
+    figures = Figures("sweeps", options.out)
+    figures.add(flat(found))
     figures.write()
-    print(*draw(arms, DOCUMENT.parent / "figures"), sep="\n")
-    insert(DOCUMENT, table(arms), "sweeps")
+    images = DOCUMENT.parent / "figures" if options.publish else options.out / "sweeps"
+    print(*draw(found, images), sep="\n")
+    if options.publish:
+        insert(DOCUMENT, table(found), "sweeps")
 
 
 if __name__ == "__main__":

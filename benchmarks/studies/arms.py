@@ -23,6 +23,10 @@ TARGET = 0.80
 STOP_AT = 0.85
 #: Completions after which a run that is not there yet ends, censored.
 CAP = 1536
+#: A run that only shows that the study still runs.
+SMOKE_ARM = "avatar_plus"
+SMOKE_POOL = Pool(POOL.categories, train=6, heldout=4)
+SMOKE_CAP = 16
 TUNING_SEEDS = (100, 101, 102)
 REPORT_SEEDS = (0, 1, 2, 3, 4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -93,22 +92,20 @@ class Study:
         return ratio(top, bottom), *bootstrap(top, bottom)
 
 
-def write_report(records: Sequence[Record], *, publish: bool) -> None:
-    """Print the tables; with ``publish`` also build/bench/study.json, docs/figures and
-    docs/science.md."""
+def write_report(records: Sequence[Record], figures: Figures, *, publish: bool) -> None:
+    """Print the tables and write the figures; with ``publish`` also docs/science.md and its
+    figures."""
     study = Study(records)
     tables = "\n\n".join(
         part for part in (headline(study), arms_table(study), cost_table(study)) if part
     )
     print(tables)
-    if not publish:
-        return
-    figures = Figures("study")
     figures.add(flat(study))
     figures.write()
-    drawn = draw_figures(study.by_arm, study.arms, DOCUMENT.parent / "figures")
-    print(*drawn, sep="\n")
-    insert(DOCUMENT, tables)
+    images = DOCUMENT.parent / "figures" if publish else figures.path.parent / "study"
+    print(*draw_figures(study.by_arm, study.arms, images), sep="\n")
+    if publish:
+        insert(DOCUMENT, tables)
 
 
 def flat(study: Study) -> dict[str, float]:
@@ -217,8 +214,3 @@ def insert(document: Path, text: str, name: str = "study") -> None:
         raise ValueError(f"{document} needs one {begin!r} and one {end!r}")
     head, rest = whole.split(begin)
     document.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
-
-
-def load(path: Path) -> list[dict[str, Any]]:
-    """Records as written by `Records`."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

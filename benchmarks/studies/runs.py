@@ -3,6 +3,7 @@ line."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,14 @@ from avatar_rl.cluster.recipe.assets import (
 from avatar_rl.cluster.recipe.load import check, load_recipe
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
 from avatar_rl.cluster.telemetry.distributions import total
-from avatar_rl.cluster.telemetry.run_folder import read_distributions, read_metrics
-from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.telemetry.live_view import open_screen
+from avatar_rl.cluster.telemetry.run_files import read_distributions, read_metrics
 from avatar_rl.cluster.training.evaluate import evaluate
 from avatar_rl.common.errors import AvatarError, ResourceError
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
+#: Finished runs, in the repository: what a fresh clone reports.
+RECORDS = Path(__file__).parents[1] / "records"
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,14 @@ class Pool:
     heldout: int
 
 
-def base_recipe(pool: Pool, cache: Path, folder: Path) -> Overlay:
+def base_recipe(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) -> Overlay:
     """The study's recipe: from its cold start, on the pool, generation and learning in turn."""
-    local = load_recipe(RECIPE, [("output.cache", str(cache))])
+    local = load_recipe(recipe, [("output.cache", str(cache))])
     datasets, base = prepare_datasets(local, print), prepare_base_model(local, print)
     folder.mkdir(parents=True, exist_ok=True)
     start = _cold_start(local, base, datasets, folder)
     assert datasets.heldout is not None
-    raw: Overlay = yaml.safe_load(RECIPE.read_text())
+    raw: Overlay = yaml.safe_load(recipe.read_text())
     del raw["preset"], raw["cold_start"]
     return merge(
         raw,
@@ -97,7 +100,7 @@ def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) 
     start = cold_start_folder(local, base, datasets.sft).resolve()
     if not start.is_dir():
         output = local.output.model_copy(update={"folder": folder / "start"})
-        with Screen(1, None, title="cold start") as screen:
+        with open_screen("auto", 1, title="cold start") as screen:
             evaluate(local.model_copy(update={"output": output}), screen)
     return start
 
@@ -180,7 +183,7 @@ def perform_all(
     todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int
 ) -> list[str]:
     """Perform what the records do not have; returns what failed."""
-    started = time.monotonic()
+    started, commit = time.monotonic(), commit_of_code()
 
     def one(job: tuple[str, int, RunConfig]) -> str | None:
         name, seed, config = job
@@ -192,7 +195,7 @@ def perform_all(
         except AvatarError as error:
             print(f"{name} seed {seed} FAILED: {error}", flush=True)
             return f"{name} seed {seed}"
-        records.add({"arm": name, "seed": seed, "digest": key, **found})
+        records.add({"arm": name, "seed": seed, "digest": key, "commit": commit, **found})
         completions, *_, accuracy = found["curve"][-1]
         minutes = (time.monotonic() - started) / 60
         print(
@@ -204,6 +207,14 @@ def perform_all(
 
     with ThreadPoolExecutor(workers) as pool:
         return [failed for failed in pool.map(one, todo) if failed]
+
+
+def commit_of_code() -> str:
+    """The commit of the code that runs, with a "+" where files were changed; "unknown" without
+    git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=RECORDS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def boil_down(
@@ -272,14 +283,67 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._found = {(r["arm"], r["seed"], r["digest"]): r for r in map(json.loads, lines)}
+        self._found: dict[tuple[str, int, str], dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            self._keep(json.loads(line))
 
     def get(self, arm: str, seed: int, digest: str) -> dict[str, Any] | None:
         return self._found.get((arm, seed, digest))
 
+    def newest(self, arms: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The last record of each arm and seed, whatever its settings were."""
+        last = {(arm, seed): record for (arm, seed, _), record in self._found.items()}
+        wanted = [(arm, seed) for seed in seeds for arm in arms]
+        return [last[key] for key in wanted if key in last]
+
     def add(self, record: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        self._found[record["arm"], record["seed"], record["digest"]] = record
+        self._keep(record)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        key = (record["arm"], record["seed"], record["digest"])
+        self._found.pop(key, None)  # the last in the file is the last here
+        self._found[key] = record
+
+
+def report_or_run(
+    options: argparse.Namespace,
+    records: Records,
+    todo: Callable[[], Sequence[tuple[str, int, RunConfig]]],
+    arms: Sequence[str],
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """The records to report; with ``--run`` what is missing is measured first. Raises SystemExit
+    when there are none, or when runs failed."""
+    if options.run:
+        jobs = todo()
+        if failed := perform_all(jobs, records, options.workers):
+            raise SystemExit(
+                f"{len(failed)} runs failed ({', '.join(failed)}): start again to repeat them"
+            )
+        done = (records.get(name, seed, digest(config)) for name, seed, config in jobs)
+        return [record for record in done if record is not None]
+    found = records.newest(arms, seeds)
+    if not found:
+        raise SystemExit(
+            f"no records of these runs in {records.path}; --run measures all "
+            f"{len(arms) * len(seeds)} (minutes each, about one core a run)"
+        )
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What study and sweeps have in common."""
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--report", action="store_true", help="of the records kept; the default")
+    action.add_argument("--run", action="store_true", help="measure what is missing, then report")
+    parser.add_argument("--publish", action="store_true", help="tables and figures into docs/")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the report's")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="runs at a time; each keeps about one core busy"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/cache"), help="where the cold start is"
+    )
