@@ -94,7 +94,7 @@ class StepTrainer:
             plan = self.plan(work.update(number, updates))
             self.forward_backward(plan, step_metrics)
             grad_norm = self._optimizer_step(plan, lr, step_metrics)
-        with self.timer("hold"):
+        with self.timer("replicate"):
             self.replicator.replicate(work.version + 1)
         self._move()
         with self.timer("publish"), self.engine.whole_weights() as weights:

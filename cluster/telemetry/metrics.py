@@ -6,7 +6,7 @@ rewards, experiments) are allowed everywhere; reports list them apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -200,7 +200,11 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("time/encode", "s", "Time spent on templates and media before the forward pass."),
         ("time/forward_backward", "s", "Time of the forward and backward passes."),
         ("time/optimizer", "s", "Time of the optimiser's updates, clipping included."),
-        ("time/hold", "s", "Time to leave a copy of the learner's state outside the learner."),
+        (
+            "time/replicate",
+            "s",
+            "Time to leave a copy of the learner's state outside the learner.",
+        ),
         ("time/publish", "s", "Time to write and announce the new weights."),
         # judges, hints, bad prompts
         (
@@ -222,7 +226,14 @@ CATALOGUE: tuple[Metric, ...] = tuple(
     )
 )
 
+#: Old name -> today's. Dashboards find the old one beside it for one release.
+OLD_NAMES = {"time/hold": "time/replicate"}
+
 _EXACT = {metric.name: metric for metric in CATALOGUE if not metric.is_family}
+_EXACT |= {
+    old: Metric(old, _EXACT[new].unit, f"Old name of {new}; it goes with the next release.")
+    for old, new in OLD_NAMES.items()
+}
 #: Longest prefix first, so that "eval/accuracy/x" is not taken for a shorter family.
 _FAMILIES = tuple(
     sorted((m for m in CATALOGUE if m.is_family), key=lambda metric: -len(metric.prefix))
@@ -235,6 +246,11 @@ def describe(name: str) -> Metric | None:
     if name in _EXACT:
         return _EXACT[name]
     return next((family for family in _FAMILIES if family.covers(name)), None)
+
+
+def under_old_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The values of ``metrics`` that also had another name, by that name."""
+    return {old: metrics[new] for old, new in OLD_NAMES.items() if new in metrics}
 
 
 def uncatalogued(names: Iterable[str]) -> list[str]:

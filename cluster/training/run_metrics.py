@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.telemetry.metrics import under_old_names
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
@@ -38,6 +39,7 @@ class RunMetrics:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
         metrics |= self._buffer_metrics() | self._rollout_metrics(seconds)
         metrics |= {"time/step": seconds, "step": float(step)}
+        metrics |= under_old_names(metrics)
         self.last = metrics
         return metrics
 

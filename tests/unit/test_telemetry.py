@@ -18,10 +18,12 @@ import yaml
 from avatar_rl.cluster.telemetry import run_folder as telemetry
 from avatar_rl.cluster.telemetry.metrics import (
     CATALOGUE,
+    OLD_NAMES,
     catalogue_table,
     describe,
     members,
     uncatalogued,
+    under_old_names,
 )
 from avatar_rl.cluster.telemetry.run_files import (
     MASK,
@@ -350,6 +352,14 @@ def test_catalogue_finds_members_of_families() -> None:
         "b": "reward/b",
     }
     assert len({metric.name for metric in CATALOGUE}) == len(CATALOGUE)
+
+
+def test_old_metric_names_are_written_beside_todays() -> None:
+    found = under_old_names({"time/replicate": 0.25, "lr": 1.0})
+    assert found == {"time/hold": 0.25}
+    assert under_old_names({"lr": 1.0}) == {}
+    assert uncatalogued(found) == []
+    assert not OLD_NAMES.keys() & {metric.name for metric in CATALOGUE}
 
 
 def test_docs_hold_the_catalogue() -> None:
