@@ -72,6 +72,9 @@ class DataConfig(Section):
         None,
         description="Folder for media embedded in parquet rows as bytes; null refuses such rows.",
     )
+    ignore_columns: tuple[str, ...] = Field(
+        (), description="Columns that are left out, also where they seem to name media."
+    )
     audio_in_video: bool = Field(
         False,
         description="Also take the sound track of every video, interleaved with its frames "

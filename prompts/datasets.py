@@ -16,7 +16,7 @@ from pathlib import Path
 from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import DataConfig, DatasetFormat
 from avatar_rl.prompts.readers import rows
-from avatar_rl.prompts.readers.layouts import detect, read_row
+from avatar_rl.prompts.readers.layouts import detect, read_row, without_absent
 from avatar_rl.prompts.readers.rows import DatasetRow
 from avatar_rl.prompts.record import Prompt, resolve_uri
 
@@ -28,8 +28,7 @@ def iter_rows(path: Path, config: DataConfig) -> Iterator[DatasetRow]:
 
 
 class RowReader:
-    """Reads rows of one dataset: settles the layout at the first readable row, refuses an id that
-    came before."""
+    """Reads rows of one dataset, each by its own layout; refuses an id that came before."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -38,10 +37,13 @@ class RowReader:
 
     def read(self, row: DatasetRow) -> Prompt:
         """Raises InputError naming file:line and the remedy."""
-        data = row.data
+        data = without_absent(row.data)
+        layout = self.config.format
+        if layout == "auto":
+            layout = detect(row.data, row.where)
         if self.layout == "auto":
-            self.layout = detect(data, row.where)
-        prompt = read_row(data, self.layout, self.config, row.where)
+            self.layout = layout
+        prompt = read_row(data, layout, self.config, row.where)
         before = self._seen.setdefault(prompt.id, row.where)
         if before != row.where:
             raise InputError(

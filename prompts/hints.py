@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from avatar_rl.prompts.readers.build import split_option
+from avatar_rl.prompts.choices import split_option
 from avatar_rl.prompts.record import ProblemType, Prompt
 
 # "one" is left out: in "one by one" or "the one that moves" it is no number.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.common.types import JsonObject
@@ -91,6 +91,9 @@ class MediaPlan(Strict):
     """All media of a prompt, in the order of their placeholders."""
 
     items: tuple[MediaItem, ...] = ()
+    in_text: bool = Field(
+        False, description="<video>, <audio> and <image> in the question are their places"
+    )
     audio_in_video: bool = Field(
         False,
         description="interleave each video's audio with its frames (Qwen-Omni use_audio_in_video)",
@@ -130,7 +133,7 @@ class Prompt(Strict):
     needs: tuple[Modality, ...] = Field(
         (), description="modalities without which it cannot be answered"
     )
-    extra: dict[str, str] = Field(
+    extra: dict[str, JsonValue] = Field(
         default_factory=dict, description="anything a dataset wants to carry along"
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,9 @@ FEATURES = (
     "input_features",
     "feature_attention_mask",
 )
+
+
+_PLACE = re.compile(r"(<(?:video|audio|image)>)")
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,10 @@ class PromptEncoder:
         kinds: list[Modality] = [item.kind for item in prompt.media.items]
         if prompt.media.audio_in_video:  # the sound has no placeholder of its own
             kinds = [kind for kind in kinds if kind != "audio"]
-        content = [{"type": kind, kind: ""} for kind in kinds]
-        content.append({"type": "text", "text": self._user_text(prompt, hinted)})
-        messages.append({"role": "user", "content": content})
+        text = self._user_text(prompt, hinted)
+        messages.append(
+            {"role": "user", "content": _user_content(text, kinds, prompt.media.in_text)}
+        )
         if self.kind not in MULTIMODAL:  # text models' templates take plain strings only
             messages = [
                 {"role": turn["role"], "content": turn["content"][-1]["text"]}  # type: ignore[index]
@@ -364,6 +369,24 @@ class PromptEncoder:
                 )
             lines.append(self.config.hint_prefix + prompt.hint)
         return "\n".join(lines)
+
+
+def _user_content(text: str, kinds: list[Modality], in_text: bool) -> list[dict[str, str]]:
+    """Parts of the user turn: the media and then the text, or the media at their places in it. A
+    place whose medium is left out (a unimodal part of the prompt) is dropped."""
+    left = list(kinds)
+    parts: list[dict[str, str]] = []
+    if in_text:
+        for piece in _PLACE.split(text):
+            kind = piece[1:-1]
+            if not _PLACE.fullmatch(piece):
+                parts.append({"type": "text", "text": piece})
+            elif kind in left:
+                left.remove(kind)  # type: ignore[arg-type]
+                parts.append({"type": kind, kind: ""})
+    else:
+        parts.append({"type": "text", "text": text})
+    return [{"type": kind, kind: ""} for kind in left] + [p for p in parts if p.get("text") != ""]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -11,6 +12,8 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
+from avatar_rl.common.text import shortened
+from avatar_rl.prompts.choices import choice_letter, lettered
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
 from avatar_rl.prompts.readers.rows import Value
@@ -22,10 +25,15 @@ from avatar_rl.prompts.record import (
     Prompt,
 )
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_THINK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
-_LETTER = re.compile(r"^\s*\(?([A-Z])(?:\)|[.:]|$)\s*")
-_LETTERED_LINE = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*\S")
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_THINK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THINK_TAG = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
+#: What ends a turn in the chat formats that data were exported from.
+_STOP = re.compile(r"(?:<\|[\w-]{1,30}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^<>]{1,40}\uff5c>)")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_LETTERED_LINE = re.compile(r"(?:^|\s)[(（]?([A-Z])[.．)）:：、]\s*\S")
+_NUMBERS = (ProblemType.NUMERICAL, ProblemType.REGRESSION)
 
 
 #: Raw values by the names of Prompt's fields.
@@ -41,13 +49,13 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
     choice without letters."""
     values = {key: value for key, value in fields.items() if value is not None}
     question = _text(values, "question", where)
-    answer = unwrap(_text(values, "answer", where))
-    if not answer:
-        raise InputError(where, "the answer is empty", "give the ground truth, or drop the row")
+    answer = _truth(_text(values, "answer", where), where)
     options = _options(values.get("options"), where)
     kind = _problem_type(values.get("problem_type"), options, answer, config, where)
     if kind is ProblemType.MULTIPLE_CHOICE:
         answer = _letter(answer, options, question, where)
+    elif kind in _NUMBERS:
+        answer = _final_number(answer, where)
     question = _without_lines(question, options)
     plan = _plan(values.get("media"), config, where)
     if config.system is not None:
@@ -76,22 +84,49 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
 
 
 def unwrap(text: str) -> str:
-    """What the last <answer> tag holds, or the text without its <think> part where there is
-    none."""
-    found = _ANSWER.findall(text)
-    return (found[-1] if found else _THINK.sub("", text)).strip()
+    """What the last <answer> tag holds, closed or not, or the text without its <think> part where
+    there is none; tokens that end a turn are left out."""
+    plain = _STOP.sub("", text)
+    found = [inside.strip() for inside in _ANSWER.findall(plain) if inside.strip()]
+    return (found[-1] if found else _ANSWER_TAG.sub("", _THINK.sub("", plain))).strip()
+
+
+def _truth(text: str, where: str) -> str:
+    answer = unwrap(text)
+    if _THINK_TAG.search(answer):
+        raise InputError(
+            where,
+            f"the answer {shortened(text)!r} has a think tag without its partner",
+            "give the ground truth alone, or close the tags",
+        )
+    if not answer:
+        raise InputError(where, "the answer is empty", "give the ground truth, or drop the row")
+    whole = _BOXED.fullmatch(answer.strip("$ "))
+    return whole[1].strip() if whole and whole[1].strip() else answer
+
+
+def _final_number(answer: str, where: str) -> str:
+    """The result of a worked solution: what stands behind "####" or in the only box."""
+    if "####" in answer:
+        answer = answer.rpartition("####")[2].strip()
+        if not answer:
+            raise InputError(
+                where, "the answer ends with ####", "give the number behind it, or drop the row"
+            )
+    boxed = {content.strip() for content in _BOXED.findall(answer)}
+    if len(boxed) > 1:
+        raise InputError(
+            where,
+            f"the answer boxes several values: {shortened(', '.join(sorted(boxed)))}",
+            "give the one that is meant",
+        )
+    return boxed.pop() if boxed else answer
 
 
 def thought(text: str) -> str | None:
     """What the first <think> tag holds."""
     found = _THINK.search(text)
     return found[1].strip() if found else None
-
-
-def split_option(option: str) -> tuple[str, str]:
-    """("A", "red") of "A. red", "(A) red" or "A: red"; no letter, ("", option)."""
-    match = _LETTER.match(option)
-    return (match[1], option[match.end() :].strip()) if match else ("", option)
 
 
 def content_id(question: str, answer: str, options: tuple[str, ...], plan: MediaPlan) -> str:
@@ -106,6 +141,10 @@ def _text(values: Fields, key: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         what = f"no {key}" if value is None else f"the {key} is a {type(value).__name__}"
         raise InputError(where, what, f"give the {key} as text, or drop the row")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            where, f"the {key} is {value}", f"give the {key} as a number, or drop the row"
+        )
     text = str(value).strip()
     if not text:
         raise InputError(where, f"the {key} is empty", f"give the {key}, or drop the row")
@@ -118,7 +157,7 @@ def _problem_type(
     if given is None:
         if config.problem_type is not None:
             return config.problem_type
-        if options and _chosen(answer, options) is not None:
+        if options and choice_letter(answer, options) is not None:
             return ProblemType.MULTIPLE_CHOICE
         raise InputError(
             where,
@@ -144,47 +183,35 @@ def _options(given: RawField, where: str) -> tuple[str, ...]:
         raise InputError(
             where, "options are not a list of texts", "give them as ['A. red', 'B. green']"
         )
-    texts = [str(option).strip() for option in given]
-    if all(_LETTER.match(text) for text in texts):
-        return tuple(texts)
-    return tuple(f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(texts))
-
-
-def _chosen(answer: str, options: tuple[str, ...]) -> str | None:
-    """Letter of the option that ``answer`` names by its letter, its text or both."""
-    letters = dict(split_option(option) for option in options)
-    named = _LETTER.match(answer)
-    if named and named[1] in letters and answer[named.end() :].strip() in ("", letters[named[1]]):
-        return named[1]
-    same = [letter for letter, text in letters.items() if text.lower() == answer.lower()]
-    return same[0] if len(same) == 1 else None
+    return lettered([str(option) for option in given])
 
 
 def _letter(answer: str, options: tuple[str, ...], question: str, where: str) -> str:
     if options:
-        letter = _chosen(answer, options)
+        letter = choice_letter(answer, options)
         if letter is None:
             raise InputError(
                 where,
-                f"the answer {answer!r} is none of the options {list(options)}",
+                f"the answer {shortened(answer)!r} is none of the options "
+                f"{shortened(str(list(options)))}",
                 "correct either",
             )
         return letter
     offered = set(_LETTERED_LINE.findall(question))
-    named = _LETTER.match(answer)
+    named = choice_letter(answer, [f"{letter}." for letter in sorted(offered)])
     if len(offered) < 2:
         raise InputError(
             where,
             "multiple choice without options",
             "add options: ['A. ...', 'B. ...'], or name another problem_type",
         )
-    if named is None or named[1] not in offered:
+    if named is None:
         raise InputError(
             where,
-            f"the answer {answer!r} is not one of the letters {sorted(offered)}",
+            f"the answer {shortened(answer)!r} is not one of the letters {sorted(offered)}",
             "give the letter as answer",
         )
-    return named[1]
+    return named
 
 
 def _without_lines(question: str, options: tuple[str, ...]) -> str:
@@ -225,4 +252,4 @@ def _plan(given: RawField, config: DataConfig, where: str) -> MediaPlan:
         for item in items
         if item.kind == "video"
     ]
-    return MediaPlan(items=(*items, *tracks), audio_in_video=True)
+    return MediaPlan(items=(*items, *tracks), in_text=plan.in_text, audio_in_video=True)

@@ -13,6 +13,8 @@ from avatar_rl.prompts.readers.rows import Value, Values
 from avatar_rl.prompts.record import MediaItem, Modality
 
 _TAG = re.compile(r"<(video|audio|image)>")
+_PICTURE = re.compile(r"(?i)\.(?:jpe?g|png|webp|bmp|tiff?)$")
+_TAG_ONLY = re.compile(r"<(?:video|audio|image)>")
 
 
 @dataclass
@@ -25,14 +27,16 @@ class Chat:
         str | None
     )  # the assistant's turn: SFT target and, where nothing else names it, the answer
     items: list[MediaItem]  # in the order of their placeholders
+    in_text: bool  # the question keeps its <video>, <audio> and <image> places
 
 
 def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> Chat:
     """The user turn's text and media; media without a path of their own come from the row's lists
     in turn."""
-    waiting = _listed(row)
+    waiting = _listed(row, where)
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     items: list[MediaItem] = []
+    in_text = False
     for message in _messages(messages, where):
         role = message["role"]
         if not isinstance(role, str) or role not in turns:
@@ -40,7 +44,15 @@ def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> C
                 where, f"message of the role {role!r}", "only system, user and assistant are read"
             )
         text, found = _content(message.get("content"), waiting, config, where)
-        turns[role].append(text)
+        if placed := len([part for part in _TAG_ONLY.split(text) if part.strip()]) > 1 and found:
+            if role != "user":
+                raise InputError(
+                    where,
+                    f"media between the words of the {role} turn",
+                    "put them into the user turn, or in front of the text",
+                )
+            in_text = True
+        turns[role].append(text if placed else _TAG_ONLY.sub("", text).strip())
         items += found
     if len(turns["user"]) != 1:
         raise InputError(
@@ -64,7 +76,11 @@ def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> C
             )
     system = "\n".join(turns["system"]).strip() or None
     return Chat(
-        turns["user"][0], system, turns["assistant"][-1] if turns["assistant"] else None, items
+        turns["user"][0],
+        system,
+        turns["assistant"][-1] if turns["assistant"] else None,
+        items,
+        in_text,
     )
 
 
@@ -78,12 +94,14 @@ def _messages(given: Value, where: str) -> list[Values]:
     return found
 
 
-def _listed(row: Values) -> dict[Modality, list[Value]]:
+def _listed(row: Values, where: str) -> dict[Modality, list[Value]]:
     """Entries of ``videos``/``video``/``video_path`` and of Video-R1's ``path`` with ``data_type``,
     by kind."""
     entries: dict[Modality, list[Value]] = {}
     for kind in KINDS:
         given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
+        if kind == "video":
+            _refuse_frames(given, where)
         entries[kind] = [
             entry for value in given for entry in (value if isinstance(value, list) else [value])
         ]
@@ -91,6 +109,25 @@ def _listed(row: Values) -> dict[Modality, list[Value]]:
     if row.get("path") and kind_of_path is not None:
         entries[kind_of_path].append(row["path"])
     return entries
+
+
+def _refuse_frames(given: list[Value], where: str) -> None:
+    """A list of pictures is one video in its frames, never as many videos of a frame each."""
+    for value in given:
+        entries = value if isinstance(value, list) else [value]
+        flat = [e for entry in entries for e in (entry if isinstance(entry, list) else [entry])]
+        if any(isinstance(entry, str) and _PICTURE.search(entry) for entry in flat):
+            raise InputError(
+                where,
+                f"video is given as a list of {len(flat)} frames",
+                "frame lists are not read: make a video (ffmpeg -framerate FPS -i %04d.jpg "
+                "OUT.mp4), or give them as images",
+            )
+
+
+def _spaced(tag: re.Match[str]) -> str:
+    """A tag that is text of its own part, no place: it must not be taken for one."""
+    return f"< {tag[0][1:-1]} >"
 
 
 def _data_type(row: Values) -> Modality | None:
@@ -118,13 +155,13 @@ def _claim_path(row: Values, has_media: bool, where: str) -> None:
 def _content(
     content: Value, waiting: dict[Modality, list[Value]], config: DataConfig, where: str
 ) -> tuple[str, list[MediaItem]]:
-    """Text of a message without its media places, and the media in the order of the places."""
+    """Text of a message with its media places as tags, and the media in their order."""
     items: list[MediaItem] = []
     if isinstance(content, str):
         for tag in _TAG.finditer(content):
             kind: Modality = tag[1]  # type: ignore[assignment]
             items.append(media_item(_next(waiting, kind, where), kind, config, where))
-        return _TAG.sub("", content).strip(), items
+        return content.strip(), items
     if not isinstance(content, list):
         raise InputError(
             where, f"message content is a {type(content).__name__}", "give text or a list of parts"
@@ -135,7 +172,7 @@ def _content(
         named = fields.get("type")
         medium = next((kind for kind in KINDS if kind == named), None)
         if named == "text":
-            texts.append(str(fields.get("text") or ""))
+            texts.append(_TAG_ONLY.sub(_spaced, str(fields.get("text") or "")))
         elif medium is not None:
             own: Values = {
                 key: value
@@ -143,6 +180,7 @@ def _content(
                 if key not in ("type", "text") and value is not None
             }
             items.append(media_item(own or _next(waiting, medium, where), medium, config, where))
+            texts.append(f"<{medium}>")
         else:
             raise InputError(
                 where,

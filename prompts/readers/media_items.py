@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +32,8 @@ _KEYS = {
     "clip": "clip",
 }
 _PATH_KEYS = ("path", "uri", "url", "file")
+_DATA_URL = re.compile(r"(?i)data:[^,]{0,200},")
+_LONGEST_PATH = 2048
 _MAGIC = {
     b"\x89PNG": ".png",
     b"\xff\xd8\xff": ".jpg",
@@ -43,7 +48,7 @@ def media_item(entry: Value, kind: Modality, config: DataConfig, where: str) -> 
     ``{"bytes": ...}``)."""
     fields: dict[str, Value | tuple[Value, Value]] = {"kind": kind}
     if isinstance(entry, str):
-        fields["uri"] = entry
+        fields["uri"] = _path(entry, kind, config, where)
     elif isinstance(entry, dict):
         values: Values = {
             key: value
@@ -100,8 +105,13 @@ def _uri(values: Values, kind: Modality, config: DataConfig, where: str) -> str:
         for key in (kind, f"{kind}_url", f"{kind}_path", *_PATH_KEYS)
         if key in values
     ]
-    paths = [value.get("url") if isinstance(value, dict) else value for value in found]
     embedded = values.pop("bytes", None)
+    paths: list[Value] = []
+    for value in found:
+        if isinstance(value, dict):  # {"image": {"bytes": ..., "path": ...}}, {"image_url": {...}}
+            embedded = embedded or value.get("bytes")
+            value = next((value[key] for key in _PATH_KEYS if value.get(key)), None)
+        paths.append(value)
     if embedded is not None:
         return _extract(embedded, kind, config, where)
     if not paths or not isinstance(paths[0], str) or not paths[0]:
@@ -110,7 +120,35 @@ def _uri(values: Values, kind: Modality, config: DataConfig, where: str) -> str:
             f"{kind} entry without a path",
             "give its path; frame lists are not read, make a video",
         )
-    return paths[0]
+    return _path(paths[0], kind, config, where)
+
+
+def _path(text: str, kind: Modality, config: DataConfig, where: str) -> str:
+    """A path as it stands; a data URL's content is written to a file. Raises InputError for base64
+    text that is no path."""
+    if _DATA_URL.match(text):
+        head, _, body = text.partition(",")
+        if config.extract_to is None or not head.endswith(";base64"):
+            raise InputError(
+                where,
+                f"{kind} is embedded in the row as a data URL ({len(text)} characters)",
+                "set data.reader.extract_to to a folder to write it to"
+                if head.endswith(";base64")
+                else "give it as base64 (data:...;base64,...), or as a path",
+            )
+        try:
+            return _extract(base64.b64decode(body, validate=True), kind, config, where)
+        except binascii.Error as error:
+            raise InputError(
+                where, f"{kind} is a data URL with broken base64 ({error})", "encode it again"
+            ) from error
+    if len(text) > _LONGEST_PATH:
+        raise InputError(
+            where,
+            f"{kind} holds {len(text)} characters, which is no path: it seems to be base64 text",
+            "give a path, or a data URL (data:video/mp4;base64,...) with data.reader.extract_to",
+        )
+    return text
 
 
 def _extract(content: Value, kind: Modality, config: DataConfig, where: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.prompts.record import ProblemType, Prompt
-from avatar_rl.rewards.answers.choice import choice_letter
 from avatar_rl.rewards.answers.format import extract_answer
 from avatar_rl.rewards.answers.labels import multi_label_score, parse_labels
 from avatar_rl.rewards.answers.localisation import localisation_score, parse_slots

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from avatar_rl.rewards.answers.choice import choice_letter, option_texts
+from avatar_rl.prompts.choices import choice_letter, option_texts
 from avatar_rl.rewards.answers.text import f1, normalise
 
 #: Signs between labels, also where words do without spaces; "R&B" and "C++" are labels.

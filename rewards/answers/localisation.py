@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from avatar_rl.rewards.answers.text import normalise
+from avatar_rl.common.text import normalise
 
 _SEPARATOR = re.compile(r"[/;|\n,]")
 _BULLET = re.compile(

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from avatar_rl.common.text import normalise
+
 # Scripts written without spaces: each character is a word, as usual for character error rates.
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
@@ -28,18 +30,6 @@ _MARKS = "".join(chr(c) for c in range(0x0300, 0x10000) if unicodedata.category(
 _JOINERS = "\u200c\u200d"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}{_JOINERS}])*")
 _OCR_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
-_EDGE = " \t\r\n.,;:!?\"'`*_()[]{}$“”‘’。，"
-_ARTICLES = ("a ", "an ", "the ")
-
-
-def normalise(text: str) -> str:
-    """Normal form for equality: NFKC, case folded, one space between words, no outer punctuation or
-    leading article."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGE)
-    for article in _ARTICLES:
-        if folded.startswith(article):
-            return folded[len(article) :].strip(_EDGE)
-    return folded
 
 
 def words(text: str) -> list[str]:

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from avatar_rl.prompts.choices import choice_letter, option_texts
 from avatar_rl.prompts.record import Prompt
-from avatar_rl.rewards.answers.choice import choice_letter, option_texts
 from avatar_rl.rewards.answers.grounding import Segment
 from avatar_rl.rewards.answers.text import words
 from avatar_rl.rewards.judges.base import ContentPart, Verdict

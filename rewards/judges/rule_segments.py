@@ -28,7 +28,7 @@ def slots_of(prompt: Prompt) -> list[frozenset[str]]:
     truth."""
     if "scene" not in prompt.extra:
         return []
-    scene: _Scene = json.loads(prompt.extra["scene"])
+    scene: _Scene = json.loads(str(prompt.extra["scene"]))
     return [_facts(scene, slot) for slot in range(len(scene["sounds"]))]
 
 
@@ -60,7 +60,7 @@ def touched(prompt: Prompt, segment: Segment) -> list[int]:
     """Slots of which a segment covers more than half."""
     if "scene" not in prompt.extra:
         return []
-    seconds = float(json.loads(prompt.extra["scene"])["slot_seconds"])
+    seconds = float(json.loads(str(prompt.extra["scene"]))["slot_seconds"])
     covered = (
         (slot, min(segment.end, (slot + 1) * seconds) - max(segment.start, slot * seconds))
         for slot in range(len(slots_of(prompt)))

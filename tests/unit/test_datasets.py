@@ -210,7 +210,7 @@ def test_verl_parquet(tmp_path: Path) -> None:
         "math",
     )
     assert prompt.media.items == (MediaItem(kind="image", uri="i.png"),)
-    assert prompt.extra == {"split": "train", "index": "3", "level": "easy", "data_source": "geo"}
+    assert prompt.extra == {"split": "train", "index": 3, "level": "easy", "data_source": "geo"}
 
 
 def test_embedded_media_are_refused_or_written_out(tmp_path: Path) -> None:

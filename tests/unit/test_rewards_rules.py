@@ -18,7 +18,7 @@ from avatar_rl.rewards.answers.accuracy import (
     answer_score,
     canonical_answer,
 )
-from avatar_rl.rewards.answers.choice import choice_letter
+from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.rewards.answers.format import extract_answer, format_score, think_text, well_formed
 from avatar_rl.rewards.answers.grounding import Segment, parse_grounded
 from avatar_rl.rewards.answers.numeric import numeric_score, parse_number

@@ -1,0 +1,261 @@
+"""Rows as people have them: what is read, and what is refused with the column and the remedy."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+
+from avatar_rl.common.errors import DataError
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.datasets import load_prompts
+from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.validate import render, validate
+
+FREE = {"problem": "What does he do?", "solution": "run", "problem_type": "free-form"}
+COUNT = {"problem": "How many dogs?", "solution": "2", "problem_type": "numerical"}
+CHOICE = {"problem": "Which?", "problem_type": "multiple choice"}
+
+
+def read(*rows: dict[str, Any], folder: Path, **config: Any) -> list[Prompt]:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_prompts(path, DataConfig.model_validate(config))
+
+
+def refused(row: dict[str, Any], folder: Path, **config: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(row, folder=folder, **config)
+    assert "d.jsonl:1: " in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# -- truths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        *("<answer> <answer>run</answer> </answer>", "<answer>run", "<Answer>run</Answer>", "run"),
+        *("run<|im_end|>", "<answer>run</answer><|im_end|>", "run</s>", "run<end_of_turn>"),
+        *("<think>why</think> <answer>run</answer>", "<THINK>why</THINK>run", "\\boxed{run}"),
+    ],
+)
+def test_what_is_left_of_tags_is_no_part_of_a_truth(tmp_path: Path, solution: str) -> None:
+    assert read(FREE | {"solution": solution}, folder=tmp_path)[0].answer == "run"
+
+
+@pytest.mark.parametrize("solution", ["<think>why run", "why</think>", "<answer></answer>"])
+def test_a_truth_without_an_end_is_refused(tmp_path: Path, solution: str) -> None:
+    assert "the answer" in refused(FREE | {"solution": solution}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        *((["A. red", "B. green"], a) for a in ("b", "(b)", "Option B", "\\boxed{B}", "green.")),
+        *((["red", "green"], a) for a in ("The answer is B.", "B", "B. green", "<answer>b")),
+        *((["a. red", "b. green"], a) for a in ("b", "(b) green", "B")),
+        *((["(a) red", "(b) green"], a) for a in ("(b) green", "b")),
+        *((["A、red", "B、green"], a) for a in ("B", "B、green", "选B")),
+    ],
+)
+def test_a_letter_counts_in_every_dress(tmp_path: Path, options: list[str], answer: str) -> None:
+    [prompt] = read(CHOICE | {"options": options, "solution": answer}, folder=tmp_path)
+    assert prompt.answer == "B"
+    assert prompt.options[1].upper().count("B") == 1 and "green" in prompt.options[1]
+
+
+@pytest.mark.parametrize("answer", ["A or B", "A, B", "not B", "blue", "C"])
+def test_an_ambiguous_letter_is_refused(tmp_path: Path, answer: str) -> None:
+    row = CHOICE | {"options": ["red", "green"], "solution": answer}
+    assert "is none of the options" in refused(row, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("2 + 8 = 10\n#### 10", "10"),
+        ("so $x = \\boxed{10}$ holds", "10"),
+        ("first \\boxed{10}, again \\boxed{10}", "10"),
+        (10, "10"),
+        (2.5, "2.5"),
+    ],
+)
+def test_a_worked_solution_counts_by_its_result(tmp_path: Path, solution: Any, answer: str) -> None:
+    assert read(COUNT | {"solution": solution}, folder=tmp_path)[0].answer == answer
+
+
+def test_several_boxed_results_are_refused(tmp_path: Path) -> None:
+    assert "boxes several" in refused(COUNT | {"solution": "\\boxed{1} \\boxed{2}"}, tmp_path)
+
+
+# -- absent values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["options", "id", "hint", "process", "video", "system"])
+def test_nan_is_absent(tmp_path: Path, key: str) -> None:
+    [prompt] = read(COUNT | {key: math.nan}, folder=tmp_path)
+    assert prompt.id != "nan" and not prompt.media.items and prompt.hint is None
+
+
+@pytest.mark.parametrize("change", [{"solution": math.nan}, {"problem": math.nan}])
+def test_an_absent_answer_or_question_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert "no answer" in (said := refused(COUNT | change, tmp_path)) or "no question" in said
+
+
+def test_an_infinite_answer_is_refused(tmp_path: Path) -> None:
+    assert "the answer is inf" in refused(COUNT | {"solution": math.inf}, tmp_path)
+
+
+# -- media -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [["f0.jpg", "f1.jpg"], [["f0.png", "f1.png"]], "f0.webp"])
+def test_a_list_of_frames_is_no_list_of_videos(tmp_path: Path, value: Any) -> None:
+    said = refused(FREE | {"video": value}, tmp_path)
+    assert "frames" in said and "ffmpeg" in said
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *({"videoID": "xk12"}, {"video_id": 17}, {"clip_name": "xk12"}, {"my_video": "a.mp4"}),
+        *({"audio_file": "a.wav"}, {"picture": "a.png"}, {"attachments": ["a.mp4"]}),
+        *({"file": {"path": "x/a.webm"}}, {"images_url": "http://x/a.jpg?w=2"}),
+    ],
+)
+def test_a_column_that_names_media_is_never_left_out_silently(
+    tmp_path: Path, column: dict[str, Any]
+) -> None:
+    said = refused(FREE | column, tmp_path)
+    assert repr(next(iter(column))) in said and "ignore_columns" in said
+    assert read(FREE | column, folder=tmp_path, ignore_columns=tuple(column))[0].extra == {}
+
+
+def test_a_sound_beside_a_video_is_not_left_out_and_a_thumbnail_is(tmp_path: Path) -> None:
+    assert "'audio_file'" in refused(FREE | {"video": "a.mp4", "audio_file": "a.wav"}, tmp_path)
+    plain = FREE | {"video": "a.mp4", "thumbnail": "a.jpg", "video_description": "two dogs run"}
+    assert len(read(plain, folder=tmp_path)[0].media.items) == 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_with_and_without_media_stand_in_one_file(tmp_path: Path, first: int) -> None:
+    text = {"question": "What is 2 + 2?", "answer": "4", "problem_type": "numerical"}
+    rows = [text, text | {"question": "How many?", "video": "a.mp4"}]
+    prompts = read(*(rows if first == 0 else rows[::-1]), folder=tmp_path)
+    assert sorted(len(prompt.media.items) for prompt in prompts) == [0, 1]
+
+
+def test_data_urls_are_read_where_they_can_be_written(tmp_path: Path) -> None:
+    payload = bytes(range(256)) * 400
+    url = "data:video/mp4;base64," + base64.b64encode(payload).decode()
+    said = refused(FREE | {"video": url}, tmp_path)
+    assert "embedded in the row as a data URL (136558 characters)" in said and "extract_to" in said
+    [prompt] = read(FREE | {"video": url}, folder=tmp_path, extract_to=tmp_path / "out")
+    assert Path(prompt.media.items[0].uri).read_bytes() == payload
+    broken = refused(FREE | {"video": url[:-3] + "!"}, tmp_path, extract_to=tmp_path / "out")
+    assert "broken base64" in broken
+    assert "base64 text" in refused(FREE | {"video": url.partition(",")[2]}, tmp_path)
+
+
+def test_a_report_of_embedded_media_stays_short(tmp_path: Path) -> None:
+    url = "data:video/mp4;base64," + "A" * 100_000
+    (tmp_path / "d.jsonl").write_text(json.dumps(FREE | {"video": url}) + "\n")
+    out = io.StringIO()
+    render(validate(tmp_path / "d.jsonl", DataConfig(), decode=True), Console(file=out, width=100))
+    assert len(out.getvalue()) < 2_000 and max(map(len, out.getvalue().splitlines())) <= 500
+
+
+def test_nested_media_of_parquet_rows_are_read(tmp_path: Path) -> None:
+    content = {"type": "image", "image": {"bytes": b"\x89PNG....", "path": None}}
+    row = {"messages": [{"role": "user", "content": [content, {"type": "text", "text": "Which?"}]}]}
+    path = tmp_path / "d.parquet"
+    table = pyarrow.Table.from_pylist([row | {"solution": "a", "problem_type": "free-form"}])
+    pyarrow.parquet.write_table(table, path)
+    [prompt] = load_prompts(path, DataConfig(extract_to=tmp_path / "out"))
+    assert Path(prompt.media.items[0].uri).read_bytes() == b"\x89PNG...."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Before: <image> After: <image> What changed?",
+        [
+            {"type": "text", "text": "Before:"},
+            {"type": "image"},
+            {"type": "text", "text": "After:"},
+            {"type": "image"},
+            {"type": "text", "text": "What changed?"},
+        ],
+    ],
+)
+def test_places_between_words_are_kept(tmp_path: Path, content: Any) -> None:
+    row = {"messages": [{"role": "user", "content": content}], "images": ["a.png", "b.png"]}
+    [prompt] = read(row | {"solution": "hat", "problem_type": "free-form"}, folder=tmp_path)
+    assert prompt.media.in_text and [item.uri for item in prompt.media.items] == ["a.png", "b.png"]
+    words = prompt.question.split()
+    assert words == ["Before:", "<image>", "After:", "<image>", "What", "changed?"]
+
+
+@pytest.mark.parametrize("text", ["<image>Which?", "Which?\n<image>", "Which?"])
+def test_places_at_one_end_stand_in_front(tmp_path: Path, text: str) -> None:
+    row = {"messages": [{"role": "user", "content": text}], "images": ["a.png"], "solution": "hat"}
+    [prompt] = read(row | {"problem_type": "free-form"}, folder=tmp_path)
+    assert not prompt.media.in_text and prompt.question == "Which?"
+
+
+def test_a_grounding_row_is_refused(tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "<image>Where is <ref-object>?"}],
+        "images": ["a.png"],
+        "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]},
+        "solution": "left",
+        "problem_type": "free-form",
+    }
+    assert "`objects`" in refused(row, tmp_path)
+
+
+# -- layouts and other columns -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What is 2 + 2?", "answer": "4"},
+        {"query": "What is 2 + 2?", "response": "<think>easy</think><answer>4</answer>"},
+        {"prompt": "What is 2 + 2?", "completion": "4"},
+        {"prompt": [{"role": "user", "content": "What is 2 + 2?"}], "ground_truth": 4},
+    ],
+)
+def test_questions_as_trl_and_swift_write_them(tmp_path: Path, row: dict[str, Any]) -> None:
+    [prompt] = read(row | {"problem_type": "numerical"}, folder=tmp_path)
+    assert (prompt.question, prompt.answer) == ("What is 2 + 2?", "4")
+
+
+def test_other_columns_reach_rewards_as_they_are(tmp_path: Path) -> None:
+    others = {
+        "difficulty": 3,
+        "hard": True,
+        "test_cases": [{"in": "3 1 2", "out": "1 2 3"}],
+        "keywords": ["sort", "list"],
+        "limits": {"ms": 50},
+    }
+    [plain] = read(FREE | others, folder=tmp_path)
+    assert plain.extra == others
+    verl = {
+        "data_source": "mine",
+        "prompt": [{"role": "user", "content": "Write a list"}],
+        "reward_model": {"style": "rule", "ground_truth": "1 2 3"},
+        "extra_info": {"index": 0, "problem_type": "free-form", **others},
+    }
+    [prompt] = read(verl, folder=tmp_path)
+    assert prompt.extra == {"index": 0, "data_source": "mine", **others}
