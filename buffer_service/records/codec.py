@@ -5,8 +5,8 @@ pickle.
 12  T u32   16  checksum of the rest u32
 20 fields (msgpack array, zero-padded to 4 bytes), token ids int32[T], log-probabilities float32[T]
 
-The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). Format 1 had CRC-32; it is
-read still."""
+The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). Format 1 had CRC-32; it can
+still be read."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ _unpack = _HEAD.unpack_from
 _PADDING = (b"", bytes(1), bytes(2), bytes(3))
 
 
-# id, group id, prompt id, index, hinted, prompt tokens, prompt digest, versions, finish reason,
-# temperature, reward, components, step
-_Fields = tuple[
-    str,
-    str,
-    str,
-    int,
-    bool,
-    int,
-    int,
-    tuple[tuple[int, int], ...],
-    str,
-    float,
-    float,
-    dict[str, float | None],
-    int,
-]
+class _Fields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """The fields of a ``Trajectory`` but its arrays, in their stored order."""
+
+    id: str
+    group_id: str
+    prompt_id: str
+    index: int
+    hinted: bool
+    prompt_tokens: int
+    prompt_digest: int
+    versions: tuple[tuple[int, int], ...]
+    finish_reason: str
+    temperature: float
+    reward: float
+    components: dict[str, float | None]
+    step: int
+
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Fields).decode
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
@@ -61,7 +62,7 @@ def encode(t: Trajectory) -> bytes:
     hold."""
     try:
         fields = _encode(
-            (
+            _Fields(
                 t.id,
                 t.group_id,
                 t.prompt_id,
@@ -123,37 +124,22 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
         raise RecordError(
             f"trajectory {name}: fields unreadable ({error}); the record is corrupt"
         ) from error
-    (
-        tid,
-        gid,
-        prompt,
-        index,
-        hinted,
-        prompt_tokens,
-        digest,
-        versions,
-        reason,
-        temperature,
-        reward,
-        parts,
-        step,
-    ) = fields
-    if not versions:
+    if not fields.versions:
         raise RecordError(f"trajectory {name}: no policy version; the record is corrupt")
     return Trajectory(
-        id=tid,
-        group_id=gid,
-        prompt_id=prompt,
-        index=index,
-        hinted=hinted,
-        prompt_tokens=prompt_tokens,
-        prompt_digest=digest,
+        id=fields.id,
+        group_id=fields.group_id,
+        prompt_id=fields.prompt_id,
+        index=fields.index,
+        hinted=fields.hinted,
+        prompt_tokens=fields.prompt_tokens,
+        prompt_digest=fields.prompt_digest,
         token_ids=_array(data, _INT, tokens, at),
         logprobs=_array(data, _FLOAT, tokens, at + 4 * tokens),
-        versions=versions,
-        finish_reason=reason,
-        temperature=temperature,
-        reward=reward,
-        components=parts,
-        step=step,
+        versions=fields.versions,
+        finish_reason=fields.finish_reason,
+        temperature=fields.temperature,
+        reward=fields.reward,
+        components=fields.components,
+        step=fields.step,
     )

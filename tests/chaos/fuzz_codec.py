@@ -11,7 +11,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["buffer_service"]):
+with atheris.instrument_imports(include=["avatar_rl.buffer_service"]):
     from avatar_rl.buffer_service.errors import RecordError
     from avatar_rl.buffer_service.records.codec import FORMAT, MAGIC, checksum, decode, encode
     from avatar_rl.buffer_service.records.trajectory import Trajectory

@@ -1,5 +1,5 @@
 """Writers, readers and Redis killed at random: nothing acknowledged is lost, nothing counts twice,
-the books close.
+the ledger balances.
 
 16 writer processes lease, generate and insert; 4 readers draw; one learner process commits. All of
 them and Redis (AOF always) get SIGKILL at random for AVATAR_CHAOS_S seconds (60)."""
