@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from avatar_rl.cluster.checkpoints.checkpoint import checkpoints
 from avatar_rl.cluster.services.run_buffer import open_buffer
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
-from avatar_rl.cluster.telemetry.run_folder import list_runs, read_metrics, read_status
+from avatar_rl.cluster.telemetry.run_files import list_runs, read_metrics, read_status
 from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
@@ -263,7 +263,7 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(
     job.process.send_signal(signal.SIGTERM)  # test_scaling asks with SIGINT
     output = job.finish()
     assert job.process.returncode == 0, output[-3000:]
-    assert "go on with --resume auto" in output
+    assert "resume with --resume auto" in output
     assert alive(mine, within_s=20) == []
     assert_ended_in_order(job.process, job.run, job.before)
     status = read_status(job.run)
@@ -275,7 +275,7 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(
     mine = descendants(early.process.pid)
     early.process.send_signal(signal.SIGTERM)  # pre-empted again, before it has done anything
     output = early.finish()
-    assert early.process.returncode == 0 and "go on with --resume auto" in output, output[-3000:]
+    assert early.process.returncode == 0 and "resume with --resume auto" in output, output[-3000:]
     assert alive(mine, within_s=20) == []
     assert read_status(job.run).state == "interrupted"
 
@@ -293,7 +293,7 @@ def test_deaths_in_mid_run_change_nothing_and_sigterm_saves(
 def test_a_learner_whose_state_nobody_holds_takes_the_run_back_to_its_checkpoint(
     folder: Path, peaceful: Path, tmp_path: Path
 ) -> None:
-    job = Job(folder, tmp_path / "unheld", "--checkpoint.hold_bytes", "0")
+    job = Job(folder, tmp_path / "unheld", "--checkpoint.replica_bytes", "0")
     job.until("checkpoint written: step 4")
     job.kill_worker("ray::LearnerRank")
     output = job.finish()
