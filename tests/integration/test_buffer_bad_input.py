@@ -115,7 +115,7 @@ def test_a_corrupt_record_is_quarantined(
             else buffer.replay.lease_fresh("l", 1)
         )
 
-    ask()  # goes on without it by itself
+    ask()  # continues without it by itself
     assert buffer.stats.read().quarantined_records == 1 and f"trajectory {tid}: " in caplog.text
     if where == "fresh":
         assert [g.id for g in buffer.replay.lease_fresh("l", 1).groups] == ["00000002"]

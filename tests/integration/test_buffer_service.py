@@ -418,7 +418,7 @@ def test_hint_fires_when_stuck_and_is_released(server: EmbeddedRedis) -> None:
         assert buffer.stats.read().counters["hints_released"] == 1
 
 
-# -- notice board
+# -- values and heartbeats
 
 
 def test_values_and_heartbeats(buffer: ReplayBuffer) -> None:
