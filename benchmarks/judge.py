@@ -8,17 +8,16 @@ how to read the rest."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.config import RewardConfig
 from avatar_rl.rewards.record import Completion, Scored, ScoreRequest
 from avatar_rl.rewards.suite import RewardSuite
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, parser
 from tests.unit.test_rewards_judge_server import GOOD, Reply, judge_server
 
 #: Reward of the server's good reply: the mean of its four scores.
@@ -138,14 +137,14 @@ def under_fire(share: float, groups: int, seed: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--groups", type=int, default=150, help="groups of 4 completions per figure"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    figures = Figures("judge")
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--groups", type=int, default=150, help="of 4 completions, per figure")
+    options_of.add_argument("--seed", type=int, default=0)
+    options = options_of.parse_args(arguments)
+    if options.smoke:
+        options.groups = 8
+    figures = Figures("judge", options.out)
     figures.add(under_fire(0.3, options.groups, options.seed))
     harder = under_fire(0.6, options.groups, options.seed + 1)
     figures.add({f"{name}_at_60": value for name, value in harder.items()})

@@ -8,13 +8,13 @@ those with it. docs/benchmarks.md says how to read them."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
 from avatar_rl.learner.batch.microbatch import Size, pack
 from avatar_rl.learner.batch.plan import StepWork
 from avatar_rl.learner.model.policy import length_runs
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, parser
 from benchmarks.learner_side import (
     GROUP,
     LONGEST,
-    BenchRank,
+    BenchLearner,
+    FrozenPrompts,
     FrozenText,
-    TextRank,
     build_text_models,
     load_policy,
     make_spec,
@@ -44,25 +44,41 @@ from benchmarks.learner_side import (
 
 Figure = Iterator[tuple[str, float]]
 
-PROMPTS = 4  # per step of the text model
-CLIPS = 8  # per step of the audio-visual one
-BATCHES = 2  # frozen ones, in turn
-TRL_ROWS = (4, 8, 16)  # completions per micro-batch
-BUDGETS = (1024, 2048, 4096, 16_384)  # the last is the default
 AGREEMENT = 1e-4  # of losses (absolute) and gradient norms (relative)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured at which sizes."""
+
+    prompts: int = 4  # per step of the text model
+    batches: int = 2  # frozen ones of the text model, in turn
+    clips: int = 8  # per step of the audio-visual one
+    trl_rows: tuple[int, ...] = (4, 8, 16)  # completions per micro-batch
+    budgets: tuple[int, ...] = (1024, 2048, 4096, 16_384)  # the last is the default
+    frozen: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("", ()),
+        ("_frozen", ("visual", "audio_tower")),
+    )
+
+
+SMOKE = Sizes(4, 1, 1, (16,), (16_384,), (("_frozen", ("visual", "audio_tower")),))
 
 
 class TextDuel:
     """Learner and TRL over the same model folder and frozen batches."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, sizes: Sizes) -> None:
         from benchmarks.trl_side import (
             TrlSide,  # before the learner sets up its process group: TRL knows of none
         )
 
+        self.sizes = sizes
         policy, reference = build_text_models(folder)
         models = load_policy(policy), load_policy(reference)
-        frozen = [FrozenText.make(number, PROMPTS, *models) for number in range(BATCHES)]
+        frozen = [
+            FrozenText.make(number, sizes.prompts, *models) for number in range(sizes.batches)
+        ]
         prompts = {name: prompt for batch in frozen for name, prompt in batch.prompts.items()}
         config = settings(threads)
         self.works = [batch.work for batch in frozen]
@@ -77,13 +93,14 @@ class TextDuel:
                 longest=LONGEST,
                 scratch=folder / "trl",
             )
-            for rows in TRL_ROWS
+            for rows in sizes.trl_rows
         }
         self.ours = {
-            budget: TextRank(
-                make_spec(policy, reference, settings(threads, micro_batch_tokens=budget)), prompts
-            ).begin()
-            for budget in BUDGETS
+            budget: BenchLearner(
+                make_spec(policy, reference, settings(threads, micro_batch_tokens=budget)),
+                FrozenPrompts(prompts),
+            )
+            for budget in sizes.budgets
         }
 
     def agree(self) -> Figure:
@@ -109,31 +126,32 @@ class TextDuel:
         from benchmarks.trl_side import compact_head
 
         with compact_head() if compact else nullcontext():
-            return sum(self.trl[rows].run(BATCHES))
+            return sum(self.trl[rows].run(self.sizes.batches))
 
 
 def vs_trl(duel: TextDuel, rounds: int) -> Figure:
     """TRL at its best micro-batch, the learner at its default token budget."""
+    budgets = duel.sizes.budgets
     yield from duel.agree()
-    for budget in BUDGETS:
+    for budget in budgets:
         duel.learner_s(
             budget
         )  # reference log-probabilities are remembered from here on, as TRL is given them
-    for budget in BUDGETS:
+    for budget in budgets:
         yield f"learner_tokens_per_s_budget_{budget}", duel.tokens / duel.learner_s(budget)
         yield f"learner_padding_share_budget_{budget}", padding_share(duel.works, budget)
     for compact in (False, True):
         head = "_compact" if compact else ""
-        spent_by = {rows: duel.trl_s(rows, compact=compact) for rows in TRL_ROWS}
+        spent_by = {rows: duel.trl_s(rows, compact=compact) for rows in duel.sizes.trl_rows}
         for rows, spent in spent_by.items():
             yield f"trl{head}_tokens_per_s_{rows}_rows", duel.tokens / spent
         best = min(spent_by, key=lambda rows: spent_by[rows])
         yield f"trl{head}_best_rows", best
         pairs = []
         for turn in range(rounds):
-            first = duel.learner_s(BUDGETS[-1]) if turn % 2 else None
+            first = duel.learner_s(budgets[-1]) if turn % 2 else None
             theirs = duel.trl_s(best, compact=compact)
-            pairs.append((theirs, first or duel.learner_s(BUDGETS[-1])))
+            pairs.append((theirs, first or duel.learner_s(budgets[-1])))
         yield from _ratio(f"vs_trl{head}", [theirs / ours for theirs, ours in pairs])
         yield (
             f"trl{head}_tokens_per_s",
@@ -163,31 +181,29 @@ def padding_share(works: Sequence[StepWork], budget: int) -> float:
     return 1 - real / computed
 
 
-def media_once(folder: Path, rounds: int, threads: int) -> Figure:
+def media_once(cache: Path, rounds: int, threads: int, sizes: Sizes) -> Figure:
     """Eight clips with sound of the synthetic world, the tiny Qwen2.5-Omni; encoders trained, then
     frozen."""
     from avatar_rl.cluster.config import RunConfig
     from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
-    from avatar_rl.cluster.workers.specs import learner_spec
+    from avatar_rl.cluster.workers.pool import learner_spec
 
     raw: dict[str, Any] = {
         "data": {
-            "synthetic": {"n_train": CLIPS, "n_heldout": 1, "n_sft": 0},
+            "synthetic": {"n_train": sizes.clips, "n_heldout": 1, "n_sft": 0},
             "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
         },
-        "output": {"cache": folder / "cache"},
+        "output": {"cache": cache},
     }
-    for name, freeze in (("", ()), ("_frozen", ("visual", "audio_tower"))):
-        sides: dict[bool, BenchRank] = {}
+    for name, freeze in sizes.frozen:
+        sides: dict[bool, BenchLearner] = {}
         for share in (True, False):
             learner = settings(threads, share_prefix=share, optimizer={"freeze": freeze})
             config = RunConfig.model_validate(raw | {"learner": learner.model_dump()})
             datasets = prepare_datasets(config, lambda *_: None)
             model = prepare_base_model(config, lambda *_: None)
-            sides[share] = BenchRank(
-                learner_spec(config, "bench", model, datasets, ""), 0, 1, None
-            ).begin()
-        works = _media_steps(sides[True])
+            sides[share] = BenchLearner(learner_spec(config, "bench", model, datasets, ""))
+        works = _media_steps(sides[True], sizes.clips)
         found = {
             share: [side.update(work) for work in works] for share, side in sides.items()
         }  # warms both as well
@@ -214,16 +230,16 @@ def media_once(folder: Path, rounds: int, threads: int) -> Figure:
             yield f"media_step_ms_{label}{name}", 1e3 * statistics.median(values) / len(works)
 
 
-def _media_steps(rank: BenchRank) -> list[StepWork]:
+def _media_steps(learner: BenchLearner, clips: int) -> list[StepWork]:
     """Two steps over the training prompts, completions of 12 to 48 tokens."""
-    asked = [prompt for prompt in rank.prompts if prompt.id.startswith("train")][:CLIPS]
-    prompts = {prompt.id: rank.encoder.encode(prompt, False) for prompt in asked}
+    asked = [prompt for prompt in learner.prompts if prompt.id.startswith("train")][:clips]
+    prompts = {prompt.id: learner.encoder.encode(prompt, False) for prompt in asked}
     rng = np.random.default_rng(0)
     works = [
         make_step(number, prompts, rng, shortest=12, longest=48, tokens=(30, 400))
         for number in range(2)
     ]
-    return [with_behaviour(work, score(rank.engine.policy, work, prompts)) for work in works]
+    return [with_behaviour(work, score(learner.engine.policy, work, prompts)) for work in works]
 
 
 def _ratio(name: str, values: Sequence[float]) -> Figure:
@@ -232,26 +248,29 @@ def _ratio(name: str, values: Sequence[float]) -> Figure:
     yield f"{name}_high", max(values)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns per ratio")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
-    parser.add_argument("--only", choices=("text", "media"), help="one half")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--rounds", type=int, default=3, help="turns per ratio")
+    options_of.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
+    options_of.add_argument("--only", choices=("text", "media"), help="one half")
+    options_of.add_argument("--cache", type=Path, help="for clips and tiny model; none: new ones")
+    options = options_of.parse_args(arguments)
+    sizes, rounds = (SMOKE, 1) if options.smoke else (Sizes(), options.rounds)
     for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
-    figures = Figures("learner")
+    figures = Figures("learner", options.out)
     figures.add({"threads": options.threads})
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
         folder = Path(name)
         if options.only != "media":
-            for item in vs_trl(TextDuel(folder, options.threads), options.rounds):
+            for item in vs_trl(TextDuel(folder, options.threads, sizes), rounds):
                 figures.add(dict([item]))
         if options.only != "text":
-            for item in media_once(folder, options.rounds, options.threads):
+            cache = options.cache or folder / "cache"
+            for item in media_once(cache, rounds, options.threads, sizes):
                 figures.add(dict([item]))
     figures.write()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import trl.trainer.utils as trl_utils
@@ -130,9 +131,5 @@ class TrlSide:
 def compact_head() -> Iterator[None]:
     """TRL scores completion positions only where it has Triton; this lets it do so on a CPU as
     well."""
-    chosen = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: True
-    try:
+    with patch.object(trl_utils, "_use_triton", lambda device: True):
         yield
-    finally:
-        trl_utils._use_triton = chosen

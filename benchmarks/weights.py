@@ -10,11 +10,11 @@ docs/benchmarks.md says how to read the figures."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.receiver import WeightReceiver
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightStore
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, parser
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
@@ -151,26 +151,27 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=SIZES, help="one size")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--rounds", type=int, default=5)
+    options_of.add_argument("--only", choices=SIZES, help="one size")
+    options = options_of.parse_args(arguments)
+    readers_of, store_bytes = READERS, 5 << 30
+    if options.smoke:
+        options.rounds, options.only, readers_of, store_bytes = 1, "400kb", (2,), 128 << 20
     os.environ.setdefault("RAY_worker_niceness", "0")
-    figures = Figures("weights")
+    figures = Figures("weights", options.out)
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as redis:
         ray.init(
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=5 << 30,
+            object_store_memory=store_bytes,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
         try:
             for name, size in SIZES.items():
-                for readers in READERS if options.only in (None, name) else ():
+                for readers in readers_of if options.only in (None, name) else ():
                     measure(name, size, readers, options.rounds, redis.url, figures)
         finally:
             ray.shutdown()
