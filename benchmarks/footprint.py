@@ -1,15 +1,34 @@
-"""Private memory of a job's processes over time: how much each role holds, and whether it grows."""
+"""Private memory of a run's processes -> build/bench/footprint.json; ``make bench NAME=footprint``.
+
+How much each role holds, and whether it grows, while a recipe is trained. Chaos and soak sample
+their jobs in the same way."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+
+from benchmarks.harness import Figures, parser, smoke_recipe
+
+#: How Ray names the workers; the driver is the process itself.
+ROLES = {
+    "rollout": "ray::RolloutActor",
+    "reward": "ray::RewardActor",
+    "learner": "ray::LearnerRank",
+    "redis": "redis-server",
+    "driver": "",
+}
 
 SETTLE_S = (
     240.0  # a process's first minutes, in which it fills its caches and its heap finds its size
@@ -100,3 +119,36 @@ def processes(root: int | None, roles: Mapping[str, str]) -> Iterator[tuple[str,
         role = next((role for role, sign in roles.items() if sign and sign in title), None)
         if role is not None:
             yield role, child
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
+    options_of.add_argument("--every", type=float, default=1.0, help="seconds between samples")
+    options, overrides = options_of.parse_known_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
+        folder = Path(name)
+        recipe = smoke_recipe(folder) if options.smoke else options.recipe
+        command = [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(recipe)]
+        command += ["--output.folder", str(folder / "runs"), "--screen", "plain", *overrides]
+        footprint = Footprint(ROLES, options.every)
+        with open(folder / "run.log", "w+b") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            try:
+                footprint.watch(process.pid)
+                code = process.wait()
+            finally:
+                footprint.close()
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                    process.wait(60)
+            log.seek(0)
+            if code:
+                raise RuntimeError(f"the run ended with {code}:\n{log.read()[-3000:].decode()}")
+    figures = Figures("footprint", options.out)
+    figures.add(footprint.figures())
+    figures.write()
+
+
+if __name__ == "__main__":
+    main()
