@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from avatar_rl.cluster.checkpoints.resume import HARMLESS, UNTIL
 from avatar_rl.cluster.config import RunConfig
@@ -46,7 +46,7 @@ class StageConfig(Section):
         le=1,
         description="End the stage once held-out accuracy on its own types reaches this.",
     )
-    rewards: Overlay = Field(
+    rewards: dict[str, JsonValue] = Field(
         {}, description="`rewards` section of the stage; its weights replace the recipe's."
     )
     start: Path | Literal["previous"] = Field(
@@ -58,7 +58,7 @@ class StageConfig(Section):
         description="'keep': trajectories of the stage before stay replayable, under this stage's "
         "rewards.",
     )
-    overrides: Overlay = Field(
+    overrides: dict[str, JsonValue] = Field(
         {}, description="Any other sections of the recipe: data, learner, evaluation."
     )
 
@@ -184,9 +184,9 @@ def _stage_raw(
     raw = merge(raw, {"data": {"select": given["select"]}} if "select" in given else {})
     loop = {"steps": entry.steps, "target_accuracy": entry.target_accuracy}
     raw = merge(raw, {"loop": {name: value for name, value in loop.items() if value is not None}})
+    if "weights" in entry.rewards:  # they replace the recipe's instead of joining them
+        raw = merge(raw, {"rewards": {"weights": None}})
     raw = merge(raw, {"rewards": entry.rewards})
-    if "weights" in entry.rewards:
-        raw["rewards"]["weights"] = entry.rewards["weights"]
     if entry.kind == "rl":
         raw = raw | {"cold_start": None}
     return _laid(raw, overrides, preset_name if entry.kind == "rl" else None)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.types import JsonObject
 
-Overlay = dict[str, Any]
+#: Some keys of a recipe, laid over others.
+Overlay = JsonObject
 
 _FRESH_ONLY: Overlay = {"loop": {"fresh": 8, "replayed": 0}}
 _MIXED: Overlay = {"loop": {"fresh": 4, "replayed": 4}}
