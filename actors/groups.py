@@ -159,6 +159,7 @@ def make_group(
         for item, score in written
         if score.reward is not None
     ]
+    imputed = [score.imputed for _, score in written if score.reward is not None]
     trajectories = tuple(
         Trajectory(
             id=f"{group_id}.{index}",
@@ -196,6 +197,7 @@ def make_group(
         step=request.step,
         hinted=lease.hinted,
         trajectories=trajectories,
+        imputed=tuple(index for index, flag in enumerate(imputed) if flag),
     )
 
 

@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -79,11 +80,18 @@ class CircuitBreaker:
         self._next_trial = self._clock() + self._cooldown_s
 
 
+@dataclass(frozen=True)
+class NoReply:
+    """A question whose reply could not be had."""
+
+    unusable: bool  # the endpoint replied to every attempt, and no reply could be read
+
+
 class ChatClient:
     """Asks each distinct question once; equal questions in flight share one request. Belongs to one
     event loop.
 
-    What cannot be had within its attempts and deadline is None, and is counted (``stats``).
+    What cannot be had within its attempts and deadline is a ``NoReply``, and counted (``stats``).
     ``role`` ("judge") and ``named`` ("base_url" -> "rewards.judge.base_url") are for messages.
     Raises ConfigError for a missing URL, model or key."""
 
@@ -107,9 +115,8 @@ class ChatClient:
 
     async def ask(
         self, name: str, messages: Messages, reminded: Messages, parse: Callable[[str], Reply]
-    ) -> Reply | None:
-        """The parsed reply, from the cache where the same was asked before; None if it could not be
-        had.
+    ) -> Reply | NoReply:
+        """The parsed reply, from the cache where the same was asked before, or why there is none.
 
         ``parse`` raises ValueError for an unusable reply, after which ``reminded`` is sent.
         ``name`` is for the log."""
@@ -128,7 +135,7 @@ class ChatClient:
         result = await asyncio.shield(
             task
         )  # one waiter's cancellation must not take the reply from the others
-        if result is not None and self._config.cache_size:
+        if not isinstance(result, NoReply) and self._config.cache_size:
             self._cache[key] = result
             while len(self._cache) > self._config.cache_size:
                 self._cache.popitem(last=False)
@@ -183,7 +190,7 @@ class ChatClient:
 
     async def _insist(
         self, name: str, messages: Messages, reminded: Messages, parse: Callable[[str], Reply]
-    ) -> Reply | None:
+    ) -> Reply | NoReply:
         """Ask until there is a usable reply, or attempts, deadline or circuit breaker end it."""
         async with (
             self._slots
@@ -193,9 +200,11 @@ class ChatClient:
                 messages,
                 _Failed("breaker_skips", "circuit breaker is open", retry=False),
             )
+            unusable = True
             for attempt in range(self._config.attempts):
                 if not self._breaker.allow():
                     self.counts["breaker_skips"] += 1
+                    unusable = False
                     break
                 try:
                     limit = min(self._config.request_timeout_s, deadline - time.monotonic())
@@ -203,6 +212,7 @@ class ChatClient:
                 except _Failed as error:
                     failure = error
                 self.counts[failure.kind] += 1
+                unusable = unusable and failure.kind == "invalid_reply"
                 wait = max(
                     failure.wait_s,
                     self._config.backoff_s * 2**attempt * self._jitter.uniform(0.5, 1.0),
@@ -224,7 +234,7 @@ class ChatClient:
                 failure,
             )
         self.counts["unscored"] += 1
-        return None
+        return NoReply(unusable)
 
     async def _request(
         self, messages: Messages, parse: Callable[[str], Reply], timeout_s: float

@@ -48,5 +48,6 @@ class UnscoredGroup(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionScore(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of a reward actor for one completion."""
 
-    reward: float | None  # None when every weighted component is masked
+    reward: float | None  # None when a weighted component is masked and nothing stands for it
+    imputed: bool = False  # rests on a mean in place of a masked mark: no statistic counts it
     components: dict[str, float | None]  # by name, weight 0 included; None where masked

@@ -70,7 +70,7 @@ class RewardActor:
             audio_only=group.audio_only,
         )
         return [
-            CompletionScore(reward=one.reward, components=one.components)
+            CompletionScore(reward=one.reward, imputed=one.imputed, components=one.components)
             for one in await self.suite.ascore(request)
         ]
 

@@ -48,10 +48,11 @@ class Mark:
 class Scored:
     """One scored completion.
 
-    ``reward`` is None when every weighted component is masked. ``components`` holds all components
-    by name, weight 0 included; ``details`` what they are made of (the judge's criteria), for logs
-    only."""
+    ``reward`` is None when a weighted component is masked and nothing is known to stand for it
+    (masking.py). ``components`` holds all components by name, weight 0 included; ``details`` what
+    they are made of (the judge's criteria), for logs only."""
 
     reward: float | None
+    imputed: bool = False  # the reward rests on a mean in place of a mark
     components: dict[str, float | None]
     details: dict[str, float] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from avatar_rl.rewards.judges.segments import (
     SegmentJudge,
     SegmentReward,
 )
+from avatar_rl.rewards.masking import MaskedMarks
 from avatar_rl.rewards.record import Completion, Mark, Scored, ScoreRequest
 
 
@@ -62,6 +63,7 @@ class RewardSuite:
         self._components: list[Component] = [self._component(name) for name in config.weights]
         self._scored: Counter[str] = Counter()
         self._masked: Counter[str] = Counter()
+        self._masked_marks = MaskedMarks(config.weights, JUDGED)
         self._runner = asyncio.Runner()
 
     def score(self, request: ScoreRequest) -> list[Scored]:
@@ -74,12 +76,13 @@ class RewardSuite:
         columns = await asyncio.gather(
             *(component.score(request) for component in self._components)
         )
+        names = [component.name for component in self._components]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        values = [{name: mark.value for name, mark in marks.items()} for marks in rows]
         scored = []
-        for row in zip(*columns, strict=True):
-            marks = {
-                component.name: mark for component, mark in zip(self._components, row, strict=True)
-            }
-            components = {name: mark.value for name, mark in marks.items()}
+        for marks, components, paid in zip(
+            rows, values, self._masked_marks.pay(values), strict=True
+        ):
             details = {
                 f"{name}/{key}": value
                 for name, mark in marks.items()
@@ -87,8 +90,14 @@ class RewardSuite:
             }
             for name, value in components.items():
                 (self._masked if value is None else self._scored)[name] += 1
-            reward = combine(components, self.config.weights)
-            scored.append(Scored(reward=reward, components=components, details=details))
+            scored.append(
+                Scored(
+                    reward=paid.reward,
+                    imputed=paid.imputed,
+                    components=components,
+                    details=details,
+                )
+            )
         return scored
 
     def stats(self) -> dict[str, float]:

@@ -42,3 +42,6 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     step: int  # learner step it was admitted for
     hinted: bool
     trajectories: tuple[Trajectory, ...]
+    #: Indexes of trajectories whose reward rests on a mean in place of a masked mark. They count
+    #: for no statistic of the prompt (docs/method.md 1.5).
+    imputed: tuple[int, ...] = ()

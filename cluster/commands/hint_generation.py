@@ -14,7 +14,7 @@ from typing import IO
 from rich.console import Console
 
 from avatar_rl.cluster.recipe.load import load_recipe
-from avatar_rl.common.chat_client import ChatClient, Messages
+from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.common.files import read_jsonl
@@ -189,7 +189,7 @@ async def _hinted(client: ChatClient, prompt: Prompt, counts: Counter[str]) -> P
     for strict in (False, True):
         first, again = (hint_messages(prompt, strict, remind) for remind in (False, True))
         hint = await client.ask(prompt.id, first, again, one_line)
-        if hint is None:
+        if isinstance(hint, NoReply):
             counts["failed"] += 1
             return None
         if not text_leaks(prompt, hint):

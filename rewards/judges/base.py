@@ -19,6 +19,15 @@ ContentPart = ReadOnlyObject
 Attach = Callable[[Prompt], Sequence[ContentPart]]
 
 
+def names_scores(text: str, criteria: Sequence[str]) -> bool:
+    """Whether a completion writes the judge's own score keys, which no honest reasoning does: it
+    wants to be read as the verdict. Keys that are plain words count in quotes, as in JSON."""
+    return any(
+        key in text if key.endswith("_score") else f'"{key}"' in text or f"'{key}'" in text
+        for key in criteria
+    )
+
+
 class Judge(Protocol):
     """Something that scores reasoning and answer by the four criteria. None means that it could
     not."""

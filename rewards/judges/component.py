@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.format import extract_answer, think_text
-from avatar_rl.rewards.judges.base import CRITERIA, Attach, ContentPart, Judge
+from avatar_rl.rewards.judges.base import CRITERIA, Attach, ContentPart, Judge, names_scores
 from avatar_rl.rewards.record import Completion, Mark, ScoreRequest
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,9 @@ class JudgeComponent:
         self, prompt: Prompt, completion: Completion, media: Sequence[ContentPart]
     ) -> Mark:
         think, answer = think_text(completion.text), extract_answer(completion.text) or ""
-        if not think and not answer:
-            return Mark(
-                0.0, dict.fromkeys(CRITERIA, 0.0)
-            )  # nothing was said: that is a verdict, not a failure
+        nothing_said = not think and not answer
+        if nothing_said or names_scores(completion.text, CRITERIA):
+            return Mark(0.0, dict.fromkeys(CRITERIA, 0.0))  # a verdict, not a failure
         verdict = await self._judge.verdict(prompt, think, answer, media)
         return (
             Mark(None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
-from avatar_rl.common.chat_client import ChatClient, Messages
+from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.grounding import Segment
 from avatar_rl.rewards.config import JudgeConfig
@@ -17,6 +18,10 @@ from avatar_rl.rewards.judges.segment_prompts import (
     consistency_messages,
 )
 
+LAST_OTHERS = 64  # completions that tell whether the judge can be read at all
+FEWEST_OTHERS = 16  # with fewer nothing is known
+READABLE_SHARE = 0.75
+
 
 class OpenAIJudge:
     """Asks the endpoint once per distinct material.
@@ -27,6 +32,8 @@ class OpenAIJudge:
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
         self._client = ChatClient(config, role="judge", named="rewards.judge.{}".format)
+        #: Of the last completions, whether the judge's replies on them could be read.
+        self._readable: deque[bool] = deque(maxlen=LAST_OTHERS)
 
     async def verdict(
         self, prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart]
@@ -84,5 +91,15 @@ class OpenAIJudge:
             self._client.counts["missing_keys"] += missing
             return scores
 
-        scores = await self._client.ask(prompt.id, first, again, parse)
-        return None if scores is None else dict(scores)
+        reply = await self._client.ask(prompt.id, first, again, parse)
+        if not isinstance(reply, NoReply):
+            self._readable.append(True)
+            return dict(reply)
+        others = len(self._readable)
+        seen = sum(self._readable)
+        self._readable.append(False)
+        if reply.unusable and others >= FEWEST_OTHERS and seen >= READABLE_SHARE * others:
+            # The judge can be read but for this completion, so it is the completion's doing.
+            self._client.counts["unreadable_as_zero"] += 1
+            return dict.fromkeys(criteria, 0.0)
+        return None

@@ -14,7 +14,8 @@ from avatar_rl.common.errors import AvatarError
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.grounding import Segment, parse_grounded
 from avatar_rl.rewards.judges.attachments import Clip, cut
-from avatar_rl.rewards.judges.base import Attach, ContentPart, Judge, Verdict
+from avatar_rl.rewards.judges.base import Attach, ContentPart, Judge, Verdict, names_scores
+from avatar_rl.rewards.judges.segment_prompts import COMPLETENESS, CONSISTENCY
 from avatar_rl.rewards.record import Completion, Mark, ScoreRequest
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class SegmentReward:
         )
 
     async def _mark(self, prompt: Prompt, completion: Completion) -> Mark:
+        if names_scores(completion.text, (*CONSISTENCY, *COMPLETENESS)):
+            return Mark(0.0)  # a verdict, not a failure
         segments = parse_grounded(completion.text).segments
         return await self._judged(prompt, [self._clip(prompt, segment) for segment in segments])
 

@@ -183,10 +183,10 @@ def test_a_hundred_at_once_under_fire() -> None:
     assert requests == stats["requests"] == 100 + stats["retries"] and stats["retries"] >= 40
 
 
-def test_masked_judge_through_the_actor_renormalises(tmp_path: Path) -> None:
+def test_masked_judge_through_the_actor_stands_at_the_mean(tmp_path: Path) -> None:
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text(PROMPT.model_dump_json(exclude_none=True) + "\n")
-    with judge_server(lambda n: Reply(status=400)) as server:
+    with judge_server(lambda n: Reply() if n == 0 else Reply(status=400)) as server:
         weights = {"format": 0.1, "accuracy": 0.5, "judge": 0.4}
         reward = RewardConfig(weights=weights, judge=config(server))
         text = "<think>It is the red square.</think><answer>red square</answer>"
@@ -195,9 +195,18 @@ def test_masked_judge_through_the_actor_renormalises(tmp_path: Path) -> None:
             completions=[Completion(text=text, finished=True, mean_logprob=-1.0, tokens=9)],
         )
 
+        other = UnscoredGroup(
+            prompt_id=PROMPT.id,
+            completions=[
+                Completion(text=text + " ", finished=True, mean_logprob=-1.0, tokens=9)
+                for text in (text.replace("red", "blue"),)
+            ],
+        )
+
         async def run() -> tuple[list[CompletionScore] | AvatarError, dict[str, float]]:
             actor = RewardActor(reward, [dataset], DataConfig())
             await actor.check()
+            await actor.score([other])  # the judge still answers
             [answer] = await actor.score([group])
             stats = actor.suite.stats()
             await actor.suite.aclose()
@@ -206,7 +215,8 @@ def test_masked_judge_through_the_actor_renormalises(tmp_path: Path) -> None:
         answer, stats = asyncio.run(run())
     assert isinstance(answer, list)
     assert answer[0].components == {"format": 1.0, "accuracy": 1.0, "judge": None}
-    assert answer[0].reward == pytest.approx(1.0)
+    judged = sum(json.loads(GOOD).values()) / 4
+    assert answer[0].reward == pytest.approx(0.1 + 0.5 + 0.4 * judged) and answer[0].imputed
     assert stats["judge/masked"] == 1 and stats["judge/unscored"] == 1
 
 
