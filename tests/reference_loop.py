@@ -162,12 +162,10 @@ class ReferenceLoop:
             )
             for part in parts
         ]
-        request = ScoreRequest(prompt=self.prompts[request.prompt_id], completions=completions)
+        asked = ScoreRequest(prompt=self.prompts[request.prompt_id], completions=completions)
         name = f"{request.seq:08d}"
         trajectories = []
-        for index, (part, scored) in enumerate(
-            zip(parts, self.rewards.score(request), strict=True)
-        ):
+        for index, (part, scored) in enumerate(zip(parts, self.rewards.score(asked), strict=True)):
             assert scored.reward is not None
             trajectories.append(
                 Trajectory(
