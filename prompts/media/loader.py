@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatar_rl.common.errors import AvatarError, InputError
+from avatar_rl.common.files import sha256_of
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
 from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video
@@ -68,12 +69,6 @@ class DecodedMedia:
     videos: tuple[DecodedVideo, ...] = ()
     audios: tuple[DecodedAudio, ...] = ()
     images: tuple[DecodedImage, ...] = ()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class MediaLoader:
@@ -154,7 +149,7 @@ class MediaLoader:
             version = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
             digest = self._digests.get(version)
             if digest is None:
-                digest = file_digest(path)
+                digest = sha256_of(path)
                 with self._lock:
                     self._digests[version] = digest
         except FileNotFoundError as error:
