@@ -7,6 +7,8 @@ Every command is declared here and does its work in commands/, which is imported
 
 from __future__ import annotations
 
+import codecs
+import locale
 import logging
 import os
 import sys
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from avatar_rl.cluster.install.copies import ROOT, check_copies, version_of
+from avatar_rl.common.config import expanded
 from avatar_rl.common.errors import AvatarError
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ Command = Callable[..., int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 success, 1 the user's input or the machine is at fault (one message), 130
     interrupted. Raises SystemExit with code 2 for a command that is not there or lacks a word."""
+    if arguments is None and not sys.flags.utf8_mode:
+        _in_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         if note := check_copies():
@@ -52,6 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _in_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale has another encoding.
+
+    Recipes, prompts and file names are UTF-8. Child processes inherit the mode."""
+    encoding = codecs.lookup(locale.getpreferredencoding(False)).name
+    if encoding != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 class RecipePath(click.ParamType):
     """A recipe here or, for `recipes/...`, in the package."""
 
@@ -64,15 +79,29 @@ class RecipePath(click.ParamType):
 
         if str(value).startswith("--"):
             self.fail(f"{value} stands where the recipe should: overrides follow it", param, ctx)
-        path = Path(value)
+        path = PATH.convert(value, param, ctx)
         found = find_recipe(path)
         if found != path:
             print(f"avatar: {path} is not here; taken from the package: {found}", file=sys.stderr)
         return found
 
 
+class HomePath(click.ParamType):
+    """A path. A shell leaves the ~ of `--folder=~/runs` to us."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        try:
+            return Path(expanded(value))
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+
 RECIPE = RecipePath()
-PATH = click.Path(path_type=Path)
+PATH = HomePath()
 #: Of a command that takes `--learner.optimizer.lr 1e-4` and the like after its own words.
 OVERRIDABLE = {"ignore_unknown_options": True}
 

@@ -3,16 +3,16 @@ vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import MAX_PARTS
 from avatar_rl.buffer_service.config import BufferConfig
-from avatar_rl.common.config import Section
+from avatar_rl.common.config import Section, expanded
 from avatar_rl.learner.config import LearnerConfig, SftConfig
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.selection import SelectionConfig
@@ -32,6 +32,11 @@ class ModelSection(Section):
         description="Checkpoint of the KL reference policy; null takes the weights the run starts "
         "from.",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        return str(expanded(path))
 
 
 class DataSection(Section):
@@ -365,15 +370,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if faults := [*self._unmet(), *self._lengths(), *self._nothing_to_learn()]:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def _unmet(self) -> Iterator[str]:
+        """Keys that need another key."""
         if self.cold_start is not None and self.data.synthetic is None and self.data.sft is None:
-            raise ValueError("cold_start needs `data.sft: FILE` (prompts with reasoning)")
+            yield "cold_start needs `data.sft: FILE` (prompts with reasoning)"
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
-            raise ValueError(
-                "loop.target_accuracy is checked at evaluations: set evaluation.every above 0"
-            )
+            yield "loop.target_accuracy is checked at evaluations: set evaluation.every above 0"
         split, gpus = self.rollout.engine.tensor_parallel_size, self.resources.rollout_gpus
         if split > 1 and gpus != split:
-            raise ValueError(
+            yield (
                 f"rollout.engine.tensor_parallel_size {split} needs resources.rollout_gpus "
                 f"{split}, which is {gpus}"
             )
@@ -385,8 +394,38 @@ class RunConfig(Section):
             largest *= MAX_PARTS
             what += " (fusion: with video alone and audio alone)"
         if self.rollout.max_sequences < largest:
-            raise ValueError(
+            yield (
                 f"rollout.max_sequences {self.rollout.max_sequences} is below one group of "
                 f"{largest}{what}"
             )
-        return self
+
+    def _lengths(self) -> Iterator[str]:
+        """The longest prompt and a whole completion must fit into the engine."""
+        longest = self.rollout.engine.max_model_len
+        prompt = self.data.template.max_prompt_tokens
+        for name, tokens in (
+            ("rollout.sampling.max_tokens", self.rollout.sampling.max_tokens),
+            ("evaluation.max_tokens", self.evaluation.max_tokens or 0),
+        ):
+            if prompt + tokens > longest:
+                yield (
+                    f"data.template.max_prompt_tokens {prompt} + {name} {tokens} exceed "
+                    f"rollout.engine.max_model_len {longest}: raise max_model_len to "
+                    f"{prompt + tokens}, or lower one of the others"
+                )
+
+    def _nothing_to_learn(self) -> Iterator[str]:
+        """Something must give completions an advantage other than 0 (docs/method.md 1.1, 1.2)."""
+        objective = self.learner.objective
+        if self.rollout.sampling.greedy:
+            yield (
+                "rollout.sampling.temperature 0 makes the completions of a prompt equal, and all "
+                "advantages 0: set it above 0 (evaluation is greedy by itself)"
+            )
+        replays = self.loop.replayed > 0 and objective.alpha > 0
+        if self.loop.fresh == 1 and objective.fresh_advantage == "group" and not replays:
+            yield (
+                "loop.fresh 1 with learner.objective.fresh_advantage group gives every completion "
+                "the advantage 0: set loop.fresh to 2 or more, fresh_advantage to vcrs, or replay "
+                "(loop.replayed and learner.objective.alpha above 0)"
+            )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
 from typing import ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import Json, JsonObject
 
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
+#: What people write to switch a path or a text off. Null is what does.
+_NOTHING = frozenset({"no", "off", "none", "false", "nil"})
 
 
 class Section(BaseModel):
@@ -22,7 +26,7 @@ class Section(BaseModel):
     ``REMOVED`` maps a key that is gone to what to do instead: it is refused with that sentence.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
     REMOVED: ClassVar[Mapping[str, str]] = {}
@@ -32,10 +36,39 @@ class Section(BaseModel):
     def _rename_old_keys(cls, raw: Json) -> Json:
         return current_keys(cls, raw) if isinstance(raw, dict) else raw
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Json | Path, info: ValidationInfo) -> Json | Path:
+        """What pydantic would accept as something else: true as 1, `off` as a file's name."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("a number is due here, not true or false")
+        is_nullable = NoneType in kinds and kinds & {str, Path}
+        if isinstance(value, str) and is_nullable and value.strip().lower() in _NOTHING:
+            raise ValueError("write null where nothing is meant")
+        return expanded(value) if Path in kinds and isinstance(value, str | Path) else value
+
     @classmethod
     def recorded(cls, raw: JsonObject) -> Self:
         """The section that an older version of this program may have written down."""
         return cls.model_validate(current_keys(cls, raw, recorded=True))
+
+
+def expanded(path: str | Path) -> str | Path:
+    """``path`` with its leading ~ replaced by the home folder.
+
+    Raises ValueError for a ~ without a home and for $VARIABLES, which a shell would replace.
+    """
+    text = str(path)
+    if text.startswith("$"):
+        raise ValueError("variables are not replaced in a recipe: write the path itself")
+    if not text.startswith("~"):
+        return path
+    try:
+        return type(path)(Path(text).expanduser())
+    except RuntimeError as error:
+        raise ValueError("there is no such home folder: write the whole path") from error
 
 
 def current_keys(

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.yaml_text import parse_yaml, read_yaml
 from avatar_rl.common.config import current_keys, subsection
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import Json
@@ -69,10 +70,7 @@ def read_recipe(path: Path) -> Overlay:
         raise ConfigError(
             f"recipe {path} does not exist" + (f": there are {', '.join(near)}" if near else "")
         )
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+    raw = read_yaml(path, "recipe") or {}
     if not isinstance(raw, dict):
         raise ConfigError(
             f"recipe {path} must be a mapping of sections, found {type(raw).__name__}"
@@ -125,7 +123,7 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
     empties it."""
     for key, text in overrides:
         try:
-            value: Json = yaml.safe_load(text)
+            value: Json = parse_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
         if value == {}:
@@ -152,7 +150,9 @@ def explain(item: ErrorDetails, root: type[BaseModel] = RunConfig) -> str:
             if not isinstance(item["input"], dict | BaseModel)
             else ""
         )
-        return f"{location or 'recipe'}: {message}{given}"
+        remedy = ", write it in quotes" if item["type"] == "string_type" else ""
+        where = f"{location}: " if location else ""
+        return f"{where}{message}{given}{remedy}"
     *parents, leaf = item["loc"]
     known = _fields(parents, root)
     near = difflib.get_close_matches(str(leaf), known, n=1)
