@@ -21,6 +21,7 @@ import click
 from avatar_rl.cluster.install.copies import ROOT, check_copies, version_of
 from avatar_rl.common.config import expanded
 from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.text import printable
 
 if TYPE_CHECKING:
     from avatar_rl.cluster.commands.buffer import BufferOptions
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         sys.exit(error.exit_code)
     except AvatarError as error:
-        print(f"avatar: {error}", file=sys.stderr)
+        said = "\n".join([f"avatar: {error}", *getattr(error, "__notes__", ())])
+        print(printable(said), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, click.Abort):
         print("avatar: interrupted; everything that was started has been stopped", file=sys.stderr)

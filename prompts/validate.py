@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from avatar_rl.common.errors import DataError, InputError
+from avatar_rl.common.text import printable
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import RowReader, iter_rows, media_base
 from avatar_rl.prompts.hints import hint_leaks
@@ -122,7 +123,7 @@ def render(report: ValidationReport, console: Console) -> None:
     for header in ("where", "id", "what is wrong", "what to do"):
         table.add_column(header, overflow="fold")
     for problem in report.problems[:_SHOWN]:
-        table.add_row(*(escape(text) for text in problem))
+        table.add_row(*(escape(printable(text)) for text in problem))
     console.print(table)
     if len(report.problems) > _SHOWN:
         console.print(f"... and {len(report.problems) - _SHOWN} more")

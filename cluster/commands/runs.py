@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.text import printable
 
 if TYPE_CHECKING:
     from avatar_rl.cluster.config import RunConfig
@@ -41,17 +42,20 @@ def run(words: Sequence[str], folder: Path) -> int:
 def list_all(folder: Path) -> int:
     from avatar_rl.cluster.telemetry.run_files import list_runs
 
-    found = list_runs(folder)
-    if not found:
+    damaged: list[str] = []
+    found = list_runs(folder, damaged.append)
+    if not found and not damaged:
         print(f"there are no runs below {folder} (--folder says where to look)")
     for status in found:
         now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
         before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
         state = "lost" if status.lost else status.state
         print(
-            f"{status.run_id:<36} {state:<12} step {status.step}/{status.total_steps}  held-out "
-            f"{before} -> {now}"
+            f"{printable(status.run_id):<43} {state:<12} step {status.step}/{status.total_steps}  "
+            f"held-out {before} -> {now}"
         )
+    for message in damaged:
+        print(printable(message))
     return 0
 
 
@@ -64,21 +68,22 @@ def show(run: Path) -> int:
 
     status = read_status(run)
     list_state = "lost (its process is gone)" if status.lost else status.state
-    print(f"{status.run_id}: {list_state}, step {status.step}/{status.total_steps}, {run}")
+    lines = [f"{status.run_id}: {list_state}, step {status.step}/{status.total_steps}, {run}"]
     if status.error:
-        print(f"  {status.error}")
+        lines.append(f"  {status.error}")
     for folder in checkpoints(run):
         try:
             checkpoint = read_checkpoint(folder)
             size = checkpoint.size
-            print(
+            lines.append(
                 f"  checkpoint {folder.name}: version {checkpoint.version}, {size / 1e6:.1f} "
                 "MB, whole"
             )
         except DataError as error:
-            print(f"  {error}")
+            lines.append(f"  {error}")
     for row in list(read_jsonl(run / "events.jsonl"))[-8:]:
-        print(f"  step {row.get('step')}: {row.get('kind')}: {row.get('message')}")
+        lines.append(f"  step {row.get('step')}: {row.get('kind')}: {row.get('message')}")
+    print(printable("\n".join(lines)))
     return 0
 
 

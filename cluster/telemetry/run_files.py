@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from avatar_rl.common.errors import DataError
 from avatar_rl.common.files import json_line, read_jsonl, replace_text
 from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "avatar-rl",
@@ -44,7 +47,8 @@ ENDED: tuple[State, ...] = ("finished", "interrupted", "failed")
 class RunStatus(BaseModel):
     """status.json: what ``avatar runs`` shows. Times are Unix seconds; accuracies are in [0, 1]."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    # A newer version may have written fields that this one does not know.
+    model_config = ConfigDict(extra="ignore", validate_assignment=True)
 
     run_id: str
     state: State = "setting up"
@@ -125,16 +129,26 @@ def read_status(path: Path) -> RunStatus:
     file = path / "status.json"
     try:
         return RunStatus.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise DataError(
-            f"{file} is not a run's status ({error}); give the folder of a run, e.g. runs/<id>"
-        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        why = f"{where}: {first['msg']}" if where else first["msg"]
+    except OSError as error:
+        why = str(error.strerror)
+    raise DataError(
+        f"{file} is not a run's status ({why}); give the folder of a run, e.g. runs/<id>"
+    )
 
 
-def list_runs(parent: Path) -> list[RunStatus]:
+def list_runs(parent: Path, on_damage: Callable[[str], None] = log.warning) -> list[RunStatus]:
     """Statuses of all runs under ``parent``, newest first; folders that are no runs are passed
-    over."""
-    found = [read_status(file.parent) for file in parent.glob("*/status.json")]
+    over. ``on_damage`` is told of a status that cannot be read: it is left out."""
+    found = []
+    for file in sorted(parent.glob("*/status.json")):
+        try:
+            found.append(read_status(file.parent))
+        except DataError as error:
+            on_damage(str(error))
     return sorted(found, key=lambda status: status.started, reverse=True)
 
 

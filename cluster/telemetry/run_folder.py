@@ -264,8 +264,10 @@ class RunFolder:
 
 
 def new_run_id(name: str) -> str:
-    """``name-YYYYMMDD-HHMMSS`` in local time."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """``name-YYYYMMDD-HHMMSS-ffffff`` in local time: runs that begin in one second differ."""
+    seconds, fraction = divmod(time.time_ns(), 1_000_000_000)
+    at = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+    return f"{name}-{at}-{fraction // 1000:06}"
 
 
 def samples_markdown(step: int, rows: Sequence[Mapping[str, object]], kind: str) -> str:

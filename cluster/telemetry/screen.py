@@ -14,6 +14,8 @@ from types import TracebackType
 
 from rich.console import Console
 
+from avatar_rl.common.text import printable
+
 #: Steps whose wall time gives the ETA.
 ETA_STEPS = 10
 #: Seconds between two progress lines of one phase in plain output.
@@ -96,6 +98,7 @@ class Screen:
     def phase(self, name: str, detail: str = "") -> None:
         """Begin a phase ("starting vLLM", "cold start", "training"); the one before ends. A same
         name only updates."""
+        detail = printable(detail)
         with self.lock:
             now = self.clock()
             if self.phases and self.phases[-1].name == name and self.phases[-1].ended is None:
@@ -109,6 +112,7 @@ class Screen:
 
     def progress(self, done: float, total: float | None = None, detail: str | None = None) -> None:
         """Advance the current phase: ``done`` of ``total`` (clips, SFT steps, prompts...)."""
+        detail = None if detail is None else printable(detail)
         with self.lock:
             if not self.phases:
                 return
@@ -155,6 +159,7 @@ class Screen:
             self._plain(line)
 
     def event(self, message: str) -> None:
+        message = printable(message)
         with self.lock:
             self.events.append(f"{time.strftime('%H:%M:%S')} {message}")
         self._plain(f"! {message}")
