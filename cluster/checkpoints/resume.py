@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from avatar_rl.cluster.checkpoints.runlock import RunLock
@@ -22,7 +23,7 @@ from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
-from avatar_rl.common.types import JsonObject, ReadOnlyJson
+from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
 
 #: When a run ends.
 UNTIL = ("loop.steps", "loop.target_accuracy", "evaluation")
@@ -183,13 +184,22 @@ def differences(before: ReadOnlyJson, now: ReadOnlyJson) -> list[str]:
 
 def check_recipe(run: Path, config: RunConfig) -> None:
     """Raises ConfigError listing the keys that changed and must not."""
-    changed = differences(saved_config(run), mask_secrets(config.model_dump(mode="json")))
+    changed = differences(_in_todays_keys(run), mask_secrets(config.model_dump(mode="json")))
     if changed:
         raise ConfigError(
             f"run {run.name} cannot resume with another recipe:\n  " + "\n  ".join(changed) + "\n"
             "put these keys back (steps, output, evaluation, resources and workers may change), "
             "or start a new run"
         )
+
+
+def _in_todays_keys(run: Path) -> Json:
+    """The run's recipe; a key that came later has its default, which is how the run behaved."""
+    saved = saved_config(run)
+    try:
+        return mask_secrets(RunConfig.recorded(saved).model_dump(mode="json"))
+    except (ValidationError, ConfigError):  # the comparison names what is not of today
+        return saved
 
 
 def prepare(config: RunConfig, wanted: str, on_message: Callable[[str], None]) -> Resumption | None:

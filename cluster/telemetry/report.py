@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from avatar_rl.cluster.telemetry.distributions import draw_distributions
-from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe, members, uncatalogued
+from avatar_rl.cluster.telemetry.metrics import (
+    CATALOGUE,
+    OLD_NAMES,
+    describe,
+    members,
+    uncatalogued,
+)
 from avatar_rl.cluster.telemetry.plots import draw_plot
 from avatar_rl.cluster.telemetry.run_files import (
     RunStatus,
@@ -254,7 +260,7 @@ def final_values(rows: Sequence[Row]) -> list[tuple[str, float, str, str]]:
     order = {metric.name: index for index, metric in enumerate(CATALOGUE)}
     entries = [
         (name, entry, value)
-        for name in names
+        for name in names - OLD_NAMES.keys()
         if (entry := describe(name)) is not None and (value := last(rows, name)) is not None
     ]
     entries.sort(key=lambda item: (order[item[1].name], item[0]))

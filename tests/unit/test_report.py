@@ -19,6 +19,7 @@ from avatar_rl.cluster.telemetry.plots import (
 from avatar_rl.cluster.telemetry.report import (
     Change,
     changes,
+    final_values,
     headline,
     ledger,
     tier_history,
@@ -267,3 +268,8 @@ def test_only_spikes_bend_the_axis() -> None:
     assert calm_limit([0.01 * i for i in range(1, 101)]) is None
     assert calm_limit([0.1] * 100 + [1800.0]) == 0.2
     assert calm_limit([]) is None and calm_limit([0.0] * 5) is None
+
+
+def test_rows_of_a_run_begun_by_an_older_release_are_reported() -> None:
+    rows = [{"step": 1.0, "time/hold": 2.0, "loss/total": 0.5}]
+    assert [name for name, *_ in final_values(rows)] == ["loss/total"]
