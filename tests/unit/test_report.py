@@ -272,4 +272,4 @@ def test_only_spikes_bend_the_axis() -> None:
 
 def test_rows_of_a_run_begun_by_an_older_release_are_reported() -> None:
     rows = [{"step": 1.0, "time/hold": 2.0, "loss/total": 0.5}]
-    assert [name for name, *_ in final_values(rows)] == ["loss/total"]
+    assert [name for name, *_ in final_values(rows)] == ["step", "loss/total"]
