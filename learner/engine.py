@@ -324,8 +324,8 @@ class TrainEngine:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The parameters themselves, whole, by our names, inside the ``with``. Collective under
-        ZeRO-3."""
+        """The parameters themselves, whole, by our names, inside the ``with``. A head that is tied
+        to the embeddings is there under both names. Collective under ZeRO-3."""
         with contextlib.ExitStack() as stack:
             if self.config.zero_stage >= 3:
                 import deepspeed
@@ -335,7 +335,7 @@ class TrainEngine:
                 )
             yield {
                 name.removeprefix("model."): p.detach()
-                for name, p in self.policy.named_parameters()
+                for name, p in self.policy.named_parameters(remove_duplicate=False)
             }
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:

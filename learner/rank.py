@@ -143,7 +143,10 @@ class LearnerRank:
         self.replicator = StateReplicator(
             self.engine, self.rank, self.state_replica, max_bytes=spec.replica_bytes
         )
-        names = [name.removeprefix("model.") for name, _ in policy.named_parameters()]
+        names = [
+            name.removeprefix("model.")
+            for name, _ in policy.named_parameters(remove_duplicate=False)
+        ]
         if self.rank == 0:
             published = published_names(names, checkpoint_names(spec.model))
             self.sender = WeightSender(published, self.outbox, dtype=dtype)
@@ -160,15 +163,16 @@ class LearnerRank:
 
     def _load_policy(self, dtype: str) -> Policy:
         spec = self.spec
-        model = load_model(spec.model, dtype=dtype)
+        # The cold start has one completion per prompt: there is no prefix to share, and one pass is
+        # cheaper than two.
+        share_prefix = spec.learner.share_prefix and spec.sft is None
+        model = load_model(spec.model, dtype=dtype, share_prefix=share_prefix)
         if spec.learner.gradient_checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         else:
             model.eval()
-        # The cold start has one completion per prompt: there is no prefix to share, and one pass is
-        # cheaper than two.
-        return Policy(model, share_prefix=spec.learner.share_prefix and spec.sft is None)
+        return Policy(model, share_prefix=share_prefix)
 
     def make_trainer(self, dtype: str) -> StepTrainer:
         """What trains the steps: with the reference policy where the loss has a KL term, and on

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from avatar_rl.actors.config import EngineConfig
 from avatar_rl.common.errors import ModelError, ResourceError
 from avatar_rl.common.process import sees_gpu
+from avatar_rl.common.weight_files import loadable_folder
 from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def engine_arguments(
     """Keyword arguments of vLLM's EngineArgs."""
     cpu = device == "cpu"
     arguments: dict[str, Any] = {
-        "model": str(model_path),
+        "model": str(loadable_folder(model_path)),
         "dtype": ("float32" if cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,

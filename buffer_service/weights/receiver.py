@@ -17,6 +17,7 @@ from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.block import unpack_weights
 from avatar_rl.buffer_service.weights.store import MessageRef, WeightMessage
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -31,8 +32,11 @@ COMMIT_S = 5.0
 COMMIT_POLL_S = 0.02
 RETRY_S = 0.5  # after a version that cannot be used; it may be published again
 MAX_REFUSED = 3  # in a row
-#: Parts of a published omni checkpoint that speak; they never generate text and are never updated.
-UNUSED = ("talker.", "token2wav.", "code2wav.")
+#: Parts of a published checkpoint that no text comes from, so they are never updated: those of
+#: omni models that speak, and the heads that draft several tokens at once.
+UNUSED = ("talker.", "token2wav.", "code2wav.", "mtp.")
+#: Tables that old checkpoints hold and every loader computes anew.
+COMPUTED = (".rotary_emb.inv_freq",)
 
 
 class WeightReceiver:
@@ -149,6 +153,11 @@ def _committed(buffer: ReplayBuffer, version: int, running: Callable[[], bool]) 
     return True
 
 
+def is_trained(name: str) -> bool:
+    """Whether a tensor of a published checkpoint belongs to what is trained."""
+    return not name.startswith(UNUSED) and not name.endswith(COMPUTED)
+
+
 class ProvenWeights(list[tuple[str, Tensor]]):
     """Pairs that a ``WeightContract`` has checked."""
 
@@ -156,21 +165,15 @@ class ProvenWeights(list[tuple[str, Tensor]]):
 class WeightContract:
     """Names and shapes of the checkpoint an engine was started from.
 
-    Raises ModelError when the folder holds no safetensors.
+    Raises ModelError as ``WeightFiles.find`` does.
     """
 
     def __init__(self, model_path: Path) -> None:
-        files = sorted(model_path.glob("*.safetensors"))
-        if not files:
-            raise ModelError(
-                f"model folder {model_path} has no *.safetensors file: convert it with "
-                "save_pretrained"
-            )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.floats: dict[str, bool] = {}
-        for file in files:
+        for file, names in WeightFiles.find(model_path).by_file().items():
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                for name in names:
                     header = tensors.get_slice(name)
                     self.shapes[name] = tuple(header.get_shape())
                     self.floats[name] = header.get_dtype().startswith(("F", "BF"))
@@ -189,7 +192,7 @@ class WeightContract:
                 raise ModelError(f"weight update refused: tensor {name!r} comes twice")
             given[name] = tensor
         missing = [
-            name for name in self.shapes if name not in given and not name.startswith(UNUSED)
+            name for name in self.shapes if name not in given and is_trained(name)
         ]
         unknown = [name for name in given if name not in self.shapes]
         if missing or unknown:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -16,35 +17,45 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.types import JsonObject
+from avatar_rl.common.weight_files import WeightFiles
 
-#: Files of the base folder that are copied as they are: config, tokenizer, processor, chat
-#: template, the voices that Qwen2.5-Omni does not load without.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "spk_dict.pt")
+#: Files of the base folder that come along: config, tokenizer, processor, chat templates, licence,
+#: the voices that Qwen2.5-Omni does not load without.
+COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "spk_dict.pt",
+)
+#: JSON files that describe another run or another set of weights.
+FOREIGN = ("*.index.json", "adapter_config.json", "trainer_state.json", "params.json")
 SHARD_BYTES = 4 << 30
 
 
 def export_checkpoint(weights: Mapping[str, Tensor], base: Path, out: Path) -> Path:
     """Write ``weights`` (published names) as a checkpoint folder with the companions of ``base``,
-    by rename.
+    by rename. Whoever loads it with default settings has the policy that was trained.
 
     Tensors of ``base`` that are not among ``weights`` (a talker, say) are copied, so the folder is
-    complete. Raises ModelError when a tensor reads back different from what was written."""
+    complete. Its config names the dtype of ``weights``, in which loaders hold the model. Raises
+    ModelError when a tensor reads back different from what was written."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    scratch = out.parent / f".{out.name}.{os.getpid()}-{uuid4().hex[:8]}"
+    scratch.mkdir()  # not mkdtemp, which shuts everybody else out of the export
     try:
-        for pattern in COMPANIONS:
-            for file in base.glob(pattern):
-                if not file.name.endswith(".index.json"):
-                    shutil.copy2(file, scratch / file.name)
+        _copy_companions(base, scratch)
+        _write_dtype(scratch / "config.json", weights)
         complete = dict(weights)
-        for file in sorted(base.glob("*.safetensors")):
+        for file, names in WeightFiles.find(base).by_file().items():
             with safe_open(file, framework="pt") as tensors:
                 complete.update(
-                    {
-                        name: tensors.get_tensor(name)
-                        for name in tensors.keys()  # noqa: SIM118  (not a dict)
-                        if name not in complete
-                    }
+                    {name: tensors.get_tensor(name) for name in names if name not in complete}
                 )
         _write_shards(complete, scratch)
         _verify(complete, scratch)
@@ -61,6 +72,41 @@ def export_checkpoint(weights: Mapping[str, Tensor], base: Path, out: Path) -> P
     return out
 
 
+def _copy_companions(base: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in base.glob(pattern):
+            if file.is_file() and not any(file.match(foreign) for foreign in FOREIGN):
+                place = folder / file.relative_to(base)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)  # contents only: the base may be private, read-only
+
+
+def _write_dtype(config: Path, weights: Mapping[str, Tensor]) -> None:
+    """State the weights' dtype wherever a config states one: loaders cast to it."""
+    numbers = Counter[torch.dtype]()
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    if not numbers or not config.is_file():
+        return
+    [(most, _)] = numbers.most_common(1)
+    dtype = str(most).removeprefix("torch.")
+    content = json.loads(config.read_text())
+    keys = ("dtype", "torch_dtype")
+
+    def restate(section: JsonObject) -> None:
+        for key, value in section.items():
+            if key in keys:
+                section[key] = dtype
+            elif isinstance(value, dict):
+                restate(value)
+
+    restate(content)
+    if not any(key in content for key in keys):
+        content["dtype"] = dtype
+    config.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def _write_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -68,7 +114,9 @@ def _write_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.contiguous()
+        # A head tied to the embeddings shares their memory, which a file cannot.
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in shards[-1].values())
+        shards[-1][name] = tensor.clone() if shared and tensor.nbytes else tensor.contiguous()
         size += tensor.nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.weight_files import loadable_folder
+from avatar_rl.learner.model.check import check_scores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
+def load_model(path: Path, *, dtype: str = "float32", share_prefix: bool = True) -> nn.Module:
     """The model of a Hugging Face folder with its language-model head; the thinker of an omni
-    checkpoint.
+    checkpoint. ``share_prefix`` is that of the policy it is loaded for.
 
-    Raises ModelError when the folder has no config or holds an architecture that is not supported.
+    Raises ModelError when the folder has no config, is not one whole checkpoint, or holds an
+    architecture that is not supported.
     """
     import transformers
 
@@ -26,7 +29,13 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
         raise ModelError(
             f"model folder {path} has no config.json: give a Hugging Face checkpoint folder"
         )
-    kind = json.loads(config_file.read_text()).get("model_type", "")
+    config = json.loads(config_file.read_text())
+    kind = config.get("model_type", "")
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"model folder {path} (model_type {kind!r}) is quantised, which cannot be trained: "
+            "use the checkpoint it was made from"
+        )
     classes = {
         "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
         "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
@@ -36,10 +45,18 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
         "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
     )
     try:
-        model = getattr(transformers, name).from_pretrained(path, dtype=DTYPES[dtype])
+        model, loaded = getattr(transformers, name).from_pretrained(
+            loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model folder {path} (model_type {kind!r}) cannot be loaded as {name}: {error}"
         ) from error
+    if missing := loaded["missing_keys"]:
+        raise ModelError(
+            f"model folder {path} (model_type {kind!r}) lacks {len(missing)} tensors, first "
+            f"{min(missing)!r}: they would be random; copy the checkpoint again"
+        )
     model.config.use_cache = False
+    check_scores(model, kind, share_prefix=share_prefix)
     return model

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
-
+from avatar_rl.buffer_service.weights.receiver import is_trained
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.weight_files import WeightFiles
 
 #: (prefix in our module, prefix in a published checkpoint), tried in order after the unchanged
 #: name.
@@ -20,25 +20,17 @@ RENAMES = (
 
 
 def checkpoint_names(path: Path) -> set[str]:
-    """Tensor names of a safetensors checkpoint, sharded or not, read from the headers only."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"model folder {path} has no *.safetensors file: convert it with save_pretrained first"
-        )
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names.update(tensors.keys())
-    return names
+    """Tensor names of a safetensors checkpoint, sharded or not, read from the headers only.
+
+    Raises ModelError as ``WeightFiles.find`` does."""
+    return set(WeightFiles.find(path).tensors)
 
 
 def published_names(names: Iterable[str], checkpoint: set[str]) -> dict[str, str]:
-    """Map our parameter names to those of the published checkpoint. Raises ModelError for a name
-    with no match.
+    """Map our parameter names to those of the published checkpoint.
 
-    An output head tied to the embeddings is absent from both sides of a published checkpoint and is
-    left out."""
+    A head that is tied to the embeddings is left out where the checkpoint does not repeat it.
+    Raises ModelError for a parameter or a tensor of the checkpoint without a counterpart."""
     mapping: dict[str, str] = {}
     for name in names:
         candidates = [name] + [
@@ -49,7 +41,16 @@ def published_names(names: Iterable[str], checkpoint: set[str]) -> dict[str, str
             continue
         if match is None:
             raise ModelError(
-                f"parameter {name!r} has no counterpart in the base checkpoint: wrong model folder?"
+                f"parameter {name!r} has no counterpart in the base checkpoint: the folder is of "
+                "another model, or its tensors are packed in another way (mixtures of experts "
+                "often are); use a checkpoint of a supported model"
             )
         mapping[name] = match
+    left = {name for name in checkpoint - set(mapping.values()) if is_trained(name)}
+    if left:
+        raise ModelError(
+            f"{len(left)} tensors of the base checkpoint (first {min(left)!r}) are no parameters "
+            "of the loaded model: rollout and learner would differ; use a checkpoint of a "
+            "supported model"
+        )
     return mapping

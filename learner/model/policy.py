@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.batch.microbatch import MicroBatch
 
 if TYPE_CHECKING:
@@ -46,12 +48,30 @@ class Policy(nn.Module):
         self.model = model
         # The model's own head would compute logits for every prompt token; we apply it to
         # completion tokens only.
+        if not isinstance(getattr(model, "lm_head", None), nn.Module):
+            raise ModelError(
+                f"model class {type(model).__name__} has no lm_head: use a language model that "
+                "transformers loads with one"
+            )
         self.lm_head: nn.Module = model.lm_head  # type: ignore[assignment]
         model.lm_head = nn.Identity()
+        # Nor may the model bend hidden states that it takes for logits (Gemma 2 and later). A
+        # factor on the logits (Granite, Cohere) does commute with the head.
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        if self.softcap is not None:
+            config.final_logit_softcapping = None
         self.share_prefix = share_prefix
         #: Every micro-batch runs the model equally often. ZeRO 3 needs it: ranks gather weights in
         #: each run, together.
         self.uniform = False
+
+    def release(self) -> None:
+        """Give the model back as it was; the policy is of no use afterwards."""
+        self.model.lm_head = self.lm_head
+        if self.softcap is not None:
+            config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+            config.final_logit_softcapping = self.softcap
 
     def forward(self, batch: MicroBatch, chunks: int | None = None) -> PolicyOutput:
         """Scores of a micro-batch; the head runs ``chunks`` times, by default as often as its
@@ -62,6 +82,8 @@ class Policy(nn.Module):
     def _shared(self, batch: MicroBatch) -> Tensor:
         """Hidden states that predict each completion token, (B, T, H), with one pass over the
         distinct prompts."""
+        # A window or a state that is carried on must end with the prompt, not with padding.
+        batch = _padded_left(batch)
         prefix = self.model(
             input_ids=batch.prompt_ids,
             attention_mask=batch.prompt_mask,
@@ -69,10 +91,7 @@ class Policy(nn.Module):
             use_cache=True,
             **batch.features,
         )
-        last = batch.prompt_mask.sum(1) - 1
-        first = prefix.logits[torch.arange(len(last), device=last.device), last][
-            batch.rows
-        ]  # (B, H)
+        first = prefix.logits[batch.rows, -1]  # (B, H)
         lengths = batch.mask.sum(1).long().tolist()
         passes = [list(range(len(lengths)))] if self.uniform else length_runs(lengths)
         width = batch.token_ids.shape[1]
@@ -81,7 +100,7 @@ class Policy(nn.Module):
             tokens = max(lengths[i] for i in run) if not self.uniform else width
             hidden = self._continue(batch, run, tokens, prefix.past_key_values, first)
             pieces.append(F.pad(hidden, (0, 0, 0, width - tokens)))
-        order = torch.tensor([i for run in passes for i in run], device=last.device)
+        order = torch.tensor([i for run in passes for i in run], device=first.device)
         return torch.cat(pieces)[order.argsort()]
 
     def _continue(
@@ -171,6 +190,8 @@ class Policy(nn.Module):
         self, hidden: Tensor, tokens: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor]:
         logits = self.lm_head(hidden)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature[:, None]
         logprobs = torch.log_softmax(logits, -1)
         with torch.no_grad():
@@ -196,6 +217,20 @@ def length_runs(lengths: Sequence[int]) -> list[list[int]]:
             runs.append([])
         runs[-1].append(i)
     return runs
+
+
+def _padded_left(batch: MicroBatch) -> MicroBatch:
+    """The prompts' padding before them instead of behind."""
+    width = batch.prompt_mask.shape[1]
+    shift = width - batch.prompt_mask.sum(1, keepdim=True)  # (U, 1)
+    index = (torch.arange(width, device=shift.device) - shift) % width
+    positions = batch.prompt_positions
+    return replace(
+        batch,
+        prompt_ids=batch.prompt_ids.gather(1, index),
+        prompt_mask=batch.prompt_mask.gather(1, index),
+        prompt_positions=positions.gather(2, index.expand_as(positions)),
+    )
 
 
 def _positions(positions: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ class ReferencePolicy:
         self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int
     ) -> None:
         self.policy = (
-            Policy(load_model(path, dtype=dtype), share_prefix=share_prefix).eval().to(device)
+            Policy(
+                load_model(path, dtype=dtype, share_prefix=share_prefix), share_prefix=share_prefix
+            )
+            .eval()
+            .to(device)
         )
         self.policy.requires_grad_(False)
         self.device = device

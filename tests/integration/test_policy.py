@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import avatar_rl.learner.model.policy
@@ -461,5 +462,8 @@ def test_model_folders_that_cannot_be_loaded_are_named(stage: Stage, tmp_path: P
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text((stage.folder / "config.json").read_text())
-    with pytest.raises(ModelError, match="cannot be loaded as Qwen2_5OmniThinker"):
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors file"):
+        load_model(tmp_path)
+    save_file({"strange": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lacks \d+ tensors, first 'audio_tower"):
         load_model(tmp_path)

@@ -31,8 +31,8 @@ def base(tmp_path: Path) -> Path:
     folder.mkdir()
     old = {name: torch.zeros_like(value).contiguous() for name, value in WEIGHTS.items()}
     save_file({**old, "talker.w": torch.full((2,), 7.0)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"dtype": "bfloat16", "thinker_config": {}}')
     for name in (
-        "config.json",
         "tokenizer.json",
         "chat_template.jinja",
         "merges.txt",
@@ -40,7 +40,8 @@ def base(tmp_path: Path) -> Path:
         "notes.md",
     ):
         (folder / name).write_text(name)
-    (folder / "model.safetensors.index.json").write_text("{}")
+    weight_map = dict.fromkeys([*WEIGHTS, "talker.w"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
