@@ -38,6 +38,11 @@ class SamplingConfig(Section):
     min_tokens: int = Field(
         0, ge=0, description="End of turn is suppressed before this many tokens."
     )
+    stop: tuple[str, ...] = Field(
+        (),
+        description="Strings that end a completion, beside the model's own end of turn: base "
+        "models need them, e.g. ['</answer>'].",
+    )
     ignore_eos: bool = Field(
         False, description="Generate max_tokens whatever comes; for benchmarks."
     )

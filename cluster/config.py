@@ -316,6 +316,13 @@ class SupervisionConfig(Section):
         description="Deaths of one kind of process between two finished steps before the run "
         "stops; rollout actors may each die once more.",
     )
+    quarantine_limit: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of the prompts asked so far that may be set aside (too long, unreadable "
+        "media ...) before the run ends; counts from 32 such prompts on.",
+    )
     grace_s: float = Field(25, ge=0, description="Seconds a SIGTERM leaves for a last checkpoint.")
 
 

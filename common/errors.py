@@ -42,5 +42,10 @@ class ResourceError(AvatarError):
     """The machine or cluster does not have what the run asks for."""
 
 
+class NothingLearntError(AvatarError):
+    """A run trains on nothing, or on nothing that could teach: it ends instead of going through its
+    steps."""
+
+
 class ReplayBufferError(AvatarError):
     """The replay buffer service is unreachable, misconfigured, full, or was handed a bad record."""

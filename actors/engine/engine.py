@@ -315,7 +315,9 @@ class RolloutEngine:
             seed=None if sampling.greedy or seed is None else _spread(seed),
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
-            detokenize=False,
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -160,6 +160,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("ledger/trained_fresh", "groups", "Groups trained once as fresh."),
         ("ledger/replay_only", "groups", "Groups that came too late and went to replay only."),
         ("ledger/dropped", "groups", "Groups given up, each with a reason in the events."),
+        ("dropped/<reason>", "groups", "Groups given up for one reason, so far."),
         ("ledger/in_flight", "groups", "Groups being generated, scored or waiting for their step."),
         # what it cost
         (
@@ -210,9 +211,20 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         (
             "judge/masked_share",
             "share",
-            "Completions whose judge failed; their component is masked, not zero.",
+            "Fresh completions whose judge failed; the mark stands at a mean, not at zero.",
         ),
+        ("masked/<component>", "share", "Fresh completions without a mark of one reward."),
         ("hints/active", "prompts", "Prompts whose hint is on (docs/method.md 1.4)."),
+        (
+            "hints/fired_kl",
+            "hints",
+            "Hints that came on since the run began because a prompt stayed Hard at a low KL.",
+        ),
+        (
+            "hints/fired_patience",
+            "hints",
+            "Hints that came on since the run began because a prompt's accuracy stayed 0.",
+        ),
         (
             "hints/visits",
             "completions",

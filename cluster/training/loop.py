@@ -11,6 +11,7 @@ from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluation import EvaluationRounds
+from avatar_rl.cluster.training.learning_watch import LearningWatch
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Supervisor
@@ -35,6 +36,7 @@ class TrainingRun:
     train_pool: EvaluationRounds  # of the training prompts
     supervisor: Supervisor  # looks after all processes, takes the checkpoints
     metrics: RunMetrics
+    learning: LearningWatch  # ends a run that trains on nothing
     folder: RunFolder
     screen: Screen
 
@@ -92,10 +94,15 @@ def train_step(run: TrainingRun, step: int) -> tuple[StepReport, float]:
 
 
 def log(run: TrainingRun, step: int, report: StepReport, seconds: float) -> None:
-    """Metrics of a finished step to run folder and screen; the fleet's size follows them."""
+    """Metrics of a finished step to run folder and screen; the fleet's size follows them.
+
+    Raises NothingLearntError where they show a run that cannot learn.
+    """
     metrics = run.metrics.measure(step, report, seconds)
     run.fleet.autoscale(metrics)
     run.metrics.write(step, metrics, report)
+    if run.metrics.stats is not None:
+        run.learning.look(metrics, run.metrics.stats)
 
 
 def evaluate(run: TrainingRun, step: int) -> bool:

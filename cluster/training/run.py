@@ -32,6 +32,7 @@ from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.telemetry.sinks import PrometheusSink
 from avatar_rl.cluster.telemetry.upload import open_target, upload
 from avatar_rl.cluster.training.evaluation import Evaluation, EvaluationRounds
+from avatar_rl.cluster.training.learning_watch import LearningWatch
 from avatar_rl.cluster.training.loop import TrainingRun, train
 from avatar_rl.cluster.training.parity import probe_parity
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
@@ -207,6 +208,7 @@ def training_run(
             train_pool=train_pool,
             supervisor=supervisor,
             metrics=metrics,
+            learning=LearningWatch(config, buffer, system.report),
             folder=system.folder,
             screen=system.screen,
         )

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
+from avatar_rl.buffer_service.stats import Stats
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.telemetry.metrics import under_old_names
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -27,6 +28,7 @@ class RunMetrics:
         self.buffer, self.fleet, self.folder, self.screen = buffer, fleet, folder, screen
         self.accuracies: deque[float] = deque(maxlen=MOVING)  # of the last steps
         self.last: dict[str, float] = {}
+        self.stats: Stats | None = None  # of the buffer, at the last step
         self._quarantined: set[str] = set()  # already in the events
         self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
 
@@ -37,7 +39,8 @@ class RunMetrics:
             self.accuracies.append(metrics["accuracy/train"])
         if self.accuracies:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
-        metrics |= self._buffer_metrics() | self._rollout_metrics(seconds)
+        self.stats = self.buffer.stats.read()
+        metrics |= self._buffer_metrics(self.stats) | self._rollout_metrics(seconds)
         metrics |= {"time/step": seconds, "step": float(step)}
         metrics |= under_old_names(metrics)
         self.last = metrics
@@ -52,8 +55,7 @@ class RunMetrics:
         if report["samples"]:
             self.folder.samples(step, report["samples"])
 
-    def _buffer_metrics(self) -> dict[str, float]:
-        stats = self.buffer.stats.read()
+    def _buffer_metrics(self, stats: Stats) -> dict[str, float]:
         if stats.quarantined_prompts > len(self._quarantined):
             self._report_quarantined()
         ledger = stats.ledger
@@ -61,6 +63,8 @@ class RunMetrics:
             **{f"tiers/{name}": float(count) for name, count in stats.tiers.items()},
             "buffer/stored": float(stats.stock),
             "hints/active": float(stats.hints_on),
+            "hints/fired_kl": float(stats.counters.get("hints_fired_kl", 0)),
+            "hints/fired_patience": float(stats.counters.get("hints_fired_patience", 0)),
             "quarantined/prompts": float(stats.quarantined_prompts),
             "completions/generated": float(ledger.completions),
             "tokens/generated": float(ledger.tokens),
@@ -68,6 +72,7 @@ class RunMetrics:
             "ledger/trained_fresh": float(ledger.trained_fresh),
             "ledger/replay_only": float(ledger.replay_only),
             "ledger/dropped": float(sum(ledger.dropped.values())),
+            **{f"dropped/{name}": float(count) for name, count in ledger.dropped.items()},
             "ledger/in_flight": float(ledger.in_flight),
         }
 
