@@ -49,7 +49,9 @@ class HintGateConfig(Section):
         3, ge=1, description="Consecutive visits a prompt must end in Hard before KL counts."
     )
     kl_below: float = Field(
-        0.01, ge=0, description="Mean k3 KL against the behaviour policy below which it is stuck."
+        0.01,
+        ge=0,
+        description="A prompt's own mean k3 KL to the behaviour policy below which it is stuck.",
     )
     zero_patience: int = Field(
         3, ge=1, description="Consecutive visits with zero accuracy that fire it on their own."

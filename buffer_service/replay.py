@@ -14,7 +14,7 @@ from redis.client import Pipeline
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, Strategy
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
-from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare
+from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare, PromptKl
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.records.validate import trajectory_id
 from avatar_rl.buffer_service.redis.connection import Connection, Take
@@ -323,12 +323,17 @@ class ReplayStock:
         back."""
         self._run("publish", version, UNCHECKED if fencing_token is None else fencing_token)
 
-    def report_behaviour_kl(self, value: float) -> None:
-        """Mean k3 KL of the current against the behaviour policy; opens the hint gate when low
-        (docs/method.md 1.4)."""
-        if not math.isfinite(value):
-            raise RecordError(f"behaviour KL is {value}; report finite values only")
-        key = self._connection.key("meta")
-        self._connection.attempt(
-            lambda: self._connection.client.hset(key, "kl", repr(float(value)))
-        )
+    def report_behaviour_kl(self, step: int, found: Sequence[PromptKl]) -> bool:
+        """KL of the current to the behaviour policy by prompt, of a trained step. O(prompts).
+
+        It opens the hint gate of a prompt whose own KL is low (docs/method.md 1.4). False when
+        this step or a later one was reported before: then nothing changed. Raises RecordError for
+        a value that is not finite or without tokens.
+        """
+        for one in found:
+            if not math.isfinite(one.k3) or one.tokens < 1:
+                raise RecordError(
+                    f"behaviour KL of prompt {one.prompt_id}: {one.k3} over {one.tokens} tokens; "
+                    "report finite sums over one token at least"
+                )
+        return bool(self._run("kl", step, msgspec.msgpack.encode(found)))

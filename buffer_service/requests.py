@@ -24,6 +24,7 @@ from avatar_rl.buffer_service.records.requests import (
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.records.validate import (
     MAX_SEQ,
+    accuracy_marks,
     check_group,
     is_success,
     zero_accuracy,
@@ -189,6 +190,7 @@ class RequestQueue:
             bound=UNCHECKED if bound is None else bound,
             imported=imported,
             rewards=[float(t.reward) for t in group.trajectories],
+            marks=accuracy_marks(group, component),
         )
         state = GroupState(
             prompt_id=group.prompt_id,

@@ -17,7 +17,7 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True):
     trained_step: int  # last committed learner step, -1 before the first
     fencing_token: int  # of the newest learner, 0 before the first
     prompts: int  # prompts with statistics
-    threshold_low: float | None  # Rbar up to which a prompt is Hard
+    threshold_low: float | None  # Rbar up to which a prompt is Hard; None: none is by its rank
     threshold_high: float | None  # Rbar up to which a prompt is Medium
     tiers: dict[Tier, int]  # replayable trajectories
     stock: int  # their sum
@@ -29,7 +29,6 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True):
     quarantined_prompts: int
     quarantined_records: int
     hints_on: int
-    behaviour_kl: float | None
 
 
 class _Reply(_Counts, frozen=True, kw_only=True):

@@ -104,8 +104,7 @@ class StepTrainer:
         if self.source is None:
             return None
         metrics = self._metrics(work, gathered) | {"lr": lr, "grad_norm": grad_norm}
-        if "kl/behaviour" in metrics:
-            self.source.report_behaviour_kl(metrics["kl/behaviour"])
+        self.source.report_behaviour_kl(step, gathered.behaviour_kl())
         shown = [t for group in work.groups[:samples] for t in group.trajectories]
         return StepReport(
             metrics=metrics,
@@ -207,7 +206,7 @@ class StepTrainer:
             old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
         )
         if torch.isfinite(result.loss):
-            step_metrics.add(result, output.entropy)
+            step_metrics.add(result, output.entropy, [t.prompt_id for t in chosen])
         else:
             finite = torch.isfinite(result.rows).tolist()
             culprits = [t.id for t, fine in zip(chosen, finite, strict=True) if not fine]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import redis
 
@@ -90,11 +91,16 @@ def tier_of(buffer: ReplayBuffer, prompt_id: str) -> Tier | None:
     client = redis.Redis.from_url(buffer._connection.url)
     rbar = client.zscore(buffer._connection.key("rank"), prompt_id)
     stats = buffer.stats.read()
-    if rbar is None or stats.threshold_low is None or stats.threshold_high is None:
+    if rbar is None:
         return None
-    if rbar <= stats.threshold_low:
+    state = msgspec.msgpack.decode(client.hget(buffer._connection.key("prompts"), prompt_id))
+    throughout = state[10]  # scripts/parts/prompts.lua
+    if throughout is not False:
+        return "hard" if throughout == "0" else "easy"
+    low, high = stats.threshold_low, stats.threshold_high
+    if low is not None and rbar <= low:
         return "hard"
-    return "medium" if rbar <= stats.threshold_high else "easy"
+    return "medium" if high is not None and rbar <= high else "easy"
 
 
 def namespace(buffer: ReplayBuffer) -> dict[bytes, bytes]:

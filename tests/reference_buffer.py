@@ -24,27 +24,38 @@ from avatar_rl.buffer_service.records.requests import (
     FreshShare,
     InsertReceipt,
     Ledger,
+    PromptKl,
     RequestLease,
     RolloutRequest,
     Tier,
 )
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
-from avatar_rl.buffer_service.records.validate import check_group, is_success, zero_accuracy
+from avatar_rl.buffer_service.records.validate import (
+    accuracy_marks,
+    check_group,
+    is_success,
+    zero_accuracy,
+)
 from avatar_rl.buffer_service.replay import seed_state
 
 REPAIR, FIXED = 512, 1 << 28
+
+
+Visit = tuple[int, list[float], str]  # seq, rewards, marks of accuracy
 
 
 @dataclass
 class PromptState:
     """Statistics and hint gate of one prompt."""
 
-    plain: list[tuple[int, list[float]]] = field(default_factory=list)  # (seq, rewards), by seq
-    hinted: list[tuple[int, list[float]]] = field(default_factory=list)
+    plain: list[Visit] = field(default_factory=list)  # by seq
+    hinted: list[Visit] = field(default_factory=list)
     hard_streak: int = 0
     zero_streak: int = 0
     on: bool = False
     on_since: int = 0
+    on_rbar: float | None = None
+    kls: list[list[float]] = field(default_factory=list)  # [sum of k3, tokens] of each visit
 
 
 @dataclass
@@ -54,14 +65,30 @@ class Held:
     expires: float
 
 
-def mean_of_last(
-    visits: list[tuple[int, list[float]]], window: int, since: int = 0
-) -> float | None:
-    rewards = [r for seq, visit in visits if seq >= since for r in visit][-window:]
+def last(visits: list[Visit], window: int, since: int = 0) -> list[tuple[float, str]]:
+    """(reward, mark of accuracy) of the last trajectories."""
+    return [
+        pair
+        for seq, rewards, marks in visits
+        if seq >= since
+        for pair in zip(rewards, marks, strict=True)
+    ][-window:]
+
+
+def mean_of_last(visits: list[Visit], window: int, since: int = 0) -> float | None:
+    rewards = [reward for reward, _ in last(visits, window, since)]
     total = 0.0
     for r in rewards:
         total += r
     return math.floor(total / len(rewards) * FIXED + 0.5) / FIXED if rewards else None
+
+
+def place_of_last(visits: list[Visit], window: int, since: int = 0) -> float | None:
+    """Their mean, or beyond all means where the accuracy of each was 0, or of each 1."""
+    marks = {mark for _, mark in last(visits, window, since)}
+    if marks == {"0"}:
+        return -math.inf
+    return math.inf if marks == {"1"} else mean_of_last(visits, window, since)
 
 
 def generator(seed: int, step: int) -> Callable[[int], int]:
@@ -90,7 +117,7 @@ class ReferenceBuffer:
         self.requests = self.replay = self.stats = self  # one object answers for all parts
         self.now = 0.0
         self.current, self.trained, self.fencing_token = 0, -1, 0
-        self.kl: float | None = None
+        self.kl_step = -1
         self.queue: dict[str, RolloutRequest] = {}
         self.attempts: dict[str, int] = {}
         self.held: dict[str, Held] = {}
@@ -142,14 +169,17 @@ class ReferenceBuffer:
         gate, state = self.config.hints, self.prompts.get(t.prompt_id)
         if t.kind == "eval" or not gate.enabled or state is None:
             return False
-        stuck = (
-            self.kl is not None
-            and self.kl < gate.kl_below
-            and state.hard_streak >= gate.hard_patience
+        kls = [k3 / tokens for k3, tokens in state.kls[-gate.hard_patience :]]
+        total = 0.0
+        for kl in kls:
+            total += kl
+        stuck = state.hard_streak >= gate.hard_patience and (
+            bool(kls) and total / len(kls) < gate.kl_below
         )
         if not state.on and (stuck or state.zero_streak >= gate.zero_patience):
-            state.on, state.on_since = True, t.seq
+            state.on, state.on_since, state.on_rbar = True, t.seq, self._rbar(t.prompt_id)
             self._count("hints_fired")
+            self._count("hints_fired_kl" if stuck else "hints_fired_patience")
         return state.on
 
     def lease(
@@ -273,43 +303,53 @@ class ReferenceBuffer:
         return sorted((r, pid) for pid in self.prompts if (r := self._rbar(pid)) is not None)
 
     def thresholds(self) -> tuple[float, float] | None:
-        ranked = self._ranked()
-        if not ranked:
+        """Largest Rbar whose mid-rank is Hard, largest whose mid-rank is Medium."""
+        rbars = [rbar for rbar, _ in self._ranked()]
+        if not rbars:
             return None
-        low, high = self.config.quantile_low, self.config.quantile_high
-        return ranked[math.floor(low * (len(ranked) - 1))][0], ranked[
-            math.floor(high * (len(ranked) - 1))
-        ][0]
+
+        def at(q: float) -> float:
+            def mid_rank(rbar: float) -> float:
+                below, equal = sum(r < rbar for r in rbars), rbars.count(rbar)
+                return (below + equal / 2) / len(rbars)
+
+            return max((r for r in set(rbars) if mid_rank(r) <= q), default=-math.inf)
+
+        return at(self.config.quantile_low), at(self.config.quantile_high)
+
+    def _place(self, pid: str) -> float | None:
+        state, window = self.prompts[pid], self.config.window
+        return place_of_last(state.plain or state.hinted, window)
 
     @staticmethod
-    def _tier(q: tuple[float, float], rbar: float) -> Tier:
-        if rbar <= q[0]:
+    def _tier(q: tuple[float, float], place: float) -> Tier:
+        if place <= q[0]:
             return "hard"
-        return "medium" if rbar <= q[1] else "easy"
+        return "medium" if place <= q[1] else "easy"
 
     def tier_of(self, prompt_id: str) -> Tier | None:
         q = self.thresholds()
         if q is None or prompt_id not in self.prompts:
             return None
-        rbar = self._rbar(prompt_id)
-        return None if rbar is None else self._tier(q, rbar)
+        place = self._place(prompt_id)
+        return None if place is None else self._tier(q, place)
 
     def _success(self, t: Trajectory) -> bool:
         return is_success(t, self.config.hints.accuracy_component, self.config.success_at)
 
     def _members(self, tier: Tier, success: bool) -> list[str]:
-        """Stored trajectories of a tier and kind, ordered as the sorted set is: by Rbar, then
+        """Stored trajectories of a tier and kind, ordered as the sorted set is: by place, then
         id."""
         q = self.thresholds()
         if q is None:
             return []
-        scores = {pid: r for r, pid in self._ranked()}
+        places = {pid: place for pid in self.prompts if (place := self._place(pid)) is not None}
         found = [
-            (scores[t.prompt_id], tid)
+            (places[t.prompt_id], tid)
             for tid, t in self.stock.items()
             if self._success(t) == success
         ]
-        return [tid for rbar, tid in sorted(found) if self._tier(q, rbar) == tier]
+        return [tid for place, tid in sorted(found) if self._tier(q, place) == tier]
 
     def tier_counts(self) -> dict[Tier, int]:
         tiers: tuple[Tier, ...] = ("hard", "medium", "easy")
@@ -363,9 +403,10 @@ class ReferenceBuffer:
             self._settle(t.key)
         state = self.prompts.setdefault(group.prompt_id, PromptState())
         visits = state.hinted if group.hinted else state.plain
-        visits.append((group.seq, [x.reward for x in group.trajectories]))
+        marks = accuracy_marks(group, self.config.hints.accuracy_component)
+        visits.append((group.seq, [x.reward for x in group.trajectories], marks))
         visits.sort(key=lambda v: v[0])
-        while sum(len(v) for _, v in visits[1:]) >= self.config.window:
+        while sum(len(v) for _, v, _ in visits[1:]) >= self.config.window:
             visits.pop(0)
         self._count("generated")
         self._count("completions", len(group.trajectories))
@@ -387,8 +428,15 @@ class ReferenceBuffer:
         assert q is not None
         hard = self.tier_of(group.prompt_id) == "hard"
         if state.on:
-            helped = mean_of_last(state.hinted, self.config.window, state.on_since)
-            if not hard or (group.hinted and helped is not None and helped > q[0]):
+            window, since, before = self.config.window, state.on_since, state.on_rbar
+            helped = mean_of_last(state.hinted, window, since)
+            place = place_of_last(state.hinted, window, since)
+            rbar = self._rbar(group.prompt_id)
+            assert rbar is not None and before is not None
+            better = not hard and rbar > before
+            if group.hinted and helped is not None and place is not None:
+                better = better or (place > q[0] and helped > before)
+            if better:
                 state.hard_streak, state.zero_streak, state.on = 0, 0, False
                 self._count("hints_released")
         elif not group.hinted:
@@ -497,8 +545,20 @@ class ReferenceBuffer:
     def version(self) -> int:
         return self.current
 
-    def report_behaviour_kl(self, value: float) -> None:
-        self.kl = value
+    def report_behaviour_kl(self, step: int, found: Sequence[PromptKl]) -> bool:
+        if step <= self.kl_step:
+            return False
+        self.kl_step = step
+        for one in found:
+            state = self.prompts.get(one.prompt_id)
+            if state is None:
+                continue
+            if one.fresh or not state.kls:
+                state.kls.append([one.k3, one.tokens])
+            else:
+                state.kls[-1][0] += one.k3
+                state.kls[-1][1] += one.tokens
+        return True
 
     def ledger(self) -> Ledger:
         c = self.counters

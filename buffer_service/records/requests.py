@@ -97,6 +97,16 @@ class NewGroup(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     bound: int
     imported: bool  # from a file, without a request
     rewards: list[float]
+    marks: str  # see accuracy_marks
+
+
+class PromptKl(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What one step measured of a prompt's KL to the behaviour policy; kl.lua reads the same."""
+
+    prompt_id: str
+    k3: float  # sum over the tokens of its fresh and replayed trajectories, each capped
+    tokens: int
+    fresh: bool  # the step trained fresh trajectories of it: a visit
 
 
 class GroupState(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

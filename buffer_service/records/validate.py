@@ -123,6 +123,14 @@ def is_success(t: Trajectory, component: str, at: float) -> bool:
     return (t.reward if value is None else value) >= at
 
 
+def accuracy_marks(group: Group, component: str) -> str:
+    """A letter for each trajectory: its accuracy is "0" (or less), "1" (or more), else "?"."""
+    values = [t.components.get(component) for t in group.trajectories]
+    return "".join(
+        "?" if value is None or 0 < value < 1 else "0" if value <= 0 else "1" for value in values
+    )
+
+
 def zero_accuracy(group: Group, component: str) -> int:
     """1 when every known accuracy is 0 (or less), 0 when one is not, -1 when none is known."""
     known = [v for t in group.trajectories if (v := t.components.get(component)) is not None]

@@ -37,7 +37,7 @@ _RULELESS = (
     "version",
     "trained",
     "rbar_sum",
-    "kl",
+    "kl_step",
 )  # what of meta travels with the contents
 
 
@@ -292,7 +292,8 @@ def load(connection: Connection, path: Path, *, any_run: bool = False) -> Snapsh
     settings = (old or meta).items()  # capacity, quantiles, ... stay those of the connected run
     kept = {field: value for field, value in meta.items() if field.decode() in _RULELESS}
     rules = {field: value for field, value in settings if field.decode() not in _RULELESS}
-    rules.pop(b"drawn_step", None)
+    for gone in (b"drawn_step", b"kl"):  # the latter of older releases
+        rules.pop(gone, None)
     renewed = {b"run_id": connection.run_id.encode(), b"epoch": b"%d" % token, b"snap": b"0"}
 
     def settle(pipe: Pipeline) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
@@ -103,9 +104,11 @@ class StepSource:
             work.step, work.version + 1, [group.id for group in work.groups], self.fencing_token
         )
 
-    def report_behaviour_kl(self, value: float) -> None:
-        """Mean k3 to the behaviour policy, which opens the hint gate (docs/method.md 1.4)."""
-        self.buffer.replay.report_behaviour_kl(value)
+    def report_behaviour_kl(self, step: int, found: Sequence[PromptKl]) -> None:
+        """Each prompt's own KL to the behaviour policy, which opens its hint gate
+        (docs/method.md 1.4)."""
+        if found:
+            self.buffer.replay.report_behaviour_kl(step, found)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.common.errors import DataError
 from avatar_rl.learner.objective.advantages import Advantages
@@ -93,12 +94,21 @@ class StepMetrics:
     age_max: int = 0
     skipped: int = 0  # micro-batches and updates that were left out, see ``skip``
     culprits: list[str] = field(default_factory=list)  # ids of trajectories
+    #: By prompt, of its tokens: k3 to the behaviour policy, each held at ``KL_CAP``; their number;
+    #: how many of them are fresh.
+    prompts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
-    def add(self, output: LossOutput, entropy: Tensor | None = None) -> None:
+    def add(
+        self,
+        output: LossOutput,
+        entropy: Tensor | None = None,
+        prompt_ids: Sequence[str] = (),
+    ) -> None:
         """Add a micro-batch that was trained on (one skipped for a NaN loss would spoil the means).
 
-        ``entropy`` (B, T) in nats, of the next-token distribution at each completion token. Raises
-        DataError when it has another shape than the loss.
+        ``entropy`` (B, T) in nats, of the next-token distribution at each completion token.
+        ``prompt_ids`` name the B completions' prompts for ``behaviour_kl``. Raises DataError when
+        the entropy has another shape than the loss.
         """
         tokens = output.tokens
         if entropy is not None and entropy.shape != tokens.mask.shape:
@@ -112,6 +122,21 @@ class StepMetrics:
             keep = tokens.mask & of_kind[:, None]
             if keep.any():
                 self.kinds[kind].merge(_sums(tokens, keep, entropy))
+        if prompt_ids:
+            for prompt_id, sums in zip(prompt_ids, _row_kl(tokens), strict=True):
+                self._add_prompt(prompt_id, sums)
+
+    def _add_prompt(self, prompt_id: str, sums: NDArray[np.float64]) -> None:
+        known = self.prompts.get(prompt_id)
+        self.prompts[prompt_id] = sums if known is None else known + sums
+
+    def behaviour_kl(self) -> list[PromptKl]:
+        """Each prompt's own KL to the behaviour policy, for its hint gate (docs/method.md 1.4)."""
+        return [
+            PromptKl(prompt_id=prompt_id, k3=float(k3), tokens=int(tokens), fresh=bool(fresh))
+            for prompt_id, (k3, tokens, fresh) in sorted(self.prompts.items())
+            if tokens
+        ]
 
     def skip(self, culprits: Sequence[str], count: int = 1) -> None:
         """Note what was left out because of a loss or gradient that is not finite, and its
@@ -151,6 +176,8 @@ class StepMetrics:
         self.age_max = max(self.age_max, other.age_max)
         self.skipped += other.skipped
         self.culprits += other.culprits
+        for prompt_id, sums in other.prompts.items():
+            self._add_prompt(prompt_id, sums)
 
     def metrics(self) -> dict[str, float]:
         """Metrics by name; one that nothing was measured for is left out.
@@ -213,6 +240,18 @@ def _means(sums: TokenSums, suffix: str) -> dict[str, float]:
 
 
 @torch.no_grad()
+def _row_kl(tokens: TokenDiagnostics) -> NDArray[np.float64]:
+    """(B, 3): capped k3 to the behaviour policy summed over a completion's tokens, their number,
+    and that number again where the completion is fresh."""
+    mask = tokens.mask.double()
+    kl = torch.where(tokens.mask, tokens.kl_behaviour, 0).double().clamp(max=KL_CAP).sum(1)
+    count = mask.sum(1)
+    fresh = count.masked_fill(tokens.is_replay, 0)
+    found: NDArray[np.float64] = torch.stack([kl, count, fresh], 1).cpu().numpy()
+    return found
+
+
+@torch.no_grad()
 def _sums(tokens: TokenDiagnostics, keep: Tensor, entropy: Tensor | None) -> KindSums:
     """Sums over the ``keep`` (B, T) tokens, in float64, read from the device once."""
     ratio = tokens.ratio[keep].double()
@@ -262,10 +301,16 @@ def reward_metrics(fresh: Sequence[Trajectory]) -> dict[str, float]:
         for name, value in trajectory.components.items():
             if value is not None:
                 parts[name].append(value)
+    masked = {
+        name: float(np.mean([t.components.get(name, 0.0) is None for t in fresh]))
+        for name in sorted({name for t in fresh for name in t.components})
+    }
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        **{f"masked/{name}": share for name, share in masked.items()},
+        **({"judge/masked_share": masked["judge"]} if "judge" in masked else {}),
         "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
         "completion/length_mean": float(lengths.mean()),
         "completions/truncated_share": float(np.mean([t.finish_reason == "length" for t in fresh])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
-from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
+from avatar_rl.buffer_service.records.requests import PromptKl, RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
@@ -34,7 +35,7 @@ HAPPENED: Counter[str] = Counter()  # what the random histories reached
 SERVER: EmbeddedRedis | None = None
 NO_HINTS = HintGateConfig(enabled=False)
 CONFIGS = [
-    BufferConfig(capacity=24, warm_up=6, hints=HintGateConfig(hard_patience=2, zero_patience=3)),
+    BufferConfig(capacity=24, warm_up=6, hints=HintGateConfig(hard_patience=2, zero_patience=2)),
     BufferConfig(capacity=12, warm_up=0, window=7, max_reuse=2, reward_diverse=True),
     BufferConfig(
         capacity=40, warm_up=4, max_age_versions=2, strategy="same_prompt", hints=NO_HINTS
@@ -50,6 +51,7 @@ CONFIGS = [
 ]
 ENDINGS = ["expire", "expire", "release", "renew", "quarantine", "drop", "reap"]
 PROMPTS = st.lists(st.integers(2, 5), min_size=1, max_size=3)
+K3 = st.sampled_from([0.0, 0.1, 0.7, 5.0])
 BOUND = st.sampled_from([None, 0, 1])
 REWARDS = st.lists(
     st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -1.0, 0.1, 0.7]), min_size=1, max_size=5
@@ -258,6 +260,12 @@ class BufferMachine(RuleBasedStateMachine):
         version = self.model_version
         self.both(lambda b: b.replay.commit_step(step, version, gids, self.fencing_token))
         self.next_step = max(self.next_step, self.model.trained + 1)
+        self.report_kl([f"p{p}" for p in prompts], fresh=True, k3=data.draw(K3))
+
+    def report_kl(self, prompts: list[str], fresh: bool, k3: float, again: bool = False) -> None:
+        step = self.model.kl_step + (0 if again else 1)
+        found = [PromptKl(prompt_id=p, k3=k3, tokens=17, fresh=fresh) for p in prompts]
+        self.both(lambda b: b.replay.report_behaviour_kl(step, found))
 
     def insert(self, group: Group, lease: RequestLease) -> None:
         receipt = self.both(lambda b: b.requests.add_group(group, lease, tokens_generated=9))
@@ -307,9 +315,14 @@ class BufferMachine(RuleBasedStateMachine):
         HAPPENED["drawn"] += len(drawn)
         assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
 
-    @rule(value=st.sampled_from([0.001, 0.5]))
-    def kl(self, value: float) -> None:
-        self.both(lambda b: b.replay.report_behaviour_kl(value))
+    @rule(
+        prompts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+        k3=st.sampled_from([0.05, 0.1, 0.3]),
+        fresh=st.booleans(),
+        again=st.booleans(),
+    )
+    def kl(self, prompts: list[int], k3: float, fresh: bool, again: bool) -> None:
+        self.report_kl([f"p{p}" for p in prompts], fresh, k3, again)
 
     @rule()
     def another_learner(self) -> None:
@@ -321,9 +334,10 @@ class BufferMachine(RuleBasedStateMachine):
             return
         stats = self.real.stats.read()
         assert stats.tiers == self.model.tier_counts()
-        assert (stats.threshold_low, stats.threshold_high) == (
-            self.model.thresholds() or (None, None)
+        thresholds = tuple(
+            -math.inf if x is None else x for x in (stats.threshold_low, stats.threshold_high)
         )
+        assert thresholds == (self.model.thresholds() or (-math.inf, -math.inf))
         assert (stats.version, stats.trained_step) == (self.model.current, self.model.trained)
         assert stats.ledger == self.model.stats.ledger() and stats.ledger.gap == 0
         assert stats.leased == len(self.model.held)
@@ -359,7 +373,7 @@ def test_scripts_equal_the_model_over_10000_operations() -> None:
     assert OPERATIONS >= 10_000
     reached = (
         "fresh late drawn trained_fresh replay_only evicted aged_out reused_up replayed "
-        "hints_fired hints_released"
+        "hints_fired_kl hints_fired_patience hints_released"
     )
     for what in (
         *reached.split(),

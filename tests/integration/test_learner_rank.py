@@ -19,6 +19,7 @@ from torch import Tensor
 
 import avatar_rl.learner.batch.microbatch
 from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.common.errors import ModelError
@@ -107,6 +108,7 @@ class Steps:
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.committed: list[int] = []
+        self.kls: dict[int, dict[str, PromptKl]] = {}
 
     def collect(self, step: int, waiting: Callable[[], None]) -> StepWork:
         self.events.clear()
@@ -115,8 +117,9 @@ class Steps:
     def commit(self, work: StepWork) -> None:
         self.committed.append(work.step)
 
-    def report_behaviour_kl(self, value: float) -> None:
-        assert np.isfinite(value)
+    def report_behaviour_kl(self, step: int, found: Sequence[PromptKl]) -> None:
+        assert all(np.isfinite(one.k3) and one.tokens > 0 for one in found)
+        self.kls[step] = {one.prompt_id: one for one in found}
 
 
 class UnluckyTrainer(StepTrainer):

@@ -18,6 +18,7 @@ from avatar_rl.learner.objective.step_metrics import ADVANTAGE_EDGES, StepMetric
 
 LENGTHS = torch.tensor([6, 1, 9, 4, 3])
 REPLAY = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
+PROMPT_IDS = ["a", "b", "a", "c", "b"]  # "c" has a replay alone
 CONFIG = ObjectiveConfig(mismatch="token_truncate")
 
 
@@ -52,7 +53,7 @@ def collect(splits: list[list[int]]) -> StepMetrics:
     whole = StepMetrics()
     for rows in splits:
         part = StepMetrics()
-        part.add(loss_of(step, rows), entropy[rows])
+        part.add(loss_of(step, rows), entropy[rows], [PROMPT_IDS[i] for i in rows])
         whole.merge(pickle.loads(pickle.dumps(part)))
     return whole
 
@@ -102,6 +103,46 @@ def test_merging_parts_changes_nothing() -> None:
         )
         assert left is not None and right is not None
         np.testing.assert_allclose(left, right, atol=1e-12)
+
+
+def test_behaviour_kl_is_each_prompts_own_and_capped() -> None:
+    step, _ = make()
+    arrays = {name: tensor.numpy() for name, tensor in step.items()}
+    gap = arrays["behaviour_logprobs"] - arrays["logprobs"]
+    k3 = np.minimum(np.exp(gap) - gap - 1, 1.0) * arrays["mask"]
+    for splits in ([[0, 1, 2, 3, 4]], [[3, 0], [1], [4, 2]]):
+        found = collect(splits).behaviour_kl()
+        assert [(one.prompt_id, one.tokens, one.fresh) for one in found] == [
+            ("a", 15, True),
+            ("b", 4, True),
+            ("c", 4, False),
+        ]
+        for one, rows in zip(found, ([0, 2], [1, 4], [3]), strict=True):
+            assert one.k3 == pytest.approx(k3[rows].sum(), abs=1e-12)
+
+
+def test_one_outlier_counts_at_most_one_nat_and_moves_no_other_prompt() -> None:
+    behaviour = torch.full((2, 4), -1.0, dtype=torch.float64)
+    logprobs = behaviour.clone()
+    logprobs[0, 0] = -9.0  # k3 = e^8 - 9, about 2,972 nats
+    mask, replay = torch.ones(2, 4), torch.zeros(2, dtype=torch.bool)
+    config = ObjectiveConfig(beta=0)
+    output = policy_loss(
+        logprobs,
+        behaviour,
+        mask,
+        torch.ones(2, dtype=torch.float64),
+        torch.ones(2, 4, dtype=torch.float64),
+        replay,
+        None,
+        config,
+        totals=StepTotals.count(mask.sum(1), replay, config),
+    )
+    step_metrics = StepMetrics()
+    step_metrics.add(output, prompt_ids=["outlier", "calm"])
+    calm, outlier = step_metrics.behaviour_kl()
+    assert (calm.prompt_id, calm.k3, calm.tokens) == ("calm", 0.0, 4)
+    assert (outlier.k3, outlier.tokens) == (1.0, 4)
 
 
 def test_loss_profile_shows_the_parabola() -> None:

@@ -5,9 +5,11 @@ local function index_prompt(pid, raw)
   if score_of(s) then call('ZADD', K('rank'), score_of(s), pid) end
   if s.hint_on == 1 then call('SADD', K('hints'), pid) end
 end
+local places = {} -- of the prompts of this call
 local function index_trajectory(tid, raw)
   local pid, success, version = unpack(cmsgpack.unpack(raw))
-  stock_add(tid, pid, success, version, tonumber(call('ZSCORE', K('rank'), pid)))
+  places[pid] = places[pid] or place_of(load_prompt(pid))
+  stock_add(tid, pid, success, version, places[pid])
 end
 local function index_request(rkey, raw) pend(rkey, request(raw)) end
 

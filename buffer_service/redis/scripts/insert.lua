@@ -3,7 +3,8 @@
 -- (GroupState). ARGV[3..]: the encoded trajectories. An imported group comes from a file, for replay only, without a
 -- request. Returns {status, evicted}. Every check comes before the first write.
 local m = meta()
-local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards = unpack(cmsgpack.unpack(ARGV[1]))
+local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards, marks =
+  unpack(cmsgpack.unpack(ARGV[1]))
 if call('GETBIT', K('seen'), seq) == 1 then
   count('duplicates', 1)
   return { 'duplicate', 0 }
@@ -18,18 +19,21 @@ if r and (r.prompt ~= pid or r.step ~= step) then
     r.prompt .. ' and step ' .. r.step)
 end
 
-local function add_visit(visits)
+local function add_visit(visits, marked)
   local at, n = #visits + 1, 0
+  for i = 1, #visits do marked[i] = marked[i] or '' end -- of an older release
   while at > 1 and visits[at - 1][1] > seq do at = at - 1 end
   table.insert(visits, at, { seq, unpack(rewards) })
+  table.insert(marked, at, marks)
   for _, visit in ipairs(visits) do n = n + #visit - 1 end
   while n - (#visits[1] - 1) >= m.window do
     n = n - (#visits[1] - 1)
     table.remove(visits, 1)
+    table.remove(marked, 1)
   end
 end
 
--- The prompt's stored trajectories follow its Rbar.
+-- The prompt's stored trajectories follow its place.
 local function rescore(old, new)
   local members = call('ZRANGE', K('pt:' .. pid), 0, -1, 'WITHSCORES')
   if #members == 0 then return end
@@ -56,18 +60,20 @@ local function fixed(rbar) return floor(rbar * FIXED + 0.5) end
 -- Folds the visit into the prompt's statistics and moves its stock with it.
 local function fold_visit()
   local s = load_prompt(pid)
-  local before = score_of(s)
-  local visits = hinted and s.hinted_visits or s.visits
-  add_visit(visits)
-  local mean = mean_of_last(visits, m.window, 0)
+  local before, stood = score_of(s), place_of(s)
+  local visits, marked = s.visits, s.marks
+  if hinted then visits, marked = s.hinted_visits, s.hinted_marks end
+  add_visit(visits, marked)
+  local mean, throughout = mean_of_last(visits, marked, m.window, 0)
   if hinted then s.hinted_rbar = mean else s.rbar = mean end
-  local after = score_of(s)
+  if not (hinted and s.rbar) then s.throughout = throughout end
+  local after, stands = score_of(s), place_of(s)
   store_prompt(m, pid, s)
   if before ~= after then
     call('ZADD', K('rank'), after, pid)
     call('HINCRBY', K('meta'), 'rbar_sum', fixed(after) - (before and fixed(before) or 0))
-    if before then rescore(before, after) end
   end
+  if before and stood ~= stands then rescore(stood, stands) end
 end
 
 local late = imported or step <= m.trained or (bound ~= UNCHECKED and step + bound < m.version)

@@ -6,7 +6,7 @@ local seg, ledger = segments(q), {}
 local raw = call('HGETALL', K('ledger'))
 for i = 1, #raw, 2 do ledger[raw[i]] = tonumber(raw[i + 1]) end
 local function size(tier) return seg[tier].f.size + seg[tier].s.size end
-local function exact(x) return q and string.format('%.17g', x) or cjson.null end
+local function exact(x) return q and x > -math.huge and string.format('%.17g', x) or cjson.null end
 return cjson.encode({
   version = m.version, trained_step = m.trained, fencing_token = m.fencing_token, prompts = call('ZCARD', K('rank')),
   rbar_sum = call('HGET', K('meta'), 'rbar_sum'),
@@ -16,5 +16,5 @@ return cjson.encode({
   stock = call('ZCARD', K('stock:v')), pending_train = call('ZCARD', K('pend:t')),
   pending_eval = call('ZCARD', K('pend:e')), leased = call('ZCARD', K('leased')), fresh = call('ZCARD', K('fresh')),
   quarantined_prompts = call('HLEN', K('quarantine')), quarantined_records = call('HLEN', K('corrupt')),
-  hints_on = call('SCARD', K('hints')), behaviour_kl = m.kl or cjson.null, ledger = ledger,
+  hints_on = call('SCARD', K('hints')), ledger = ledger,
 })

@@ -11,11 +11,11 @@ local function count(name, n) call('HINCRBY', K('ledger'), name, n) end
 
 -- The run's state and, in `packed`, the settings of the run. The fencing token's field is `epoch` since layout 1.
 local function meta()
-  local raw = call('HMGET', K('meta'), 'version', 'trained', 'epoch', 'snap', 'kl', 'packed')
+  local raw = call('HMGET', K('meta'), 'version', 'trained', 'epoch', 'snap', 'kl_step', 'packed')
   if not raw[1] then fail('NORUN', 'no run under ' .. P) end
   local m = cmsgpack.unpack(raw[6])
   m.version, m.trained, m.fencing_token = tonumber(raw[1]), tonumber(raw[2]), tonumber(raw[3])
-  m.snap, m.kl = tonumber(raw[4]), tonumber(raw[5])
+  m.snap, m.kl_step = tonumber(raw[4]), tonumber(raw[5]) or -1
   return m
 end
 

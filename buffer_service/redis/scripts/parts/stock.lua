@@ -1,18 +1,19 @@
 -- requires: snapshot
 -- The replayable trajectories: `trajs` has {prompt, success 0|1, version} of each, stock:f and stock:s order them by
--- Rbar, stock:v by version, pt:<prompt> by success; age:<kind>:<bin> has those of one 1/16 of Rbar, oldest first.
+-- their prompt's place, stock:v by version, pt:<prompt> by success; age:<kind>:<bin> has those of one 1/16 of places,
+-- oldest first.
 local LINGER_MS, SNAPSHOT_LINGER_MS = 10000, 3600000 -- a removed value stays readable for who has just drawn it
 
 local function kind_of(success) return success == 1 and 's' or 'f' end
-local function bin_of(rbar) return math.max(-64, math.min(64, floor(rbar * 16))) end
+local function bin_of(at) return math.max(-64, math.min(64, floor(at * 16))) end
 local function age_key(kind, bin) return K('age:' .. kind .. ':' .. string.format('%d', bin)) end
 
-local function stock_add(tid, pid, success, version, rbar)
+local function stock_add(tid, pid, success, version, at)
   local kind = kind_of(success)
-  call('ZADD', K('stock:' .. kind), rbar, tid)
+  call('ZADD', K('stock:' .. kind), at, tid)
   call('ZADD', K('stock:v'), version, tid)
   call('ZADD', K('pt:' .. pid), success, tid)
-  call('ZADD', age_key(kind, bin_of(rbar)), 0, tid)
+  call('ZADD', age_key(kind, bin_of(at)), 0, tid)
 end
 
 local function forget_value(m, tid)
@@ -22,11 +23,11 @@ end
 local function stock_remove(m, tid)
   local pid, success = unpack(cmsgpack.unpack(call('HGET', K('trajs'), tid)))
   local kind = kind_of(success)
-  local rbar = tonumber(call('ZSCORE', K('stock:' .. kind), tid))
+  local at = tonumber(call('ZSCORE', K('stock:' .. kind), tid))
   call('ZREM', K('stock:' .. kind), tid)
   call('ZREM', K('stock:v'), tid)
   call('ZREM', K('pt:' .. pid), tid)
-  call('ZREM', age_key(kind, bin_of(rbar)), tid)
+  call('ZREM', age_key(kind, bin_of(at)), tid)
   del(m, 'trajs', tid)
   del(m, 'reuse', tid)
   forget_value(m, tid)

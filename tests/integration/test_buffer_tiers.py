@@ -1,0 +1,233 @@
+"""Tiers with ties, and the hint gate, on a real Redis: small pools whose tiers follow by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+import pytest
+import redis
+
+from avatar_rl.buffer_service.config import HintGateConfig
+from avatar_rl.buffer_service.records.requests import PromptKl, RolloutRequest
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.buffer_service.store import ReplayBuffer
+from tests.buffer_records import CONFIG, make_group, tier_of
+
+# -- ties and accuracy throughout
+
+
+def seen(buffer: ReplayBuffer, step: int, scores: dict[str, list[tuple[float, float]]]) -> None:
+    """One trained step: for each prompt the (reward, accuracy) of its completions."""
+    first = step * 100
+    asked = [
+        RolloutRequest(seq=first + i, prompt_id=name, step=step, n=len(pairs))
+        for i, (name, pairs) in enumerate(scores.items())
+    ]
+    buffer.requests.push(asked)
+    for lease in buffer.requests.lease("a", 99, max_staleness=99):
+        pairs = scores[lease.request.prompt_id]
+        group = make_group(lease, [reward for reward, _ in pairs], version=step)
+        members = tuple(
+            msgspec.structs.replace(t, components={"accuracy": accuracy})
+            for t, (_, accuracy) in zip(group.trajectories, pairs, strict=True)
+        )
+        group = msgspec.structs.replace(group, trajectories=members)
+        buffer.requests.add_group(group, lease, tokens_generated=1)
+    token = buffer.replay.new_fencing_token()
+    buffer.replay.commit_step(step, step + 1, [f"{t.seq:08d}" for t in asked], token)
+
+
+def tiers_of(buffer: ReplayBuffer, names: Iterable[str]) -> dict[str, str | None]:
+    return {name: tier_of(buffer, name) for name in names}
+
+
+def test_a_tie_takes_the_tier_of_its_mid_rank(buffer: ReplayBuffer) -> None:
+    """Of ten prompts two at 0.1 have mid-rank 0.1, five at 0.5 have (2 + 2.5) / 10 = 0.45 and three
+    at 0.9 have 0.85. The tie is Medium though q40 falls into it."""
+    half = {f"m{i}": [(0.5, 0.5)] * 2 for i in range(5)}
+    low, high = (
+        {f"h{i}": [(0.1, 0.5)] * 2 for i in range(2)},
+        {f"e{i}": [(0.9, 0.5)] * 2 for i in range(3)},
+    )
+    seen(buffer, 0, low | half | high)
+    assert buffer.stats.read().tiers == {"hard": 4, "medium": 10, "easy": 6}
+    assert set(tiers_of(buffer, low).values()) == {"hard"}
+    assert set(tiers_of(buffer, half).values()) == {"medium"}
+    assert set(tiers_of(buffer, high).values()) == {"easy"}
+    stats = buffer.stats.read()
+    assert (stats.threshold_low, stats.threshold_high) == pytest.approx((0.1, 0.5), abs=4e-9)
+
+
+def test_a_pool_that_ties_as_a_whole_is_medium(buffer: ReplayBuffer) -> None:
+    seen(buffer, 0, {f"p{i}": [(0.5, 0.5)] * 4 for i in range(6)})  # mid-rank 0.5 of each
+    stats = buffer.stats.read()
+    assert stats.tiers == {"hard": 0, "medium": 24, "easy": 0}
+    assert stats.threshold_low is None and stats.threshold_high == 0.5
+    assert len(buffer.replay.draw(8, step=1, seed=0)) == 8
+
+
+def test_easy_is_not_empty_at_an_accuracy_of_nine_tenths(buffer: ReplayBuffer) -> None:
+    """Nine solved prompts tie at mid-rank 0.55, which would be Medium. What was never solved is
+    Hard."""
+    solved = {f"s{i}": [(1.0, 1.0)] * 2 for i in range(9)}
+    seen(buffer, 0, solved | {"never": [(0.1, 0.0)] * 2})
+    assert buffer.stats.read().tiers == {"hard": 2, "medium": 0, "easy": 18}
+    assert [t.prompt_id for t in buffer.replay.draw(2, step=1, seed=0, strategy="recent")]
+    tiers = [tier_of(buffer, t.prompt_id) for t in buffer.replay.draw(4, step=1, seed=1)]
+    assert tiers.count("hard") == 2 and tiers.count("easy") == 2  # one of them for Medium
+
+
+def test_an_unsolved_pool_is_hard_whatever_the_rank(buffer: ReplayBuffer) -> None:
+    """Accuracy 0 throughout, and other rewards that spread the ranks."""
+    seen(buffer, 0, {f"p{i}": [(i / 10, 0.0)] * 2 for i in range(10)})
+    assert buffer.stats.read().tiers == {"hard": 20, "medium": 0, "easy": 0}
+
+
+def test_all_that_is_stored_moves_when_the_window_is_no_longer_all_zero(
+    server: EmbeddedRedis,
+) -> None:
+    redis.Redis.from_url(server.url).flushall()
+    config = CONFIG.model_copy(update={"window": 4})
+    with ReplayBuffer.connect(config, "run", server.url) as b:
+        others = {"x": [(0.2, 0.5)] * 2, "y": [(0.3, 0.5)] * 2}
+        seen(b, 0, {"p": [(0.9, 0.0)] * 2} | others)  # the best of rank: never solved
+        assert b.stats.read().tiers == {"hard": 4, "medium": 2, "easy": 0}
+        seen(b, 1, {"p": [(0.9, 0.0), (0.9, 1.0)]})  # solved once: by rank, so Easy, with all four
+        assert b.stats.read().tiers == {"hard": 2, "medium": 2, "easy": 4}
+        seen(b, 2, {"p": [(0.9, 1.0)] * 2})
+        seen(b, 3, {"p": [(0.1, 1.0)] * 2})  # the window of four is all 1 now: Easy, though last
+        assert b.stats.read().tiers == {"hard": 2, "medium": 2, "easy": 8}
+        seen(b, 4, {"p": [(0.1, 1.0), (0.1, 0.5)]})  # and by rank again
+        assert b.stats.read().tiers == {"hard": 10, "medium": 2, "easy": 2}
+
+
+def test_unknown_accuracies_pin_no_prompt(buffer: ReplayBuffer) -> None:
+    token = buffer.replay.new_fencing_token()
+    buffer.requests.push([RolloutRequest(seq=i, prompt_id=f"p{i}", step=0, n=2) for i in range(3)])
+    for lease in buffer.requests.lease("a", 9):
+        group = make_group(lease, [0.0, 0.0], accuracy=False)
+        buffer.requests.add_group(group, lease, tokens_generated=1)
+    buffer.replay.commit_step(0, 1, [f"{i:08d}" for i in range(3)], token)
+    assert buffer.stats.read().tiers == {"hard": 0, "medium": 6, "easy": 0}
+
+
+# -- the hint gate
+
+
+class Gate:
+    """A run whose prompt "x" is visited by step, beside "y" and "z", which do better."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.buffer, self.step = buffer, -1
+        self.token = buffer.replay.new_fencing_token()
+
+    def visit(
+        self,
+        rewards: list[float],
+        *,
+        kl: float | None = None,
+        others: tuple[float, float] = (0.8, 0.9),
+        accuracies: list[float] | None = None,
+    ) -> bool:
+        """Whether "x" was hinted. ``kl`` is its mean KL in this step."""
+        self.step += 1
+        first = 3 * self.step
+        self.buffer.requests.push(
+            [
+                RolloutRequest(seq=first + i, prompt_id=name, step=self.step, n=2)
+                for i, name in enumerate("xyz")
+            ]
+        )
+        hinted = {}
+        for lease in self.buffer.requests.lease("a", 3):
+            name = lease.request.prompt_id
+            scores = {"x": rewards, "y": [others[0]] * 2, "z": [others[1]] * 2}[name]
+            group = make_group(lease, scores, version=self.step, accuracy=accuracies is not None)
+            if accuracies is not None and name == "x":
+                members = tuple(
+                    msgspec.structs.replace(t, components={"accuracy": value})
+                    for t, value in zip(group.trajectories, accuracies, strict=True)
+                )
+                group = msgspec.structs.replace(group, trajectories=members)
+            self.buffer.requests.add_group(group, lease, tokens_generated=1)
+            hinted[name] = lease.hinted
+        gids = [f"{first + i:08d}" for i in range(3)]
+        self.buffer.replay.commit_step(self.step, self.step + 1, gids, self.token)
+        found = [PromptKl(prompt_id="y", k3=500.0, tokens=100, fresh=True)]  # an outlier
+        if kl is not None:
+            found.append(PromptKl(prompt_id="x", k3=100 * kl, tokens=100, fresh=True))
+        assert self.buffer.replay.report_behaviour_kl(self.step, found)
+        assert not self.buffer.replay.report_behaviour_kl(self.step, found)  # a repeat
+        assert not hinted["y"] and not hinted["z"]
+        return hinted["x"]
+
+
+@pytest.fixture
+def gate(server: EmbeddedRedis) -> Iterator[Gate]:
+    redis.Redis.from_url(server.url).flushall()
+    hints = HintGateConfig(hard_patience=3, kl_below=0.01, zero_patience=3)
+    config = CONFIG.model_copy(update={"hints": hints, "window": 4})
+    with ReplayBuffer.connect(config, "run", server.url) as buffer:
+        yield Gate(buffer)
+
+
+def test_hint_fires_when_stuck_and_is_released(gate: Gate) -> None:
+    buffer = gate.buffer
+    low = [0.1, 0.1]
+    assert [gate.visit(low, kl=0.5) for _ in range(4)] == [False] * 4  # Hard, but still exploring
+    assert not gate.visit(low, kl=0.001)  # the mean of its last three visits is 0.334
+    assert not gate.visit(low, kl=0.001) and not gate.visit(low, kl=0.001)
+    assert gate.visit(low)  # 0.001 at last, whatever the outlier "y" says
+    assert gate.visit([1.0, 1.0])  # leaves Hard: released
+    assert not gate.visit(low)
+    assert buffer.replay.baselines(["x", "x"], [False, True]) == pytest.approx(
+        [0.1, (0.1 * 2 + 1.0 * 2) / 4]
+    )
+    assert buffer.replay.averages(["x", "never asked", "y"]) == pytest.approx(
+        {"x": 0.1, "y": 0.8}
+    )  # hinted visits aside
+    counters = buffer.stats.read().counters
+    assert (counters["hints_fired_kl"], counters.get("hints_fired_patience", 0)) == (1, 0)
+    assert counters["hints_released"] == 1
+
+
+def test_replays_of_a_prompt_count_to_its_last_visit(gate: Gate) -> None:
+    replay = gate.buffer.replay
+    for _ in range(3):
+        gate.visit([0.1, 0.1], kl=0.001)
+    # 100 tokens at 0.001 and 300 replayed ones at 0.1: 30.1 / 400; the mean of three is 0.0257.
+    gate.step += 1
+    replay.commit_step(gate.step, gate.step + 1, [], gate.token)
+    assert replay.report_behaviour_kl(
+        gate.step, [PromptKl(prompt_id="x", k3=30.0, tokens=300, fresh=False)]
+    )
+    assert not gate.visit([0.1, 0.1], kl=0.001)
+    assert not gate.visit([0.1, 0.1], kl=0.001)
+    assert not gate.visit([0.1, 0.1], kl=0.001)
+    assert gate.visit([0.1, 0.1], kl=0.001)  # that visit has left the mean
+
+
+def test_zero_accuracy_fires_on_its_own_and_says_so(gate: Gate) -> None:
+    for _ in range(3):
+        assert not gate.visit([0.1, 0.1], kl=5.0, accuracies=[0.0, 0.0])
+    assert gate.visit([0.5, 0.5], kl=5.0, accuracies=[0.0, 0.0])
+    # Better by format alone: accuracy 0 throughout is Hard, so the hint stays.
+    assert gate.visit([0.85, 0.85], accuracies=[0.0, 0.0])
+    assert gate.visit([0.85, 0.95], accuracies=[0.0, 1.0])  # and now it is released
+    assert not gate.visit([0.1, 0.1], accuracies=[0.0, 0.0])
+    counters = gate.buffer.stats.read().counters
+    assert (counters["hints_fired_patience"], counters.get("hints_fired_kl", 0)) == (1, 0)
+
+
+def test_a_change_of_rank_alone_releases_no_hint(gate: Gate) -> None:
+    for _ in range(3):
+        gate.visit([0.1, 0.1], kl=0.001)
+    assert gate.visit([0.1, 0.1])
+    # The others fall below it: "x" is the best of rank and has not moved.
+    for _ in range(3):
+        assert gate.visit([0.1, 0.1], others=(0.0, 0.05))
+    assert tier_of(gate.buffer, "x") == "easy"
+    assert gate.visit([0.1, 0.3], others=(0.0, 0.05))  # better than when the hint came on
+    assert not gate.visit([0.1, 0.1], others=(0.0, 0.05))
+    assert gate.buffer.stats.read().counters["hints_released"] == 1
