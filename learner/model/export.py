@@ -118,13 +118,17 @@ def _write_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
         shared = any(tensor.data_ptr() == other.data_ptr() for other in shards[-1].values())
         shards[-1][name] = tensor.clone() if shared and tensor.nbytes else tensor.contiguous()
         size += tensor.nbytes
+    # safetensors makes private files; the folder, made anew, has the modes that the umask gives.
+    mode = folder.stat().st_mode & 0o666
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(mode)
         return
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         index.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in weights.values())
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)

@@ -1,0 +1,116 @@
+"""Whether the policy's log-probabilities are the model's own, tried when a model is loaded.
+
+A model may work on its logits after the head, keep a state that padding spoils, or take no
+positions. Training would then follow other probabilities than the engine samples from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.batch.microbatch import Row, collate
+from avatar_rl.learner.model.policy import Policy
+from avatar_rl.prompts.encoding.rope import MULTIMODAL
+from avatar_rl.prompts.encoding.template import EncodedPrompt
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+#: Largest difference of a token in float32; in a shorter type the median of all tokens counts,
+#: for rounding alone can move single ones far.
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
+TOLERANCE_HALF = 0.2
+#: (which of two prompts, completion tokens): neighbours of other lengths, padded both ways.
+ROWS = ((0, 4), (1, 2), (0, 1))
+PROMPTS = (6, 3)  # tokens
+
+
+@torch.no_grad()
+def check_scores(model: nn.Module, kind: str, *, share_prefix: bool) -> None:
+    """Compare the log-probabilities of a mixed micro-batch with those of each sequence alone, from
+    the model's own forward over a few random tokens. The model is left as it was.
+
+    Raises ModelError naming the model type ``kind`` where they differ or cannot be computed.
+    """
+    rows = _rows(model.config, axes=3 if kind in MULTIMODAL else 1)  # type: ignore[arg-type]
+    remedy = (
+        "set learner.share_prefix: false, or use a model of another type"
+        if share_prefix
+        else "use a model of another type"
+    )
+    try:
+        expected = [_alone(model, row) for row in rows]
+        policy = Policy(model, share_prefix=share_prefix)
+        try:
+            found = policy(collate(rows, share_prefix=share_prefix)).logprobs
+        finally:
+            policy.release()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model type {kind!r} cannot be trained here: its forward fails on a micro-batch of "
+            f"prompts and completions ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    gaps = torch.cat([(found[i, : len(one)] - one).abs() for i, one in enumerate(expected)])
+    dtype = next(model.parameters()).dtype
+    tolerance = TOLERANCE.get(dtype, TOLERANCE_HALF)
+    gap = float(gaps.max() if dtype in TOLERANCE else gaps.median())
+    if not gap <= tolerance:  # also true for NaN
+        raise ModelError(
+            f"model type {kind!r} cannot be trained here: in a micro-batch its log-probabilities "
+            f"are {gap:.2g} nats off those of each sequence alone (allowed {tolerance:g}), since "
+            "it changes the logits after its head or its states depend on padding and "
+            f"neighbours; {remedy}"
+        )
+
+
+def _rows(config: PretrainedConfig, axes: int) -> list[Row]:
+    """Completions of random ordinary tokens."""
+    special = set(_special(config.to_dict()))
+    size = config.get_text_config().vocab_size
+    ordinary = [token for token in range(size // 8, size // 2) if token not in special]
+    rng = np.random.default_rng(0)
+    prompts = []
+    for length in PROMPTS:
+        ids = torch.from_numpy(rng.choice(ordinary, length)).long()
+        prompts.append(EncodedPrompt(ids, torch.arange(length).expand(axes, -1), length))
+    return [
+        Row((str(which), False), prompts[which], rng.choice(ordinary, length).astype(np.int32))
+        for which, length in ROWS
+    ]
+
+
+def _special(settings: dict[str, object]) -> Iterator[int]:
+    """Token ids that a config names, wherever it does."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _special(value)
+        elif str(key).endswith(("token_id", "token_index", "token_ids")):
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, int):
+                    yield one
+
+
+def _alone(model: nn.Module, row: Row) -> Tensor:
+    """(T,) log-probabilities of a row's tokens by the model's own forward."""
+    prompt, completion = row.prompt.input_ids, torch.from_numpy(row.token_ids).long()
+    ids = torch.cat([prompt, completion])[None]
+    # A text model places tokens by itself; one with media would remember where it placed them.
+    axes = len(row.prompt.position_ids)
+    positions = {"position_ids": torch.arange(ids.shape[1]).expand(axes, 1, -1)}
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+        **(positions if axes > 1 else {}),
+    )
+    logits = output.logits[0, len(prompt) - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]
