@@ -115,7 +115,7 @@ class Feeder:
         if train:  # the learner refuses longer ones, which would end the run
             for rendered in prepared.values():
                 self.encoder.check_length(prompt, len(rendered["prompt_token_ids"]))
-        return PendingGroup(lease, prompt, prepared)
+        return PendingGroup(lease, prompt, prepared, opened_tag=self.encoder.chat.opened_tag)
 
 
 def render(

@@ -57,6 +57,7 @@ class PendingGroup:
     prompt: Prompt
     prepared: dict[str, RenderedPrompt]  # by part, the whole prompt first
     finished: dict[str, FinishedRequest] = field(default_factory=dict)  # by part
+    opened_tag: str | None = None  # the think tag that the prompt ends with, "" for none
 
     @property
     def key(self) -> str:
@@ -104,6 +105,7 @@ class PendingGroup:
             completions=parts[WHOLE],
             video_only=parts.get("video"),
             audio_only=parts.get("audio"),
+            opened_tag=self.opened_tag,
         )
 
 

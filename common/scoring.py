@@ -36,13 +36,15 @@ class UnscoredGroup(msgspec.Struct, frozen=True, kw_only=True):
     """The completions of one prompt, as a rollout actor sends them to a reward actor.
 
     The unimodal completions are for the ``fusion`` reward only (docs/method.md 2.2). The i-th is
-    paired with the i-th completion.
+    paired with the i-th completion. ``opened_tag`` is the think tag that the prompt ended with, ""
+    where with none, None where nobody knows.
     """
 
     prompt_id: str
     completions: list[Completion]
     video_only: list[Completion] | None = None
     audio_only: list[Completion] | None = None
+    opened_tag: str | None = None
 
 
 class CompletionScore(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from avatar_rl.learner.config import SftConfig
     from avatar_rl.learner.engine import TrainEngine
     from avatar_rl.prompts.encoding.template import PromptEncoder
+
+
+log = logging.getLogger(__name__)
+
+#: Share of the prompts that may be left out.
+MAX_LEFT_OUT = 0.2
 
 
 def target_text(prompt: Prompt) -> str:
@@ -62,6 +69,10 @@ class ColdStart:
             )
         self.engine, self.encoder, self.config, self.rank = engine, encoder, config, rank
         self.prompts = list(prompts)
+        for prompt in self.prompts:  # what the template refuses is said before any training
+            encoder.text(prompt, _hinted(prompt))
+        #: Rows that cannot be encoded and are left out, with the reason.
+        self.left_out: dict[int, str] = {}
         tokenizer = encoder.tokenizer
         self.end = tokenizer.eos_token_id
         self.targets = [
@@ -95,7 +106,7 @@ class ColdStart:
         total = sum(len(self.targets[i]) for i in batch)
         # By row number: so a rank meets mostly its own part of the dataset, and decodes only that.
         share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
-        rows = [self._row(i) for i in share]
+        rows = [row for i in share if (row := self._row(i)) is not None]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         share_prefix = self.engine.policy.share_prefix
         micro_batches = [
@@ -111,7 +122,7 @@ class ColdStart:
             return loss
 
         # A rank without a share (fewer prompts than ranks) still takes part in the collectives.
-        spare = micro_batches[0] if micro_batches else Pending([self._row(batch[0])], share_prefix)
+        spare = micro_batches[0] if micro_batches else Pending([self._any_row(batch)], share_prefix)
         self.engine.accumulate(micro_batches, cross_entropy, spare)
         config = self.config
         rate = lr_at(
@@ -127,7 +138,37 @@ class ColdStart:
             dist.all_reduce(loss_sum)
         return float(loss_sum), total
 
-    def _row(self, index: int) -> Row:
+    def _row(self, index: int) -> Row | None:
+        """None where the prompt cannot be encoded: it is left out.
+
+        Raises DataError when more than a fifth of the dataset is.
+        """
         prompt = self.prompts[index]
-        hinted = prompt.extra.get("hinted") == "true"  # rows that teach to follow a hint
-        return Row((prompt.id, hinted), self.encoder.encode(prompt, hinted), self.targets[index])
+        hinted = _hinted(prompt)
+        try:
+            encoded = self.encoder.encode(prompt, hinted)
+        except DataError as error:
+            if index not in self.left_out:
+                log.warning("cold-start prompt %s left out: %s", prompt.id, error)
+                self.left_out[index] = str(error)
+            if len(self.left_out) > MAX_LEFT_OUT * len(self.prompts):
+                raise DataError(
+                    f"{len(self.left_out)} of {len(self.prompts)} cold-start prompts cannot be "
+                    f"encoded, last: {error}; run `avatar data validate` on the dataset"
+                ) from error
+            return None
+        return Row((prompt.id, hinted), encoded, self.targets[index])
+
+    def _any_row(self, batch: Sequence[int]) -> Row:
+        """Any of the batch that can be encoded. Raises DataError where none can."""
+        for index in batch:
+            if (row := self._row(index)) is not None:
+                return row
+        raise DataError(
+            f"no prompt of a cold-start batch can be encoded: {self.left_out[batch[0]]}"
+        )
+
+
+def _hinted(prompt: Prompt) -> bool:
+    """Whether the row teaches to follow a hint."""
+    return prompt.extra.get("hinted") == "true"

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.weights.sender import WeightSender
-from avatar_rl.common.errors import ModelError
+from avatar_rl.common.errors import DataError, ModelError
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, padded
 from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork, plan_step, truncated
@@ -77,6 +77,7 @@ class StepTrainer:
     sender: WeightSender | None = None
     moves: int = 0  # grows whenever this rank gets somewhere
     skipped: int = 0  # micro-batches and updates of all ranks and steps that were left out
+    unreadable: int = 0  # completions likewise, see ``StepMetrics``
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
@@ -133,16 +134,13 @@ class StepTrainer:
             step_metrics.add_step(plan.advantages, plan.is_replay, plan.ages)
         if not plan.trajectories:
             return
-        share = plan.shares[self.rank]
         with self.timer("encode"):
-            rows = {i: self.encode(plan.trajectories[i]) for indices in share for i in indices}
+            rows = self._rows(plan, step_metrics)
+            share = [[i for i in indices if i in rows] for indices in plan.shares[self.rank]]
+            share = plan.shares[self.rank] = [indices for indices in share if indices]
             micro_batches = [self._pending([rows[i] for i in indices]) for indices in share]
             # A rank without a share still takes part in the collectives.
-            spare = (
-                micro_batches[0]
-                if micro_batches
-                else self._pending([self.encode(plan.trajectories[0])])
-            )
+            spare = micro_batches[0] if micro_batches else self._pending([self._first_row(plan)])
 
         def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             self._move()
@@ -153,6 +151,25 @@ class StepTrainer:
 
         with self.timer("forward_backward"):
             self.engine.accumulate(micro_batches, loss, spare)
+
+    def _rows(self, plan: StepPlan, step_metrics: StepMetrics) -> dict[int, Row]:
+        """This rank's completions by number, without those whose prompt cannot be encoded any more
+        (a file is gone, say): the run continues without them."""
+        rows = {}
+        for i in (i for indices in plan.shares[self.rank] for i in indices):
+            try:
+                rows[i] = self.encode(plan.trajectories[i])
+            except DataError as error:
+                log.warning("trajectory %s left out: %s", plan.trajectories[i].id, error)
+                step_metrics.unreadable += 1
+        return rows
+
+    def _first_row(self, plan: StepPlan) -> Row:
+        """Any of the step's completions. Raises DataError when none can be encoded."""
+        for trajectory in plan.trajectories[:-1]:
+            with suppress(DataError):
+                return self.encode(trajectory)
+        return self.encode(plan.trajectories[-1])
 
     def encode(self, trajectory: Trajectory) -> Row:
         """The trajectory with its prompt's tokens and media. Raises ModelError when they are not
@@ -257,6 +274,7 @@ class StepTrainer:
         """Every rank knows of all that was left out, so all stop at the same step, after its
         commit."""
         self.skipped += gathered.skipped
+        self.unreadable += gathered.unreadable
         limit = self.spec.learner.max_skipped
         if gathered.skipped and self.skipped > limit:
             raise ModelError(
@@ -289,7 +307,7 @@ class StepTrainer:
         metrics["tokens/trained"] = tokens
         busy = sum(value for name, value in seconds.items() if name != "learner_wait")
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
-        metrics["learner/skipped"] = float(self.skipped)
+        metrics["learner/skipped"] = float(self.skipped + self.unreadable)
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
     def _sample_row(self, trajectory: Trajectory) -> JsonObject:

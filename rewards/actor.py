@@ -68,6 +68,7 @@ class RewardActor:
             completions=group.completions,
             video_only=group.video_only,
             audio_only=group.audio_only,
+            opened_tag=group.opened_tag,
         )
         return [
             CompletionScore(reward=one.reward, imputed=one.imputed, components=one.components)

@@ -107,6 +107,11 @@ class RewardConfig(Section):
     format: FormatScale = Field(
         default="signed", description="Format pays +1/-1 ('signed', paper) or 1/0 ('binary', code)."
     )
+    think_prefilled: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Whether the chat template ends with the opening think tag, which completions "
+        "then lack; 'auto' looks at the run's template (outside a run both forms are right).",
+    )
     numeric: NumericMode = Field(
         default="rmae",
         description="Numerical answers: 'rmae', 'exact' to two decimals, or 'relative' within "

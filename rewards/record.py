@@ -14,12 +14,14 @@ class ScoreRequest:
     """The fresh completions of one prompt, scored together.
 
     The unimodal rollouts are for the ``fusion`` reward only (docs/method.md 2.2): the i-th is
-    paired with the i-th completion."""
+    paired with the i-th completion. ``opened_tag`` is the think tag that the prompt ended with, ""
+    where with none, None where nobody knows."""
 
     prompt: Prompt
     completions: list[Completion]
     video_only: list[Completion] | None = None
     audio_only: list[Completion] | None = None
+    opened_tag: str | None = None
 
     def __post_init__(self) -> None:
         if not self.completions:

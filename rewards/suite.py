@@ -164,11 +164,17 @@ class RewardSuite:
         return kind(self._judge, self._attach)
 
     def _format(self, request: ScoreRequest) -> list[float]:
-        scale = self.config.format
+        scale, prefilled = self.config.format, self._prefilled(request, "<think>")
         return [
-            format_score(one.text, finished=one.finished, scale=scale)
+            format_score(one.text, finished=one.finished, scale=scale, prefilled=prefilled)
             for one in request.completions
         ]
+
+    def _prefilled(self, request: ScoreRequest, tag: str) -> bool | None:
+        """Whether the prompts end with the opening ``tag``; None where nobody knows."""
+        if self.config.think_prefilled != "auto":
+            return self.config.think_prefilled
+        return None if request.opened_tag is None else request.opened_tag == tag
 
     def _accuracy(self, request: ScoreRequest, completions: Sequence[Completion]) -> list[float]:
         config = self.config
@@ -188,7 +194,8 @@ class RewardSuite:
 
     def _grounding_format(self, request: ScoreRequest) -> list[float]:
         strict = self.config.grounding == "strict"
-        parsed = [parse_grounded(one.text) for one in request.completions]
+        prefilled = self._prefilled(request, "<thinking>")
+        parsed = [parse_grounded(one.text, prefilled) for one in request.completions]
         return [
             float(one.finished and (output.strict if strict else output.lenient))
             for one, output in zip(request.completions, parsed, strict=True)

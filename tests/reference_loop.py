@@ -162,7 +162,9 @@ class ReferenceLoop:
             )
             for part in parts
         ]
-        asked = ScoreRequest(prompt=self.prompts[request.prompt_id], completions=completions)
+        asked = ScoreRequest(
+            prompt=self.prompts[request.prompt_id], completions=completions, opened_tag=""
+        )
         name = f"{request.seq:08d}"
         trajectories = []
         for index, (part, scored) in enumerate(zip(parts, self.rewards.score(asked), strict=True)):

@@ -187,8 +187,6 @@ class RolloutEngine:
         ``key`` names the prompt for ``prepared``; without one its content does. ``submit`` does
         this itself; one other thread may do it ahead while this one steps. Raises DataError.
         """
-        from vllm.exceptions import VLLMClientError
-
         if key is None:
             key = self._prompts.key(engine_input)
         rendered = self._prompts.get(key)
@@ -196,9 +194,12 @@ class RolloutEngine:
             try:
                 prompt = cast("TokensPrompt", engine_input)
                 rendered = cast("RenderedPrompt", self._engine.renderer.render_cmpl([prompt])[0])
-            except (ValueError, TypeError, RuntimeError, IndexError, VLLMClientError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # processors raise anything on odd media
                 raise DataError(
-                    f"request {request_id!r}: vLLM cannot process the prompt or its media: {error}"
+                    f"request {request_id!r}: vLLM cannot process the prompt or its media "
+                    f"({type(error).__name__}: {error}); correct or leave out this prompt"
                 ) from error
             self._prompts.put(key, rendered)
         return rendered.copy()

@@ -93,6 +93,7 @@ class StepMetrics:
     age: float = 0.0  # sum over the replays, in policy versions
     age_max: int = 0
     skipped: int = 0  # micro-batches and updates that were left out, see ``skip``
+    unreadable: int = 0  # completions left out since their prompt cannot be encoded
     culprits: list[str] = field(default_factory=list)  # ids of trajectories
     #: By prompt, of its tokens: k3 to the behaviour policy, each held at ``KL_CAP``; their number;
     #: how many of them are fresh.
@@ -175,6 +176,7 @@ class StepMetrics:
         self.age += other.age
         self.age_max = max(self.age_max, other.age_max)
         self.skipped += other.skipped
+        self.unreadable += other.unreadable
         self.culprits += other.culprits
         for prompt_id, sums in other.prompts.items():
             self._add_prompt(prompt_id, sums)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.chat_format import ChatFormat, blame
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.processor import (
     EngineInput,
@@ -92,35 +93,34 @@ class PromptEncoder:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.kind: str = model_config.model_type
         self.positions = PositionRule(model_config)
+        self.chat = ChatFormat(
+            self.processor,
+            self.tokenizer,
+            Path(model_path),
+            plain=self.kind not in MULTIMODAL,
+            system=config.system,
+        )
+        #: Sentences for whoever starts a run.
+        self.warnings = self.chat.warnings(model_config)
         self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._cached_bytes = 0
 
     def text(self, prompt: Prompt, hinted: bool) -> str:
         """The chat-formatted prompt, generation marker included, one placeholder per medium.
 
-        Raises DataError when a hint is asked for that the prompt does not have.
+        Raises DataError when a hint is asked for that the prompt does not have, or the chat
+        template refuses the prompt.
         """
         system = prompt.system if prompt.system is not None else self.config.system
-        messages = (
-            []
-            if system is None
-            else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-        )
         kinds: list[Modality] = [item.kind for item in prompt.media.items]
         if prompt.media.audio_in_video:  # the sound has no placeholder of its own
             kinds = [kind for kind in kinds if kind != "audio"]
         text = self._user_text(prompt, hinted)
-        messages.append(
-            {"role": "user", "content": _user_content(text, kinds, prompt.media.in_text)}
-        )
+        content = _user_content(text, kinds, prompt.media.in_text)
         if self.kind not in MULTIMODAL:  # text models' templates take plain strings only
-            messages = [
-                {"role": turn["role"], "content": turn["content"][-1]["text"]}  # type: ignore[index]
-                for turn in messages
-            ]
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+            words = "".join(part.get("text", "") for part in content)
+            return self.chat.render(prompt.id, system, words)
+        return self.chat.render(prompt.id, system, content)
 
     def engine_input(self, prompt: Prompt, hinted: bool) -> EngineInput:
         """vLLM prompt: token ids with one placeholder per medium, decoded media, their processor
@@ -129,7 +129,7 @@ class PromptEncoder:
         Raises DataError as ``text`` and the media loader do, and for text that is too long; with
         media only the engine knows the length: ``check_length`` is for what it made of them."""
         prepared = self._prepare(prompt, hinted)
-        token_ids = self.tokenizer(prepared.text, add_special_tokens=False)["input_ids"]
+        token_ids = self._token_ids(prompt, prepared.text)
         if not prompt.media.items:
             self.check_length(prompt, len(token_ids))
             return {"prompt_token_ids": token_ids}
@@ -202,20 +202,36 @@ class PromptEncoder:
     def _encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
         prepared = self._prepare(prompt, hinted)
         if prompt.media.items:
-            output: Mapping[str, Tensor] = self._processed(prepared)
+            output: Mapping[str, Tensor] = blame(
+                prompt.id,
+                "the model's processor",
+                "check its media (size, length, channels), or leave it out",
+                lambda: self._processed(prepared),
+            )
             ids = output["input_ids"][0]
         else:
             output = {}
-            ids = self.tokenizer(prepared.text, add_special_tokens=False, return_tensors="pt")[
-                "input_ids"
-            ][0]
+            ids = torch.tensor(self._token_ids(prompt, prepared.text))
         self.check_length(prompt, len(ids))
         features = {name: output[name] for name in FEATURES if name in output}
         seconds = torch.tensor(prepared.seconds, dtype=torch.float32) if prepared.seconds else None
-        positions = self.positions(
-            ids, features, seconds_per_grid=seconds, audio_in_video=prompt.media.audio_in_video
+        positions = blame(
+            prompt.id,
+            "the model's rule of positions",
+            "check its media and that its text holds no media token",
+            lambda: self.positions(
+                ids, features, seconds_per_grid=seconds, audio_in_video=prompt.media.audio_in_video
+            ),
         )
         return EncodedPrompt(ids, positions.ids, positions.next, features, prompt_digest(ids))
+
+    def _token_ids(self, prompt: Prompt, text: str) -> list[int]:
+        return blame(
+            prompt.id,
+            "the model's tokenizer",
+            "correct its text",
+            lambda: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
+        )
 
     def _processed(self, prepared: _Prepared) -> Mapping[str, Tensor]:
         """What the transformers processor makes of text and media."""

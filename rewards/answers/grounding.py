@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from avatar_rl.rewards.answers.format import completed
+
 MAX_SEGMENTS = 8
 _OPENING = "<time>"
 # Bounded repeats and no nested quantifier: linear in the text.
@@ -74,15 +76,20 @@ def _strict_tail(text: str) -> bool:
     )
 
 
-def parse_grounded(text: str) -> Grounded:
+def parse_grounded(text: str, prefilled: bool | None = False) -> Grounded:
     """Read an output. All work is linear in the text; at most the first 8 segments are kept.
 
     ``strict`` (docs/method.md 2.1): the whole string is 1 to 8 segments, each "s.s-e.e" with one
     decimal, valid, ordered and disjoint, with a caption, then one thinking and one answer block.
     ``lenient``: at least one segment and, anywhere after the first, a thinking and an answer block.
+    ``prefilled``: the prompt ended with the opening thinking tag, so it is missing behind the
+    segments; None: not known, so either is right.
     """
     first = text.find(_OPENING)
     pairs, rest = _read_segments(text[first:] if first >= 0 else "")
+    before = text[: max(first, 0)]
+    thought = completed(rest, "<thinking>", prefilled)
+    text, rest = text.removesuffix(rest) + thought, thought
     segments = tuple(_segment(*pair) for pair in pairs[:MAX_SEGMENTS])
     tags = ("<thinking>", "</thinking>", "<answer>", "</answer>")
     once = all(text.count(tag) == 1 for tag in tags) and text.count(_OPENING) == len(pairs)
@@ -91,7 +98,7 @@ def parse_grounded(text: str) -> Grounded:
         1 <= len(pairs) <= MAX_SEGMENTS
         and once
         and written_well
-        and not text[: max(first, 0)].strip()
+        and not before.strip()
         and ordered(segments)
         and _strict_tail(rest)
     )
