@@ -189,6 +189,12 @@ class LearnerConfig(Section):
     warmup: float = Field(
         0.05, ge=0, le=1, description="Share of the steps with a rising learning rate."
     )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="The same as a number of steps; null takes the share. A run that is resumed "
+        "keeps the number it began with, also when loop.steps is raised.",
+    )
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
     micro_batch_tokens: int = Field(
         16_384,
@@ -216,6 +222,10 @@ class LearnerConfig(Section):
         600, gt=0, description="Seconds until the groups of a silent learner are given away."
     )
     threads: int = Field(1, ge=1, description="CPU threads per rank; ignored on a GPU.")
+
+    def rising(self, steps: int) -> int:
+        """Steps of a run of ``steps`` with a rising learning rate."""
+        return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
 
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:

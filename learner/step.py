@@ -332,7 +332,7 @@ class StepTrainer:
         return lr_at(
             step,
             lr=config.optimizer.lr,
-            warmup=round(config.warmup * steps),
+            warmup=config.rising(steps),
             total=steps,
             schedule=config.schedule,
         )

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from avatar_rl.cluster.checkpoints.runlock import RunLock
-from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.config import LoopConfig, RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets, model_digest
 from avatar_rl.cluster.telemetry.run_files import MASK, list_runs, mask_secrets, read_status
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -24,6 +24,7 @@ from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
 from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
+from avatar_rl.learner.config import LearnerConfig
 
 #: When a run ends.
 UNTIL = ("loop.steps", "loop.target_accuracy", "evaluation")
@@ -58,10 +59,12 @@ HARMLESS = (
     "learner.gradient_checkpointing",
     "learner.lease_s",
     "learner.threads",
+    "learner.warmup_steps",
     "learner.reference_cache",
     "learner.max_skipped",
     "cold_start.checkpoint_every",
     "cold_start.micro_batch_tokens",
+    "data.media.roots",
     "data.media.threads",
     "data.media.memory_cache_bytes",
     "data.media.disk_cache",
@@ -234,6 +237,19 @@ def resumable(run: Path, config: RunConfig, on_damage: Callable[[str], None]) ->
     """
     check_recipe(run, config)
     return Resumption(run, newest_checkpoint(run, on_damage))
+
+
+def with_begun_warmup(config: RunConfig, resumption: Resumption | None) -> RunConfig:
+    """``config`` with the warm-up of the run that is resumed.
+
+    Its share of more steps would be longer: a run that is extended would warm up again."""
+    if resumption is None or resumption.checkpoint is None:
+        return config
+    saved = saved_config(resumption.run)
+    learner = LearnerConfig.model_validate(saved.get("learner", {}))
+    loop = LoopConfig.model_validate(saved.get("loop", {}))
+    begun = {"warmup_steps": learner.rising(loop.steps)}
+    return config.model_copy(update={"learner": config.learner.model_copy(update=begun)})
 
 
 def data_digest(datasets: Datasets) -> str:

@@ -21,12 +21,14 @@ from avatar_rl.cluster.checkpoints.resume import (
     prepare,
     reusable_config,
     truncate_metrics,
+    with_begun_warmup,
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.telemetry.run_files import MASK, read_metrics, read_status
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.learner.engine import lr_at
 
 RAW: dict[str, Any] = {"name": "local", "data": {"synthetic": {}}}
 
@@ -83,6 +85,32 @@ def test_a_run_is_found_by_id_or_folder(tmp_path: Path) -> None:
     assert find_run(Path("elsewhere"), str(run), "local") == run
     with pytest.raises(ConfigError, match=r"--resume local-7: .*newest: local-1"):
         find_run(tmp_path, "local-7", "local")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_that_is_extended_does_not_warm_up_again(tmp_path: Path, schedule: str) -> None:
+    def rate(config: RunConfig, step: int) -> float:
+        learner, steps = config.learner, config.loop.steps
+        shape = {"warmup": learner.rising(steps), "total": steps, "schedule": learner.schedule}
+        return lr_at(step, lr=1.0, **shape)  # type: ignore[arg-type]
+
+    # Twice: a run that was extended may be extended or interrupted again.
+    run = a_run(tmp_path, "local-1", loop__steps=100, learner__schedule=schedule)
+    done = Checkpoint.__new__(Checkpoint)
+    for steps in (4000, 4000, 9000):
+        asked = a_config(tmp_path, loop__steps=steps, learner__schedule=schedule)
+        check_recipe(run, asked)
+        extended = with_begun_warmup(asked, Resumption(run, done))
+        assert [rate(extended, step) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+        if schedule == "constant":
+            assert rate(extended, 100) == rate(asked.model_copy(), steps - 1) == 1.0
+        else:
+            assert 0.97 < rate(extended, 100) < 1.0  # its place in the new total
+        assert rate(asked, 20) < 1.0  # a new run of that length
+        (run / "config.yaml").write_text(yaml.safe_dump(extended.model_dump(mode="json")))
+    # One that ended before its first checkpoint begins again, with the warm-up of its length.
+    assert with_begun_warmup(asked, Resumption(run, None)) == asked
+    assert with_begun_warmup(asked, None) == asked
 
 
 def test_what_changes_the_results_is_refused_and_listed(tmp_path: Path) -> None:
