@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
-from avatar_rl.cluster.checkpoints.resume import Resumption, check_assets, data_digest, open_folder
+from avatar_rl.cluster.checkpoints.resume import (
+    Resumption,
+    check_assets,
+    data_digest,
+    open_folder,
+    with_begun_warmup,
+)
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import (
@@ -83,6 +89,7 @@ def execute(
     Raises AvatarError children for what a user can cure, and Stopped when it was asked to stop.
     """
     started = time.monotonic()
+    config = with_begun_warmup(config, resumption)
     lock = RunLock(path, on_warning=screen.event)
     with run_folder(config, path, lock, resumption, screen) as folder:
         needs_of(config)
