@@ -63,7 +63,7 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
             checkpoint=lambda step, last: said.append(f"checkpoint {step}{' last' * last}"),
             checkpoints=SimpleNamespace(wait=lambda: said.append("written")),
         ),
-        metrics=SimpleNamespace(measure=lambda *step: {}, write=lambda *step: None),
+        metrics=SimpleNamespace(measure=lambda *step: {}, write=lambda *step: None, stats=None),
         folder=SimpleNamespace(event=lambda kind, message: said.append(kind), status=lambda **_: 0),
         screen=SimpleNamespace(phase=lambda name: None),
     )
