@@ -106,6 +106,8 @@ class ChatClient:
             api_key=_api_key(config, named),
             max_retries=0,  # retries are ours: they share one deadline and are counted
             timeout=config.request_timeout_s,
+            # no proxy of the environment finds our loopback
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not config.on_loopback),
         )
         self._slots = asyncio.Semaphore(config.concurrency)
         self._breaker = CircuitBreaker(config.breaker_failures, config.breaker_cooldown_s)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from avatar_rl.common.config import Section
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host of a URL is this machine alone."""
+    if host is None or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class EndpointConfig(Section):
@@ -57,3 +69,8 @@ class EndpointConfig(Section):
         ge=0,
         description="Replies kept in memory by content, oldest use dropped; 0: none.",
     )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether it is on this machine, where no proxy of the environment finds it."""
+        return is_loopback(urlsplit(self.base_url).hostname)

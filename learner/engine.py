@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -39,18 +41,46 @@ ENCODERS = {
 #: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those
 #: of a tiny model do.
 WHOLE_BELOW = 100_000
+LOOPBACK = "127.0.0.1"
 
 
 def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
-    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Ranks that meet on loopback have a store that listens there only; torch's own listens on every
+    interface, and anybody who reaches it may write to it."""
     import deepspeed
 
     if not on_gpu:
         # Its shared-memory collectives cost a minute of compiling and leak /dev/shm segments; gloo
         # does the same work.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False
+    backend = "nccl" if on_gpu else "gloo"
+    if os.environ["MASTER_ADDR"] == LOOPBACK:
+        world = int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend,
+            store=_loopback_store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=world,
+            timeout=timeout,
+            device_id=torch.device("cuda", 0) if on_gpu and world > 1 else None,
+        )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _loopback_store(timeout: timedelta) -> dist.TCPStore:
+    """Rank 0 listens at MASTER_PORT of loopback, the others find it there."""
+    port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listening = socket.create_server((LOOPBACK, port)).detach() if is_first else None
+    return dist.TCPStore(
+        LOOPBACK,
+        port,
+        int(os.environ["WORLD_SIZE"]),
+        is_first,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
     )
 
 

@@ -1,25 +1,26 @@
-"""`avatar doctor`: looks at this machine, and at what a recipe needs of it, before anything
-expensive starts."""
+"""`avatar doctor` looks at this machine, and at what a recipe needs of it. Its fast checks run
+before every training, and nothing is made before they pass."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from avatar_rl.cluster.commands import doctor_inputs as inputs
 from avatar_rl.cluster.commands import doctor_machine as machine
+from avatar_rl.cluster.commands import doctor_network as network
+from avatar_rl.cluster.commands import doctor_plan as plan
 from avatar_rl.cluster.commands.doctor_redis import redis_findings
-from avatar_rl.cluster.commands.findings import Finding, Level, gib
+from avatar_rl.cluster.commands.findings import Finding
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.telemetry.run_folder import MIN_FREE_BYTES
-from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.errors import AvatarError, ConfigError, ResourceError
+from avatar_rl.common.text import printable
 
-ROOMY_BYTES = 10 << 30  # run folders, caches and a checkpoint of a small model
+Check = Callable[[], Iterator[Finding]]
+#: What a run is told at its start though it can do without.
+_TOLD = ("/dev/shm", "GPU")
 
 
 def examine(recipe: Path | None = None, overrides: Sequence[tuple[str, str]] = ()) -> list[Finding]:
@@ -40,25 +41,70 @@ def examine(recipe: Path | None = None, overrides: Sequence[tuple[str, str]] = (
                     "correct the recipe; `avatar train --dry-run` shows it",
                 )
             )
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        machine.python,
-        machine.packages,
-        machine.vllm,
-        lambda: machine.gpu(config),
-        lambda: machine.memory(config),
-        machine.shm,
-        machine.limits,
-        machine.decoding,
-        lambda: _folders(config),
-        lambda: _inputs(config),
-        lambda: _network(config),
-        lambda: redis_findings(config.buffer if config else None),
+    slow: list[Check] = [machine.python, machine.packages, machine.vllm, machine.limits]
+    return findings + _found([*slow, machine.decoding, *_fast(config)])
+
+
+def preflight(configs: Mapping[str, RunConfig]) -> None:
+    """The fast checks of a run, or of all stages of one by their names ("" for a run without).
+
+    Raises ConfigError or ResourceError with everything that is wrong, each fault with its remedy.
+    """
+    told: dict[tuple[str, str], Finding] = {}
+    for stage, config in configs.items():
+        for item in _found(_fast(config)):
+            told.setdefault((item.subject, item.found), item)
+            if stage and item.level == "fail" and told[item.subject, item.found] is item:
+                name = f"stage {stage}: {item.subject}"
+                told[item.subject, item.found] = Finding(name, item.level, item.found, item.remedy)
+    for item in told.values():
+        if item.level == "warn" and item.subject in _TOLD:
+            print(
+                printable(f"avatar: {item.subject}: {item.found}; {item.remedy}"), file=sys.stderr
+            )
+    failed = [item for item in told.values() if item.level == "fail"]
+    if not failed:
+        return
+    lines = [f"{item.subject}: {item.found}; {item.remedy}" for item in failed]
+    kind = ConfigError if any("." in item.subject for item in failed) else ResourceError
+    raise kind("nothing was started:\n  " + "\n  ".join(lines))
+
+
+def _fast(config: RunConfig | None) -> list[Check]:
+    """Milliseconds each, unless a network must be asked."""
+    of_recipe: list[Check] = []
+    if config is not None:
+        known = config
+        of_recipe = [
+            lambda: inputs.model(known),
+            lambda: inputs.files(known),
+            lambda: inputs.secrets(known),
+            lambda: inputs.rewards(known),
+            lambda: inputs.folders(known),
+        ]
+    return [
+        *of_recipe,
+        lambda: plan.cpus(config),
+        lambda: plan.gpu(config),
+        lambda: plan.memory(config),
+        lambda: plan.shm(config),
+        lambda: plan.disk(config),
+        network.sockets,
+        network.home,
+        lambda: network.proxies(config),
+        lambda: network.ports(config),
+        lambda: network.cluster(config),
+        lambda: redis_findings(config.buffer if config is not None else None),
     ]
+
+
+def _found(checks: Sequence[Check]) -> list[Finding]:
+    findings: list[Finding] = []
     for check in checks:
         try:
             findings += check()
         except (OSError, AvatarError, subprocess.SubprocessError, ValueError) as error:
-            name = getattr(check, "__name__", "check").strip("_<>")
+            name = getattr(check, "__name__", "check").strip("_<>").replace("lambda", "check")
             findings.append(
                 Finding(name, "fail", f"could not be looked at: {error}", "see the message")
             )
@@ -73,109 +119,3 @@ def _resolved(recipe: Path, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     if "stages" in raw:
         return resolve(raw, overrides, preset_name=None, source=str(recipe)).stages[-1].config
     return load_recipe(recipe, overrides)
-
-
-def _folders(config: RunConfig | None) -> Iterator[Finding]:
-    if config is None:
-        return
-    for name in ("folder", "cache"):
-        path: Path = getattr(config.output, name)
-        subject = f"output.{name}"
-        nearest = next(
-            parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir()
-        )
-        if config.resources.address and nearest == Path(path.absolute().anchor):
-            remedy = f"is the shared storage mounted on this machine? else set {subject}"
-            yield Finding(subject, "fail", f"nothing of {path} is here", remedy)
-            continue
-        try:
-            with tempfile.TemporaryFile(dir=nearest):
-                pass
-        except OSError as error:
-            yield Finding(
-                subject, "fail", f"{nearest} cannot be written: {error.strerror}", f"set {subject}"
-            )
-            continue
-        free = shutil.disk_usage(nearest).free
-        level: Level = "fail" if free < MIN_FREE_BYTES else "warn" if free < ROOMY_BYTES else "ok"
-        remedy = "" if level == "ok" else f"free some space or set {subject}"
-        yield Finding(subject, level, f"{path}: writable, {gib(free)} free", remedy)
-
-
-def _inputs(config: RunConfig | None) -> Iterator[Finding]:
-    if config is None:
-        return
-    from avatar_rl.cluster.recipe.assets import check_model_folder
-
-    if config.model.path != "tiny":
-        path = Path(config.model.path)
-        try:
-            if not path.is_dir():
-                raise AvatarError(f"{path} is not a folder")
-            check_model_folder(path)
-            yield Finding("model", "ok", str(path))
-        except AvatarError as error:
-            yield Finding(
-                "model",
-                "fail",
-                str(error),
-                "download it beforehand and set model.path: runs are offline",
-            )
-    for name in ("train", "heldout", "sft"):
-        file: Path | None = getattr(config.data, name)
-        if file is not None:
-            there = file.exists()
-            remedy = "" if there else f"set data.{name}; `avatar data validate` looks inside"
-            yield Finding(
-                f"data.{name}",
-                "ok" if there else "fail",
-                f"{file}{'' if there else ' is missing'}",
-                remedy,
-            )
-
-
-def _network(config: RunConfig | None) -> Iterator[Finding]:
-    with socket.socket() as probe:  # the learner's ranks meet on a port of this kind
-        probe.bind(("", 0))
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    level: Level = "ok" if high - low >= 10_000 else "warn"
-    remedy = "" if level == "ok" else "sysctl net.ipv4.ip_local_port_range='32768 60999'"
-    yield Finding("ports", level, f"{low} to {high} for Ray, gloo and NCCL", remedy)
-    if config is None:
-        return
-    if (port := config.output.prometheus_port) is not None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.output.prometheus_host, port))
-                yield Finding("metrics port", "ok", f"{port} is free")
-            except OSError as error:
-                yield Finding(
-                    "metrics port",
-                    "fail",
-                    f"{port}: {error.strerror}",
-                    "set output.prometheus_port",
-                )
-    address = config.resources.address
-    if address and (found := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)):
-        try:
-            socket.create_connection((found[1], int(found[2])), timeout=5).close()
-            yield Finding("Ray cluster", "ok", f"{address} answers")
-        except OSError as error:
-            yield Finding(
-                "Ray cluster",
-                "fail",
-                f"{address}: {error}",
-                "start it, or correct resources.address",
-            )
-    elif address == "auto":
-        there = "RAY_ADDRESS" in os.environ or Path("/tmp/ray/ray_current_cluster").exists()
-        found_text = (
-            "a cluster runs on this machine" if there else "no cluster runs on this machine"
-        )
-        remedy = (
-            ""
-            if there
-            else "ray start --address=HEAD:6379 here, or submit the run with `ray job submit`"
-        )
-        yield Finding("Ray cluster", "ok" if there else "fail", found_text, remedy)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import resource
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 from packaging.requirements import Requirement
 
-from avatar_rl.cluster.commands.findings import Finding, Level, gib
-from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.commands.findings import Finding
 
 PACKAGE = "avatar-rl"
 CONSTRAINTS = Path(__file__).parents[2] / "deploy" / "constraints"
 OPEN_FILES = 8192  # a Ray node with some tens of workers
-SHM_BYTES = 1 << 30
-PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
 
 
 def python() -> Iterator[Finding]:
@@ -151,73 +145,6 @@ def decoding() -> Iterator[Finding]:
         )
     else:
         yield Finding("media", "ok", found)
-
-
-def gpu(config: RunConfig | None) -> Iterator[Finding]:
-    wanted = bool(config and (config.resources.rollout_gpus or config.resources.learner_gpus))
-    tool = shutil.which("nvidia-smi")
-    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    answer = (
-        subprocess.run([tool, *query], capture_output=True, text=True, timeout=30) if tool else None
-    )
-    if answer is None or answer.returncode != 0:
-        why = (
-            "no nvidia-smi"
-            if answer is None
-            else f"nvidia-smi: {answer.stdout.strip() or answer.stderr.strip()}"
-        )
-        local = config is None or config.resources.address is None
-        if wanted and local:
-            yield Finding(
-                "GPU",
-                "fail",
-                f"{why}, and the recipe asks for GPUs",
-                "install the driver, or set *_gpus to 0",
-            )
-        else:
-            yield Finding("GPU", "ok", f"none here ({why}): CPU mode")
-        return
-    rows = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-    if flavour() == "cpu":
-        yield Finding(
-            "GPU",
-            "warn",
-            f"{len(rows)} GPU(s), but the CPU stack is installed",
-            "make setup on this machine",
-        )
-    else:
-        yield Finding("GPU", "ok", f"{len(rows)}: {rows[0]}")
-
-
-def memory(config: RunConfig | None) -> Iterator[Finding]:
-    free = psutil.virtual_memory().available
-    processes = (
-        config.rollout.workers + config.learner.ranks
-        if config and config.resources.address is None
-        else 2
-    )
-    needed = processes * PROCESS_BYTES
-    level: Level = "ok" if free >= needed else "warn"
-    remedy = (
-        "" if level == "ok" else "fewer rollout.workers or learner.ranks, or stop other programs"
-    )
-    yield Finding(
-        "memory",
-        level,
-        f"{gib(free)} free, {processes} processes need {gib(needed)} with a tiny model",
-        remedy,
-    )
-
-
-def shm() -> Iterator[Finding]:
-    usage = shutil.disk_usage("/dev/shm")
-    level: Level = "ok" if usage.free >= SHM_BYTES else "warn"
-    remedy = (
-        ""
-        if level == "ok"
-        else "docker run --shm-size=16g, or an emptyDir with medium: Memory at /dev/shm"
-    )
-    yield Finding("/dev/shm", level, f"{gib(usage.free)} of {gib(usage.total)} free", remedy)
 
 
 def limits() -> Iterator[Finding]:

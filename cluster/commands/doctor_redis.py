@@ -13,6 +13,7 @@ from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.connection import MIN_VERSION, open_client, translate
 from avatar_rl.buffer_service.redis.server import find_redis_server
 from avatar_rl.cluster.commands.findings import Finding
+from avatar_rl.common.endpoint_config import is_loopback
 from avatar_rl.common.errors import AvatarError
 
 WAIT_S = 5.0
@@ -60,7 +61,16 @@ def redis_findings(config: BufferConfig | None) -> Iterator[Finding]:
         )
     finally:
         client.close()
-    if parts.scheme == "redis" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+    if parts.scheme == "unix" or is_loopback(parts.hostname):
+        return
+    if not (parts.password or config.password_env or config.password_file):
+        yield Finding(
+            "redis login",
+            "warn",
+            f"{where} takes no password: everyone who reaches it reads and writes the run",
+            "requirepass or an ACL there (deploy/redis/users.acl), and buffer.password_env",
+        )
+    if parts.scheme == "redis":
         yield Finding(
             "redis link",
             "warn",

@@ -99,8 +99,13 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
 
 
 def train_and_summarise(config: RunConfig, resume: str | None) -> int:
-    """Run the recipe, then say what it reached; exit code as of ``stoppable``."""
-    from avatar_rl.cluster.training.restarts import start_or_resume
+    """Run the recipe, then say what it reached; exit code as of ``stoppable``.
+
+    Raises ConfigError or ResourceError, before anything is made, for what cannot run."""
+    from avatar_rl.cluster.commands.doctor import preflight
+
+    preflight({"": config})
+    from avatar_rl.cluster.training.restarts import start_or_resume  # takes seconds
 
     return stoppable(lambda: print_summary(config, start_or_resume(config, resume)))
 

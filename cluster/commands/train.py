@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from avatar_rl.cluster.curriculum.stages import Curriculum
+    from avatar_rl.cluster.config import RunConfig
+    from avatar_rl.cluster.curriculum.stages import Curriculum, Stage
     from avatar_rl.prompts.record import Modality
 
 #: Keys of a recipe that only a curriculum has.
@@ -63,6 +65,12 @@ def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked
     from avatar_rl.cluster.curriculum.stages import resolve
 
     curriculum = resolve(raw, parse_overrides(overrides), preset_name=asked.preset, source=source)
+    names = [stage.name for stage in curriculum.stages]
+    for option, name in (("--stage", asked.stage), ("--from-stage", asked.from_stage)):
+        if name is not None and name not in names:
+            raise ConfigError(
+                f"{option} {name}: recipe {source} has no such stage, it has {', '.join(names)}"
+            )
     if asked.start is not None:
         curriculum = _started(curriculum, asked.start, asked.stage or asked.from_stage)
     if asked.resume not in (None, "auto"):
@@ -72,8 +80,10 @@ def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked
         )
     if asked.dry_run:
         return _show(curriculum, only=asked.stage, first=asked.from_stage)
+    from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.services.shared_storage import placed
 
+    preflight({stage.name: _begun(stage) for stage in curriculum.stages})
     where = tuple(replace(stage, config=placed(stage.config)) for stage in curriculum.stages)
     curriculum = replace(curriculum, stages=where, folder=where[0].config.output.folder)
     return stoppable(lambda: _run(curriculum, only=asked.stage, first=asked.from_stage))
@@ -89,6 +99,14 @@ def _started(curriculum: Curriculum, start: Path, named: str | None) -> Curricul
         raise ConfigError(f"--start {start} is not a checkpoint folder")
     stages = (replace(s, start=start) if s.name == named else s for s in curriculum.stages)
     return replace(curriculum, stages=tuple(stages))
+
+
+def _begun(stage: Stage) -> RunConfig:
+    """The stage's recipe with the checkpoint that it starts from, where that is known."""
+    if stage.start is None:
+        return stage.config
+    model = stage.config.model.model_copy(update={"path": str(stage.start)})
+    return stage.config.model_copy(update={"model": model})
 
 
 def _run(curriculum: Curriculum, *, only: str | None, first: str | None) -> None:
@@ -134,21 +152,24 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
 def evaluate_checkpoint(
     checkpoint: Path, recipe: Path, overrides: Sequence[str], *, without: Sequence[Modality]
 ) -> int:
-    """Accuracy by question type and need on the terminal."""
+    """Accuracy by question type and need on the terminal. Of a run folder its export is taken.
+
+    Raises ConfigError for what is no checkpoint, before anything is made."""
+    from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.telemetry.live_view import open_screen
     from avatar_rl.cluster.training.evaluate import evaluate
 
     raw = read_recipe(recipe)
     common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
     config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
-    if not checkpoint.is_dir():
-        raise ConfigError(f"{checkpoint} is not a checkpoint folder")
+    checkpoint = _policy_of(checkpoint)
     model = config.model.model_copy(update={"path": str(checkpoint)})
     config = config.model_copy(update={"name": "evaluate", "cold_start": None, "model": model})
+    if config.data.synthetic is None and config.data.heldout is None:
+        raise ConfigError(f"recipe {recipe} has no held-out prompts: set data.heldout")
+    preflight({"": config})
     with open_screen(config.screen, 1, title="evaluate") as screen:
         result = evaluate(config, screen, model=checkpoint, without=[tuple(without)])
-    if not result.evaluations:
-        raise ConfigError(f"recipe {recipe} has no held-out prompts: set data.heldout")
     [evaluation] = result.evaluations
     missing = f" without {' and '.join(without)}" if without else ""
     print(f"held-out accuracy{missing} {evaluation.accuracy:.3f} on {evaluation.prompts} prompts")
@@ -157,3 +178,19 @@ def evaluate_checkpoint(
             print(f"  {label + name:<24} {value:.2f}")
     print(f"run folder   {result.run}")
     return 0
+
+
+def _policy_of(path: Path) -> Path:
+    """The model folder that is meant by ``path``: itself, or the export of a run."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a checkpoint folder")
+    if (path / "config.json").is_file() or not (path / "status.json").is_file():
+        return path
+    export = path / "checkpoint"
+    if not export.is_dir():
+        raise ConfigError(
+            f"{path} is a run without an export: finish it (`avatar runs resume {path}`) with "
+            "output.export true, or name a model folder"
+        )
+    print(f"avatar: {path} is a run; its export {export} is evaluated", file=sys.stderr)
+    return export

@@ -6,15 +6,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.common.errors import ConfigError, DataError, ModelError
+from avatar_rl.common.errors import ConfigError, DataError, InputError, ModelError
 from avatar_rl.common.types import ReadOnlyJson, ReadOnlyObject
 from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.record import check_roots
 
 Progress = Callable[[str, str], None]  # phase, detail
 
@@ -170,9 +171,10 @@ def _existing(name: str, path: Path | None) -> Path:
     return path
 
 
-def check_media(prompts: PromptIndex) -> None:
-    """Every media file is there and holds something. Raises DataError naming the first faults;
-    workers decode."""
+def check_media(prompts: PromptIndex, roots: Sequence[Path] = ()) -> None:
+    """Every media file is there, holds something and lies in one of ``roots``, where there are any.
+
+    Raises DataError naming the first faults; workers decode."""
     seen: set[str] = set()
     faults = []
     for prompt in prompts:
@@ -181,6 +183,11 @@ def check_media(prompts: PromptIndex) -> None:
                 continue
             seen.add(item.uri)
             file = Path(item.uri)
+            try:
+                check_roots(file, roots)
+            except InputError as error:
+                faults.append(f"prompt {prompt.id!r}: {item.kind} {error.where} {error.what}")
+                continue
             if not file.is_file():
                 faults.append(f"prompt {prompt.id!r}: {item.kind} {file} is missing")
             elif file.stat().st_size == 0:

@@ -7,12 +7,19 @@ CUDA graphs come on top: leave 10 to 20 GiB."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from avatar_rl.common.types import JsonObject
 
 GIB = 1 << 30
 WEIGHT = 2  # bytes, bfloat16
 GRADIENT = 2
 OPTIMIZER = 12  # float32 master copy and two AdamW moments
+CPU_WEIGHT = 4  # bytes, float32
 BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the older goes
 
 
@@ -62,6 +69,16 @@ class Architecture:
         weights = self.parameters * WEIGHT * split[2]
         return trained + weights + (self.parameters * WEIGHT if reference else 0.0)
 
+    def checkpoint_bytes(self) -> float:
+        """One checkpoint of the learner: master copies and moments, and the weights."""
+        return self.decoder * OPTIMIZER + self.parameters * WEIGHT
+
+    def cpu_bytes(self, rollouts: int, ranks: int, *, reference: bool = True) -> float:
+        """Memory of a run without GPUs, all in float32, the store's versions included."""
+        weights = self.parameters * CPU_WEIGHT
+        learner = 4 * weights + (weights if reference else 0)  # gradients and two moments
+        return rollouts * weights + ranks * learner + BOARD_VERSIONS * weights
+
 
 def _vision(depth: int, hidden: int, mlp_matrices: float, out: int) -> float:
     """Blocks, patch embedding of 2 x 14 x 14 x 3, and the 2 x 2 merger."""
@@ -100,6 +117,75 @@ ARCHITECTURES = (
         "Qwen3-Omni-30B-A3B", 152_064, 2048, 48, 4096, 512, 768, 0.54e9 + 0.65e9, experts=128
     ),  # towers as published, rounded
 )
+
+
+#: Parts of an omni model that are neither trained nor served.
+_LEFT_OUT = ("talker", "token2wav", "code2wav")
+_ENCODERS = frozenset({"visual", "vision_tower", "audio_tower", "vision_model"})
+
+
+def architecture_of(path: str) -> Architecture | None:
+    """The plan of a recipe's ``model.path``: by its config.json, else, where the folder is not on
+    this machine, by the name of a published model. None for others, and for 'tiny'."""
+    folder = Path(path)
+    try:
+        config: JsonObject = json.loads((folder / "config.json").read_bytes())
+        return _of_config(folder, config)
+    except (OSError, ValueError, KeyError, AttributeError):
+        name = folder.name.lower()
+        return next((item for item in ARCHITECTURES if item.name.lower() in name), None)
+
+
+def _of_config(folder: Path, config: JsonObject) -> Architecture:
+    """Raises KeyError for a config.json of another form."""
+    text = _decoder_of(config)
+    heads = _number(text, "num_attention_heads")
+    hidden = _number(text, "hidden_size")
+    size = _number(text, "head_dim", default=hidden // heads)
+    experts = _number(text, "num_experts", "num_local_experts", default=1)
+    mlp = _number(text, "intermediate_size", default=hidden)
+    return Architecture(
+        folder.name,
+        _number(text, "vocab_size"),
+        hidden,
+        _number(text, "num_hidden_layers"),
+        heads * size,
+        _number(text, "num_key_value_heads", default=heads) * size,
+        _number(text, "moe_intermediate_size", default=mlp) if experts > 1 else mlp,
+        float(sum(_encoder_sizes(folder))),
+        experts=experts,
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+    )
+
+
+def _number(section: JsonObject, *names: str, default: int | None = None) -> int:
+    """The first of the keys that is a number. Raises KeyError where none is, without a default."""
+    for name in names:
+        if isinstance(value := section.get(name), int):
+            return value
+    if default is None:
+        raise KeyError(names[0])
+    return default
+
+
+def _decoder_of(config: JsonObject) -> JsonObject:
+    """The section of the language model, at whatever depth."""
+    for name in ("thinker_config", "text_config", "llm_config"):
+        if isinstance(inner := config.get(name), dict):
+            return _decoder_of(inner)
+    return config
+
+
+def _encoder_sizes(folder: Path) -> Iterator[int]:
+    """Parameters of each tensor of a tower, by the headers of the weight files."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
+        for name, entry in header.items():
+            parts = name.split(".")
+            if parts[0] not in _LEFT_OUT and not _ENCODERS.isdisjoint(parts):
+                yield math.prod(entry["shape"])
 
 
 def memory_table(ranks: int = 8, tokens: int = 131_072) -> str:

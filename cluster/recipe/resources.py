@@ -65,12 +65,33 @@ class Needs:
         ]
 
 
+def cluster_address(config: RunConfig) -> str | None:
+    """The Ray cluster that a run of ``config`` joins: resources.address, else RAY_ADDRESS. None
+    where it starts Ray on this machine."""
+    address = config.resources.address or os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def needs_of(config: RunConfig) -> Needs:
     """Raises ResourceError when a local run asks for far more processes than this machine has
     cores."""
+    needs = asked_by(config)
+    cores = os.cpu_count() or 1
+    if cluster_address(config) is None and needs.cpus > OVERSUBSCRIPTION * cores:
+        raise ResourceError(
+            f"this run asks for {needs.cpus:g} CPUs and the machine has {cores}: lower "
+            "rollout.workers "
+            f"({needs.rollouts}) or learner.ranks ({needs.learners}), or join a cluster with "
+            "resources.address"
+        )
+    return needs
+
+
+def asked_by(config: RunConfig) -> Needs:
+    """What the recipe says, wherever it runs."""
     resources = config.resources
     named = resources.rollout_gpus is not None or resources.learner_gpus is not None
-    needs = Needs(
+    return Needs(
         rollouts=config.rollout.workers,
         learners=config.learner.ranks,
         scorers=resources.reward_workers,
@@ -80,13 +101,3 @@ def needs_of(config: RunConfig) -> Needs:
         learner_gpus=resources.learner_gpus or 0.0,
         forced_gpus=named,
     )
-    cores = os.cpu_count() or 1
-    local = resources.address is None and "RAY_ADDRESS" not in os.environ
-    if local and needs.cpus > OVERSUBSCRIPTION * cores:
-        raise ResourceError(
-            f"this run asks for {needs.cpus:g} CPUs and the machine has {cores}: lower "
-            "rollout.workers "
-            f"({needs.rollouts}) or learner.ranks ({needs.learners}), or join a cluster with "
-            "resources.address"
-        )
-    return needs

@@ -22,6 +22,8 @@ SERVED_NAME = "judge"
 POLL_S = 0.2
 STOP_S = 15.0
 _LAST_LINES = 12
+#: Without the proxies of the environment, which would not find our loopback.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class JudgeServer:
@@ -157,7 +159,7 @@ class JudgeServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as reply:
+            with _DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=2) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.resources import OVERSUBSCRIPTION, Needs, needs_of
+from avatar_rl.cluster.recipe.resources import OVERSUBSCRIPTION, Needs, cluster_address, needs_of
 from avatar_rl.cluster.services.allocator import jemalloc
 from avatar_rl.cluster.services.judge_server import JudgeServer
 from avatar_rl.cluster.services.orphans import OrphanReaper
 from avatar_rl.cluster.services.placement import live_nodes
+from avatar_rl.cluster.services.private_node import PrivateNode
 from avatar_rl.cluster.services.shared_storage import check_shared
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.rewards.config import RewardConfig
@@ -41,6 +42,12 @@ CPU_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "DS_ACCELERATOR": "cpu",
+}
+#: Of a run on one machine: collectives and engines listen on loopback (docs/security.md).
+LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -75,6 +82,7 @@ class Services:
         self._session: Path | None = None
         self._workers = "*"  # of this run, by the names of their logs: worker id, job, pid
         self._orphan_reaper: OrphanReaper | None = None
+        self._private = PrivateNode()
 
     def __enter__(self) -> Services:
         try:
@@ -96,7 +104,8 @@ class Services:
 
     def worker_environment(self) -> dict[str, str]:
         """Environment of rollout, learner and reward processes."""
-        return {**ENVIRONMENT, **({} if self.on_gpu else CPU_ENVIRONMENT | jemalloc())}
+        local = LOOPBACK if cluster_address(self.config) is None else {}
+        return {**ENVIRONMENT, **local, **({} if self.on_gpu else CPU_ENVIRONMENT | jemalloc())}
 
     def rewards(self) -> RewardConfig:
         """The recipe's rewards; a judge that was started here is named by its address."""
@@ -117,7 +126,7 @@ class Services:
         rewards = self.config.rewards
         if rewards.judge.kind != "managed" or not rewards.asks_judge:
             return
-        if self.config.resources.address or os.environ.get("RAY_ADDRESS"):
+        if cluster_address(self.config) is not None:
             raise ConfigError(
                 "rewards.judge.kind managed serves on loopback, which other nodes of a cluster do "
                 "not reach: serve the judge yourself and give rewards.judge.kind: openai with its "
@@ -137,7 +146,7 @@ class Services:
         import ray
 
         resources = self.config.resources
-        address = resources.address or os.environ.get("RAY_ADDRESS")
+        address = cluster_address(self.config)
         on_term = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {
             "logging_level": logging.ERROR,
@@ -145,7 +154,7 @@ class Services:
             "namespace": "avatar",
         }
         if address:
-            ray.init(address=address, **common)
+            _join(address, **common)
         else:
             # Ray runs workers at nice 15, behind everything else on a laptop; here they are the
             # work.
@@ -153,6 +162,7 @@ class Services:
             os.environ.setdefault(
                 "RAY_prestart_worker_first_driver", "0"
             )  # every worker of ours has an environment
+            self._private.start()
             # Logical CPUs: each process gets the share it asks for, also on a laptop with fewer
             # cores.
             _start_node(
@@ -209,6 +219,7 @@ class Services:
 
             ray.shutdown()
             self._ray_started = False
+        self._private.stop()
         if self._orphan_reaper is not None:
             self._orphan_reaper.close()
             self._orphan_reaper = None
@@ -232,6 +243,21 @@ class Services:
                     shutil.copy2(file, folder / file.name)
             except OSError as error:
                 log.warning("worker log %s not copied: %s", file, error)
+
+
+def _join(address: str, **options: Any) -> None:
+    """``ray.init`` of a cluster. Raises ResourceError in a sentence where Ray has many lines."""
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises a dozen kinds
+        ray.shutdown()
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ResourceError(
+            f"the Ray cluster at {address} cannot be joined ({first}): is it healthy, of this "
+            "version of Ray, and does its token lie in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH?"
+        ) from error
 
 
 def _start_node(**options: Any) -> None:

@@ -3,13 +3,13 @@ reads."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.resources import cluster_address
 from avatar_rl.cluster.services.placement import live_nodes
 from avatar_rl.common.errors import ConfigError, ResourceError
 
@@ -39,7 +39,7 @@ def placed(config: RunConfig) -> RunConfig:
 
     Raises ConfigError as ``check_durable`` does.
     """
-    if not (config.resources.address or "RAY_ADDRESS" in os.environ):
+    if cluster_address(config) is None:
         return config
     check_durable(config)
     return anchored(config)

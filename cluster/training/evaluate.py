@@ -58,7 +58,7 @@ def evaluate(
     datasets = prepare_datasets(config, screen.phase)
     heldout = None if datasets.heldout is None else read_prompts(datasets.heldout, config)
     if heldout is not None:
-        check_media(heldout)
+        check_media(heldout, config.data.media.roots)
         _check_modalities(heldout, without)
     base = prepare_base_model(config, screen.phase)
     folder = RunFolder(config.output.folder / new_run_id(config.name), on_warning=screen.event)

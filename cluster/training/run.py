@@ -90,23 +90,23 @@ def execute(
     """
     started = time.monotonic()
     config = with_begun_warmup(config, resumption)
+    needs_of(config)
+    if config.output.upload is not None:
+        open_target(config.output.upload)  # a wrong URL is said before the run, not after it
+    inputs = read_inputs(config, screen)  # before there is a folder: a bad row leaves none
     lock = RunLock(path, on_warning=screen.event)
-    with run_folder(config, path, lock, resumption, screen) as folder:
-        needs_of(config)
-        if config.output.upload is not None:
-            open_target(config.output.upload)  # a wrong URL is said before the run, not after it
-        inputs = read_inputs(config, screen)
-        with (
-            running_system(config, folder, screen, inputs.datasets) as system,
-            training_run(system, inputs, lock, resumption) as run,
-        ):
-            try:
-                train(run)
-                finish(run)
-            except Stopped:
-                if run.supervisor.signals.asked is not None:
-                    run.supervisor.save_last()
-                raise
+    with (
+        run_folder(config, path, lock, resumption, screen) as folder,
+        running_system(config, folder, screen, inputs.datasets) as system,
+        training_run(system, inputs, lock, resumption) as run,
+    ):
+        try:
+            train(run)
+            finish(run)
+        except Stopped:
+            if run.supervisor.signals.asked is not None:
+                run.supervisor.save_last()
+            raise
     if config.output.upload is not None:
         screen.event(f"run folder copied to {upload(path, config.output.upload)}")
     results = run.heldout.results
@@ -141,7 +141,7 @@ def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     datasets = prepare_datasets(config, screen.phase)
     base = prepare_base_model(config, screen.phase)
     prompts = read_prompts(datasets.train, config)
-    check_media(prompts)
+    check_media(prompts, config.data.media.roots)
     check_hints(prompts, config)
     if config.buffer.hints.enabled and not any(prompt.hint for prompt in prompts):
         screen.event(
@@ -153,7 +153,7 @@ def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     if datasets.heldout is None:
         return Inputs(datasets, base, train_ids, [], [])
     heldout = read_prompts(datasets.heldout, config)
-    check_media(heldout)
+    check_media(heldout, config.data.media.roots)
     return Inputs(
         datasets,
         base,

@@ -84,4 +84,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         )
         folder.event(state, str(error) or type(error).__name__)
         folder.status(state=state, error=str(error))
+        error.add_note(
+            f"run folder {folder.path}: see events.jsonl there, and logs/ for what workers said"
+        )
         raise
