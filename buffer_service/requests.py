@@ -191,6 +191,7 @@ class RequestQueue:
             imported=imported,
             rewards=[float(t.reward) for t in group.trajectories],
             marks=accuracy_marks(group, component),
+            counted="".join("01"[i not in group.imputed] for i in range(len(group.trajectories))),
         )
         state = GroupState(
             prompt_id=group.prompt_id,

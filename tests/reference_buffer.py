@@ -404,7 +404,12 @@ class ReferenceBuffer:
         state = self.prompts.setdefault(group.prompt_id, PromptState())
         visits = state.hinted if group.hinted else state.plain
         marks = accuracy_marks(group, self.config.hints.accuracy_component)
-        visits.append((group.seq, [x.reward for x in group.trajectories], marks))
+        counted = [i for i in range(len(group.trajectories)) if i not in group.imputed]
+        if not counted and not state.plain and not state.hinted:
+            counted = list(range(len(group.trajectories)))  # its stock needs a place
+        if counted:
+            rewards = [group.trajectories[i].reward for i in counted]
+            visits.append((group.seq, rewards, "".join(marks[i] for i in counted)))
         visits.sort(key=lambda v: v[0])
         while sum(len(v) for _, v, _ in visits[1:]) >= self.config.window:
             visits.pop(0)

@@ -98,6 +98,7 @@ class NewGroup(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     imported: bool  # from a file, without a request
     rewards: list[float]
     marks: str  # see accuracy_marks
+    counted: str  # "0" where the reward rests on an imputed mark, else "1"
 
 
 class PromptKl(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -142,6 +143,7 @@ class BufferMachine(RuleBasedStateMachine):
         bound=st.sampled_from([None, 0, 1]),
         accuracy=st.booleans(),
         keep=st.booleans(),
+        imputed=st.sets(st.integers(0, 7), max_size=3) | st.just(set(range(8))),
     )
     def add(
         self,
@@ -150,6 +152,7 @@ class BufferMachine(RuleBasedStateMachine):
         bound: int | None,
         accuracy: bool,
         keep: bool,
+        imputed: set[int],
     ) -> None:
         lease = data.draw(st.sampled_from(self.leases))
         if lease.request.kind == "eval":
@@ -158,6 +161,8 @@ class BufferMachine(RuleBasedStateMachine):
         group = make_group(
             lease, rewards, version=max(0, self.model.current - 1), accuracy=accuracy
         )
+        known = tuple(sorted(index for index in imputed if index < len(rewards)))
+        group = msgspec.structs.replace(group, imputed=known)
         receipt = self.both(
             lambda b: b.requests.add_group(
                 group, lease, tokens_generated=len(rewards) * 6, bound=bound

@@ -231,3 +231,16 @@ def test_a_change_of_rank_alone_releases_no_hint(gate: Gate) -> None:
     assert gate.visit([0.1, 0.3], others=(0.0, 0.05))  # better than when the hint came on
     assert not gate.visit([0.1, 0.1], others=(0.0, 0.05))
     assert gate.buffer.stats.read().counters["hints_released"] == 1
+
+
+def test_imputed_rewards_count_for_no_average(buffer: ReplayBuffer) -> None:
+    """docs/method.md 1.5: what stands in for a masked mark never enters Rbar."""
+    visits = [([0.2, 0.4, 0.9, 0.9], (2, 3)), ([0.9] * 4, (0, 1, 2, 3)), ([0.9, 0.3], (0,))]
+    wanted = [0.3, 0.3, 0.3]
+    for seq, (rewards, imputed) in enumerate(visits):
+        request = RolloutRequest(seq=seq, prompt_id="p", step=seq, n=len(rewards))
+        buffer.requests.push([request])
+        [lease] = buffer.requests.lease("a", 1, max_staleness=9)
+        group = msgspec.structs.replace(make_group(lease, rewards), imputed=imputed)
+        buffer.requests.add_group(group, lease, tokens_generated=4)
+        assert buffer.replay.averages(["p"]) == {"p": pytest.approx(wanted[seq])}

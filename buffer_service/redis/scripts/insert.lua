@@ -3,7 +3,7 @@
 -- (GroupState). ARGV[3..]: the encoded trajectories. An imported group comes from a file, for replay only, without a
 -- request. Returns {status, evicted}. Every check comes before the first write.
 local m = meta()
-local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards, marks =
+local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards, marks, counted =
   unpack(cmsgpack.unpack(ARGV[1]))
 if call('GETBIT', K('seen'), seq) == 1 then
   count('duplicates', 1)
@@ -19,7 +19,21 @@ if r and (r.prompt ~= pid or r.step ~= step) then
     r.prompt .. ' and step ' .. r.step)
 end
 
-local function add_visit(visits, marked)
+-- The rewards that rest on no imputed mark, and their accuracies (docs/method.md 1.5). A prompt that has no statistic yet
+-- takes what there is: its stock needs a place.
+local function of_statistics(known)
+  if not counted:find('1', 1, true) and not known then return rewards, marks end
+  local values, kept = {}, ''
+  for i = 1, #rewards do
+    if counted:sub(i, i) == '1' then
+      values[#values + 1] = rewards[i]
+      kept = kept .. marks:sub(i, i)
+    end
+  end
+  return values, kept
+end
+
+local function add_visit(visits, marked, rewards, marks)
   local at, n = #visits + 1, 0
   for i = 1, #visits do marked[i] = marked[i] or '' end -- of an older release
   while at > 1 and visits[at - 1][1] > seq do at = at - 1 end
@@ -63,7 +77,9 @@ local function fold_visit()
   local before, stood = score_of(s), place_of(s)
   local visits, marked = s.visits, s.marks
   if hinted then visits, marked = s.hinted_visits, s.hinted_marks end
-  add_visit(visits, marked)
+  local values, kept = of_statistics(before)
+  if #values == 0 then return end
+  add_visit(visits, marked, values, kept)
   local mean, throughout = mean_of_last(visits, marked, m.window, 0)
   if hinted then s.hinted_rbar = mean else s.rbar = mean end
   if not (hinted and s.rbar) then s.throughout = throughout end
