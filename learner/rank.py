@@ -23,7 +23,7 @@ from avatar_rl.common.process import (
     sees_gpu,
     set_aside_imports,
 )
-from avatar_rl.learner.batch.microbatch import Row, collate
+from avatar_rl.learner.batch.microbatch import Row, Size, collate, pack
 from avatar_rl.learner.batch.plan import StepSource
 from avatar_rl.learner.engine import TrainEngine, init_distributed
 from avatar_rl.learner.model.export import export_checkpoint
@@ -60,6 +60,7 @@ class SetupReport(TypedDict):
     rank: int
     dtype: str
     parameters: int
+    warnings: list[str]  # what is probably wrong with the model's prompts
 
 
 class ProbeCompletion(TypedDict):
@@ -159,7 +160,12 @@ class LearnerRank:
             self.trainer = self.make_trainer(dtype)
         self.heap = HeapTrimmer(active=not on_gpu)
         parameters = sum(p.numel() for p in policy.parameters())
-        return {"rank": self.rank, "dtype": dtype, "parameters": parameters}
+        return {
+            "rank": self.rank,
+            "dtype": dtype,
+            "parameters": parameters,
+            "warnings": self.encoder.warnings,
+        }
 
     def _load_policy(self, dtype: str) -> Policy:
         spec = self.spec
@@ -210,21 +216,27 @@ class LearnerRank:
         return self.cold_start.run(first, count)
 
     def probe(self, completions: Sequence[ProbeCompletion]) -> list[ProbeScores]:
-        """The learner's view of the engine's probe completions, for the parity probe."""
-        answers: list[ProbeScores] = []
+        """The learner's view of the engine's probe completions, for the parity probe.
+
+        They share micro-batches as in training: the engine scored each alone."""
+        rows = []
         for item in completions:
             prompt = self.encoder.encode(self.prompts[item["prompt_id"]], hinted=False)
-            row = Row((item["prompt_id"], False), prompt, item["token_ids"], item["temperature"])
-            output = self.engine.score(collate([row], share_prefix=self.engine.policy.share_prefix))
-            shapes = {name: list(value.shape) for name, value in prompt.features.items()}
-            answers.append(
-                {
+            key = (item["prompt_id"], False)
+            rows.append(Row(key, prompt, item["token_ids"], item["temperature"]))
+        sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
+        share, budget = self.engine.policy.share_prefix, self.spec.learner.micro_batch_tokens
+        answers: dict[int, ProbeScores] = {}
+        for indices in pack(sizes, budget, share_prefix=share):
+            output = self.engine.score(collate([rows[i] for i in indices], share_prefix=share))
+            for i, logprobs in zip(indices, output.logprobs, strict=True):
+                prompt = rows[i].prompt
+                answers[i] = {
                     "prompt_token_ids": prompt.input_ids.numpy(),
-                    "placeholders": shapes,
-                    "logprobs": output.logprobs[0].cpu().numpy(),
+                    "placeholders": {n: list(value.shape) for n, value in prompt.features.items()},
+                    "logprobs": logprobs[: sizes[i].tokens].cpu().numpy(),
                 }
-            )
-        return answers
+        return [answers[i] for i in range(len(rows))]
 
     def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
         """Train ``step``, publish the next version and commit; see ``StepTrainer.train_step``."""

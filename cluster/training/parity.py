@@ -116,11 +116,13 @@ def check_parity(
     together = np.concatenate(differences) if differences else np.zeros(1)
     worst = int(np.argmax([d.max() for d in differences])) if differences else 0
     if not together.max() <= tolerance:  # also true for NaN
+        suspects = "media inputs, positions" if learner[worst]["placeholders"] else "positions"
         raise ModelError(
             f"prompt {rollout[worst]['prompt_id']!r}: log-probabilities of engine and learner "
             f"differ by up to {together.max():.2e} (allowed {tolerance:.0e}), by "
-            f"{together.mean():.2e} on average: media inputs, positions or weights are not the "
-            "same. A single token far off beside a small average can be rounding in bfloat16: "
+            f"{together.mean():.2e} on average: {suspects} or weights are not the same, or the "
+            "model scores a completion otherwise beside others than alone (learner.share_prefix: "
+            "false shows whether the shared prompts are why). A single token far off beside a small average can be rounding in bfloat16: "
             "then raise probe.tolerance"
         )
     return Parity(len(rollout), together.size, float(together.max()))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from avatar_rl.actors.feeder import Feeder
 from avatar_rl.actors.shared_state import SharedState
@@ -393,3 +394,177 @@ def test_interleaving_needs_a_sound_for_every_video() -> None:
             problem_type="free_form",
             media=MediaPlan(items=(MediaItem(kind="video", uri="v"),), audio_in_video=True),
         )
+
+
+# -- what a template, a tokenizer or a processor refuses -------------------------------------------
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|im_start|>{{ m.content if m.content is string else m.content[-1].text }}<|im_end|>"
+    "{% endfor %}"
+)
+DROPS_SYSTEM = NO_SYSTEM.replace("{{ raise_exception('System role not supported') }}", "").replace(
+    "{{ m.content if", "{{ '' if m.role == 'system' else m.content if"
+)
+PICKY = NO_SYSTEM + (
+    "{% for m in messages %}{% if 'odd' in (m.content if m.content is string else "
+    "m.content[-1].text) %}{{ raise_exception('odd words') }}{% endif %}{% endfor %}"
+)
+BROKEN = "{{ messages[7].content.nothing }}"
+DEAF = "<|im_start|>hello<|im_end|>"
+
+
+def with_template(folder: Path, out: Path, template: str, text_only: bool = False) -> Path:
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    (out / "chat_template.jinja").write_text(template)
+    if text_only:
+        (out / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512}))
+    return out
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize(
+    ("template", "system", "words"),
+    [
+        (NO_SYSTEM, "be brief", r"System role not supported.*data\.template\.system to null"),
+        (DROPS_SYSTEM, "be brief", r"leaves the system turn out.*data\.template\.system to null"),
+        (BROKEN, None, "cannot format a question.*take the template of the model's source"),
+        (DEAF, None, "leaves the question out.*take the template"),
+        ("{% if", None, "cannot format a question.*take the template"),
+    ],
+)
+def test_a_template_that_can_format_no_prompt_is_said_at_once(
+    folder: Path, tmp_path: Path, template: str, system: str | None, words: str, text_only: bool
+) -> None:
+    model = with_template(folder, tmp_path / "model", template, text_only)
+    with pytest.raises(ModelError, match=words) as caught:
+        PromptEncoder(model, ArrayLoader(), TemplateConfig(system=system))
+    assert str(model) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize(
+    ("template", "fields", "words"),
+    [
+        (NO_SYSTEM, {"system": "be brief"}, r"'p'.*System role not supported.*move its words"),
+        (DROPS_SYSTEM, {"system": "be brief"}, r"'p'.*leaves the system turn out.*move its words"),
+        (PICKY, {"question": "an odd one"}, r"prompt 'p'.*odd words.*correct its text"),
+    ],
+)
+def test_a_prompt_that_the_template_refuses_is_named_on_every_path(
+    folder: Path,
+    tmp_path: Path,
+    template: str,
+    fields: dict[str, str],
+    words: str,
+    text_only: bool,
+) -> None:
+    model = with_template(folder, tmp_path / "model", template, text_only)
+    loader = ArrayLoader()
+    parts = PromptEncoder(model, loader, TemplateConfig())
+    prompt = make_prompt(loader, "p", [], **fields)
+    for path in (parts.text, parts.engine_input, parts.encode):
+        with pytest.raises(DataError, match=words) as caught:
+            path(prompt, False)
+        assert "\n" not in str(caught.value)
+    # The others of the dataset are asked.
+    fine = make_prompt(loader, "q", [])
+    assert (
+        parts.encode(fine, False).input_ids.tolist()
+        == (parts.engine_input(fine, False)["prompt_token_ids"])
+    )
+    # A rollout actor sets the prompt aside and prepares the next.
+    refused: list[str] = []
+    state = SharedState()
+    engine = SimpleNamespace(prepared=lambda key: None, prepare=lambda given, name, key: given)
+    feeder = Feeder(
+        "a",
+        SimpleNamespace(unimodal=False),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        {"p": prompt, "q": fine},  # type: ignore[arg-type]
+        parts,
+        engine,  # type: ignore[arg-type]
+        state,
+        lambda lease, error: refused.append(lease.request.prompt_id),
+    )
+    requests = [RolloutRequest(seq=i, prompt_id=name, step=0, n=1) for i, name in enumerate("pq")]
+    feeder.prepare(
+        [RequestLease(request=r, attempt=1, consumer="a", hinted=False) for r in requests]
+    )
+    assert refused == ["p"] and [group.prompt.id for group in state.ready] == ["q"]
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by zero"), KeyError("pixels"), AssertionError(), OSError("a\nb")]
+)
+def test_whatever_a_processor_raises_is_the_prompts_fault(folder: Path, error: Exception) -> None:
+    loader = ArrayLoader()
+    parts = encoder(folder, loader)
+    prompt = make_prompt(loader, "p", [image(1)])
+
+    def fails(**inputs: Any) -> None:
+        raise error
+
+    parts.processor = fails
+    with pytest.raises(
+        DataError, match=rf"prompt 'p': .*processor refuses it \({type(error).__name__}"
+    ):
+        parts.encode(prompt, False)
+    parts.processor = lambda **inputs: (_ for _ in ()).throw(MemoryError())
+    with pytest.raises(MemoryError):  # no fault of the prompt
+        parts.encode(prompt, False)
+    parts = encoder(folder, loader)
+    parts.tokenizer = lambda text, **settings: {}["input_ids"]
+    with pytest.raises(DataError, match="prompt 'q': the model's tokenizer refuses it"):
+        parts.engine_input(make_prompt(loader, "q", []), False)
+
+
+@pytest.mark.parametrize(
+    ("ending", "tag"),
+    [
+        ("", ""),
+        ("<think>", "<think>"),
+        ("<think>\\n", "<think>"),
+        ("<thinking>\\n\\n", "<thinking>"),
+    ],
+)
+def test_what_the_prompt_ends_with_is_known(
+    folder: Path, tmp_path: Path, ending: str, tag: str
+) -> None:
+    plain = (folder / "chat_template.jinja").read_text()
+    ending = "{% if add_generation_prompt %}{{ '" + ending + "' }}{% endif %}"
+    model = with_template(folder, tmp_path / "model", plain + ending)
+    assert PromptEncoder(model, ArrayLoader(), TemplateConfig()).chat.opened_tag == tag
+
+
+@pytest.mark.parametrize(
+    ("bos", "known", "template", "warned"),
+    [
+        ("<bos>", "<bos>", NO_SYSTEM, True),
+        ("<bos>", "<bos>", "{{ bos_token }}" + NO_SYSTEM, False),
+        ("<bos>", None, NO_SYSTEM, False),  # nothing says that the model knows it
+        (None, "<bos>", NO_SYSTEM, False),
+        ("<|im_end|>", "<|im_end|>", NO_SYSTEM, False),  # ends turns, begins nothing
+    ],
+)
+def test_a_template_without_the_models_bos_is_warned_of(
+    folder: Path, tmp_path: Path, bos: str | None, known: str | None, template: str, warned: bool
+) -> None:
+    model = with_template(folder, tmp_path / "model", template, text_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>"]})
+    tokenizer.bos_token = bos
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").write_text(template)
+    config = {
+        "model_type": "qwen3",
+        "bos_token_id": known and tokenizer.convert_tokens_to_ids(known),
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    warnings = PromptEncoder(model, ArrayLoader(), TemplateConfig()).warnings
+    assert len(warnings) == warned
+    if warned:
+        assert "<bos>" in warnings[0] and "{{ bos_token }}" in warnings[0]
+        assert "'qwen3'" in warnings[0]
