@@ -54,20 +54,32 @@ class RolloutActor:
     def __init__(
         self, name: str, spec: RolloutSpec, scorer: ActorHandle, weight_store: ActorHandle
     ) -> None:
-        from avatar_rl.actors.engine.engine import RolloutEngine
+        from avatar_rl.buffer_service.control import StartBeats
         from avatar_rl.buffer_service.store import ReplayBuffer
+
+        self.name, self.spec, self.scorer, self.weight_store = name, spec, scorer, weight_store
+        self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
+        self._starting = StartBeats(self.buffer.control, "rollout", name)
+        try:
+            self._load()
+        except BaseException:
+            self._starting.end()
+            raise
+
+    def _load(self) -> None:
+        """The engine and what it is fed with: imports vLLM and torch."""
+        from avatar_rl.actors.engine.engine import RolloutEngine
         from avatar_rl.buffer_service.weights.receiver import WeightReceiver
         from avatar_rl.prompts.datasets import PromptIndex
         from avatar_rl.prompts.encoding.template import PromptEncoder
         from avatar_rl.prompts.media.loader import MediaLoader
 
-        self.name, self.spec, self.scorer, self.weight_store = name, spec, scorer, weight_store
-        self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
+        spec = self.spec
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
         self.engine = RolloutEngine(spec.model, spec.engine)
-        self.receiver = WeightReceiver(weight_store, self.engine.version)
+        self.receiver = WeightReceiver(self.weight_store, self.engine.version)
         self.state = SharedState()
         self.update_policy = WeightUpdatePolicy()
         self._heap = HeapTrimmer(active=self.engine.device == "cpu")
@@ -102,6 +114,7 @@ class RolloutActor:
         Returns the totals. Raises what broke a thread; then the leases are left to expire.
         """
         state = self.state
+        self._starting.end()  # ``_keep_alive`` beats from now on
         scoring_loop = ScoringLoop(self.spec, self.buffer, self.scorer, state)
         feeder = Feeder(
             self.name,
@@ -172,7 +185,9 @@ class RolloutActor:
             held = list(self.state.held.values())
             if held:
                 self.buffer.requests.renew(self.name, held, lease_s=self.spec.lease_s)
-            self.buffer.control.heartbeat("rollout", self.name, self.state.totals.tokens)
+            # One that waits for room in the buffer does not hang.
+            progress = self.state.totals.tokens + self.buffer.refusals
+            self.buffer.control.heartbeat("rollout", self.name, progress)
             self.buffer.control.set_value(f"rollout/{self.name}", self.stats())
             self._heap.trim()
 

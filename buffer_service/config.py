@@ -84,6 +84,12 @@ class BufferConfig(Section):
     reconnect_s: float = Field(
         30.0, gt=0, description="How long a call keeps retrying while Redis is away."
     )
+    pause_s: float = Field(
+        600.0,
+        ge=0,
+        description="How long the run pauses while Redis has no room (memory or disk full) before "
+        "it ends.",
+    )
     timeout_s: float = Field(10.0, gt=0, description="How long one command may take on the wire.")
     memory_limit: float = Field(
         0.9, gt=0, le=1, description="Share of maxmemory above which inserts are refused."

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import threading
 from typing import Any
 
 import msgspec
-from redis.client import Pipeline
 
+from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.redis.connection import Connection
+from avatar_rl.common.errors import ReplayBufferError
 from avatar_rl.common.types import ReadOnlyJson
+
+log = logging.getLogger(__name__)
 
 MAX_VALUE = 1 << 20  # bytes
 
@@ -17,8 +24,10 @@ MAX_VALUE = 1 << 20  # bytes
 class Heartbeat(msgspec.Struct, frozen=True):
     """Last sign of progress of a process."""
 
-    progress: int  # counts what it has done; alive means it grows
-    age_s: float  # by Redis' clock
+    progress: int  # counts what it has done
+    stamp_ms: int  # Redis' clock; only whether it changed means something, since clocks are set
+    host: str = ""
+    pid: int = 0
 
 
 class RunControl:
@@ -26,6 +35,11 @@ class RunControl:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+
+    @classmethod
+    def at(cls, config: BufferConfig, run_id: str, url: str) -> RunControl:
+        """Of a run that may not be set up yet; heartbeats need no more. Nothing is sent yet."""
+        return cls(Connection(config, run_id, url))
 
     def _hset(self, name: str, field: str, value: str | bytes | int) -> None:
         key = self._connection.key(name)
@@ -64,24 +78,62 @@ class RunControl:
 
     def heartbeat(self, role: str, id: str, progress: int) -> None:
         """Reports progress, stamped with Redis' clock."""
-        self._connection.run("beat", f"{role}/{id}", int(progress))
+        self._connection.run(
+            "beat", f"{role}/{id}", int(progress), socket.gethostname(), os.getpid()
+        )
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Latest heartbeat by "role/id"."""
-
-        def ask(pipe: Pipeline) -> None:
-            pipe.time()
-            pipe.hgetall(self._connection.key("beats"))
-
-        (seconds, micros), found = self._connection.together(ask)
-        now = seconds * 1000 + micros / 1000
+        key = self._connection.key("beats")
+        found = self._connection.attempt(lambda: self._connection.client.hgetall(key))
         beats = {}
         for who, raw in found.items():
-            at, progress = msgspec.msgpack.decode(raw)
-            beats[who.decode()] = Heartbeat(int(progress), max(0.0, (now - at) / 1000))
+            stamp, progress, *place = msgspec.msgpack.decode(raw)
+            beats[who.decode()] = Heartbeat(int(progress), int(stamp), *place)
         return beats
+
+    def watched_heartbeats(self) -> dict[str, Heartbeat]:
+        """Latest heartbeats, for a watch that ends who is silent.
+
+        The watch's own heartbeat is written first. So while Redis takes no writes this waits,
+        instead of showing the silence of processes that cannot report."""
+        self.heartbeat("watch", socket.gethostname(), 0)
+        beats = self.heartbeats()
+        return {who: beat for who, beat in beats.items() if not who.startswith("watch/")}
 
     def drop_heartbeat(self, role: str, id: str) -> None:
         """Forgets a process that was stopped on purpose."""
         key = self._connection.key("beats")
         self._connection.attempt(lambda: self._connection.client.hdel(key, f"{role}/{id}"))
+
+
+class StartBeats:
+    """Heartbeats of a process that starts, from a thread of its own.
+
+    Begin them before torch and vLLM are imported. Until ``end`` they show that the process is not
+    frozen; then the heartbeat is forgotten."""
+
+    EVERY_S = 1.0
+
+    def __init__(self, control: RunControl, role: str, id: str) -> None:
+        self._control, self._role, self._id = control, role, id
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="start-beats", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self._control.heartbeat(self._role, self._id, 0)
+            except ReplayBufferError as error:
+                log.info("no heartbeat while starting: %s", error)
+            if self._stop.wait(self.EVERY_S):
+                return
+
+    def end(self) -> None:
+        """The process has started. Harmless when repeated."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join()
+        self._control.drop_heartbeat(self._role, self._id)

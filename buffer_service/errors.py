@@ -20,7 +20,7 @@ class BufferSetupError(ReplayBufferError):
 
 
 class BufferFullError(ReplayBufferError):
-    """Redis is about to run, or has run, out of memory; nothing was written."""
+    """Redis has no room: its memory or its disk is full; nothing was written."""
 
 
 class RecordError(ReplayBufferError):

@@ -100,6 +100,11 @@ class ReplayBuffer:
         return self._connection.run_id
 
     @property
+    def refusals(self) -> int:
+        """Times that Redis had no room; grows while a call waits for it."""
+        return self._connection.refusals
+
+    @property
     def config(self) -> BufferConfig:
         return self._connection.config
 

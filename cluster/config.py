@@ -310,6 +310,12 @@ class SupervisionConfig(Section):
         "above the time of the slowest micro-batch, and of the optimizer's step and the gathering "
         "of the weights.",
     )
+    start_stall_s: float = Field(
+        120,
+        gt=0,
+        description="An actor or learner rank that starts and gives no sign of life for this long "
+        "is replaced; it gives one every second, also while it imports and loads.",
+    )
     restarts: int = Field(
         8,
         ge=0,

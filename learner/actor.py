@@ -35,7 +35,11 @@ class LearnerRankActor:
         weight_store: ActorHandle,
         state_replica: ActorHandle | None = None,
     ) -> None:
-        from avatar_rl.learner.rank import LearnerRank
+        from avatar_rl.buffer_service.control import RunControl, StartBeats
+
+        control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
+        self._starting = StartBeats(control, "learner", str(rank))
+        from avatar_rl.learner.rank import LearnerRank  # torch
 
         self.learner = LearnerRank(spec, rank, ranks, weight_store, state_replica)
         self.outbox = self.learner.outbox  # for the weight store's standing call
@@ -50,7 +54,9 @@ class LearnerRankActor:
 
     def setup(self, address: str, port: int) -> SetupReport:
         """Join the group and load the policy."""
-        return self.learner.setup(address, port)
+        report = self.learner.setup(address, port)
+        self._starting.end()
+        return report
 
     def sft(self, first: int, count: int) -> SftReport:
         """``count`` cold-start updates from ``first``."""

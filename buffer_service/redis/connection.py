@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis
-import tenacity
 from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.connection import parse_url
@@ -59,6 +60,46 @@ _AWAY = (
     redis.exceptions.TimeoutError,
     redis.exceptions.BusyLoadingError,
 )
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.02, 1.0
+#: What Redis says when it has no room: its memory, its disk, or a replica that it waits for.
+_NO_ROOM = re.compile(r"OOM|'maxmemory'|MISCONF|NOREPLICAS")
+
+#: Told of every refusal for want of room (text, False), and of the end of the pause (text, True).
+#: Returns whether to wait on. One for the process: whoever talks to Redis pauses alike.
+OnPause = Callable[[str, bool], bool]
+
+
+def _wait_on(text: str, over: bool) -> bool:
+    return True
+
+
+on_pause: OnPause = _wait_on
+
+
+@contextmanager
+def pauses_told(told: OnPause) -> Iterator[None]:
+    """In the block ``told`` hears when Redis takes no writes for want of room."""
+    global on_pause
+    before, on_pause = on_pause, told
+    try:
+        yield
+    finally:
+        on_pause = before
+
+
+class _NearlyFull(redis.exceptions.RedisError):
+    """We refuse ourselves, before Redis does."""
+
+
+def _reason(error: redis.exceptions.RedisError) -> str:
+    """ "away" or "full" where it may pass, else "refused"."""
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return "refused"  # a ConnectionError to redis-py; repeating it would not help
+    if isinstance(error, _AWAY):
+        return "away"
+    text = str(error)
+    full = isinstance(error, _NearlyFull) or (_NO_ROOM.search(text) and not _OURS.search(text))
+    return "full" if full else "refused"
 
 
 def _options(config: BufferConfig, url: str) -> dict[str, Any]:
@@ -108,12 +149,14 @@ def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferErr
         )
     if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in text:
         return BufferAccessError(f"{where} is a read-only replica; give the URL of the primary")
+    if isinstance(error, _NearlyFull):
+        return BufferFullError(text)
     if "OOM" in text or "'maxmemory'" in text:
         return BufferFullError(
             f"{where} is out of memory, nothing was written; raise maxmemory or lower capacity"
         )
     if "MISCONF" in text or "NOREPLICAS" in text:
-        return BufferSetupError(
+        return BufferFullError(
             f"{where} refuses writes ({text}); free its disk or repair its persistence"
         )
     if isinstance(error, _AWAY):
@@ -135,32 +178,56 @@ class Connection:
         self._pack = RESP.pack
         self._wire = open_wire(config, url, RESP)
         self._memory_checked = 0.0
+        self.refusals = 0  # times that Redis had no room; grows while a call waits for it
         self._sorts = True  # until the server says that we may not
 
     def key(self, name: str) -> str:
         return self.prefix + name
 
     def attempt(self, operation: Callable[[], T]) -> T:
-        """Runs ``operation``; while Redis is away again, with backoff, for up to ``reconnect_s``.
+        """Runs ``operation``, and again while Redis is away or takes no writes.
+
+        It is away for up to ``reconnect_s``. Without room (disk full, out of memory) nothing was
+        written: it is asked again for up to ``pause_s``, and the process is told (``on_pause``).
         Raises typed errors."""
         try:
             return operation()
-        except _AWAY as error:
-            # A refused login is a ConnectionError to redis-py; repeating it would not help.
-            if isinstance(error, redis.exceptions.AuthenticationError):
-                raise translate(error, self.where) from error
         except redis.exceptions.RedisError as error:
-            raise translate(error, self.where) from error
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_AWAY),
-            wait=tenacity.wait_exponential_jitter(initial=0.02, max=1.0, jitter=0.02),
-            stop=tenacity.stop_after_delay(self.config.reconnect_s),
-            reraise=True,
-        )
-        try:
-            return retrying(operation)
-        except redis.exceptions.RedisError as error:
-            raise translate(error, self.where) from error
+            return self._again(operation, error)
+
+    def _again(self, operation: Callable[[], T], error: redis.exceptions.RedisError) -> T:
+        """Repeats what failed with ``error`` until it succeeds or the time for its reason is up."""
+        began = time.monotonic()
+        deadlines: dict[str, float] = {}
+        delay, paused = _FIRST_DELAY_S, False
+        while True:
+            reason = _reason(error)
+            allowed = {"away": self.config.reconnect_s, "full": self.config.pause_s}.get(reason, 0)
+            now = time.monotonic()
+            deadline = deadlines.setdefault(reason, now + allowed)
+            deadlines = {reason: deadline}  # an answer of another kind begins anew
+            typed = translate(error, self.where)
+            if reason == "full":
+                self.refusals += 1
+                if not paused:
+                    log.warning("%s; it is asked again for %g s", typed, self.config.pause_s)
+                paused = True
+                if not on_pause(str(typed), False):
+                    deadline = now
+            if now >= deadline:
+                raise typed from error
+            time.sleep(min(delay, deadline - now) * random.uniform(0.8, 1.2))
+            delay = min(2 * delay, _LONGEST_DELAY_S)
+            try:
+                result = operation()
+            except redis.exceptions.RedisError as again:
+                error = again
+                continue
+            if paused:
+                waited = f"{self.where} takes writes again after {time.monotonic() - began:.1f} s"
+                log.warning("%s", waited)
+                on_pause(waited, True)
+            return result
 
     def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Reply:
         """The reply to one plain command. ``meanwhile`` runs while it is under way; it runs again
@@ -260,19 +327,24 @@ class Connection:
             )
 
     def check_memory(self) -> None:
-        """Raises BufferFullError above ``memory_limit`` of maxmemory; looks at most once a
-        second."""
-        now = time.monotonic()
-        if now - self._memory_checked < 1.0:
+        """Waits for room above ``memory_limit`` of maxmemory; looks at most once a second.
+
+        Raises BufferFullError when there is none within ``pause_s``."""
+        if time.monotonic() - self._memory_checked < 1.0:
             return
-        info = self.attempt(lambda: self.client.info("memory"))
-        limit, used = int(info["maxmemory"]), int(info["used_memory"])
-        if limit and used > self.config.memory_limit * limit:
-            raise BufferFullError(
-                f"{self.where} uses {used >> 20} of {limit >> 20} MiB, above buffer.memory_limit "
-                f"{self.config.memory_limit}; raise maxmemory or lower buffer.capacity"
-            )
-        self._memory_checked = now
+
+        def look() -> None:
+            info = self.client.info("memory")
+            limit, used = int(info["maxmemory"]), int(info["used_memory"])
+            if limit and used > self.config.memory_limit * limit:
+                raise _NearlyFull(
+                    f"{self.where} uses {used >> 20} of {limit >> 20} MiB, above "
+                    f"buffer.memory_limit {self.config.memory_limit}; raise maxmemory or lower "
+                    "buffer.capacity"
+                )
+
+        self.attempt(look)
+        self._memory_checked = time.monotonic()
 
     def close(self) -> None:
         self._wire.close()

@@ -76,6 +76,7 @@ HARMLESS = (
     "buffer.password_file",
     "buffer.tls_ca",
     "buffer.reconnect_s",
+    "buffer.pause_s",
     "buffer.timeout_s",
     "buffer.memory_limit",
     "buffer.appendfsync",

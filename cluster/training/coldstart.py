@@ -77,7 +77,9 @@ class _ColdStartRun:
         sft = self.sft
         try:
             self.pool.wait_ready(
-                self.pool.start_learner(self.spec, ranks=sft.ranks), "cold-start learner"
+                self.pool.start_learner(self.spec, ranks=sft.ranks),
+                "cold-start learner",
+                self.pool.starting_ranks,
             )
         except StartDeathError as error:
             raise _RankDied(last_line(error)) from error

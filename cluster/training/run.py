@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avatar_rl.buffer_service.redis.connection import pauses_told
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import (
@@ -49,7 +50,7 @@ from avatar_rl.cluster.training.system import System, recorded, running_system
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
-from avatar_rl.cluster.workers.supervision import RedisWatch, RestartBudget
+from avatar_rl.cluster.workers.supervision import PauseReport, RedisWatch, RestartBudget
 from avatar_rl.prompts.selection import matching, select
 from avatar_rl.rewards.actor import check_judge
 
@@ -174,6 +175,7 @@ def training_run(
         buffer = _connect(system, lock, resumption)
         redis = _watch_redis(system, stack)
         signals = stack.enter_context(StopSignals())
+        stack.enter_context(pauses_told(PauseReport(system.report, signals)))
         replica = pool.start_state_replica(config.learner.ranks)
         heldout, train_pool = _rounds(system, inputs, buffer)
         schedule = _schedule(system, inputs, buffer, is_new=checkpoint is None)
@@ -264,7 +266,8 @@ def _watch_redis(system: System, stack: ExitStack) -> RedisWatch | None:
     if server is None:
         return None
     budget = RestartBudget(system.config.supervision.restarts, "redis-server")
-    return stack.enter_context(RedisWatch(server, budget, system.report))
+    pause_s = system.config.buffer.pause_s
+    return stack.enter_context(RedisWatch(server, budget, system.report, pause_s))
 
 
 def _rounds(
@@ -324,6 +327,8 @@ def _start_actors(system: System, fleet: RolloutFleet, learner: LearnerGroup) ->
     setup = learner.start()
     fleet.await_ready()
     [first, *_] = learner.await_ready(setup)
+    for warning in first["warnings"]:
+        system.report("model", warning)
     pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
     system.folder.event(
         "actors started",

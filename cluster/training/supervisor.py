@@ -157,7 +157,7 @@ class Supervisor:
             return values[name].get("in_flight", 0) > 0
 
         stalled = self._stalls.stalled(
-            self.fleet.working.values(), self.buffer.control.heartbeats(), holding
+            self.fleet.working.values(), self.buffer.control.watched_heartbeats(), holding
         )
         for name, reason in stalled.items():
             self.report("rollout actor stalled", f"{name}: {reason}; it is killed")

@@ -70,7 +70,7 @@ class LearnerGroup:
         """What each rank says when ready. One that dies meanwhile costs the group a new start."""
         while True:
             try:
-                return self.pool.wait_ready(references, "learner ranks")
+                return self.pool.wait_ready(references, "learner ranks", self.pool.starting_ranks)
             except StartDeathError as death:
                 self._start_over(death)
                 references = self.start()

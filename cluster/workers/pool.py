@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.actors.spec import RolloutSpec
+from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
+from avatar_rl.cluster.workers.supervision import StartWatch
+from avatar_rl.common import errors
 from avatar_rl.common.errors import AvatarError, ResourceError
 from avatar_rl.learner.actor import LearnerRankActor
 from avatar_rl.learner.spec import LearnerSpec
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 #: For train_step, for the weight store's standing call (Outbox), and for questions.
 LEARNER_THREADS = 4
+LOOK_S = 1.0  # between looks at what starts
 
 T = TypeVar("T")
 
@@ -60,6 +67,8 @@ class Pool:
         self.rollouts: dict[str, ActorHandle] = {}
         self.ranks: list[ActorHandle] = []
         self._learner_group: PlacementGroup | None = None
+        self._control: RunControl | None = None  # of the run that the actors are told
+        self._starts: StartWatch | None = None
 
     def actor_class(
         self,
@@ -121,6 +130,7 @@ class Pool:
         for number, name in enumerate(names):
             scorer = self.scorers[number % len(self.scorers)]
             self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
+        self._watch_starts(spec)
         return [self.rollouts[name].ready.remote() for name in names]
 
     def start_learner(self, spec: LearnerSpec, *, ranks: int) -> list[ray.ObjectRef[SetupReport]]:
@@ -140,6 +150,9 @@ class Pool:
         places = [
             PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)
         ]
+        control = self._watch_starts(spec)
+        for rank in range(ranks):  # of those before, which would seem frozen
+            control.drop_heartbeat("learner", str(rank))
         self.ranks = [
             self.actor_class(
                 LearnerRankActor,
@@ -151,7 +164,7 @@ class Pool:
             for rank, place in enumerate(places)
         ]
         meeting: ray.ObjectRef[tuple[str, int]] = self.ranks[0].meeting_point.remote()
-        [(address, port)] = self.wait_ready([meeting], "learner ranks")
+        [(address, port)] = self.wait_ready([meeting], "learner ranks", self.starting_ranks)
         return [rank.setup.remote(address, port) for rank in self.ranks]
 
     def stop_learner(self) -> None:
@@ -164,24 +177,69 @@ class Pool:
             release(self._learner_group)
             self._learner_group = None
 
-    def wait_ready(self, references: Sequence[ray.ObjectRef[T]], what: str) -> list[T]:
-        """Results of readiness calls. Raises ResourceError naming what is missing when the deadline
-        passes, and StartDeathError when a process dies meanwhile."""
+    def _watch_starts(self, spec: RolloutSpec | LearnerSpec) -> RunControl:
+        """The run's values, by whose heartbeats the starts are watched."""
+        if self._control is None:
+            self._control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
+            self._starts = StartWatch(
+                self._control.watched_heartbeats, self.config.supervision.start_stall_s
+            )
+        return self._control
+
+    @property
+    def starting_ranks(self) -> dict[str, ActorHandle]:
+        """Heartbeat -> learner rank, for ``wait_ready``."""
+        return {f"learner/{rank}": actor for rank, actor in enumerate(self.ranks)}
+
+    def end_frozen(self, starting: Mapping[str, ActorHandle]) -> None:
+        """Kill those of ``starting`` (heartbeat -> actor) that have frozen; cheap."""
+        if self._starts is not None:
+            self._starts.look(starting)
+
+    def wait_ready(
+        self,
+        references: Sequence[ray.ObjectRef[T]],
+        what: str,
+        starting: Mapping[str, ActorHandle] = MappingProxyType({}),
+    ) -> list[T]:
+        """Results of readiness calls; those of ``starting`` that freeze meanwhile are killed.
+
+        Raises ResourceError naming what is missing when the deadline passes, and StartDeathError
+        when a process dies meanwhile."""
         import ray
 
-        deadline = self.config.resources.start_timeout_s
+        allowed = self.config.resources.start_timeout_s
+        deadline = time.monotonic() + allowed
         try:
-            return ray.get(list(references), timeout=deadline)
-        except ray.exceptions.GetTimeoutError as error:
-            raise ResourceError(
-                f"{what} not ready after {deadline:g} s; {shortage()}. Give the run fewer actors, "
-                "the cluster more nodes, or raise resources.start_timeout_s"
-            ) from error
+            while True:
+                left = max(0.0, deadline - time.monotonic())
+                try:
+                    return ray.get(list(references), timeout=min(LOOK_S, left))
+                except ray.exceptions.GetTimeoutError as error:
+                    if left == 0:
+                        raise ResourceError(
+                            f"{what} not ready after {allowed:g} s; {shortage()}. Give the run "
+                            "fewer actors, the cluster more nodes, or raise "
+                            "resources.start_timeout_s"
+                        ) from error
+                self.end_frozen(starting)
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError as error:
-            kind = ResourceError if error.actor_init_failed else StartDeathError
-            raise kind(f"{what} died while starting: {error}") from error
+            if error.actor_init_failed:
+                raise start_failure(error, what) from error
+            raise StartDeathError(f"{what} died while starting: {error}") from error
+
+
+def start_failure(error: BaseException, what: str) -> AvatarError:
+    """The typed error that an actor's constructor raised, which Ray keeps as text only."""
+    raised = list(re.finditer(r"^avatar_rl\.common\.errors\.(\w+): ", str(error), re.MULTILINE))
+    if not raised:
+        return ResourceError(f"{what} died while starting: {error}")
+    kind = getattr(errors, raised[-1][1], AvatarError)
+    if kind is errors.InputError:  # takes its sentence in parts
+        kind = errors.DataError
+    return kind(str(error)[raised[-1].end() :].strip())
 
 
 def unwrap(error: BaseException) -> BaseException:

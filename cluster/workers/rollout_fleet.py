@@ -138,7 +138,11 @@ class RolloutFleet:
         while starting := sorted(self.members.keys() - ready):
             name = starting[0]
             try:
-                self.pool.wait_ready([self.pool.rollouts[name].ready.remote()], "rollout actors")
+                self.pool.wait_ready(
+                    [self.pool.rollouts[name].ready.remote()],
+                    "rollout actors",
+                    {f"rollout/{other}": self.pool.rollouts[other] for other in starting},
+                )
                 ready.add(name)
             except StartDeathError as death:
                 self._replace(name, str(death))
@@ -246,8 +250,10 @@ class RolloutFleet:
         """Actors whose engine is up begin; those that Ray could not place in time are given up."""
         import ray
 
+        joining = self.members.keys() - set(self.working.values())
+        self.pool.end_frozen({f"rollout/{name}": self.pool.rollouts[name] for name in joining})
         for name, member in list(self.members.items()):
-            if member.ready is None or name in self.working.values():
+            if member.ready is None or name not in joining:
                 continue
             done, _ = ray.wait([member.ready], timeout=0)
             if done:

@@ -4,9 +4,13 @@
 process            noticed by                             budget              what happens
 =================  =====================================  ==================  ====================
 rollout actor      the end of its ``run`` call;           rollout actors      replaced at once; its
-                   ``StallWatch`` kills one that hangs                        leases are given back
+                   ``StallWatch`` kills one that hangs,                       leases are given back
+                   ``StartWatch`` one that freezes as it
+                   starts
 learner rank       its step's references;                 learner ranks       all ranks replaced,
-                   ``LearnerWatch`` kills a hung group                        from the replica
+                   ``LearnerWatch`` kills a hung group,                       from the replica
+                   ``StartWatch`` one that freezes as it
+                   starts
 the same, state    ``StateLostError``                     learner states      the run resumes from
 held by nobody                                                                its last checkpoint
 cold-start rank    its step's references                  cold-start ranks    all ranks replaced,
@@ -39,10 +43,11 @@ hangs, ``coldstart`` and ``restarts`` start over from a checkpoint.
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
@@ -50,6 +55,7 @@ import psutil
 
 from avatar_rl.buffer_service.control import Heartbeat
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
+from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.common.errors import AvatarError, ResourceError
 
 if TYPE_CHECKING:
@@ -85,17 +91,51 @@ class RestartBudget:
         self.spent = 0
 
 
+class PauseReport:
+    """What the driver does while Redis has no room: it says so once, and once that it has again.
+
+    Calls wait meanwhile (``Connection.attempt``). An order to stop ends the wait of the driver with
+    Stopped. What it asks of the buffer after that fails at once.
+    """
+
+    def __init__(self, report: Report, signals: StopSignals) -> None:
+        self._report, self._signals = report, signals
+        self._paused = self._stopped = False
+
+    def __call__(self, text: str, over: bool) -> bool:
+        if over:
+            if self._paused:
+                self._report("run continues", text)
+            self._paused = False
+            return True
+        if not self._paused:
+            self._paused = True
+            self._report("run paused", f"{text}; nothing is lost, it continues when there is room")
+        if self._signals.asked is None:
+            return True
+        if not self._stopped and threading.current_thread() is threading.main_thread():
+            self._stopped = True
+            raise Stopped(self._signals.asked)
+        return False
+
+
 class RedisWatch:
     """Restarts an embedded Redis that died; clients reconnect within ``buffer.reconnect_s``.
 
     A context manager: its thread watches until the block ends. ``failure`` says why the server
-    could not be restarted, for the driver to raise.
+    could not be restarted, for the driver to raise. While its disk is full it is tried again for
+    ``pause_s``: with ``appendfsync: always`` Redis ends itself when it cannot write.
     """
 
     LOOK_S = 0.1
+    TRY_S = 1.0  # between starts while the disk is full
+    ROOM = 1 << 20  # bytes that must be free
 
-    def __init__(self, server: EmbeddedRedis, budget: RestartBudget, report: Report) -> None:
+    def __init__(
+        self, server: EmbeddedRedis, budget: RestartBudget, report: Report, pause_s: float = 0.0
+    ) -> None:
         self.server, self.budget, self._report = server, budget, report
+        self.pause_s = pause_s
         self.failure: AvatarError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="redis-watch", daemon=True)
@@ -119,6 +159,7 @@ class RedisWatch:
                 continue
             started = time.monotonic()
             try:
+                self._await_room()
                 self.budget.spend("redis-server")
                 self.server.start()
             except AvatarError as error:
@@ -130,65 +171,149 @@ class RedisWatch:
                 f"it died and is back from its append-only file ({seconds:.2f} s)",
             )
 
+    def _await_room(self) -> None:
+        """Returns once the disk has room, or ``pause_s`` are over: then its start says what is
+        wrong."""
+        folder, deadline, told = self.server.data_dir, time.monotonic() + self.pause_s, False
+        while shutil.disk_usage(folder).free < self.ROOM and time.monotonic() < deadline:
+            if not told:
+                self._report(
+                    "redis has no room",
+                    f"the disk of {folder} is full: it is started when there is room",
+                )
+            told = True
+            if self._stop.wait(self.TRY_S):
+                return
+
 
 class Sighting(TypedDict):
-    """What a rollout actor's heartbeat last said, and when it last changed (our clock, seconds)."""
+    """What a heartbeat last said, and when that last changed (our clock, seconds)."""
 
     progress: int
-    age_s: float
+    stamp_ms: int
     moved_at: float
     beat_at: float
+
+
+class Sightings:
+    """When each heartbeat last changed, by our own monotonic clock.
+
+    A heartbeat is alive when its stamp is another than at the look before. Its age is not asked:
+    beats and looks of about equal periods would see the same age for minutes. Neither hosts' clocks
+    nor a pause of Redis matter. Time in which nobody looked (a learner was restarted, a checkpoint
+    waited for, Redis took no writes) counts as ``GAP_S`` at most, since nobody saw what happened in
+    it.
+    """
+
+    GAP_S = 10.0
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Sighting] = {}
+        self._looked_at = time.monotonic()
+
+    def look(self, beats: Mapping[str, Heartbeat]) -> dict[str, Sighting]:
+        """What is known of all ``beats`` after this look; the others are forgotten."""
+        now = time.monotonic()
+        unseen, self._looked_at = max(0.0, now - self._looked_at - self.GAP_S), now
+        known: dict[str, Sighting] = {}
+        for who, beat in beats.items():
+            seen = self._seen.get(who) or Sighting(
+                progress=beat.progress, stamp_ms=beat.stamp_ms, moved_at=now, beat_at=now
+            )
+            moved_at, beat_at = (min(now, seen[at] + unseen) for at in ("moved_at", "beat_at"))
+            moved, beaten = beat.progress != seen["progress"], beat.stamp_ms != seen["stamp_ms"]
+            known[who] = Sighting(
+                progress=beat.progress,
+                stamp_ms=beat.stamp_ms,
+                moved_at=now if moved else moved_at,
+                beat_at=now if beaten or moved else beat_at,
+            )
+        self._seen = known
+        return known
+
+    def rest(self, who: str) -> None:
+        """It had nothing to do: its progress is not waited for."""
+        self._seen[who]["moved_at"] = time.monotonic()
+
+    def forget(self, who: str) -> None:
+        self._seen.pop(who, None)
 
 
 class StallWatch:
     """Finds rollout actors that hang: no heartbeat, or no progress while they hold prompts.
 
-    Changes are timed by our own clock, so neither hosts' clocks nor a pause of Redis matter. Time
-    in which nobody looked (a learner was restarted, a checkpoint waited for) counts as ``GAP_S`` at
-    most, since nobody saw what happened in it.
-
     Args:
-        stall_s: Seconds without a change after which an actor counts as hung.
+        stall_s: Seconds without a change (see ``Sightings``) after which an actor counts as hung.
         patience_s: Seconds more for actors that hold prompts; a judge may keep them waiting.
     """
 
-    GAP_S = 10.0
-
     def __init__(self, stall_s: float, patience_s: float = 0.0) -> None:
         self.stall_s, self.patience_s = stall_s, patience_s
-        self._seen: dict[str, Sighting] = {}
-        self._looked_at = time.monotonic()
+        self._sightings = Sightings()
 
     def stalled(
         self, names: Iterable[str], beats: dict[str, Heartbeat], holding: Callable[[str], bool]
     ) -> dict[str, str]:
         """Actor -> what is wrong with it. Actors without a heartbeat yet are still starting."""
-        now, found = time.monotonic(), {}
-        unseen, self._looked_at = max(0.0, now - self._looked_at - self.GAP_S), now
-        for name in names:
-            beat = beats.get(f"rollout/{name}")
-            if beat is None:
-                continue
-            seen = self._seen.get(name) or Sighting(
-                progress=beat.progress, age_s=beat.age_s, moved_at=now, beat_at=now
-            )
-            moved_at = min(now, seen["moved_at"] + unseen)
-            beat_at = min(now, seen["beat_at"] + unseen)
-            if beat.age_s < seen["age_s"] or beat.progress != seen["progress"]:
-                beat_at = now
-            if beat.progress != seen["progress"] or not holding(name):
-                moved_at = now
-            self._seen[name] = Sighting(
-                progress=beat.progress, age_s=beat.age_s, moved_at=moved_at, beat_at=beat_at
-            )
-            if now - beat_at > self.stall_s:
-                found[name] = f"no sign of life for {now - beat_at:.0f} s"
-            elif now - moved_at > self.stall_s + self.patience_s and holding(name):
-                found[name] = f"no progress for {now - moved_at:.0f} s while it holds prompts"
+        found = {}
+        theirs = {name: f"rollout/{name}" for name in names if f"rollout/{name}" in beats}
+        known = self._sightings.look({who: beats[who] for who in theirs.values()})
+        now = time.monotonic()
+        for name, who in theirs.items():
+            holds, seen = holding(name), known[who]
+            if not holds:
+                self._sightings.rest(who)
+            if now - seen["beat_at"] > self.stall_s:
+                found[name] = f"no sign of life for {now - seen['beat_at']:.0f} s"
+            elif now - seen["moved_at"] > self.stall_s + self.patience_s and holds:
+                found[name] = (
+                    f"no progress for {now - seen['moved_at']:.0f} s while it holds prompts"
+                )
         return found
 
     def forget(self, name: str) -> None:
-        self._seen.pop(name, None)
+        self._sightings.forget(f"rollout/{name}")
+
+
+class StartWatch:
+    """Ends processes that freeze while they start: they have beaten, and beat no more.
+
+    A process that has not beaten yet may still wait for a place: ``resources.start_timeout_s``
+    counts for it.
+
+    Args:
+        beats: Reads the latest heartbeats.
+        stall_s: Seconds without a beat after which a starting process counts as frozen.
+    """
+
+    LOOK_S = 2.0
+
+    def __init__(self, beats: Callable[[], dict[str, Heartbeat]], stall_s: float) -> None:
+        self.stall_s = stall_s
+        self._beats, self._sightings = beats, Sightings()
+        self._looked_at = -self.LOOK_S
+
+    def look(self, starting: Mapping[str, ActorHandle]) -> None:
+        """Kill those of ``starting`` ("role/id" -> handle) that are frozen; its start then fails.
+        Looks every ``LOOK_S`` at most."""
+        if time.monotonic() - self._looked_at < self.LOOK_S or not starting:
+            return
+        beats = self._beats()
+        self._looked_at = time.monotonic()
+        known = self._sightings.look({who: beats[who] for who in starting if who in beats})
+        for who, seen in known.items():
+            silent = self._looked_at - seen["beat_at"]
+            if silent > self.stall_s:
+                log.warning("%s gave no sign of life for %.0f s while it started", who, silent)
+                self._kill(beats[who], starting[who])
+
+    @staticmethod
+    def _kill(beat: Heartbeat, actor: ActorHandle) -> None:
+        import ray
+
+        if beat.host == socket.gethostname():  # a stopped process does not hear Ray
+            kill_worker(beat.pid, "ray::")
+        ray.kill(actor)
 
 
 class LearnerWatch:
@@ -200,6 +325,7 @@ class LearnerWatch:
     """
 
     ASK_EVERY_S = 2.0
+    GAP_S = 10.0  # at most this counts of a time in which nobody looked, as in ``Sightings``
 
     def __init__(self, ranks: Sequence[ActorHandle], stall_s: float) -> None:
         now = time.monotonic()
@@ -218,7 +344,9 @@ class LearnerWatch:
         now = time.monotonic()
         if now - self._looked_at < self.ASK_EVERY_S:
             return None
-        self._looked_at = now
+        unseen, self._looked_at = max(0.0, now - self._looked_at - self.GAP_S), now
+        self._moved_at += unseen
+        self._answered_at = [at + unseen for at in self._answered_at]
         for number, rank in enumerate(self._ranks):
             reference = self._asked[number]
             if reference is not None and ray.wait([reference], timeout=0)[0]:

@@ -20,7 +20,7 @@ from avatar_rl.buffer_service.errors import (
     RecordError,
     UnknownRequestError,
 )
-from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
+from avatar_rl.buffer_service.records.requests import PromptKl, RequestLease, RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
@@ -166,8 +166,10 @@ def test_numbers_out_of_range_change_nothing(buffer: ReplayBuffer) -> None:
     for wrong in ({"tokens_generated": -1}, {"tokens_generated": 1, "bound": -1}):
         with pytest.raises(RecordError, match="negative"):
             buffer.requests.add_group(group, lease, **wrong)
-    with pytest.raises(RecordError, match="behaviour KL is nan"):
-        buffer.replay.report_behaviour_kl(float("nan"))
+    for k3, tokens in ((float("nan"), 4), (0.1, 0)):
+        found = PromptKl(prompt_id="p", k3=k3, tokens=tokens, fresh=True)
+        with pytest.raises(RecordError, match="behaviour KL of prompt p: "):
+            buffer.replay.report_behaviour_kl(0, [found])
     with pytest.raises(ReplayBufferError, match="same_prompt needs prompt_ids"):
         buffer.replay.draw(4, step=0, seed=0, strategy="same_prompt")
     with pytest.raises(ReplayBufferError, match="0 <= rank < world"):
@@ -290,13 +292,14 @@ def test_old_redis_is_refused(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPa
 
 def test_full_redis_refuses_and_keeps_its_state(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "small", persistent=False, maxmemory=6 << 20) as small:
-        soft = ReplayBuffer.connect(CONFIG, "run", small.url)
+        at_once = CONFIG.model_copy(update={"pause_s": 0.0})
+        soft = ReplayBuffer.connect(at_once, "run", small.url)
         soft.requests.push(
             [RolloutRequest(seq=i, prompt_id=f"p{i}", step=0, n=4) for i in range(40)]
         )
         leases = soft.requests.lease("a", 40)
         hard = ReplayBuffer.connect(
-            CONFIG.model_copy(update={"memory_limit": 1.0}), "run", small.url
+            at_once.model_copy(update={"memory_limit": 1.0}), "run", small.url
         )
         for buffer in (soft, hard):  # the gauge first, then Redis' own refusal
             stored = buffer.stats.ledger().generated

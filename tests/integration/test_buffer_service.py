@@ -4,6 +4,8 @@ heartbeats."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 import time
 
 import pytest
@@ -384,7 +386,13 @@ def test_values_and_heartbeats(buffer: ReplayBuffer) -> None:
     assert buffer.control.desired("rollout") == 3
     assert buffer.control.get_value("x") == {"a": [1, 2.5, None]}
     beat = buffer.control.heartbeats()["actor/7"]
-    assert beat.progress == 41 and 0 <= beat.age_s < 5
+    assert (beat.progress, beat.host, beat.pid) == (41, socket.gethostname(), os.getpid())
+    assert abs(beat.stamp_ms / 1000 - time.time()) < 5
+    time.sleep(0.002)
+    buffer.control.heartbeat("actor", "7", 41)
+    assert buffer.control.watched_heartbeats().keys() == {"actor/7"}  # not the watch's own
+    assert buffer.control.heartbeats()["actor/7"].stamp_ms > beat.stamp_ms
+    buffer.control.drop_heartbeat("watch", socket.gethostname())
     buffer.control.drop_heartbeat("actor", "7")
     assert buffer.control.heartbeats() == {}
     with pytest.raises(RecordError, match="value y"):

@@ -42,58 +42,93 @@ def test_an_actor_that_holds_work_and_does_not_move_is_stalled(
 ) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
 
-    def look(progress: int, age: float, holds: bool = True) -> dict[str, str]:
-        return watch.stalled(
-            ["rollout-0"], {"rollout/rollout-0": Heartbeat(progress, age)}, lambda _: holds
-        )
+    def look(progress: int, holds: bool = True) -> dict[str, str]:
+        beat = Heartbeat(progress, int(clock.now * 1000))
+        return watch.stalled(["rollout-0"], {"rollout/rollout-0": beat}, lambda _: holds)
 
-    assert look(5, 0.1) == {}
+    assert look(5) == {}
     clock.now += 9
-    assert look(6, 0.1) == {}  # moved
+    assert look(6) == {}  # moved
     clock.now += 9
-    assert look(6, 0.2) == {}
+    assert look(6) == {}
     clock.now += 2
-    found = look(6, 0.1)  # it beats, but stands still
+    found = look(6)  # it beats, but stands still
     assert "no progress for 11 s" in found["rollout-0"]
     watch.forget("rollout-0")
-    assert look(6, 0.1) == {}
+    assert look(6) == {}
 
 
 def test_an_idle_actor_is_not_stalled_while_it_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
-    for number in range(30):
+    for _ in range(30):
         clock.now += 5
-        beats = {"rollout/rollout-0": Heartbeat(7, 0.5 - 0.1 * (number % 2))}
+        beats = {"rollout/rollout-0": Heartbeat(7, int(clock.now * 1000))}
         assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
+
+
+@pytest.mark.parametrize(
+    ("beat_s", "look_s"), [(1.0, 2.0), (1.003, 2.0), (2.0, 1.0), (1.0, 0.999), (3.0, 7.0)]
+)
+def test_a_healthy_idle_actor_is_never_stalled_whatever_the_periods(
+    monkeypatch: pytest.MonkeyPatch, beat_s: float, look_s: float
+) -> None:
+    """Half an hour of beats and looks of about equal periods: the age at a look hardly changes, and
+    it once grew for minutes. Redis' clock is set back by an hour in between."""
+    clock, watch = Clock(monkeypatch), StallWatch(20)
+    begun = clock.now
+    for look in range(1, int(1800 / look_s)):
+        clock.now = begun + look * look_s
+        beaten = int((clock.now - begun) / beat_s) * beat_s
+        stamp = int(beaten * 1000) - (3_600_000 if beaten > 900 else 0)
+        beats = {"rollout/rollout-0": Heartbeat(7, stamp)}
+        assert watch.stalled(["rollout-0"], beats, lambda _: False) == {}
+
+
+def test_a_frozen_idle_actor_is_found_soon_after_stall_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, watch = Clock(monkeypatch), StallWatch(20)
+    found: dict[str, str] = {}
+    begun = clock.now
+    while not found:
+        clock.now += 2
+        beats = {"rollout/rollout-0": Heartbeat(7, int(min(clock.now, begun + 60) * 1000))}
+        found = watch.stalled(["rollout-0"], beats, lambda _: False)
+    assert 80 < clock.now - begun <= 84 and "no sign of life for 2" in found["rollout-0"]
+
+
+def test_a_pause_of_redis_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes in which nobody could beat, nor the watch look."""
+    clock, watch = Clock(monkeypatch), StallWatch(20)
+    beats = {"rollout/rollout-0": Heartbeat(7, 1)}
+    assert watch.stalled(["rollout-0"], beats, lambda _: True) == {}
+    clock.now += 600
+    assert watch.stalled(["rollout-0"], beats, lambda _: True) == {}  # it beats again in a moment
 
 
 def test_what_happened_while_nobody_looked_is_held_against_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The driver was busy for minutes; a beat is 0 to 1 s old whenever one looks."""
+    """The driver was busy for minutes; the actor beats all the while."""
     clock, watch = Clock(monkeypatch), StallWatch(60)
 
-    def look(age: float, holds: bool) -> dict[str, str]:
-        return watch.stalled(
-            ["rollout-0"], {"rollout/rollout-0": Heartbeat(7, age)}, lambda _: holds
-        )
+    def look(holds: bool) -> dict[str, str]:
+        beat = Heartbeat(7, int(clock.now * 1000))
+        return watch.stalled(["rollout-0"], {"rollout/rollout-0": beat}, lambda _: holds)
 
-    assert look(0.2, holds=False) == {}
+    assert look(holds=False) == {}
     clock.now += 300
-    assert look(0.9, holds=True) == {}  # idle all the while, and just given work
+    assert look(holds=True) == {}  # idle all the while, and just given work
     for _ in range(24):
         clock.now += 2
-        assert look(0.5, holds=True) == {}
+        assert look(holds=True) == {}
     clock.now += 3
-    assert "no progress for 61 s" in look(0.5, holds=True)["rollout-0"]
+    assert "no progress for 61 s" in look(holds=True)["rollout-0"]
 
 
 def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, watch = Clock(monkeypatch), StallWatch(10)
-    for seconds in range(0, 12):
-        found = watch.stalled(
-            ["rollout-0"], {"rollout/rollout-0": Heartbeat(7, float(seconds))}, lambda _: False
-        )
+    for _ in range(0, 12):
+        beats = {"rollout/rollout-0": Heartbeat(7, 5)}
+        found = watch.stalled(["rollout-0"], beats, lambda _: False)
         clock.now += 1
     assert "no sign of life" in found["rollout-0"]
     assert watch.stalled(["rollout-1"], {}, lambda _: True) == {}  # still starting
