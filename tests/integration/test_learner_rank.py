@@ -98,6 +98,8 @@ class Numbers:
 
 
 class Encoder:
+    warnings: tuple[str, ...] = ()
+
     def encode(self, prompt: int, hinted: bool) -> EncodedPrompt:
         return encoded(prompt)
 

@@ -110,8 +110,10 @@ def test_a_group_is_done_with_all_its_parts_and_goes_to_the_scorer_as_one() -> N
     assert not group.done
     group.finished["video"] = finished(texts=("b", "bb"))
     assert group.done and group.tokens == 3 + 4 + 3 + 3 and group.whole is group.finished[""]
+    assert group.unscored().opened_tag is None
+    group.opened_tag = "<think>"
     unscored = group.unscored()
-    assert unscored.prompt_id == "p"
+    assert unscored.prompt_id == "p" and unscored.opened_tag == "<think>"
     assert unscored.completions == [
         Completion(text="aaa", finished=True, mean_logprob=-1.0, tokens=3),
         Completion(text="aaaa", finished=True, mean_logprob=-1.0, tokens=4),

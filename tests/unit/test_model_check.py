@@ -158,7 +158,7 @@ def test_other_probabilities_than_the_models_own_are_refused(
     warped = Warped(model, "not at all")
     check.check_scores(warped, "fine", share_prefix=share_prefix)
     warped.how = how
-    with pytest.raises(ModelError, match="model type 'warped'.* nats off"):
+    with pytest.raises(ModelError, match=r"model type 'warped'.* nats off"):
         check.check_scores(warped, "warped", share_prefix=share_prefix)
 
 
@@ -175,7 +175,7 @@ def test_models_without_a_head_or_with_a_hole_are_refused(tmp_path: Path) -> Non
     save_file(whole | {"lm_head.weight": lost}, folder / "model.safetensors")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text('{"quantization_config": {"bits": 4},' + config[1:])
-    with pytest.raises(ModelError, match="'mistral'.* is quantised"):
+    with pytest.raises(ModelError, match=r"'mistral'.* is quantised"):
         load_model(folder)
 
 

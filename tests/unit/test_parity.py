@@ -56,3 +56,13 @@ def test_sides_that_agree_pass_with_their_difference() -> None:
 def test_what_differs_is_named(pair: tuple[list[Any], list[Any]], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         check_parity(*pair, tolerance=0.02)
+
+
+def test_media_are_blamed_only_where_there_are_any() -> None:
+    asked, seen = a_pair(shift=0.1)
+    with pytest.raises(ModelError, match="media inputs, positions or weights"):
+        check_parity(asked, seen, tolerance=0.02)
+    seen[1]["placeholders"] = {}
+    with pytest.raises(ModelError, match="positions or weights are not the same") as caught:
+        check_parity(asked, seen, tolerance=0.02)
+    assert "media" not in str(caught.value) and "beside others" in str(caught.value)

@@ -68,6 +68,64 @@ def test_format_is_the_whole_string(text: str, good: bool) -> None:
     assert format_score(text, finished=True, scale="binary") == (1.0 if good else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "closed"),  # by prompts that end with the opening tag, and by others
+    [
+        ("It is green.\n</think>\n<answer>B</answer>", True, False),
+        ("<think>It is green.</think><answer>B</answer>", False, True),
+        ("</think><answer>B</answer>", False, False),
+        ("a</think>so<answer>B</answer>", False, False),
+        ("a</think><answer>B</answer><answer>C</answer>", False, False),
+        ("a</think>b</think><answer>B</answer>", False, False),
+        ("a<answer>B</answer>", False, False),
+        ("a</think><answer>B</answer>x", False, False),
+        ("a</think><think><answer>B</answer>", False, False),
+        ("", False, False),
+    ],
+)
+def test_what_the_prompt_opened_belongs_to_the_format(
+    text: str, opened: bool, closed: bool
+) -> None:
+    assert well_formed(text, True) is opened
+    assert well_formed(text, False) is well_formed(text) is closed
+    assert well_formed(text, None) is (opened or closed)  # nobody knows how the prompt ended
+    for prefilled, good in ((True, opened), (False, closed), (None, opened or closed)):
+        value = format_score(text, finished=True, scale="signed", prefilled=prefilled)
+        assert value == (1.0 if good else -1.0)
+        assert format_score(text, finished=False, scale="signed", prefilled=prefilled) == -1.0
+
+
+SEEN = "<time>0.0-1.0</time><caption>x</caption>"
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "closed"),
+    [
+        (SEEN + "so</thinking><answer>B</answer>", True, False),
+        (SEEN + "<thinking>so</thinking><answer>B</answer>", False, True),
+        (SEEN + "</thinking><answer>B</answer>", False, False),
+        ("so</thinking><answer>B</answer>", False, False),
+        ("x" + SEEN + "so</thinking><answer>B</answer>", False, False),
+        (SEEN + "so</thinking><answer>B</answer>x", False, False),
+        (SEEN + "so<answer>B</answer>", False, False),
+    ],
+)
+def test_what_the_prompt_opened_belongs_to_the_grounded_format(
+    text: str, opened: bool, closed: bool
+) -> None:
+    assert parse_grounded(text, True).strict is opened
+    assert parse_grounded(text, False).strict is parse_grounded(text).strict is closed
+    assert parse_grounded(text, None).strict is (opened or closed)
+    assert parse_grounded(text, True).segments == parse_grounded(text).segments
+
+
+@pytest.mark.parametrize(
+    "text", ["It is green.\n</think><answer>B</answer>", "It is green. </thinking> B"]
+)
+def test_reasoning_that_the_prompt_opened_is_read(text: str) -> None:
+    assert think_text(text) == "It is green."
+
+
 def test_truncated_completion_fails_the_format() -> None:
     assert format_score(say("B"), finished=False, scale="signed") == -1.0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import AvatarError, ConfigError, DataError
@@ -368,3 +369,37 @@ def test_concurrent_groups_share_one_custom_reward(tmp_path: Path) -> None:
         return [rewards_of(answer)[1] for answer in answers]
 
     assert asyncio.run(run()) == [0.25] * 50
+
+
+OPENED = "It is green.\n</think>\n<answer>B</answer>"
+GROUNDED = "<time>0.0-1.0</time><caption>x</caption>so</thinking><answer>B</answer>"
+
+
+@pytest.mark.parametrize(
+    ("setting", "tag", "opened", "closed", "grounded"),
+    [
+        ("auto", None, 1, 1, 1),  # outside a run
+        ("auto", "<think>", 1, -1, 0),
+        ("auto", "<thinking>", -1, 1, 1),
+        ("auto", "", -1, 1, 0),
+        (True, "", 1, -1, 1),
+        (False, "<think>", -1, 1, 0),
+    ],
+)
+def test_a_missing_opening_tag_counts_by_what_the_prompt_ended_with(
+    tmp_path: Path, setting: str | bool, tag: str | None, opened: int, closed: int, grounded: int
+) -> None:
+    config = RewardConfig(
+        weights={"format": 0.5, "grounding_format": 0.5},
+        think_prefilled=setting,  # type: ignore[arg-type]
+    )
+    group = structs.replace(group_of(OPENED, RIGHT, GROUNDED), opened_tag=tag)
+
+    async def run() -> list[CompletionScore] | AvatarError:
+        [answer] = await reward_actor(config, tmp_path).score([pickle.loads(pickle.dumps(group))])
+        return answer
+
+    answer = asyncio.run(run())
+    assert isinstance(answer, list)
+    assert [one.components["format"] for one in answer] == [opened, closed, -1]
+    assert answer[2].components["grounding_format"] == grounded
