@@ -8,8 +8,11 @@ outlives a rank are made the same way."""
 from __future__ import annotations
 
 import io
+import pickle
 import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +80,8 @@ def capture(engine: TrainEngine, rank: int) -> Files:
 def restore(engine: TrainEngine, rank: int, folder: Path) -> None:
     """Load what ``capture`` gave on all ranks, written into ``folder``/state. Collective.
 
-    Raises ConfigError (another number of ranks or ZeRO stage) or ModelError (a file is missing).
+    Raises ConfigError (another number of ranks or ZeRO stage) or ModelError (a file is missing, or
+    holds more than weights and counters).
     """
     seeds = folder / TAG / f"random_{rank}.pt"
     if not seeds.is_file():
@@ -85,11 +89,56 @@ def restore(engine: TrainEngine, rank: int, folder: Path) -> None:
             f"learner state {folder} has no {seeds.name}: it was written by fewer than {rank + 1} "
             "ranks"
         )
-    engine.load(folder, TAG)
-    states = torch.load(seeds, weights_only=False)
+    with _only_weights(engine):
+        engine.load(folder, TAG)
+    states = load_weights(seeds)
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
+
+
+@contextmanager
+def _only_weights(engine: TrainEngine) -> Iterator[None]:
+    """DeepSpeed reads its files by ``load_weights`` within the block."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class Reader(TorchCheckpointEngine):
+        """DeepSpeed's own reader would run whatever a pickle asks for."""
+
+        def __init__(self) -> None:
+            self.name = "weights"
+
+        def load(self, path: str, map_location: torch.device | None = None) -> Any:
+            return load_weights(Path(path), map_location)
+
+    usual = engine.engine.checkpoint_engine
+    engine.engine.checkpoint_engine = Reader()
+    try:
+        yield
+    finally:
+        engine.engine.checkpoint_engine = usual
+
+
+def load_weights(path: Path, map_location: torch.device | None = None) -> Any:
+    """What ``torch.save`` wrote, without running what a file may ask for (docs/security.md).
+
+    Tensors, plain values, numpy's random state and DeepSpeed's counters are read. Raises ModelError
+    for a file with anything else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from numpy._core.multiarray import _reconstruct
+
+    counters = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    arrays: list[type] = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    try:
+        with torch.serialization.safe_globals([_reconstruct, *counters, *arrays]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path} holds more than weights and counters, so it was not opened: it was changed, "
+            "or written by another version; restore it, or start from an older checkpoint"
+        ) from error
 
 
 def _serialised(value: Any) -> NDArray[np.uint8]:
