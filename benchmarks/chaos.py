@@ -1,7 +1,7 @@
 """Kills the parts of a real run again and again -> build/bench/chaos.json; ``make bench NAME=chaos
 ARGS='--kills 50'``.
 
-Two runs of one recipe: one in peace, and one in which a rollout actor, the reward actor, the
+Two runs of one recipe: an undisturbed one, and one in which a rollout actor, the reward actor, the
 learner, Redis or the whole job (the driver) is killed with SIGKILL while it idles, generates,
 inserts, publishes or writes a checkpoint. A killed job is started again with ``--resume auto``, as
 a scheduler would. At the end the books must close: nothing that was acknowledged lost, nothing
@@ -9,7 +9,6 @@ trained twice."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,24 +22,19 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from avatar_rl.buffer_service.redis.connection import Connection
 from avatar_rl.buffer_service.redis.scripting import script
+from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.checkpoints.resume import saved_config
 from avatar_rl.cluster.services.run_buffer import open_buffer
-from avatar_rl.cluster.telemetry.run_folder import list_runs, read_status
-from benchmarks.footprint import Footprint, processes
-from benchmarks.harness import Figures
+from avatar_rl.cluster.telemetry.run_files import list_runs, read_status
+from benchmarks.footprint import ROLES, Footprint, processes
+from benchmarks.harness import Figures, parser, smoke_recipe
 
-#: How Ray names the workers; the learner is hit in rank 0.
-ROLES = {
-    "rollout": "ray::RolloutActor",
-    "reward": "ray::RewardActor",
-    "learner": "ray::LearnerRank",
-    "redis": "redis-server",
-    "driver": "",
-}
 PHASES = ("idle", "generating", "inserting", "publishing", "checkpointing")
 SCRIPTS = ("push", "fresh", "insert", "draw", "commit", "snapshot")
 PHASE_S = 60.0  # a phase that does not come in this time is not waited for any longer
@@ -202,16 +196,17 @@ class Job:
 class Chaos:
     """Kills by a plan, and times how long it takes until the next step is committed."""
 
-    def __init__(self, job: Job, observer: Observer, rng: random.Random) -> None:
-        self.job, self.observer, self.rng = job, observer, rng
+    def __init__(
+        self, job: Job, observer: Observer, rng: random.Random, roles: Sequence[str]
+    ) -> None:
+        self.job, self.observer, self.rng, self.roles = job, observer, rng, roles
         self.recovery: dict[str, list[float]] = defaultdict(list)
         self.killed: Counter[str] = Counter()
         self.unplanned = 0
 
     def run(self, kills: int, deadline: float) -> None:
-        """Kill until ``kills`` are done, the time is over or the run has ended; then let it end in
-        peace."""
-        plan = list(itertools.product(ROLES, PHASES))
+        """Kill until ``kills`` are done, the time is over or the run has ended; then let it end."""
+        plan = list(itertools.product(self.roles, PHASES))
         self.rng.shuffle(plan)
         for role, phase in itertools.islice(itertools.cycle(plan), kills):
             if time.monotonic() > deadline or not self._steps(SETTLE_STEPS, deadline):
@@ -304,14 +299,26 @@ def versions_monotone(run: Path) -> bool:
     return versions == sorted(set(versions)) and steps == sorted(set(steps))
 
 
+def settled_groups(run: Path, buffer: ReplayBuffer) -> set[str]:
+    """Ids of the groups that were inserted or dropped, by one bit each in Redis.
+
+    ``buffer`` is open, so the server of ``run`` is up."""
+    url = (run / "redis" / "lock").read_text().strip()
+    connection = Connection(buffer.config, buffer.run_id, url)
+    try:
+        bits = connection.client.get(connection.key("seen")) or b""
+    finally:
+        connection.close()
+    places = range(len(bits) * 8)
+    return {f"{seq:08d}" for seq in places if bits[seq // 8] >> (7 - seq % 8) & 1}
+
+
 def check_books(run: Path, books: Books, steps: int, figures: Figures) -> None:
     """Compare what was seen with what the buffer holds in the end."""
     recipe = saved_config(run)
     with open_buffer(str(run), url=None) as buffer:
         ledger = buffer.stats.ledger()
-        connection = buffer._connection
-        bits = connection.client.get(connection.key("seen")) or b""
-    settled = {f"{seq:08d}" for seq in range(len(bits) * 8) if bits[seq // 8] >> (7 - seq % 8) & 1}
+        settled = settled_groups(run, buffer)
     wanted = steps * recipe["loop"]["prompts_per_step"]
     twice = sum(len(found) > 1 for found in books.committed.values()) + max(
         0, ledger.trained_fresh - wanted
@@ -331,52 +338,38 @@ def check_books(run: Path, books: Books, steps: int, figures: Figures) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=30, help="no kills after this long")
-    parser.add_argument("--steps", type=int, help="of both runs; default 6 per kill, at least 40")
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
-    parser.add_argument("--seed", type=int, default=0, help="order of the kills")
-    parser.add_argument("--work", type=Path, default=Path("build/chaos"), help="where the runs go")
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        help="folder of an undisturbed run of as many steps; none: make one",
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--kills", type=int, default=10)
+    options_of.add_argument("--roles", nargs="+", choices=tuple(ROLES), default=tuple(ROLES))
+    options_of.add_argument("--minutes", type=float, default=30, help="no kills after this long")
+    options_of.add_argument("--steps", type=int, help="of both runs; default 6 a kill, at least 40")
+    options_of.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
+    options_of.add_argument("--seed", type=int, default=0, help="order of the kills")
+    options_of.add_argument("--work", type=Path, default=Path("build/chaos"), help="for the runs")
+    options_of.add_argument(
+        "--reference", type=Path, help="an undisturbed run of as many steps; none: make one"
     )
-    options, overrides = parser.parse_known_args()
+    options, overrides = options_of.parse_known_args(arguments)
+    if options.smoke:
+        options.kills, options.roles, options.steps = 1, ["reward"], 12
+        options.work, options.recipe = options.out, smoke_recipe(options.out)
     steps = options.steps or max(40, 6 * options.kills)
-    work: Path = options.work / time.strftime("%Y%m%d-%H%M%S")
+    work: Path = options.work / time.strftime("chaos-%Y%m%d-%H%M%S")
     work.mkdir(parents=True)
-    common = [
-        sys.executable,
-        "-m",
-        "avatar_rl.cluster.cli",
-        "train",
-        str(options.recipe),
-        "--loop.steps",
-        str(steps),
-        "--screen",
-        "plain",
-        "--output.report",
-        "false",
-        "--output.export",
-        "false",
-        "--evaluation.every",
-        "0",
-        "--checkpoint.every",
-        "5",
-        *overrides,
-    ]
-    figures = Figures("chaos")
-    reference = options.reference or undisturbed(common, work / "peace")
+    fixed = ["--loop.steps", str(steps), "--screen", "plain", "--output.report", "false"]
+    fixed += ["--output.export", "false", "--evaluation.every", "0", "--checkpoint.every", "5"]
+    common = [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(options.recipe)]
+    common += [*fixed, *overrides]
+    figures = Figures("chaos", options.out)
+    reference = options.reference or undisturbed(common, work / "undisturbed")
     books = Books()
     observer = Observer(books)
     command = [*common, "--output.folder", str(work / "chaos"), "--resume", "auto"]
     started = time.monotonic()
     footprint = Footprint(ROLES)
     job = Job(command, work / "chaos", work / "chaos.log", observer, footprint)
-    chaos = Chaos(job, observer, random.Random(options.seed))
+    chaos = Chaos(job, observer, random.Random(options.seed), options.roles)
     try:
         chaos.run(options.kills, started + 60 * options.minutes)
     finally:
@@ -390,15 +383,15 @@ def main() -> None:
     run = job.run_folder()
     assert run is not None
     check_books(run, books, steps, figures)
-    before, now = (read_status(folder).accuracy_now or float("nan") for folder in (reference, run))
-    figures.add(
-        {"accuracy_undisturbed": before, "accuracy_chaos": now, "accuracy_difference": now - before}
-    )
+    before, now = (read_status(folder).accuracy_now for folder in (reference, run))
+    if before is not None and now is not None:
+        figures.add({"accuracy_undisturbed": before, "accuracy_chaos": now})
+        figures.add({"accuracy_difference": now - before})
     figures.write()
 
 
 def undisturbed(common: list[str], folder: Path) -> Path:
-    """The same recipe in peace."""
+    """The same recipe, uninterrupted."""
     print("an undisturbed run first", flush=True)
     folder.mkdir()
     with open(folder.with_suffix(".log"), "wb") as log:

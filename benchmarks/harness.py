@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from tests.small_run import RECIPE
 
 BENCH = Path("build/bench")
@@ -29,11 +31,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def smoke_recipe(folder: Path) -> Path:
-    """The tests' recipe of a few clips, in ``folder``. With one cache its world, tiny model and
-    cold start are made once for all."""
+    """The tests' recipe of a few clips, in ``folder``, with one actor of each kind. With one cache
+    its world, tiny model and cold start are made once for all."""
+    recipe = yaml.safe_load(RECIPE)
+    recipe["rollout"]["workers"] = recipe["learner"]["ranks"] = 1
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "smoke.yaml"
-    path.write_text(RECIPE)
+    path.write_text(yaml.safe_dump(recipe))
     return path
 
 

@@ -15,7 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from avatar_rl.common.files import read_jsonl, replace_text
 from avatar_rl.prompts.synthetic.config import Category, WorldConfig
 from avatar_rl.prompts.synthetic.world import synthesize
 from avatar_rl.rewards.answers.accuracy import SOLVED
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, parser
 
 METHODS = {"grpo": "grpo", "no_hint": "avatar_no_hint", "hint": "avatar"}
 TYPE = Category.LOCALISE
@@ -78,10 +78,10 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_world(folder: Path) -> dict[str, str]:
+def make_world(folder: Path, world: WorldConfig) -> dict[str, str]:
     """The pool and the cold start's prompts beside their media; made once."""
     if not folder.is_dir():
-        synthesize(folder, WORLD)
+        synthesize(folder, world)
     taught = []
     for number, row in enumerate(read_jsonl(folder / "sft.jsonl")):
         if row["category"] == TYPE:
@@ -164,25 +164,33 @@ def outcome(run: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--completions", type=int, default=768, help="budget of each run")
-    parser.add_argument("--sft-steps", type=int, default=700)
-    parser.add_argument("--folder", type=Path, default=Path("build/bench/hints"))
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--seeds", type=int, default=3)
+    options_of.add_argument("--completions", type=int, default=768, help="budget of each run")
+    options_of.add_argument("--sft-steps", type=int, default=700)
+    options_of.add_argument("--folder", type=Path, default=Path("build/bench/hints"))
+    options_of.add_argument("--cache", type=Path, help="of models; default: below --folder")
+    options = options_of.parse_args(arguments)
+    methods, world = METHODS, WORLD
+    if options.smoke:
+        options.seeds, options.completions, options.sft_steps = 1, 128, 2
+        options.folder = options.out / "hints"
+        methods = {name: METHODS[name] for name in ("grpo", "hint")}
+        world = WORLD.model_copy(update={"n_train": 3 * POOL, "n_sft": 32})
     options.folder.mkdir(parents=True, exist_ok=True)
-    figures = Figures("hints")
-    files = make_world(options.folder / f"world-{key(WORLD.model_dump(mode='json'))}")
+    figures = Figures("hints", options.out)
+    files = make_world(options.folder / f"world-{key(world.model_dump(mode='json'))}", world)
     optimizer = {"lr": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.01}
     sft = {"steps": options.sft_steps, "batch_size": 32, "ranks": 2, "optimizer": optimizer}
-    output = {"cache": str(options.folder / "cache"), "folder": str(options.folder / "runs")}
+    cache = options.cache or options.folder / "cache"
+    output = {"cache": str(cache), "folder": str(options.folder / "runs")}
     raw = merge(RECIPE, {"name": "cold-start", "data": files, "cold_start": sft, "output": output})
-    with Screen(1, False, title="cold start") as screen:
+    with Screen(1, title="cold start") as screen:
         model = evaluate(RunConfig.model_validate(raw), screen).model
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for seed in range(options.seeds):
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             found[name].append(outcome(run(method, seed, model, files, options)))
             print(name, seed, found[name][-1], flush=True)
     for name, outcomes in found.items():

@@ -9,19 +9,19 @@ sampled meanwhile."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from avatar_rl.cluster.telemetry.run_folder import read_status
-from benchmarks.chaos import ROLES, Books, Job, Observer, check_books
-from benchmarks.footprint import Footprint
-from benchmarks.harness import Figures
+from avatar_rl.cluster.telemetry.run_files import read_status
+from benchmarks.chaos import Books, Job, Observer, check_books
+from benchmarks.footprint import ROLES, Footprint
+from benchmarks.harness import Figures, parser, smoke_recipe
 
 LAST_STEPS = 5  # of the life that ends by itself
 ENDLESS = 1_000_000
@@ -30,19 +30,27 @@ ENDLESS = 1_000_000
 class Soak:
     """Keeps the job alive and kills parts of it."""
 
-    def __init__(self, job: Job, observer: Observer, rng: random.Random, every_s: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        observer: Observer,
+        rng: random.Random,
+        every_s: float,
+        roles: Sequence[str],
+    ) -> None:
         self.job, self.observer, self.rng, self.every_s = job, observer, rng, every_s
+        self.roles = roles
         self.killed: Counter[str] = Counter()
         self.unplanned = 0
 
     def run(self, deadline: float) -> None:
+        """Kill until ``deadline``, at least once, and nothing before the first step."""
         due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or not self.killed:
             self._keep_alive()
-            if time.monotonic() >= due:
-                role = self.rng.choice(list(ROLES))
+            if time.monotonic() >= due and self.observer.books.commits:
                 due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
-                self._kill(role)
+                self._kill(self.rng.choice(self.roles))
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -77,37 +85,24 @@ class Soak:
             self.job.look_for_redis()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--every", type=float, default=150, help="mean seconds between kills")
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("build/soak"), help="where the run goes")
-    options, overrides = parser.parse_known_args()
-    work: Path = options.work / time.strftime("%Y%m%d-%H%M%S")
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--minutes", type=float, default=60)
+    options_of.add_argument("--every", type=float, default=150, help="mean seconds between kills")
+    options_of.add_argument("--roles", nargs="+", choices=tuple(ROLES), default=tuple(ROLES))
+    options_of.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
+    options_of.add_argument("--seed", type=int, default=0)
+    options_of.add_argument("--work", type=Path, default=Path("build/soak"), help="for the run")
+    options, overrides = options_of.parse_known_args(arguments)
+    if options.smoke:
+        options.minutes, options.every, options.roles = 0.01, 0.1, ["reward"]
+        options.work, options.recipe = options.out, smoke_recipe(options.out)
+    work: Path = options.work / time.strftime("soak-%Y%m%d-%H%M%S")
     work.mkdir(parents=True)
-    # A small constant rate: what is asked here is not what it learns, but that it can go on for
-    # long.
-    fixed = [
-        "--learner.schedule",
-        "constant",
-        "--learner.warmup",
-        "0",
-        "--learner.optimizer.lr",
-        "1.0e-5",
-        "--checkpoint.every",
-        "50",
-        "--evaluation.every",
-        "100",
-        "--output.export",
-        "false",
-        "--screen",
-        "plain",
-        *overrides,
-    ]
+    # A small constant rate: the question is not what it learns but whether it lasts.
+    fixed = ["--learner.schedule", "constant", "--learner.warmup", "0", "--screen", "plain"]
+    fixed += ["--learner.optimizer.lr", "1.0e-5", "--checkpoint.every", "50"]
+    fixed += ["--evaluation.every", "100", "--output.export", "false", *overrides]
     begin = [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(options.recipe), *fixed]
     places = ["--output.folder", str(work / "runs"), "--resume", "auto"]
     books, footprint = Books(), Footprint(ROLES)
@@ -120,7 +115,7 @@ def main() -> None:
         observer,
         footprint,
     )
-    soak = Soak(job, observer, random.Random(options.seed), options.every)
+    soak = Soak(job, observer, random.Random(options.seed), options.every, options.roles)
     try:
         soak.run(started + 60 * options.minutes)
         soak.stop()
@@ -141,7 +136,7 @@ def main() -> None:
         if job.running():
             job.process.send_signal(signal.SIGTERM)
             job.process.wait(120)
-    figures = Figures("soak")
+    figures = Figures("soak", options.out)
     figures.add({"minutes": (time.monotonic() - started) / 60, "steps": steps, "lives": job.lives})
     figures.add({"kills": sum(soak.killed.values()), "unplanned_exits": soak.unplanned})
     figures.add({f"kills_{role}": count for role, count in sorted(soak.killed.items())})

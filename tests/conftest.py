@@ -16,6 +16,7 @@ gc.disable()  # while test files are imported (prompts.heap.no_collections)
 #: Files that take longest, in that order: begun first, so that both workers of `make test` end at
 #: about the same time.
 LONG = (
+    "test_benchmarks",
     "test_survival",
     "test_run",
     "test_curriculum_run",
