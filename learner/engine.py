@@ -56,7 +56,7 @@ def init_distributed(*, on_gpu: bool, timeout: timedelta) -> None:
         # does the same work.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if on_gpu else "gloo"
-    if os.environ["MASTER_ADDR"] == LOOPBACK:
+    if os.environ["MASTER_ADDR"] == LOOPBACK and not dist.is_initialized():
         world = int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
             backend,
