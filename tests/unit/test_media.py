@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avatar_rl.common.errors import DataError
+from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
 from avatar_rl.prompts.media.decode import resample
@@ -400,3 +400,18 @@ def test_a_disk_cache_that_cannot_be_written_is_given_up_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert video(folder, media, frames=2).frames.shape[0] == 2
     assert "No space left" in caplog.text and media.disk is None
+
+
+def test_media_are_confined_to_declared_roots(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "a.png")
+    (inside / "link.png").symlink_to(outside / "a.png")
+    config = {"roots": [str(inside)]}
+    confined = loader(inside, **config)
+    assert confined.load(MediaItem(kind="image", uri="a.png"))
+    for uri in ("link.png", "../outside/a.png", str(outside / "a.png")):
+        assert loader(inside).load(MediaItem(kind="image", uri=uri))
+        with pytest.raises(InputError, match=r"lies outside data\.media\.roots"):
+            confined.load(MediaItem(kind="image", uri=uri))

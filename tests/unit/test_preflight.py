@@ -139,9 +139,14 @@ def test_a_reward_in_the_current_folder_is_found_as_in_a_worker(here: Path) -> N
     preflight({"": config_of(rewards=weights, output={"folder": str(here / "runs")})})
 
 
-def test_a_bad_row_leaves_no_run_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_row_leaves_no_run_folder(
+    here: Path, tiny_omni: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "train.jsonl").write_text('{"id": "a", "question": "q", "answer": "b", "nonsense": [\n')
-    said = refused(["train", written(here, data={"train": "train.jsonl"})], capsys)
+    said = refused(
+        ["train", written(here, data={"train": "train.jsonl"}, model={"path": str(tiny_omni)})],
+        capsys,
+    )
     assert "train.jsonl" in said
     assert not (here / "runs").exists()
 
@@ -427,3 +432,17 @@ def test_preflight_names_the_stage(here: Path) -> None:
     bad = good.model_copy(update={"model": good.model.model_copy(update={"path": "no/model"})})
     with pytest.raises(AvatarError, match="stage two: model: no/model is not a folder"):
         preflight({"one": good, "two": bad})
+
+
+def test_rows_outside_the_media_roots_are_told_at_the_start(
+    here: Path, tiny_omni: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "a.wav").write_bytes(b"RIFF")
+    row = {"id": "a", "question": "q", "answer": "b", "problem_type": "free_form"}
+    row |= {"audios": [str(here / "a.wav")]}
+    (here / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (here / "allowed").mkdir()
+    data = {"train": "train.jsonl", "media": {"roots": ["allowed"]}}
+    said = refused(["train", written(here, data=data, model={"path": str(tiny_omni)})], capsys)
+    assert "lies outside data.media.roots" in said and f"{here}/a.wav" in said
+    assert not (here / "runs").exists()
