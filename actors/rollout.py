@@ -58,7 +58,9 @@ class RolloutActor:
         from avatar_rl.buffer_service.store import ReplayBuffer
 
         self.name, self.spec, self.scorer, self.weight_store = name, spec, scorer, weight_store
-        self.buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
+        self.buffer = ReplayBuffer.connect(
+            spec.buffer, spec.run_id, url=spec.redis_url, create=False
+        )
         self._starting = StartBeats(self.buffer.control, "rollout", name)
         try:
             self._load()

@@ -11,6 +11,8 @@ from avatar_rl.buffer_service.redis.connection import Connection
 from avatar_rl.buffer_service.redis.scripting import script
 from avatar_rl.buffer_service.replay import FIXED
 
+_SHOWN = 500  # characters of what is wrong
+
 
 class _Counts(msgspec.Struct, frozen=True, kw_only=True):
     version: int
@@ -29,6 +31,7 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True):
     quarantined_prompts: int
     quarantined_records: int
     hints_on: int
+    faults: str  # counts that should agree and do not: keys were removed or edited from outside
 
 
 class _Reply(_Counts, frozen=True, kw_only=True):
@@ -94,13 +97,26 @@ class BufferStats:
         """The ledger. ``in_flight`` is counted from the groups that wait."""
         return self.read().ledger
 
+    def checked(self) -> Stats:
+        """As ``read``. Raises LedgerError when the ledger does not balance, or when counts that
+        grow and shrink together differ. O(log N)."""
+        stats = self.read()
+        self._check(stats.ledger, stats.faults)
+        return stats
+
     def check_ledger(self) -> Ledger:
-        """The ledger. Raises LedgerError when it does not balance."""
+        """The ledger, after a look at everything that is stored. O(contents).
+
+        Raises LedgerError when it does not balance, or when keys of the run are gone."""
         books = self.ledger()
-        if books.gap:
-            raise LedgerError(
-                f"ledger of run {self._connection.run_id}: {books.gap} groups unaccounted for "
-                f"({books}); "
-                "keep the append-only file and report it"
-            )
+        self._check(books, b"; ".join(self._connection.run("check")).decode())
         return books
+
+    def _check(self, books: Ledger, faults: str) -> None:
+        wrong = [f"{books.gap} groups unaccounted for ({books})"] if books.gap else []
+        wrong += [faults[:_SHOWN]] if faults else []
+        if wrong:
+            raise LedgerError(
+                f"buffer of run {self._connection.run_id} does not add up: {'; '.join(wrong)}. "
+                "Were keys removed or edited from outside? Resume from the last checkpoint"
+            )

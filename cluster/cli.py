@@ -336,6 +336,11 @@ PASSWORD_ENV: Word = click.option(
 FIRST_SEQ: Word = click.option(
     "--first-seq", type=int, help="Number an export's groups from here on; none keeps theirs."
 )
+AS_VERSION: Word = click.option(
+    "--as-version",
+    type=int,
+    help="Policy version that generated an export of another run, as this run counts.",
+)
 BUFFER_COMMANDS: tuple[tuple[str, str, list[Word]], ...] = (
     ("inspect", "Tiers, thresholds, stock, leases, ledger, memory.", []),
     ("export", "Replayable trajectories as .jsonl or .parquet.", [FILE]),
@@ -344,7 +349,7 @@ BUFFER_COMMANDS: tuple[tuple[str, str, list[Word]], ...] = (
         "import",
         "Replace the contents by a snapshot, or add the trajectories of a .jsonl or .parquet "
         "export.",
-        [FILE, FIRST_SEQ],
+        [FILE, FIRST_SEQ, AS_VERSION],
     ),
     ("clear", "Remove the run's contents.", []),
 )

@@ -194,7 +194,9 @@ class LearnerRank:
                 cached=spec.learner.reference_cache,
             )
         if self.rank == 0:
-            buffer = ReplayBuffer.connect(spec.buffer, spec.run_id, url=spec.redis_url)
+            buffer = ReplayBuffer.connect(
+                spec.buffer, spec.run_id, url=spec.redis_url, create=False
+            )
             source = StepSource(buffer, spec)
         return StepTrainer(
             spec,

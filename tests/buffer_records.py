@@ -93,7 +93,9 @@ def tier_of(buffer: ReplayBuffer, prompt_id: str) -> Tier | None:
     stats = buffer.stats.read()
     if rbar is None:
         return None
-    state = msgspec.msgpack.decode(client.hget(buffer._connection.key("prompts"), prompt_id))
+    state = msgspec.msgpack.decode(
+        client.hget(buffer._connection.key("prompts"), prompt_id)  # type: ignore[arg-type]
+    )
     throughout = state[10]  # scripts/parts/prompts.lua
     if throughout is not False:
         return "hard" if throughout == "0" else "easy"

@@ -70,6 +70,8 @@ class Stage:
         self.spec = rollout_spec(
             self.config, "first", self.model, datasets, self.services.redis_url
         )
+        # As the driver does: an actor does not begin a run.
+        ReplayBuffer.connect(self.config.buffer, "first", self.services.redis_url).close()
         self.actor = RolloutActor(
             "rollout-0", self.spec, self.pool.scorers[0], self.pool.weight_store
         )

@@ -24,6 +24,7 @@ from avatar_rl.buffer_service.errors import (
     BufferUnreachableError,
     FencedError,
     LeaseHeldError,
+    LedgerError,
     RecordError,
     StepTrainedError,
     UnknownRequestError,
@@ -41,8 +42,9 @@ MIN_VERSION = (6, 2)
 RESP = HIREDIS  # what runs on the wire; handmade.HANDMADE is the other way
 _PART = 16  # values asked for at once: some are decoded while others come
 _OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
+_LUA = re.compile(r"Error running script|user_script:\d")
 _KINDS: dict[str, tuple[type[ReplayBufferError], str]] = {
-    "NORUN": (BufferSetupError, "connect again, or restore a snapshot"),
+    "NORUN": (BufferSetupError, "was it removed? Resume from the last checkpoint"),
     "SETUP": (
         BufferSetupError,
         "use another run id, the same settings, or connect with reconfigure=True",
@@ -158,6 +160,11 @@ def translate(error: redis.exceptions.RedisError, where: str) -> ReplayBufferErr
     if "MISCONF" in text or "NOREPLICAS" in text:
         return BufferFullError(
             f"{where} refuses writes ({text}); free its disk or repair its persistence"
+        )
+    if _LUA.search(text):
+        return LedgerError(
+            f"{where}: a script met keys that do not fit together ({text}): were keys of the run "
+            "removed or edited from outside? Resume from the last checkpoint"
         )
     if isinstance(error, _AWAY):
         return BufferUnreachableError(f"{where} does not answer ({text}); is Redis running there?")

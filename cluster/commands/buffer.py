@@ -24,6 +24,7 @@ class BufferOptions(TypedDict, total=False):
     password_env: str | None
     file: Path
     first_seq: int | None
+    as_version: int | None
 
 
 def run(command: str, **options: Unpack[BufferOptions]) -> int:
@@ -48,26 +49,30 @@ def run(command: str, **options: Unpack[BufferOptions]) -> int:
                 f"bytes: {options['file']}"
             )
         elif command == "import":
-            print(import_file(buffer, options["file"], options.get("first_seq")))
+            numbers = options.get("first_seq"), options.get("as_version")
+            print(import_file(buffer, options["file"], *numbers))
         else:
             print(f"{buffer.clear()} keys removed")
     return 0
 
 
-def import_file(buffer: ReplayBuffer, file: Path, first_seq: int | None) -> str:
+def import_file(
+    buffer: ReplayBuffer, file: Path, first_seq: int | None, as_version: int | None
+) -> str:
     """What was done, in words. Raises as ``ReplayBuffer.restore`` and ``import_trajectories``
     do."""
     if file.suffix in (".jsonl", ".parquet"):
-        done = buffer.import_trajectories(file, first_seq=first_seq)
+        done = buffer.import_trajectories(file, first_seq=first_seq, as_version=as_version)
         return (
             f"{done.trajectories} trajectories in {done.groups} groups added, {done.duplicates} "
             "groups known before, "
             f"{done.evicted} trajectories evicted"
         )
-    if first_seq is not None:
-        raise ConfigError(
-            f"--first-seq numbers a .jsonl or .parquet export; {file} is taken for a snapshot"
-        )
+    for option, value in (("--first-seq", first_seq), ("--as-version", as_version)):
+        if value is not None:
+            raise ConfigError(
+                f"{option} numbers a .jsonl or .parquet export; {file} is taken for a snapshot"
+            )
     report = buffer.restore(file, any_run=True)
     return (
         f"{report.trajectories} trajectories of {report.prompts} prompts restored, version "

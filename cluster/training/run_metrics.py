@@ -39,7 +39,7 @@ class RunMetrics:
             self.accuracies.append(metrics["accuracy/train"])
         if self.accuracies:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
-        self.stats = self.buffer.stats.read()
+        self.stats = self.buffer.stats.checked()  # lost keys end the run here
         metrics |= self._buffer_metrics(self.stats) | self._rollout_metrics(seconds)
         metrics |= {"time/step": seconds, "step": float(step)}
         metrics |= under_old_names(metrics)

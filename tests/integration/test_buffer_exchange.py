@@ -158,6 +158,12 @@ def test_an_import_is_checked_before_it_begins(
         (changed(token_ids=[2**40] * 6), "group 00000003"),
         (changed(versions=[[-1, 6]]), "policy versions"),
         (changed(step=-1), "step"),
+        (
+            changed(logprobs=[-1.0, 0.25] + [0.0] * 4),
+            "row 8: log-probability 0.25 of token 1 is abo",
+        ),
+        (changed(versions=[[0, 4], [1, 2]]), r"row 8: policy version 1 is above the run's own, 0"),
+        (changed(finish_reason="abort"), "row 8: finish_reason is 'abort', it must be stop or le"),
         (changed(colour="red"), "row 8.*colour"),
         (changed(prompt_id="other"), "differs from its group"),
         (changed(group_id="00000000"), "row 8: group 00000000 appeared before"),
@@ -168,6 +174,8 @@ def test_an_import_is_checked_before_it_begins(
         path.write_text("\n".join([*good[:-1], last]))
         with np.errstate(over="ignore"), pytest.raises(RecordError, match=message):
             target.import_trajectories(path)
+    with pytest.raises(RecordError, match="as_version 1: the run's own version is 0"):
+        target.import_trajectories(path, as_version=1)
     with pytest.raises(RecordError, match="seq 100000000"):
         target.import_trajectories(_write(path, "\n".join(good)), first_seq=10**8)
     assert namespace(target) == before
@@ -211,3 +219,19 @@ def test_a_file_of_another_kind_is_refused(target: ReplayBuffer, tmp_path: Path)
         target.import_trajectories(tmp_path / "stock.jsonl")
     with pytest.raises(ConfigError, match="choose one of these suffixes"):
         target.export(tmp_path / "stock.csv")
+
+
+def test_rows_of_another_run_count_as_a_version_of_this_one(
+    source: ReplayBuffer, target: ReplayBuffer, tmp_path: Path
+) -> None:
+    path = tmp_path / "stock.jsonl"
+    source.export(path)
+    rows = [{**json.loads(line), "versions": [[40, 6]]} for line in path.read_text().splitlines()]
+    _write(path, "\n".join(json.dumps(row) for row in rows))
+    target.replay.publish_version(3)
+    with pytest.raises(
+        RecordError, match=r"row 1: policy version 40 is above .* 3; of another run"
+    ):
+        target.import_trajectories(path)
+    assert target.import_trajectories(path, as_version=2).groups == 4
+    assert {t.versions for t in records(target, 8).values()} == {((2, 6),)}

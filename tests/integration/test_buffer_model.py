@@ -345,6 +345,7 @@ class BufferMachine(RuleBasedStateMachine):
         assert thresholds == (self.model.thresholds() or (-math.inf, -math.inf))
         assert (stats.version, stats.trained_step) == (self.model.current, self.model.trained)
         assert stats.ledger == self.model.stats.ledger() and stats.ledger.gap == 0
+        assert stats.faults == ""
         assert stats.leased == len(self.model.held)
         assert stats.pending_train + stats.pending_eval == len(self.model.queue) - len(
             self.model.held
@@ -361,6 +362,7 @@ class BufferMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "real"):
             HAPPENED.update(self.real.stats.read().counters)
+            self.real.stats.check_ledger()
             self.real.close()
 
 

@@ -62,9 +62,10 @@ def after_the_choice(
 def remove(buffer: ReplayBuffer, tids: list[str]) -> None:
     """What an eviction and the end of the linger time do."""
     client, key = plain(buffer), buffer._connection.key
+    lists = [name for part in ("stock:", "pt:", "age:") for name in client.keys(key(part + "*"))]
     for tid in tids:
-        for name in ("stock:f", "stock:s", "stock:v"):
-            client.zrem(key(name), tid)
+        for name in lists:
+            client.zrem(name, tid)
         client.hdel(key("trajs"), tid)
         client.delete(key(f"t:{tid}"))
 

@@ -25,7 +25,7 @@ from avatar_rl.cluster.workers.supervision import PauseReport, RedisWatch, Resta
 from tests.buffer_records import CONFIG, make_group, run_step
 
 PAUSED_S = 1.5
-Fault = tuple[Callable[[], None], Callable[[], None]]  # take the room, give it back
+Fault = tuple[Callable[[], object], Callable[[], object]]  # take the room, give it back
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
--- requires: tiers
+-- requires: tiers books
 -- Everything the telemetry shows, as one JSON text.
 local m = meta()
 local q = thresholds(m)
@@ -17,4 +17,5 @@ return cjson.encode({
   pending_eval = call('ZCARD', K('pend:e')), leased = call('ZCARD', K('leased')), fresh = call('ZCARD', K('fresh')),
   quarantined_prompts = call('HLEN', K('quarantine')), quarantined_records = call('HLEN', K('corrupt')),
   hints_on = call('SCARD', K('hints')), ledger = ledger,
+  faults = table.concat(faults_of_counts(), '; '),
 })
