@@ -23,7 +23,7 @@ from avatar_rl.cluster.services.private_node import has_home
 from avatar_rl.common.errors import AvatarError
 
 CONNECT_S = 3.0
-NODES_S = 15.0  # importing Ray and one question; more on a busy machine
+NODES_S = 30.0  # importing Ray and one question, on a busy machine
 SOCKET_BYTES = 107  # longest name of a unix socket
 #: What Ray puts below its folder for temporary files.
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.1"
