@@ -223,7 +223,8 @@ def _room(config: RunConfig, nodes: list[ClusterNode]) -> Iterator[Finding]:
         (resources.rollout_labels, "rollout_labels"),
     ):
         if labels and not any(labels.items() <= node["labels"].items() for node in nodes):
-            short.append(f"no node carries resources.{key} {labels}")
+            named = ", ".join(f"{name}={value}" for name, value in labels.items())
+            short.append(f"no node carries the label {named} (resources.{key})")
     if plan is not None and needs.gpus and total("GPU") < needs.gpus:
         yield Finding(
             "GPU",
@@ -235,7 +236,7 @@ def _room(config: RunConfig, nodes: list[ClusterNode]) -> Iterator[Finding]:
         yield Finding(
             "cluster resources",
             "fail",
-            "; ".join(short),
+            f"the cluster has {len(nodes)} node(s): {'; '.join(short)}",
             "add nodes, or lower rollout.workers, learner.ranks or resources.*",
         )
         return

@@ -311,7 +311,7 @@ def test_nodes_are_held_against_the_recipe(monkeypatch: pytest.MonkeyPatch) -> N
         )
     )["cluster resources"]
     assert large.level == "fail" and "12 GPU asked, 8 there" in large.found
-    assert "no node carries resources.learner_labels" in large.found
+    assert "no node carries the label pool=b (resources.learner_labels)" in large.found
 
 
 def test_a_long_temporary_folder_is_refused_by_name(
