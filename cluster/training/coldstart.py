@@ -53,7 +53,8 @@ class _ColdStartRun:
         assert config.cold_start is not None
         self.sft, self.every = config.cold_start, config.cold_start.checkpoint_every
         self.pool, self.screen, self.folder = pool, screen, folder
-        self.spec = learner_spec(config, "cold-start", base, datasets, "", cold_start=True)
+        url = pool.services.redis_url  # for the heartbeats of ranks that start
+        self.spec = learner_spec(config, "cold-start", base, datasets, url, cold_start=True)
         setting = {"ranks": self.sft.ranks, "zero_stage": self.sft.optimizer.zero_stage}
         self.saved = SftCheckpoints(folder, setting)
         self.budget = RestartBudget(config.supervision.restarts, "cold-start ranks")
