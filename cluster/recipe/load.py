@@ -61,6 +61,8 @@ def find_recipe(path: Path) -> Path:
 def read_recipe(path: Path) -> Overlay:
     """The YAML mapping of a recipe, unchecked. Raises ConfigError for a missing file, bad YAML and
     other documents."""
+    if path.is_dir():
+        raise ConfigError(f"recipe {path} is a folder: name the .yaml file in it")
     if not path.is_file():
         near = (
             sorted(file.as_posix() for file in path.parent.glob("*.yaml"))

@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "sweeps": ("--cache", CACHE),
 }
 FIGURES: dict[str, tuple[str, ...]] = {
+    "bad_input": ("tried", "named_errors", "median_s", "faults", "recovered", "stopped_by_name"),
     "buffer": ("insert_ratio", "draw_ratio", "growth_insert", "bytes_per_trajectory"),
     "chaos": ("kills", "acknowledged_lost", "recovery_s_p50", "accuracy_chaos"),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
@@ -46,6 +47,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
 }
 #: What must be so on any machine, however loaded.
 EXACT = {
+    "bad_input": {"unnamed": 0, "tracebacks": 0, "silent": 0, "lost": 0},
     "chaos": {
         "acknowledged_lost": 0,
         "trained_twice": 0,

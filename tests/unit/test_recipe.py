@@ -211,6 +211,11 @@ def test_a_missing_recipe_names_its_neighbours(recipe: Path) -> None:
         load(recipe.with_name("absent.yaml"))
 
 
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder: name the \.yaml file in it"):
+        load(tmp_path)
+
+
 def test_what_is_printed_loads_to_the_same_configuration(tmp_path: Path, recipe: Path) -> None:
     config = load(recipe, "--learner.optimizer.lr", "3e-5", preset_name="gspo")
     printed = tmp_path / "printed.yaml"

@@ -1,0 +1,136 @@
+"""Group B: dataset files and rows."""
+
+from __future__ import annotations
+
+import math
+
+from avatar_rl.common.types import Json, JsonObject
+from benchmarks.bad_inputs.entries import BadInput, Try, dataset, row
+
+FREE: JsonObject = {"problem": "What does he do?", "solution": "run", "problem_type": "free-form"}
+COUNT: JsonObject = {"problem": "How many?", "solution": "2", "problem_type": "numerical"}
+CHOICE: JsonObject = {"problem": "Which?", "problem_type": "multiple choice", "solution": "B"}
+GROUNDING: JsonObject = {
+    "messages": [{"role": "user", "content": "<image>Where is <ref-object>?"}],
+    "images": ["a.png"],
+    "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]},
+    "solution": "left",
+    "problem_type": "free-form",
+}
+URL = "data:video/mp4;base64," + "A" * 4000
+
+
+def chat(content: Json, **more: Json) -> JsonObject:
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "solution": "hat",
+        "problem_type": "free-form",
+        **more,
+    }
+
+
+def said(*parts: str) -> JsonObject:
+    """A conversation of these roles."""
+    return {
+        "messages": [{"role": role, "content": "hello"} for role in parts],
+        "solution": "x",
+        "problem_type": "free-form",
+    }
+
+
+WHERE = "d.jsonl:1"
+TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
+    ("malformed", row('{"problem": "q", '), (WHERE, "malformed JSON", "mend or remove the line")),
+    ("no_object", row("[1, 2]"), (WHERE, "holds list", "one JSON object")),
+    ("latin_1", row('{"problem": "café"}'.encode("latin-1")), (WHERE, "not UTF-8", "as UTF-8")),
+    ("deep", row("[" * 100_000), (WHERE, "JSON", "mend or remove the line")),
+    ("no_file", dataset("absent.jsonl", None), ("absent.jsonl", "no such dataset", "correct")),
+    ("empty_file", dataset("d.jsonl", b""), ("d.jsonl", "no rows", "another file or split")),
+    ("csv", dataset("d.csv", b"a,b\n1,2\n"), ("d.csv", "unknown dataset type", ".jsonl")),
+    ("no_array", dataset("d.json", b'{"a": 1}'), ("d.json:1", "not '['", "JSON Lines")),
+    ("broken_array", dataset("d.json", b'[{"a": 1}, {'), ("d.json:1", "mend it")),
+    ("no_parquet", dataset("d.parquet", b"PAR1nonsense"), ("d.parquet", "again")),
+    ("layout", row({"foo": 1, "bar": 2}), (WHERE, "'bar', 'foo'", "data.reader.format")),
+    ("no_answer", row({k: v for k, v in FREE.items() if k != "solution"}), (WHERE, "no answer")),
+    ("nan_answer", row(COUNT | {"solution": math.nan}), (WHERE, "no answer", "drop the row")),
+    ("nan_question", row(FREE | {"problem": math.nan}), (WHERE, "question", "drop the row")),
+    ("infinite", row(COUNT | {"solution": math.inf}), (WHERE, "the answer is inf", "drop the row")),
+    ("yes_or_no", row(FREE | {"solution": True}), (WHERE, "the answer is a bool", "as text")),
+    ("blank", row(FREE | {"solution": "  "}), (WHERE, "answer is empty", "drop the row")),
+    ("empty_tag", row(FREE | {"solution": "<answer></answer>"}), (WHERE, "answer is empty")),
+    ("open_think", row(FREE | {"solution": "<think>so run"}), (WHERE, "think tag", "close")),
+    ("no_type", row({"problem": "q", "solution": "a"}), (WHERE, "no problem type", "problem_type")),
+    ("type", row(FREE | {"problem_type": "essay"}), (WHERE, "'essay'", "use one of")),
+    ("two_boxes", row(COUNT | {"solution": "\\boxed{1} \\boxed{2}"}), (WHERE, "1, 2", "is meant")),
+    ("no_result", row(COUNT | {"solution": "1 + 1 ####"}), (WHERE, "ends with ####", "number")),
+    ("no_options", row(CHOICE), (WHERE, "without options", "add options")),
+    (
+        "hedged",
+        row(CHOICE | {"options": ["red", "green"], "solution": "A or B"}),
+        (WHERE, "'A or B' is none of the options", "correct either"),
+    ),
+    (
+        "beyond_options",
+        row(CHOICE | {"options": ["red", "green"], "solution": "D"}),
+        (WHERE, "'D' is none of the options", "correct either"),
+    ),
+    ("options_text", row(CHOICE | {"options": 7}), (WHERE, "options", "['A. red', 'B. green']")),
+    ("frames", row(FREE | {"video": ["f0.jpg", "f1.jpg"]}), (WHERE, "2 frames", "ffmpeg")),
+    ("one_frame", row(FREE | {"video": "f0.webp"}), (WHERE, "1 frames", "ffmpeg")),
+    ("video_id", row(FREE | {"videoID": "xk12"}), (WHERE, "'videoID'", "ignore_columns")),
+    ("clip_name", row(FREE | {"clip_name": "xk12"}), (WHERE, "'clip_name'", "rename the column")),
+    ("audio_file", row(FREE | {"audio_file": "a.wav"}), (WHERE, "'audio_file'", "ignore_columns")),
+    ("attached", row(FREE | {"attachments": ["a.mp4"]}), (WHERE, "'attachments'", "rename")),
+    ("nested_file", row(FREE | {"file": {"path": "x/a.webm"}}), (WHERE, "'file'", "rename")),
+    ("data_url", row(FREE | {"video": URL}), (WHERE, "data URL (4022 characters)", "extract_to")),
+    (
+        "plain_data_url",
+        row(FREE | {"video": "data:video/mp4,abc"}),
+        (WHERE, "data URL", "give it as base64"),
+    ),
+    ("base64", row(FREE | {"video": "A" * 4000}), (WHERE, "4000 characters", "give a path")),
+    ("number_as_path", row(FREE | {"video": 17}), (WHERE, "video is given as a int", "a path")),
+    ("remote", row(FREE | {"video": "s3://b/a.mp4"}), ("s3://b/a.mp4", "by path only", "download")),
+    ("missing_file", row(FREE | {"video": "a.mp4"}), ("a.mp4", "no such file", "fetch the media")),
+    (
+        "half_window",
+        row(FREE | {"video": {"video": "a.mp4", "video_start": 1.0}}),
+        (WHERE, "video_start without video_end", "give both"),
+    ),
+    (
+        "unknown_media_key",
+        row(FREE | {"video": {"video": "a.mp4", "speed": 2}}),
+        (WHERE, "unknown key 'speed'", "remove it"),
+    ),
+    ("no_frames", row(FREE | {"video": {"video": "a.mp4", "nframes": 0}}), (WHERE, "frames")),
+    ("grounding", row(GROUNDING), (WHERE, "`objects`, which is not read", "into the text")),
+    ("two_users", row(said("user", "assistant", "user")), (WHERE, "2 user turns", "split or join")),
+    ("no_user", row(said("system")), (WHERE, "0 user turns", "one question")),
+    ("tool_turn", row(said("user", "tool")), (WHERE, "role 'tool'", "only system, user")),
+    ("tag_without_file", row(chat("<image>Which?")), (WHERE, "image place", "drop the tag")),
+    (
+        "file_without_tag",
+        row(chat("<image>Which?", images=["a.png", "b.png"])),
+        (WHERE, "1 more images", "add the tag, or drop the file"),
+    ),
+    ("odd_part", row(chat([{"type": "tool_use"}])), (WHERE, "'tool_use'", "known are text")),
+    ("no_content", row(chat(7)), (WHERE, "content is a int", "text or a list of parts")),
+    ("data_type", row(FREE | {"path": "a.bin", "data_type": "3d"}), (WHERE, "'3d'", "data_type")),
+    (
+        "same_id",
+        row('{"id": "a", "problem": "q", "solution": "r", "problem_type": "ocr"}\n' * 2),
+        ("d.jsonl:2", "the id 'a' is also that of", "make ids unique"),
+    ),
+    (
+        "leaking_hint",
+        row(FREE | {"hint": "He will run, look."}),
+        (WHERE, "the hint gives the answer away", "write a strategy"),
+    ),
+    ("needs", row(FREE | {"needs": ["audio"]}), (WHERE, "needs audio but has none", "`needs`")),
+    (
+        "sound_beside_video",
+        row(FREE | {"video": "a.mp4", "audio": "a.wav"}, audio_in_video=True),
+        (WHERE, "audio of its own beside its video", "audio_in_video: false"),
+    ),
+)
+ENTRIES = [BadInput("B", name, act, words, True) for name, act, words in TABLE]
