@@ -218,13 +218,10 @@ def _room(config: RunConfig, nodes: list[ClusterNode]) -> Iterator[Finding]:
         for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus))
         if wanted > total(name)
     ]
-    for labels, key in (
-        (resources.learner_labels, "learner_labels"),
-        (resources.rollout_labels, "rollout_labels"),
-    ):
-        if labels and not any(labels.items() <= node["labels"].items() for node in nodes):
-            named = ", ".join(f"{name}={value}" for name, value in labels.items())
-            short.append(f"no node carries the label {named} (resources.{key})")
+    labels = resources.learner_labels  # rollout nodes may come later, from an autoscaler
+    if labels and not any(labels.items() <= node["labels"].items() for node in nodes):
+        named = ", ".join(f"{name}={value}" for name, value in labels.items())
+        short.append(f"no node carries the label {named} (resources.learner_labels)")
     if plan is not None and needs.gpus and total("GPU") < needs.gpus:
         yield Finding(
             "GPU",
