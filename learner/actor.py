@@ -37,8 +37,10 @@ class LearnerRankActor:
     ) -> None:
         from avatar_rl.buffer_service.control import RunControl, StartBeats
 
-        control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
-        self._starting = StartBeats(control, "learner", str(rank))
+        self._starting: StartBeats | None = None
+        if spec.redis_url:  # a cold start comes before Redis
+            control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
+            self._starting = StartBeats(control, "learner", str(rank))
         from avatar_rl.learner.rank import LearnerRank  # torch
 
         self.learner = LearnerRank(spec, rank, ranks, weight_store, state_replica)
@@ -55,7 +57,8 @@ class LearnerRankActor:
     def setup(self, address: str, port: int) -> SetupReport:
         """Join the group and load the policy."""
         report = self.learner.setup(address, port)
-        self._starting.end()
+        if self._starting is not None:
+            self._starting.end()
         return report
 
     def sft(self, first: int, count: int) -> SftReport:

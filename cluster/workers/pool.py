@@ -150,9 +150,9 @@ class Pool:
         places = [
             PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)
         ]
-        control = self._watch_starts(spec)
-        for rank in range(ranks):  # of those before, which would seem frozen
-            control.drop_heartbeat("learner", str(rank))
+        if (control := self._watch_starts(spec)) is not None:
+            for rank in range(ranks):  # of those before, which would seem frozen
+                control.drop_heartbeat("learner", str(rank))
         self.ranks = [
             self.actor_class(
                 LearnerRankActor,
@@ -177,9 +177,10 @@ class Pool:
             release(self._learner_group)
             self._learner_group = None
 
-    def _watch_starts(self, spec: RolloutSpec | LearnerSpec) -> RunControl:
-        """The run's values, by whose heartbeats the starts are watched."""
-        if self._control is None:
+    def _watch_starts(self, spec: RolloutSpec | LearnerSpec) -> RunControl | None:
+        """The run's values, by whose heartbeats the starts are watched; none before there is a
+        Redis, in a cold start."""
+        if self._control is None and spec.redis_url:
             self._control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
             self._starts = StartWatch(
                 self._control.watched_heartbeats, self.config.supervision.start_stall_s
