@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from avatar_rl.common.config import Section
+from avatar_rl.common.config import Section, expanded
 from avatar_rl.prompts.record import Modality, ProblemType
 
 DatasetFormat = Literal["auto", "native", "conversational", "swift", "verl"]
@@ -38,6 +38,11 @@ class MediaConfig(Section):
         description="Kinds replaced by silence or black, placeholders kept: what a model does "
         "without them.",
     )
+    roots: tuple[Path, ...] = Field(
+        (),
+        description="Folders that media must lie in, links followed; empty: a row may name any "
+        "file that the run can read (docs/security.md).",
+    )
     memory_cache_bytes: int = Field(
         256 << 20, ge=0, description="Decoded media kept in this process, in bytes."
     )
@@ -49,6 +54,12 @@ class MediaConfig(Section):
     disk_cache_bytes: int = Field(
         8 << 30, ge=0, description="Upper bound of that folder, in bytes."
     )
+
+    @field_validator("roots")
+    @classmethod
+    def _absolute(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        """Workers start in other folders."""
+        return tuple(Path(expanded(root)).absolute() for root in roots)
 
 
 class DataConfig(Section):

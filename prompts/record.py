@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -165,3 +166,18 @@ def resolve_uri(uri: str, base: Path) -> Path:
         )
     path = Path(uri if scheme is None else unquote(uri[scheme.end() :]))
     return path if path.is_absolute() else base / path
+
+
+def check_roots(path: Path, roots: Sequence[Path]) -> None:
+    """Raises InputError for a file outside all of ``roots``, links followed; without roots any file
+    will do."""
+    if not roots:
+        return
+    real = path.resolve()
+    if not any(real.is_relative_to(root.resolve()) for root in roots):
+        raise InputError(
+            path,
+            f"lies outside data.media.roots ({', '.join(map(str, roots))})"
+            + (f" as {real}" if real != path.absolute() else ""),
+            "move the file there, correct the row, or add its folder to data.media.roots",
+        )

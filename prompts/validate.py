@@ -19,7 +19,7 @@ from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import RowReader, iter_rows, media_base
 from avatar_rl.prompts.hints import hint_leaks
 from avatar_rl.prompts.media.loader import MediaLoader
-from avatar_rl.prompts.record import Prompt, resolve_uri
+from avatar_rl.prompts.record import Prompt, check_roots, resolve_uri
 
 if TYPE_CHECKING:
     from avatar_rl.prompts.encoding.template import PromptEncoder
@@ -159,6 +159,7 @@ def _faults(
                 loader.load(item)
             else:
                 path = resolve_uri(item.uri, loader.base)
+                check_roots(path, loader.config.roots)
                 if not path.is_file() or path.stat().st_size == 0:
                     loader.load(item)  # says what is wrong with it
         except InputError as error:

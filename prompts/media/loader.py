@@ -25,7 +25,7 @@ from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
 from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video
 from avatar_rl.prompts.media.image import decode_image
-from avatar_rl.prompts.record import MediaItem, MediaPlan, resolve_uri
+from avatar_rl.prompts.record import MediaItem, MediaPlan, check_roots, resolve_uri
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class MediaLoader:
         """The decoded item. Raises DataError naming the file: missing, empty, corrupt, changed, out
         of its bounds."""
         path = resolve_uri(item.uri, self.base)
+        check_roots(path, self.config.roots)
         key = self._key(self._digest(path, item), item)
         entry = self.memory.get(key)
         if entry is None:
