@@ -75,6 +75,22 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         (WHERE, "'D' is none of the options", "correct either"),
     ),
     ("options_text", row(CHOICE | {"options": 7}), (WHERE, "options", "['A. red', 'B. green']")),
+    (
+        "nan_option",
+        row(CHOICE | {"options": ["red", math.nan]}),
+        (WHERE, "option 2 of 2 has no text", "give every option its text"),
+    ),
+    ("one_option", row(CHOICE | {"options": ["red"]}), (WHERE, "one option", "give all options")),
+    (
+        "many_options",
+        row(CHOICE | {"options": [f"o{n}" for n in range(27)]}),
+        (WHERE, "27 options", "keep the likely ones"),
+    ),
+    (
+        "key_twice",
+        row('{"problem": "a", "problem": "b", "solution": "x", "problem_type": "ocr"}'),
+        (WHERE, "'problem' is there twice", "mend or remove the line"),
+    ),
     ("frames", row(FREE | {"video": ["f0.jpg", "f1.jpg"]}), (WHERE, "2 frames", "ffmpeg")),
     ("one_frame", row(FREE | {"video": "f0.webp"}), (WHERE, "1 frames", "ffmpeg")),
     ("video_id", row(FREE | {"videoID": "xk12"}), (WHERE, "'videoID'", "ignore_columns")),

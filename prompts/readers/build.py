@@ -33,6 +33,7 @@ _THINK_TAG = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
 _STOP = re.compile(r"(?:<\|[\w-]{1,30}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^<>]{1,40}\uff5c>)")
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LETTERED_LINE = re.compile(r"(?:^|\s)[(（]?([A-Z])[.．)）:：、]\s*\S")
+_LETTERS = 26
 _NUMBERS = (ProblemType.NUMERICAL, ProblemType.REGRESSION)
 
 
@@ -183,10 +184,29 @@ def _options(given: RawField, where: str) -> tuple[str, ...]:
         raise InputError(
             where, "options are not a list of texts", "give them as ['A. red', 'B. green']"
         )
-    return lettered([str(option) for option in given])
+    texts = ["" if option != option else str(option).strip() for option in given]  # NaN: none
+    if "" in texts:
+        raise InputError(
+            where,
+            f"option {texts.index('') + 1} of {len(texts)} has no text",
+            "give every option its text, or drop it",
+        )
+    if len(texts) > _LETTERS:
+        raise InputError(
+            where,
+            f"{len(texts)} options, more than there are letters",
+            "keep the likely ones, or name the problem_type free_form",
+        )
+    return lettered(texts)
 
 
 def _letter(answer: str, options: tuple[str, ...], question: str, where: str) -> str:
+    if len(options) == 1:
+        raise InputError(
+            where,
+            f"multiple choice with one option {shortened(options[0])!r}",
+            "give all options, or name another problem_type",
+        )
     if options:
         letter = choice_letter(answer, options)
         if letter is None:

@@ -73,7 +73,7 @@ def _jsonl(path: Path) -> Iterator[DatasetRow]:
 def _parsed(line: bytes, where: str) -> Values | InputError:
     remedy = "each line must be one JSON object: mend or remove the line"
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         return InputError(
             where, f"not UTF-8 at byte {error.start + 1} of the line", "save the file as UTF-8"
@@ -92,6 +92,17 @@ def _parsed(line: bytes, where: str) -> Values | InputError:
     )
 
 
+def _once(pairs: list[tuple[str, Value]]) -> Values:
+    """An object of JSON. Raises ValueError for a key that is there twice: one of its values would
+    be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
 def _json_array(path: Path) -> Iterator[DatasetRow]:
     """Objects of a JSON array, decoded one after the other: only the text is held as a whole."""
     remedy = "the file must be one JSON array of objects: mend it, or convert it to JSON Lines"
@@ -101,7 +112,7 @@ def _json_array(path: Path) -> Iterator[DatasetRow]:
         raise InputError(
             path, f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8"
         ) from error
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     line, counted = 1, 0
 
     def skip(position: int) -> int:
@@ -122,12 +133,12 @@ def _json_array(path: Path) -> Iterator[DatasetRow]:
             value, at = decoder.raw_decode(text, at)
         except (RecursionError, ValueError) as error:  # as in _parsed
             place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
-            column = (
+            why = (
                 f" at column {error.colno}: {error.msg}"
                 if isinstance(error, json.JSONDecodeError)
-                else ""
+                else f" ({error})"
             )
-            raise InputError(place, f"malformed JSON{column}", remedy) from error
+            raise InputError(place, f"malformed JSON{why}", remedy) from error
         wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
         yield DatasetRow(where, line, value if isinstance(value, dict) else wrong)
         at = skip(at)

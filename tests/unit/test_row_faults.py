@@ -94,6 +94,29 @@ def test_a_worked_solution_counts_by_its_result(tmp_path: Path, solution: Any, a
     assert read(COUNT | {"solution": solution}, folder=tmp_path)[0].answer == answer
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["red", ""], "option 2 of 2 has no text; give every option"),
+        (["red", math.nan], "option 2 of 2 has no text; give every option"),
+        (["red"], "one option 'A. red'; give all options"),
+        ([f"o{n}" for n in range(27)], "27 options, more than there are letters; keep"),
+    ],
+)
+def test_options_that_are_no_choice_are_refused(
+    tmp_path: Path, options: list[Any], words: str
+) -> None:
+    assert words in refused(CHOICE | {"options": options, "solution": "A"}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    row = '{"problem": "a", "problem": "b", "solution": "x", "problem_type": "ocr"}'
+    (tmp_path / name).write_text(row if name == "d.jsonl" else f"[{row}]")
+    with pytest.raises(DataError, match=rf"{name}:1: .*key 'problem' is there twice.*mend"):
+        load_prompts(tmp_path / name, DataConfig())
+
+
 def test_several_boxed_results_are_refused(tmp_path: Path) -> None:
     assert "boxes several" in refused(COUNT | {"solution": "\\boxed{1} \\boxed{2}"}, tmp_path)
 
