@@ -66,7 +66,8 @@ def recipe(folder: Path) -> dict[str, Any]:
                 "accuracy": 0.0,
             }
         },
-        "buffer": {"warm_up": 16, "capacity": 24, "hints": {"zero_patience": 1}},
+        # 40 % of the capacity are for Hard prompts, which all of these are: 19 places
+        "buffer": {"warm_up": 16, "capacity": 48, "hints": {"zero_patience": 1}},
         "learner": {
             "objective": {"beta": 0.1, "tas_lambda": 0.3},
             "optimizer": {"lr": 5.0e-4, "max_grad_norm": 0.5},
