@@ -191,9 +191,7 @@ class WeightContract:
             if name in given:
                 raise ModelError(f"weight update refused: tensor {name!r} comes twice")
             given[name] = tensor
-        missing = [
-            name for name in self.shapes if name not in given and is_trained(name)
-        ]
+        missing = [name for name in self.shapes if name not in given and is_trained(name)]
         unknown = [name for name in given if name not in self.shapes]
         if missing or unknown:
             raise ModelError(

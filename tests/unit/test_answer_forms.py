@@ -6,9 +6,9 @@ import unicodedata
 
 import pytest
 
+from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.answers.accuracy import answer_score
-from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.rewards.answers.numeric import parse_number
 
 OPTIONS = ("A. red ball", "B. green ball", "C. a T-shirt")

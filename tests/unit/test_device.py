@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from avatar_rl.common.process import sees_gpu
 from avatar_rl.common.errors import ResourceError
+from avatar_rl.common.process import sees_gpu
 
 
 @pytest.mark.parametrize("given", [[], ["0"]])

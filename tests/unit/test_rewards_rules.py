@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
+from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.answers.accuracy import (
     SOLVED,
@@ -18,7 +19,6 @@ from avatar_rl.rewards.answers.accuracy import (
     answer_score,
     canonical_answer,
 )
-from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.rewards.answers.format import extract_answer, format_score, think_text, well_formed
 from avatar_rl.rewards.answers.grounding import Segment, parse_grounded
 from avatar_rl.rewards.answers.numeric import numeric_score, parse_number
