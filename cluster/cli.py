@@ -283,8 +283,15 @@ def hints() -> None:
 @click.option("--model", required=True, help="Model name the endpoint serves.")
 @click.option("--out", type=PATH, required=True, help="Dataset with hints (.jsonl), appended to.")
 @click.option("--api-key-env", help="Environment variable that holds the API key.")
-@click.option("--concurrency", type=int, default=16, help="Requests in flight (default 16).")
-@click.option("--deadline", type=float, default=300.0, help="Seconds per prompt with retries.")
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), default=16, help="Requests in flight (default 16)."
+)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    help="Seconds per prompt with retries.",
+)
 @click.option("--recipe", type=RECIPE, help="Take data.reader from this recipe.")
 @click.option("--price-in", type=float, default=0.0, help="Price of a million prompt tokens.")
 @click.option("--price-out", type=float, default=0.0, help="Price of a million completion tokens.")

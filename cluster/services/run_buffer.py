@@ -18,6 +18,8 @@ from avatar_rl.common.errors import ConfigError, ReplayBufferError
 
 log = logging.getLogger(__name__)
 
+RECONNECT_S = 2.0  # for a server that is named by hand: it is there or it is not
+
 
 @contextmanager
 def open_buffer(
@@ -48,7 +50,10 @@ def open_buffer(
     """
     if url is not None:
         with ReplayBuffer.attach(
-            BufferConfig(password_env=password_env), run, url, create=create
+            BufferConfig(password_env=password_env, reconnect_s=RECONNECT_S),
+            run,
+            url,
+            create=create,
         ) as buffer:
             yield buffer
         return

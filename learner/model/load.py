@@ -29,7 +29,14 @@ def load_model(path: Path, *, dtype: str = "float32", share_prefix: bool = True)
         raise ModelError(
             f"model folder {path} has no config.json: give a Hugging Face checkpoint folder"
         )
-    config = json.loads(config_file.read_text())
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ModelError(
+            f"{config_file} is not readable JSON ({error}): copy the checkpoint again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} holds no JSON object: copy the checkpoint again")
     kind = config.get("model_type", "")
     if config.get("quantization_config"):
         raise ModelError(
@@ -48,7 +55,7 @@ def load_model(path: Path, *, dtype: str = "float32", share_prefix: bool = True)
         model, loaded = getattr(transformers, name).from_pretrained(
             loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"model folder {path} (model_type {kind!r}) cannot be loaded as {name}: {error}"
         ) from error

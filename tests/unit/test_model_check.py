@@ -256,3 +256,10 @@ def test_an_export_may_be_read_as_the_umask_says(tmp_path: Path) -> None:
         "qwen.tiktoken": 0o640,
         "tokenizer.json": 0o640,
     }
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "qw', "[]", "7"])
+def test_a_torn_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json .*copy the checkpoint again"):
+        load_model(tmp_path)
