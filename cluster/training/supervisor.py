@@ -93,6 +93,7 @@ class Supervisor:
         )
         self._looked_at = time.monotonic()
         self._told = False
+        self._settled: int | None = None  # version whose step is logged
         #: Version that the weight store was asked for, and the answer to come.
         self._asked_store: tuple[int, ray.ObjectRef[bool]] | None = None
 
@@ -137,10 +138,12 @@ class Supervisor:
         """Within a step only when the state of its beginning is held, or there is no time left."""
         version = self.buffer.replay.version()
         nothing = version == 0 or self.config.checkpoint.every == 0
+        # Committed, and its report is on the way: stopping now would leave its metrics out.
+        unreported = self._settled is not None and version != self._settled
         return (
             nothing
             or self.signals.waited > self.config.supervision.grace_s / 2
-            or self.learner.held(version)
+            or (not unreported and self.learner.held(version))
         )
 
     def _look_for_stalls(self) -> None:
@@ -194,6 +197,7 @@ class Supervisor:
 
         Raises Stopped when the run was asked to stop.
         """
+        self._settled = self.buffer.replay.version()
         self.fleet.budget.progress()
         if self.redis is not None:
             self.redis.budget.progress()

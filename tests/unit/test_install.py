@@ -47,13 +47,11 @@ def avatar(
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A folder with another copy: what `avatar --version` needs of it."""
+    """A folder with another copy of the command line and of what it stands on."""
     place = tmp_path / "other" / "avatar_rl"
-    for part in ("cluster/install", "common", "cluster"):
-        (place / part).mkdir(parents=True, exist_ok=True)
-    names = ("cluster/cli.py", "cluster/install/copies.py", "common/errors.py", "__init__.py")
-    for name in (*names, "cluster/__init__.py", "cluster/install/__init__.py"):
-        shutil.copy(ROOT / "avatar_rl" / name, place / name)
+    for part in ("common", "cluster"):
+        shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "avatar_rl" / "__init__.py", place / "__init__.py")
     return place.parent
 
 

@@ -25,6 +25,9 @@ def test_ranks_add_their_losses_on_the_engines_device(monkeypatch: pytest.Monkey
 
         tokenizer.eos_token_id = 0  # type: ignore[attr-defined]
 
+        def text(self, *_: Any) -> str:
+            return ""
+
         def encode(self, *_: Any) -> EncodedPrompt:
             return EncodedPrompt(torch.arange(4), torch.arange(4)[None], 4)
 
