@@ -3,6 +3,7 @@ workers."""
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
@@ -65,3 +66,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays: no collection need look at it
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def tiny_omni(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Omni of the demo; not to be changed."""
+    from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+
+    return build_tiny_omni(tmp_path_factory.mktemp("tiny") / "model")
