@@ -4,8 +4,8 @@
 compares two things timed by turns in the same process. ``ARGS='--only against_raw growth'`` takes
 parts alone.
 
-Both ways of speaking to Redis are measured by turns: hiredis and the hand-made protocol. The one in
-use has the plain names (``insert_ratio``); the other one's names end with it.
+Another way of speaking to Redis, entered in ``WAYS``, is measured by turns with the one in use; its
+figures' names end with its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from avatar_rl.buffer_service.records.requests import RequestLease, RolloutReque
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.redis import connection as redis_connection
 from avatar_rl.buffer_service.redis.connection import Connection, open_client, open_wire
-from avatar_rl.buffer_service.redis.handmade import HANDMADE
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.redis.wire import HIREDIS, Resp
 from avatar_rl.buffer_service.store import ReplayBuffer
@@ -42,7 +41,7 @@ from benchmarks.harness import Figures, parser
 Times = list[float]
 GROUP, TOKENS, DRAW = 8, 512, 64
 IN_USE = redis_connection.RESP
-WAYS = {"hiredis": HIREDIS, "handmade": HANDMADE}
+WAYS = {"hiredis": HIREDIS}
 ENDING = {name: "" if way is IN_USE else f"_{name}" for name, way in WAYS.items()}  # of its figures
 
 
@@ -91,9 +90,10 @@ class WholeCommands:
         return [b"".join(self._pack(*args))]
 
 
-def plain_client(url: str) -> redis.Redis:
-    """redis-py without hiredis: the client that the targets were set against. It looks for hiredis
-    when it is imported, so this is a second copy of it."""
+def plain_client(url: str, timeout_s: float) -> redis.Redis:
+    """redis-py without hiredis: the client that the targets were set against, with the buffer's
+    timeout, which costs a system call each time. It looks for hiredis when it is imported, so this
+    is a second copy of it."""
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name in HIDDEN}
     ours |= {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("redis.")}
     sys.modules["hiredis"] = None  # type: ignore[assignment]  # as if it were not installed
@@ -104,7 +104,10 @@ def plain_client(url: str) -> redis.Redis:
             del sys.modules[name]
         sys.modules.update(ours)
     found: redis.Redis = plain.Redis.from_url(
-        url, command_packer=WholeCommands(), socket_read_size=1 << 18
+        url,
+        command_packer=WholeCommands(),
+        socket_read_size=1 << 18,
+        socket_timeout=timeout_s,
     )
     return found
 
@@ -130,7 +133,7 @@ class Bench:
         self.config = BufferConfig(capacity=capacity, warm_up=0)
         self.url = url
         self.raw: Any = open_client(self.config, url)  # redis-py, with the buffer's options
-        self.plain: Any = plain_client(url)
+        self.plain: Any = plain_client(url, self.config.timeout_s)
         self.clients = {way: Client(self.config, name, url, resp) for way, resp in WAYS.items()}
         self.using(next(way for way, ending in ENDING.items() if not ending))
         self.fencing_token = self.buffer.replay.new_fencing_token()

@@ -12,19 +12,10 @@ import redis
 
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import encode
-from avatar_rl.buffer_service.redis import connection
 from avatar_rl.buffer_service.redis.connection import Connection
-from avatar_rl.buffer_service.redis.handmade import HANDMADE
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.buffer_service.redis.wire import HIREDIS
 from avatar_rl.buffer_service.store import ReplayBuffer
 from tests.buffer_records import CONFIG, make_group, requests, run_step
-
-
-@pytest.fixture(autouse=True, params=[HIREDIS, HANDMADE], ids=["hiredis", "handmade"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test here runs by both ways of speaking to Redis."""
-    monkeypatch.setattr(connection, "RESP", request.param)
 
 
 def stocked(buffer: ReplayBuffer, steps: int = 12) -> int:
