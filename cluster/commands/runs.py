@@ -134,12 +134,16 @@ def print_summary(config: RunConfig, result: RunResult) -> None:
 def stoppable(work: Callable[[], None]) -> int:
     """Exit codes of a training command: 0 finished, or stopped by SIGTERM with all saved; 130 after
     Ctrl-C."""
-    from avatar_rl.cluster.services.signals import Stopped, stop_at_once
+    from avatar_rl.cluster.services.signals import as_stopped, orders, stop_at_once
 
+    orders.clear()
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         work()
-    except Stopped as stopped:
+    except KeyboardInterrupt as interrupt:
+        stopped = as_stopped(interrupt)
+        if stopped is None:
+            raise
         print(f"avatar: {stopped}; resume with --resume auto", file=sys.stderr)
         return 0 if stopped.number == signal.SIGTERM else 130
     finally:

@@ -20,10 +20,23 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+#: What ``stop_at_once`` has raised.
+orders: list[Stopped] = []
+
+
 def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """A handler of SIGTERM while there is nothing to save: a run that is pre-empted while it sets
     up ends in order, too."""
-    raise Stopped(number)
+    orders.append(Stopped(number))
+    raise orders[-1]
+
+
+def as_stopped(interrupt: KeyboardInterrupt) -> Stopped | None:
+    """The order to stop behind an interrupt; None for Ctrl-C. A call that waits in Ray passes a
+    plain KeyboardInterrupt on in place of what the handler raised."""
+    if isinstance(interrupt, Stopped):
+        return interrupt
+    return orders.pop() if orders else None
 
 
 class StopSignals:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.commands.doctor import examine
+from avatar_rl.cluster.commands.runs import stoppable
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.load import resolve_recipe
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -96,3 +100,21 @@ def test_gpu_memory_that_ran_out_is_told_with_what_to_lower() -> None:
         and "learner.micro_batch_tokens" in str(told)
         and "2.00 GiB" in str(told)
     )
+
+
+def test_an_order_to_stop_that_ray_passes_on_as_an_interrupt_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        raise KeyboardInterrupt  # as a call that waits in Ray does
+
+    assert stoppable(work) == 0 and "--resume auto" in capsys.readouterr().err
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stoppable(interrupted)
