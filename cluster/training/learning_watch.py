@@ -4,7 +4,7 @@ end."""
 from __future__ import annotations
 
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from avatar_rl.buffer_service.stats import Stats
@@ -37,13 +37,12 @@ class LearningWatch:
         self.config, self.buffer, self.report = config, buffer, report
         self._empty = 0
         self._masked_from_start = {
-            name: True for name, weight in config.rewards.weights.items() if weight > 0
+            name for name, weight in config.rewards.weights.items() if weight > 0
         }
         self._steps = 0
         self._told_set_aside = 0
         self._held: dict[str, int] = Counter()  # condition -> steps it has held
         self._told: set[str] = set()
-        self._format: deque[float] = deque(maxlen=WARN_STEPS)
 
     def look(self, metrics: Mapping[str, float], stats: Stats) -> None:
         """After a step. Raises NothingLearntError with what is wrong and what to do."""
@@ -88,11 +87,10 @@ class LearningWatch:
         )
 
     def _look_at_marks(self, metrics: Mapping[str, float]) -> None:
-        for name in list(self._masked_from_start):
-            share = metrics.get(f"masked/{name}")
-            if share is not None and share < 1.0:
-                del self._masked_from_start[name]
-        masked = [name for name in self._masked_from_start if f"masked/{name}" in metrics]
+        self._masked_from_start -= {
+            name for name in self._masked_from_start if metrics.get(f"masked/{name}", 1.0) < 1.0
+        }
+        masked = sorted(name for name in self._masked_from_start if f"masked/{name}" in metrics)
         if masked and self._steps >= MASKED_STEPS:
             raise NothingLearntError(
                 f"reward {', '.join(masked)} had no mark in any completion of {self._steps} steps: "
@@ -108,11 +106,11 @@ class LearningWatch:
     def _reasons(self) -> str:
         """The most frequent reasons of quarantines; alike but for names and numbers is one."""
         reasons = self.buffer.requests.quarantined().values()
+        examples = {_COUNTS.sub("N", plain): plain for plain in map(_pattern, reasons)}
         alike = Counter(_COUNTS.sub("N", _pattern(why)) for why in reasons)
-        examples = {_COUNTS.sub("N", _pattern(why)): why for why in reasons}
         said = []
         for pattern, count in alike.most_common(2):
-            text = shortened(_pattern(examples[pattern]), 240)
+            text = shortened(examples[pattern], 240)
             said.append(text if count == len(reasons) else f"{count} times {text}")
         return "; ".join(said)
 
