@@ -3,9 +3,6 @@
 ``make bench NAME=buffer`` writes build/bench/buffer.json; it takes about two minutes. Every ratio
 compares two things timed by turns in the same process. ``ARGS='--only against_raw growth'`` takes
 parts alone.
-
-Another way of speaking to Redis, entered in ``WAYS``, is measured by turns with the one in use; its
-figures' names end with its own.
 """
 
 from __future__ import annotations
@@ -31,18 +28,14 @@ from avatar_rl.buffer_service.config import AppendFsync, BufferConfig
 from avatar_rl.buffer_service.records.codec import encode
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
-from avatar_rl.buffer_service.redis import connection as redis_connection
 from avatar_rl.buffer_service.redis.connection import Connection, open_client, open_wire
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
-from avatar_rl.buffer_service.redis.wire import HIREDIS, Resp
+from avatar_rl.buffer_service.redis.wire import pack
 from avatar_rl.buffer_service.store import ReplayBuffer
 from benchmarks.harness import Figures, parser
 
 Times = list[float]
 GROUP, TOKENS, DRAW = 8, 512, 64
-IN_USE = redis_connection.RESP
-WAYS = {"hiredis": HIREDIS}
-ENDING = {name: "" if way is IN_USE else f"_{name}" for name, way in WAYS.items()}  # of its figures
 
 
 def group_for(
@@ -112,20 +105,6 @@ def plain_client(url: str, timeout_s: float) -> redis.Redis:
     return found
 
 
-class Client:
-    """A buffer that speaks to Redis in one way, and what is below it."""
-
-    def __init__(self, config: BufferConfig, name: str, url: str, resp: Resp) -> None:
-        redis_connection.RESP = resp  # looked at when a connection is made
-        try:
-            self.buffer = ReplayBuffer.connect(config, name, url)
-            self.connection = Connection(config, name, url)
-        finally:
-            redis_connection.RESP = IN_USE
-        self.pack = resp.pack
-        self.wire = open_wire(config, url, resp)
-
-
 class Bench:
     """One run of the buffer with a stream of requests over ``prompts`` prompts."""
 
@@ -134,17 +113,12 @@ class Bench:
         self.url = url
         self.raw: Any = open_client(self.config, url)  # redis-py, with the buffer's options
         self.plain: Any = plain_client(url, self.config.timeout_s)
-        self.clients = {way: Client(self.config, name, url, resp) for way, resp in WAYS.items()}
-        self.using(next(way for way, ending in ENDING.items() if not ending))
+        self.buffer = ReplayBuffer.connect(self.config, name, url)
+        self.connection = Connection(self.config, name, url)
+        self.wire = open_wire(self.config, url)
         self.fencing_token = self.buffer.replay.new_fencing_token()
         self.prompts, self.seq, self.step = prompts, 0, 0
         self.rng = np.random.default_rng(1)
-
-    def using(self, way: str) -> Bench:
-        """Continues with the client of this way."""
-        self.client = self.clients[way]
-        self.buffer, self.connection = self.client.buffer, self.client.connection
-        return self
 
     def leases(self, n: int, *, stride: int = 1) -> list[RequestLease]:
         """``n`` leased requests of the present step, prompts spread over the whole set."""
@@ -232,7 +206,7 @@ class Bench:
         for i in range(n):
             begin = time.perf_counter()
             pairs = [word for j, data in enumerate(groups[i]) for word in (f"raw:{i}:{j}", data)]
-            self.client.wire.ask(self.client.pack("MSET", *pairs))
+            self.wire.ask(pack("MSET", *pairs))
             times.append(time.perf_counter() - begin)
         self.raw.unlink(*[f"raw:{i}:{j}" for i in range(n) for j in range(GROUP)])
         return times
@@ -296,7 +270,7 @@ def rate(times: Sequence[float]) -> float:
 
 
 def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
-    """Inserts and draws per second of each way, over those of a plain redis-py client."""
+    """Inserts and draws per second, over those of a plain redis-py client."""
     with EmbeddedRedis(folder / "raw", persistent=False) as server:
         bench = Bench(server.url, "ratios", capacity=10_000, prompts=2000)
         bench.fill(2000 if quick else 10_000)
@@ -305,8 +279,8 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
             [
                 lambda _: bench.raw_insert_times(50, bench.plain),
                 lambda _: bench.raw_insert_times(50, bench.raw),
-                *(lambda _, way=way: bench.using(way).insert_times(50) for way in WAYS),
-                *(lambda _, way=way: bench.using(way).wire_insert_times(50) for way in WAYS),
+                lambda _: bench.insert_times(50),
+                lambda _: bench.wire_insert_times(50),
             ],
             rounds,
         )
@@ -314,22 +288,14 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         bench.commit()
         # Each reader has values of its own, chosen long before: they are in no cache by then.
         chosen = [
-            [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)]
-            for k in range(2 + len(WAYS))
+            [bench.chosen(20, 20 * (rounds * k + i)) for i in range(rounds)] for k in range(3)
         ]
-        seeds = {way: 20 * rounds * k for k, way in enumerate(WAYS, 2 + len(WAYS))}
         times = by_turns(
             [
                 lambda i: bench.raw_draw_times(chosen[0][i], bench.plain),
                 lambda i: bench.raw_draw_times(chosen[1][i], bench.raw),
-                *(
-                    lambda i, way=way: bench.using(way).draw_times(20, seeds[way] + 20 * i)
-                    for way in WAYS
-                ),
-                *(
-                    lambda i, way=way, ids=ids: bench.using(way).wire_draw_times(ids[i])
-                    for way, ids in zip(WAYS, chosen[2:], strict=True)
-                ),
+                lambda i: bench.draw_times(20, 20 * (3 * rounds + i)),
+                lambda i: bench.wire_draw_times(chosen[2][i]),
             ],
             rounds,
         )
@@ -337,25 +303,21 @@ def against_raw(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
 
 
 def _ratios(what: str, times: list[Times]) -> Iterator[tuple[str, float]]:
-    """Figures of each way. ``times``: redis-py, redis-py with hiredis, the buffer by each way, the
-    bare wire by each way."""
-    raw, raw_hiredis, *rest = times
+    """``times``: redis-py, redis-py with hiredis, the buffer, the bare wire."""
+    raw, raw_hiredis, ours, wire = times
     yield f"raw_{what}_per_s", rate(raw)
     yield f"raw_{what}_per_s_with_hiredis", rate(raw_hiredis)
-    for ending, ours, wire in zip(
-        ENDING.values(), rest[: len(WAYS)], rest[len(WAYS) :], strict=True
-    ):
-        yield f"{what}_per_s{ending}", rate(ours)
-        yield f"wire_{what}_per_s{ending}", rate(wire)
-        yield f"{what}_ratio{ending}", rate(ours) / rate(raw)
-        yield f"{what}_hiredis_ratio{ending}", rate(ours) / rate(raw_hiredis)
-        yield f"{what}_wire_ratio{ending}", rate(ours) / rate(wire)
-        yield f"{what}_p99_ms{ending}", float(np.percentile(ours, 99)) * 1e3
+    yield f"{what}_per_s", rate(ours)
+    yield f"wire_{what}_per_s", rate(wire)
+    yield f"{what}_ratio", rate(ours) / rate(raw)
+    yield f"{what}_hiredis_ratio", rate(ours) / rate(raw_hiredis)
+    yield f"{what}_wire_ratio", rate(ours) / rate(wire)
+    yield f"{what}_p99_ms", float(np.percentile(ours, 99)) * 1e3
 
 
 def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
-    """Time per call at many prompts and trajectories over that at few, for each way; the two
-    servers are measured by turns."""
+    """Time per call at many prompts and trajectories over that at few; the two servers are
+    measured by turns."""
     prompts, stock = (50_000, 10_000) if quick else (1_000_000, 100_000)
     with (
         EmbeddedRedis(folder / "few", persistent=False) as a,
@@ -369,19 +331,13 @@ def growth(folder: Path, quick: bool) -> Iterator[tuple[str, float]]:
         yield "million_prompts", many.buffer.stats.read().prompts
         yield "million_stock", many.buffer.stats.read().stock
         yield "memory_million_mib", memory(many.raw) / 2**20
-        measured = [(bench, way) for way in WAYS for bench in (few, many)]
         rounds = 4 if quick else 16
-        inserts = by_turns(
-            [lambda _, b=b, way=way: b.using(way).insert_times(50) for b, way in measured], rounds
-        )
+        inserts = by_turns([lambda _, b=b: b.insert_times(50) for b in (few, many)], rounds)
         few.commit()
         many.commit()
-        draws = by_turns(
-            [lambda _, b=b, way=way: b.using(way).draw_times(30) for b, way in measured], rounds
-        )
-        for what, times in (("insert", inserts), ("draw", draws)):
-            for ending, small, large in zip(ENDING.values(), times[::2], times[1::2], strict=True):
-                yield f"growth_{what}{ending}", statistics.median(large) / statistics.median(small)
+        draws = by_turns([lambda _, b=b: b.draw_times(30) for b in (few, many)], rounds)
+        for what, (small, large) in (("insert", inserts), ("draw", draws)):
+            yield f"growth_{what}", statistics.median(large) / statistics.median(small)
         yield "stats_ms_million", _timed(many.buffer.stats.read) * 1e3
         yield from snapshot_figures(many, folder)
 

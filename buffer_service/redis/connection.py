@@ -31,7 +31,7 @@ from avatar_rl.buffer_service.errors import (
     VersionError,
 )
 from avatar_rl.buffer_service.redis.scripting import script
-from avatar_rl.buffer_service.redis.wire import HIREDIS, Meanwhile, Reply, Resp, Wire, Word
+from avatar_rl.buffer_service.redis.wire import Meanwhile, Reply, Wire, Word, pack
 from avatar_rl.common.errors import ReplayBufferError
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Take = Callable[[Sequence[str], list[bytes | None]], None]
 MIN_VERSION = (6, 2)
-RESP = HIREDIS  # what runs on the wire
 _PART = 16  # values asked for at once: some are decoded while others come
 _OURS = re.compile(r"AVATAR_([A-Z]+) (.*?)(?:,? script: [0-9a-f]{40}.*)?$", re.DOTALL)
 _LUA = re.compile(r"Error running script|user_script:\d")
@@ -130,10 +129,10 @@ def open_client(config: BufferConfig, url: str) -> redis.Redis:
         ) from error
 
 
-def open_wire(config: BufferConfig, url: str, resp: Resp) -> Wire:
+def open_wire(config: BufferConfig, url: str) -> Wire:
     """The short way to the same server; nothing is sent yet. Raises ValueError for a URL of another
     kind."""
-    options = _options(config, url) | parse_url(url) | {"protocol": 2, **resp.options}
+    options = _options(config, url) | parse_url(url) | {"protocol": 2}
     return Wire(redis.ConnectionPool(**options))
 
 
@@ -182,8 +181,7 @@ class Connection:
         self.where = f"Redis at {re.sub('//[^@/]*@', '//', url)}"
         # The annotations of redis-py allow text replies, which we never ask for.
         self.client: Any = open_client(config, url)
-        self._pack = RESP.pack
-        self._wire = open_wire(config, url, RESP)
+        self._wire = open_wire(config, url)
         self._memory_checked = 0.0
         self.refusals = 0  # times that Redis had no room; grows while a call waits for it
         self._sorts = True  # until the server says that we may not
@@ -239,18 +237,18 @@ class Connection:
     def ask(self, *command: Word, meanwhile: Meanwhile = None) -> Reply:
         """The reply to one plain command. ``meanwhile`` runs while it is under way; it runs again
         if the reply was lost."""
-        packed = self._pack(*command)
+        packed = pack(*command)
         return self.attempt(lambda: self._wire.ask(packed, meanwhile))
 
     def run(self, name: str, *args: Word) -> Reply:
         """One atomic operation by name."""
-        packed = self._pack("EVALSHA", script(name).sha, 1, self.prefix, *args)
+        packed = pack("EVALSHA", script(name).sha, 1, self.prefix, *args)
 
         def once() -> Reply:
             try:
                 return self._wire.ask(packed)
             except redis.exceptions.NoScriptError:  # a restarted server has forgotten it
-                return self._wire.ask(self._pack("EVAL", script(name).text, 1, self.prefix, *args))
+                return self._wire.ask(pack("EVAL", script(name).text, 1, self.prefix, *args))
 
         return self.attempt(once)
 
@@ -261,7 +259,7 @@ class Connection:
         ``attempt``."""
         parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
         start = self.key("t:")
-        commands = [self._pack("MGET", *[start + tid for tid in part]) for part in parts]
+        commands = [pack("MGET", *[start + tid for tid in part]) for part in parts]
         rest = iter(parts)
         self._wire.each(commands, lambda values: take(next(rest), values))
 
@@ -274,8 +272,8 @@ class Connection:
         if not self._sorts:
             return False
         sort = ("SORT", self.key(listed), "BY", "nosort", "GET", self.key("t:*"), "LIMIT")
-        commands = [self._pack("EVALSHA", script("draw").sha, 1, self.prefix, *args)]
-        commands += [self._pack(*sort, first, _PART) for first in range(0, count, _PART)]
+        commands = [pack("EVALSHA", script("draw").sha, 1, self.prefix, *args)]
+        commands += [pack(*sort, first, _PART) for first in range(0, count, _PART)]
         ids: list[str] | None = None
         at = 0
 
@@ -290,7 +288,7 @@ class Connection:
         try:
             self._wire.each(commands, reply)
         except redis.exceptions.NoScriptError:
-            self._wire.ask(self._pack("SCRIPT", "LOAD", script("draw").text))
+            self._wire.ask(pack("SCRIPT", "LOAD", script("draw").text))
             return self.draw_values(listed, count, take, args)
         except redis.exceptions.ResponseError as error:
             if ids is None or at:

@@ -6,11 +6,10 @@ them. What is left out is redis-py's bookkeeping per command, about 40 us.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import hiredis
-import msgspec
 import redis
 from redis.connection import ConnectionInterface
 
@@ -20,22 +19,9 @@ Meanwhile = Callable[[], None] | None
 _AHEAD = 2  # commands that Redis may have before it has answered the first
 
 
-class _Pack(Protocol):
-    def __call__(self, *args: Word) -> bytes: ...
-
-
-class Resp(msgspec.Struct, frozen=True):
-    """How commands are written and replies are read."""
-
-    pack: _Pack
-    options: Mapping[str, type]  # of redis-py's connections
-
-
-def _pack(*args: Word) -> bytes:
+def pack(*args: Word) -> bytes:
+    """One command as it goes over the wire."""
     return bytes(hiredis.pack_command(args))  # type: ignore[arg-type]  # its stub wants one word
-
-
-HIREDIS = Resp(pack=_pack, options={})  # redis-py takes its parser by itself
 
 
 class Wire:
