@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from avatar_rl.common.config import Section
+from avatar_rl.learner.adapter.config import LoraConfig
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_plain"]
@@ -180,6 +181,9 @@ class LearnerConfig(Section):
     )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is minimised.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and DeepSpeed.")
+    lora: LoraConfig | None = Field(
+        None, description="Train LoRA adapters beside a frozen model; null trains the model."
+    )
     updates: int = Field(
         1,
         ge=1,
@@ -243,6 +247,11 @@ class SftConfig(Section):
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Prompts per step, over all ranks.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(lr=1e-5), description="AdamW and DeepSpeed.")
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train LoRA adapters beside a frozen model, and merge them at the end; null "
+        "trains the model.",
+    )
     warmup: int = Field(50, ge=0, description="Steps with a rising learning rate.")
     schedule: Schedule = Field("linear", description="Learning rate after the warm-up.")
     lr_floor: float = Field(

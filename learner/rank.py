@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
+from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.process import (
     HeapTrimmer,
     no_collections,
@@ -169,6 +170,8 @@ class LearnerRank:
 
     def _load_policy(self, dtype: str) -> Policy:
         spec = self.spec
+        if (spec.sft or spec.learner).lora is not None:
+            raise ConfigError("learner.lora cannot be trained yet: leave it out")
         # The cold start has one completion per prompt: there is no prefix to share, and one pass is
         # cheaper than two.
         share_prefix = spec.learner.share_prefix and spec.sft is None

@@ -127,8 +127,11 @@ def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
     """Where the cold-started policy of this recipe lies: equal data, model and settings find it
     again."""
     assert config.cold_start is not None
+    left_out = {"ranks", "checkpoint_every"}
+    if config.cold_start.lora is None:  # so those of before there was LoRA are found
+        left_out.add("lora")
     settings: ReadOnlyObject = {
-        "sft": config.cold_start.model_dump(mode="json", exclude={"ranks", "checkpoint_every"}),
+        "sft": config.cold_start.model_dump(mode="json", exclude=left_out),
         "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
         "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
         "model": model_digest(base),
