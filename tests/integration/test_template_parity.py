@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
-from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.media.loader import DecodedImage, MediaLoader
+from avatar_rl.prompts.record import MediaItem, Prompt
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from tests.tiny_models import (
     ArrayLoader,
@@ -158,3 +161,15 @@ def test_logprobs_are_those_of_the_whole_distribution_when_top_k_truncates(
     prompt = make_prompt(setting.loader, "text", [])
     [done] = setting.run([prompt], RequestSampling(n=2, top_k=3, max_tokens=24))
     assert setting.gap(prompt, done) <= TOLERANCE
+
+
+def test_transparency_is_composed_as_vllm_does(tmp_path: Path) -> None:
+    module = pytest.importorskip("vllm.multimodal.image")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "soft.png")
+    item = MediaItem(kind="image", uri="soft.png")
+    decoded = MediaLoader(MediaConfig(), tmp_path).load(item)
+    assert isinstance(decoded, DecodedImage)
+    np.testing.assert_array_equal(
+        decoded.pixels, module.convert_image_mode(Image.fromarray(pixels), "RGB")
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,28 +184,6 @@ def test_the_top_level_is_the_agreed_one() -> None:
     folders = {Path(line).parts[0] for line in listed.stdout.splitlines() if "/" in line}
     assert {name for name in folders if not name.startswith(".")} <= FOLDERS
     assert set(FLOORS) <= folders
-
-
-LIGHT = (
-    "avatar_rl.cluster.training.restarts",
-    "avatar_rl.rewards.actor",
-    "avatar_rl.buffer_service.weights.store",
-    "avatar_rl.learner.state_replica",
-    "avatar_rl.learner.actor",
-)
-
-
-def test_who_computes_nothing_imports_no_torch() -> None:
-    """Driver, reward actors, weight store and state replica: seconds of every start and 150 MiB
-    each."""
-    code = (
-        f"import importlib, sys\nfor name in {LIGHT}: importlib.import_module(name)\n"
-        "print('torch' in sys.modules)"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.strip() == "False"
 
 
 def test_every_package_has_its_config_section() -> None:

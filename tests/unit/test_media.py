@@ -7,8 +7,6 @@ import hashlib
 import logging
 import math
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -330,44 +328,6 @@ def test_disk_cache_drops_the_least_recently_used_and_recounts_a_lost_count(tmp_
     assert int((tmp_path / "bytes").read_text()) == stored <= 4_000
     cache.put("huge", Entry(np.zeros(5_000, np.uint8), 1.0, 1.0))
     assert cache.get("huge") is None and not list(tmp_path.glob("*.tmp"))
-
-
-_WRITER = """
-import sys
-from pathlib import Path
-import numpy as np
-from avatar_rl.prompts.media.cache import DiskCache, Entry
-cache = DiskCache(Path(sys.argv[1]), limit=60_000)
-rng = np.random.default_rng(int(sys.argv[2]))
-for _ in range(150):
-    n = int(rng.integers(40))
-    entry = cache.get(f"key{n}")
-    if entry is None:
-        cache.put(f"key{n}", Entry(np.full(3_000, n, np.uint8), float(n), 2.0 * n))
-    else:
-        assert entry.array.shape == (3_000,) and (entry.array == n).all()
-        assert entry.duration == 2.0 * n
-"""
-
-
-def test_disk_cache_keeps_its_bound_with_several_processes(tmp_path: Path) -> None:
-    writers = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), str(seed)])
-        for seed in range(3)
-    ]
-    worst = 0
-    while any(writer.poll() is None for writer in writers):
-        sizes = []
-        for path in tmp_path.glob("*.npy"):
-            try:
-                sizes.append(path.stat().st_size)
-            except FileNotFoundError:
-                continue
-        worst = max(worst, sum(sizes))
-    assert [writer.wait() for writer in writers] == [0, 0, 0]
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.npy")]
-    assert int((tmp_path / "bytes").read_text()) == sum(sizes) <= 60_000 and len(sizes) >= 15
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_threads_share_one_loader(folder: Path, tmp_path: Path) -> None:

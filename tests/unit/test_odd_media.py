@@ -120,17 +120,6 @@ def test_what_is_transparent_is_white(
     np.testing.assert_array_equal(decoded.pixels[:, 4:], 255)
 
 
-def test_transparency_is_composed_as_vllm_does(tmp_path: Path) -> None:
-    module = pytest.importorskip("vllm.multimodal.image")
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "soft.png")
-    decoded = load(tmp_path / "soft.png", "image")
-    assert isinstance(decoded, DecodedImage)
-    np.testing.assert_array_equal(
-        decoded.pixels, module.convert_image_mode(Image.fromarray(pixels), "RGB")
-    )
-
-
 def test_frame_times_are_read_without_keeping_the_file_in_memory(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", [RED] * 24)
     alive: list[int] = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,25 +96,6 @@ def test_a_recipe_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         load_recipe(file)
     file.write_bytes(b"\xef\xbb\xbf" + DATA.encode())
     assert load_recipe(file).name == "avatar"
-
-
-@pytest.mark.parametrize("locale", ["C", "POSIX"])
-def test_a_locale_without_utf_8_works(tmp_path: Path, locale: str) -> None:
-    file = tmp_path / "rezept.yaml"
-    file.write_text(DATA + "data2: café 你好\n", encoding="utf-8")
-    plain = {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "avatar_rl.cluster.cli", "train", str(file), "--dry-run"],
-        env={**os.environ, **plain},
-        capture_output=True,
-    )
-    said = done.stderr.decode()
-    assert done.returncode == 1 and "data2: unknown key" in said and "Traceback" not in said
-    file.write_text(
-        "data: {synthetic: {n_train: 8}, template: {instruction: 你好}}\n", encoding="utf-8"
-    )
-    done = subprocess.run(done.args, env={**os.environ, **plain}, capture_output=True)
-    assert done.returncode == 0 and "你好" in done.stdout.decode()
 
 
 @pytest.mark.parametrize(
