@@ -2,13 +2,16 @@
 ARGS='--minutes 60'``.
 
 Every ``--every`` seconds on average (exponential), at any moment, one part of the job is killed
-with SIGKILL: a rollout actor, the reward actor, the learner, Redis or the driver. When the time is
+with SIGKILL: a rollout actor, the reward actor, the learner, Redis or the driver. ``--every 0``
+kills nothing: whatever is replaced then was healthy. When the time is
 over the job is asked to stop (SIGTERM, a checkpoint), then ends a few steps later by itself, so
 that the books can be closed as in the chaos benchmark. The private memory of every process is
 sampled meanwhile."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import signal
@@ -23,6 +26,8 @@ from benchmarks.chaos import Books, Job, Observer, check_books
 from benchmarks.footprint import ROLES, Footprint
 from benchmarks.harness import Figures, parser, smoke_recipe
 
+#: Events of a run that say that a process was replaced.
+REPLACED = ("rollout actor died", "rollout actor not placed", "learner died")
 LAST_STEPS = 5  # of the life that ends by itself
 ENDLESS = 1_000_000
 
@@ -44,14 +49,19 @@ class Soak:
         self.unplanned = 0
 
     def run(self, deadline: float) -> None:
-        """Kill until ``deadline``, at least once, and nothing before the first step."""
-        due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
-        while time.monotonic() < deadline or not self.killed:
+        """Kill until ``deadline``, at least once (``every_s`` 0: never), and nothing before the
+        first step."""
+        due = self._next_kill()
+        while time.monotonic() < deadline or not (self.killed or self.every_s == 0):
             self._keep_alive()
             if time.monotonic() >= due and self.observer.books.commits:
-                due = time.monotonic() + self.rng.expovariate(1 / self.every_s)
+                due = self._next_kill()
                 self._kill(self.rng.choice(self.roles))
             time.sleep(0.2)
+
+    def _next_kill(self) -> float:
+        wait_s = self.rng.expovariate(1 / self.every_s) if self.every_s else math.inf
+        return time.monotonic() + wait_s
 
     def stop(self) -> None:
         """As a scheduler asks a job to go away. Raises RuntimeError when it ends otherwise than
@@ -85,10 +95,18 @@ class Soak:
             self.job.look_for_redis()
 
 
+def replaced_actors(run: Path) -> int:
+    """Rollout actors and learner groups that the run replaced, for whatever reason."""
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()]
+    return sum(row["kind"] in REPLACED for row in rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--minutes", type=float, default=60)
-    options_of.add_argument("--every", type=float, default=150, help="mean seconds between kills")
+    options_of.add_argument(
+        "--every", type=float, default=150, help="mean seconds between kills; 0: no kills"
+    )
     options_of.add_argument("--roles", nargs="+", choices=tuple(ROLES), default=tuple(ROLES))
     options_of.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
     options_of.add_argument("--seed", type=int, default=0)
@@ -139,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = Figures("soak", options.out)
     figures.add({"minutes": (time.monotonic() - started) / 60, "steps": steps, "lives": job.lives})
     figures.add({"kills": sum(soak.killed.values()), "unplanned_exits": soak.unplanned})
+    figures.add({"replaced_actors": replaced_actors(run)})
     figures.add({f"kills_{role}": count for role, count in sorted(soak.killed.items())})
     check_books(run, books, steps, figures)
     figures.add(footprint.figures())

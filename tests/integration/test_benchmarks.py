@@ -39,7 +39,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "judge": ("silent_zeros", "crashes", "requests_per_s", "cache_hit_share"),
     "learner": ("vs_trl", "vs_trl_compact", "loss_spread_ppm", "media_once_frozen"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
-    "soak": ("steps", "kills", "trained_twice", "memory_mib_driver"),
+    "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
