@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--minutes", type=float, default=60)
     options_of.add_argument(
-        "--every", type=float, default=150, help="mean seconds between kills; 0: no kills"
+        "--every", type=float, default=150, help="mean seconds between kills; 0: none"
     )
     options_of.add_argument("--roles", nargs="+", choices=tuple(ROLES), default=tuple(ROLES))
     options_of.add_argument("--recipe", type=Path, default=Path("recipes/local.yaml"))
