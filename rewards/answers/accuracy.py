@@ -8,9 +8,10 @@ from collections.abc import Hashable
 from avatar_rl.prompts.choices import choice_letter
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.answers.format import extract_answer
+from avatar_rl.rewards.answers.formula import stated_number
 from avatar_rl.rewards.answers.labels import multi_label_score, parse_labels
 from avatar_rl.rewards.answers.localisation import localisation_score, parse_slots
-from avatar_rl.rewards.answers.numeric import NumericMode, numeric_score, parse_number
+from avatar_rl.rewards.answers.numeric import NumericMode, numeric_score
 from avatar_rl.rewards.answers.text import normalise, ocr_score, rouge_score
 
 #: From this accuracy on a completion counts as having solved its prompt.
@@ -51,9 +52,9 @@ def answer_score(prompt: Prompt, answer: str, numeric: NumericMode = "rmae") -> 
         if letter is not None:
             return float(choice_letter(answer, prompt.options) == letter)
     if kind in _NUMBERS:
-        number = parse_number(truth)
+        number = stated_number(truth)
         if number is not None:
-            given = parse_number(answer)
+            given = stated_number(answer)
             mode: NumericMode = "rmae" if kind is ProblemType.REGRESSION else numeric
             return 0.0 if given is None else numeric_score(given, number, mode)
     return float(normalise(answer) == normalise(truth))
@@ -70,8 +71,8 @@ def canonical_answer(prompt: Prompt, answer: str) -> Hashable | None:
         choice_letter(prompt.answer, prompt.options) is not None
     ):
         return choice_letter(answer, prompt.options)
-    if kind in _NUMBERS and parse_number(prompt.answer) is not None:
-        number = parse_number(answer)
+    if kind in _NUMBERS and stated_number(prompt.answer) is not None:
+        number = stated_number(answer)
         return (
             None if number is None else round(number, 2) + 0.0
         )  # + 0.0: -0.0 and 0.0 are one answer

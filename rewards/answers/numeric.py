@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Literal
+
+from avatar_rl.rewards.answers.scales import ATTACHED, EAST_ASIAN, EXPONENTS, UNCLEAR, WORDS
 
 NumericMode = Literal["rmae", "exact", "relative"]
 
@@ -27,7 +30,7 @@ _UNIT_POWER = re.compile(
 _APART = r"(?<![^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])(?<!\.)"
 _NUMBER = re.compile(
     rf"{_APART}"
-    r"([-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))"
+    r"([-+]?(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))"
     rf"(?:\.\d+)?(?:e[-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?){_SCALE}"
 )
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,7 +56,10 @@ _ALTERED = re.compile(
     r"|\^(?!\s*\{?\s*(?:\\|°|(?:o|th|st|nd|rd)\b))"  # powers but 45^\circ, 5^{th}
     r"|\0[⁰¹²³⁴-⁹]|/\s*\0|\0[.,:][\0\d]"  # x/4; 1.000.000, 10:10
     r"|\0\s*(?:[-+*/×÷·⋅x]|\\times|\\cdot|\\div|point)\s*[\0\d]"
-    r"|\b(?:minus|negative)\s+\0|\0[\s-]+(?:half|halves|thirds?|and\s+a\s+(?:half|quarter))\b"
+    r"|\b(?:minus|negative|not)\s+\0|[<>≤≥≦≧±∓]|\\(?:pm|mp|[lg]eq?|[lg]t|neq?)(?![a-z])|≠"
+    r"|\b(?:at\s+(?:least|most)|(?:more|less|fewer|greater|higher|lower)\s+than|up\s+to)\s+\0"
+    r"|\0\s*(?:or\s+(?:more|less|fewer)\b|\+(?!\d)|[多余餘几幾])|^\W*\0!\W*$|\0\s*times\s+(?:ten|\0)"
+    r"|\0[\s-]+(?:half|halves|thirds?|and\s+a\s+(?:half|quarter))\b"
     rf"|\b(?:{'|'.join(_SCALES)})\b"
     # 1m30s, 2h15: a second number glued to the first one's unit; m2 and cm3 are units
     r"|\0(?!(?:[kcdmµμ]?m|ft|in|yd|mi|px)[23](?![a-z\d]))[a-zµμ]{1,4}\d"
@@ -63,58 +69,41 @@ _ALTERED = re.compile(
 
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x2013: "-"}
 _SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[_'’])(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s?|[_'’~])(?=\d{3}(?!\d))")
 _INDIAN = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
+#: Blanks of LaTeX count as blanks.
+_GAP = r"(?:\s|\\[,;:! ]|~){0,8}"
 _POWER_OF_TEN = (
-    r"10\s*(?:(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,3})\s*\}|\(\s*([-+]?\d{1,3})\s*\)|([-+]?\d{1,3}))"
+    r"(?:10|\{10\})\s*(?:(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,3})\s*\}|\(\s*([-+]?\d{1,3})\s*\)|([-+]?\d{1,3}))"
     r"|([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3}))(?!\d|\.\d)"
 )
 _SCIENTIFIC = re.compile(
-    rf"(?<![\w.,/^])([-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+)\s*(?:\\times|\\cdot|[×·⋅*xX])\s*{_POWER_OF_TEN}"
+    rf"(?<![\w.,/^])([-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+){_GAP}"
+    rf"(?:\\times|\\cdot|times|[×·⋅∙⨯✕*xX]){_GAP}{_POWER_OF_TEN}"
 )
 _BARE_POWER = re.compile(rf"(?<![\w.,^])([-+]?){_POWER_OF_TEN}")
-#: Exponent of ten of a scale behind the digits. 5M is a million and 5m are metres, so case counts in
-#: the first row; the second row's words may stand after a space; the third's need no word boundary.
-_ATTACHED = {"k": 3, "K": 3, "M": 6, "B": 9}
-_WORDS = {
-    **dict.fromkeys(("mille", "tausend", "тысяча", "тысячи", "тысяч", "тыс"), 3),
-    **dict.fromkeys(("nghìn", "ngàn", "ribu", "हज़ार", "हजार"), 3),
-    **dict.fromkeys(("lakh", "lakhs", "lac", "lacs", "लाख"), 5),
-    **dict.fromkeys(("mn", "mln", "mio", "millón", "millones", "milhão", "milhões"), 6),
-    **dict.fromkeys(("milione", "milioni", "millionen", "milyon", "juta", "triệu"), 6),
-    **dict.fromkeys(("млн", "миллион", "миллиона", "миллионов"), 6),
-    **dict.fromkeys(("crore", "crores", "करोड़"), 7),
-    **dict.fromkeys(("bn", "bln", "mrd", "milliard", "milliards", "milliarde", "milliarden"), 9),
-    **dict.fromkeys(("milyar", "miliar", "tỷ", "млрд", "миллиард", "миллиарда", "миллиардов"), 9),
-    **dict.fromkeys(("tn", "trn"), 12),
-}
-_EAST_ASIAN = {
-    **dict.fromkeys(("百", "백"), 2),
-    **dict.fromkeys(("千", "仟", "천"), 3),
-    **dict.fromkeys(("万", "萬", "만"), 4),
-    **dict.fromkeys(("百万", "百萬", "백만"), 6),
-    **dict.fromkeys(("千万", "千萬", "천만"), 7),
-    **dict.fromkeys(("亿", "億", "억"), 8),
-    **dict.fromkeys(("十亿", "十億", "십억"), 9),
-    **dict.fromkeys(("兆", "조"), 12),
-}
-_EXPONENTS = _ATTACHED | _WORDS | _EAST_ASIAN
 
 
-def _either(names: dict[str, int]) -> str:
+def _either(names: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, names), key=len, reverse=True))
 
 
 _SUFFIX = (
-    rf"((?:{_either(_ATTACHED)})(?!\w)|\s?(?i:{_either(_WORDS)})(?!\w)"
-    rf"|\s?(?:{_either(_EAST_ASIAN)})(?![\d〇一二三四五六七八九十百千万萬亿億만억조]))"
+    rf"((?:{_either(ATTACHED)})(?!\w)|\s?(?i:{_either(WORDS)})(?!\w)"
+    rf"|\s?(?:{_either(EAST_ASIAN)})(?![\d〇一二三四五六七八九十百千万萬亿億만억조]))"
 )
 _SCALED = re.compile(rf"{_APART}(?<![/,^])([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)){_SUFFIX}")
 _MONEY = re.compile(r"([$€£]\s?\d[\d,]*(?:\.\d+)?)m(?!\w)")
+#: What may stand behind metres; "1.5m people" are millions.
+_OF_LENGTH = (
+    r"(?:tall|long|high|wide|deep|thick|away|from|above|below|ahead|across|apart|into|over|under|back"
+    r"|left|right|behind|north|south|east|west|beyond|before|after|towards?|square|cubed|sprint|dash"
+    r"|race|down|forward|upwards?|onwards?|mark|height|width|depth|length|distance|radius|diameter)\b"
+)
 #: A scale that is left, or one that could be a unit as well: the digits alone would be a guess.
 _UNCLEAR = re.compile(
-    rf"(?<=\d)(?:{_SUFFIX}|\s?(?:{_either(_EAST_ASIAN)})|T(?!\w)|\s[MB](?!\w)|\sK(?=\s+[a-z]{{3}})"
-    r"|\s?(?i:mil|cr)(?!\w))"
+    rf"(?<=\d)(?:{_SUFFIX}|\s?(?:{_either(EAST_ASIAN)})|T(?!\w)|\s[MBK](?!\w)"
+    rf"|\s?(?i:{_either(UNCLEAR)})(?!\w)|m(?=\s+(?!{_OF_LENGTH})[a-z]{{4}}))"
 )
 _UNREADABLE = "√"  # a formula: see _ALTERED
 
@@ -122,14 +111,19 @@ _UNREADABLE = "√"  # a formula: see _ALTERED
 def _written_out(text: str) -> str:
     """``text`` with its powers of ten and scales as exponents ("3 × 10^8", "5k" -> "3e8", "5e3"),
     and a mark where a scale is ambiguous."""
-    text = text.translate(_FULL_WIDTH)
-    text = _THOUSANDS.sub(",", text)
-    text = _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
+    text = plain_signs(text)
     text = _SCIENTIFIC.sub(lambda match: f"{match[1]}e{_exponent(match, 2)}", text)
     text = _BARE_POWER.sub(lambda match: f"{match[1]}1e{_exponent(match, 2)}", text)
     text = _MONEY.sub(r"\1M", text)
     text = _SCALED.sub(lambda match: f"{match[1]}e{_scale_exponent(match[2])}", text)
     return _UNCLEAR.sub(_UNREADABLE, text)
+
+
+def plain_signs(text: str) -> str:
+    """``text`` with ASCII digits and signs, and with its thousands separated by commas or not at
+    all."""
+    text = _THOUSANDS.sub(",", text.translate(_FULL_WIDTH))
+    return _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def _exponent(match: re.Match[str], first: int) -> int:
@@ -140,7 +134,7 @@ def _exponent(match: re.Match[str], first: int) -> int:
 
 def _scale_exponent(suffix: str) -> int:
     name = suffix.strip()
-    return _EXPONENTS.get(name) or _EXPONENTS[name.lower()]
+    return EXPONENTS.get(name) or EXPONENTS[name.lower()]
 
 
 #: Tolerance of the "relative" mode, as a share of the truth.

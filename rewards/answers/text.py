@@ -32,6 +32,13 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MAR
 _OCR_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
+#: What no eye can tell apart: soft hyphens, spaces of no width, curved and straight quotes.
+_TYPOGRAPHY = dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)) | {
+    **dict.fromkeys(map(ord, "‘’‛ʼ′"), "'"),
+    **dict.fromkeys(map(ord, "“”„‟″"), '"'),
+}
+
+
 def words(text: str) -> list[str]:
     """Case-folded alphanumeric words in any script; ASCII text splits exactly as in Google's
     rouge_score."""
@@ -68,7 +75,7 @@ def ocr_score(answer: str, truth: str) -> float:
     """1 - min(1, word error rate), case folded, punctuation kept (docs/method.md 1.5). An empty
     truth wants an empty answer."""
     predicted, expected = (
-        _OCR_WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+        _OCR_WORD.findall(unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHY)).casefold())
         for text in (answer, truth)
     )
     if not expected:

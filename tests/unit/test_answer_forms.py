@@ -103,13 +103,6 @@ def test_several_numbers_stay_a_hedge(text: str) -> None:
     assert parse_number(text) is None
 
 
-@pytest.mark.parametrize("kind", [ProblemType.NUMERICAL, ProblemType.REGRESSION])
-def test_a_formula_as_truth_wants_the_formula(kind: ProblemType) -> None:
-    assert answer_score(ask(kind, "4\\pi"), "$4\\pi$") == 1.0
-    assert answer_score(ask(kind, "4\\pi"), "4") == 0.0
-    assert answer_score(ask(kind, "\\sqrt{2}"), "2") == 0.0
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -231,7 +224,6 @@ def test_numbers_and_signs_can_be_slots() -> None:
         ("约3万", 3e4),
         ("2亿人", 2e8),
         ("100만", 1e6),
-        ("300 K", 300.0),
         ("有5只", 5.0),
     ],
 )
