@@ -13,25 +13,32 @@ UNUSED := /transformers/models/(?!auto|qwen|whisper)[a-z0-9_]*/(modeling|modular
 # What is compiled while something runs is kept, or each of a run's dozen processes would compile it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-unit test-chaos lint bench clean
+.PHONY: setup demo cold-start test test-unit test-chaos lint bench clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml deploy/constraints/$(EXTRA).txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3,11) <= sys.version_info[:2] < (3,13) else "AVATAR-RL needs Python 3.11 or 3.12; found %s: set PYTHON=python3.11" % sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing AVATAR-RL ($(EXTRA)) into $(VENV); about 2 minutes the first time ..."
+	@echo "Installing AVATAR-RL ($(EXTRA)) into $(VENV), once"
+	@# -qq: errors are shown, warnings (an index without some package, a script beside PATH) are not
 	@# pip 26 resolves in half the time of the one that Python brings; where there is none, that one does
-	@$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=26' || true
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --editable '.[$(EXTRA),dev]' -c deploy/constraints/$(EXTRA).txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'pip>=26' 2>/dev/null || true
+	@echo "  1/3  packages, about 75 s from a near index ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --editable '.[$(EXTRA),dev]' -c deploy/constraints/$(EXTRA).txt
 	@# pip compiles on one core, and all of it; some packages carry templates that are no Python, hence "|| true"
+	@echo "  2/3  compiling, about 15 s ..."
 	@$(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' $(VENV)/lib avatar_rl >/dev/null 2>&1 || true
+	@echo "  3/3  checking torch and Redis, about 10 s ..."
 	@$(BIN)/python -m avatar_rl.cluster.install.cpu_media
 	@$(BIN)/python -m avatar_rl.cluster.install.redis_binary
 	@touch $@
 
-demo: setup
-	@$(BIN)/avatar train $(RECIPE) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+demo: setup  # FROM_SCRATCH=1 trains the tiny model's cold start here instead of taking the one that is there
+	@$(BIN)/avatar train $(RECIPE) $(if $(PRESET),--preset $(PRESET)) $(if $(FROM_SCRATCH),--cold_start.ready null) $(ARGS)
+
+cold-start: setup  # makes recipes/assets/tiny_omni anew
+	@$(BIN)/python -m avatar_rl.cluster.training.make_ready $(RECIPE)
 
 test: setup
 	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from avatar_rl.cluster.config import LoopConfig, RunConfig
-from avatar_rl.cluster.recipe.assets import key
+from avatar_rl.cluster.recipe.content import key
 from avatar_rl.cluster.recipe.presets import merge, preset
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluate import evaluate

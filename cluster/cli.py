@@ -1,5 +1,5 @@
 """The command line: `avatar train`, `evaluate`, `scale`, `doctor`, `data ...`, `buffer ...`,
-`hints ...`, `presets`, `runs`.
+`hints ...`, `presets`, `runs`; those about recipes and their keys are in cli_keys.py.
 
 Every command is declared here and does its work in commands/, which is imported when it runs:
 `avatar --help` starts at once.
@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from avatar_rl.cluster import cli_keys
+from avatar_rl.cluster.cli_types import (
+    OVERRIDABLE,
+    PATH,
+    PRESET,
+    RECIPE,
+    Command,
+    Overridable,
+    helps_all,
+    takes_overrides,
+)
 from avatar_rl.cluster.install.copies import ROOT, check_copies, version_of
-from avatar_rl.common.config import expanded
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.common.text import printable
 
@@ -32,8 +42,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-Command = Callable[..., int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,58 +77,21 @@ def _in_utf8() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-class RecipePath(click.ParamType):
-    """A recipe here or, for `recipes/...`, in the package."""
-
-    name = "recipe"
-
-    def convert(
-        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path:
-        from avatar_rl.cluster.recipe.load import find_recipe
-
-        if str(value).startswith("--"):
-            self.fail(f"{value} stands where the recipe should: overrides follow it", param, ctx)
-        path = PATH.convert(value, param, ctx)
-        found = find_recipe(path)
-        if found != path:
-            print(f"avatar: {path} is not here; taken from the package: {found}", file=sys.stderr)
-        return found
-
-
-class HomePath(click.ParamType):
-    """A path. A shell leaves the ~ of `--folder=~/runs` to us."""
-
-    name = "path"
-
-    def convert(
-        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path:
-        try:
-            return Path(expanded(value))
-        except ValueError as error:
-            self.fail(f"{value}: {error}", param, ctx)
-
-
-RECIPE = RecipePath()
-PATH = HomePath()
-#: Of a command that takes `--learner.optimizer.lr 1e-4` and the like after its own words.
-OVERRIDABLE = {"ignore_unknown_options": True}
-
-
-def takes_overrides(command: Command) -> Command:
-    return click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@helps_all
 @click.version_option(version_of(ROOT), message=f"avatar %(version)s ({ROOT})")
 def avatar() -> None:
     """Reinforcement learning for audio-visual language models."""
 
 
-@avatar.command(context_settings=OVERRIDABLE)
+@avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("recipe", type=RECIPE)
-@click.option("--preset", help="Lay a named method over the recipe (`avatar presets` lists them).")
+@helps_all
+@click.option(
+    "--preset",
+    type=PRESET,
+    help="Lay a named method over the recipe (`avatar presets` lists them).",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -166,7 +137,7 @@ def train(
     return train(recipe, overrides, Asked(preset, dry_run, resume, stage, from_stage, start))
 
 
-@avatar.command(context_settings=OVERRIDABLE)
+@avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("checkpoint", type=PATH)
 @click.option("--recipe", type=RECIPE, required=True, help="Data, template, engine and rewards.")
 @click.option(
@@ -195,7 +166,7 @@ def presets() -> int:
     return 0
 
 
-@avatar.command(context_settings=OVERRIDABLE)
+@avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("words", metavar="[list|show|resume] [RUN]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
 def runs(words: tuple[str, ...], folder: Path) -> int:
@@ -225,7 +196,7 @@ def scale(run: str, rollout_workers: int, folder: Path, url: str | None) -> int:
     return 0
 
 
-@avatar.command(context_settings=OVERRIDABLE)
+@avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("recipe", type=RECIPE, required=False)
 @takes_overrides
 def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> int:
@@ -376,6 +347,10 @@ for _name, _meaning, _words in BUFFER_COMMANDS:
     for _word in (PASSWORD_ENV, URL, *reversed(_words), RUN):
         _command = _word(_command)
     buffer.command(_name, help=_meaning)(_command)
+
+
+for _command in (cli_keys.explain, cli_keys.schema, cli_keys.init, cli_keys.completion):
+    avatar.add_command(_command)
 
 
 if __name__ == "__main__":  # `python -m cluster.cli` in a checkout hands over to the import root

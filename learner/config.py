@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -241,12 +242,18 @@ class LearnerConfig(Section):
         return self
 
 
+class SftOptimizerConfig(OptimizerConfig):
+    """AdamW and DeepSpeed of a cold start."""
+
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate.")
+
+
 class SftConfig(Section):
     """Stage 0: supervised cold start (docs/method.md 1.6)."""
 
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Prompts per step, over all ranks.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(lr=1e-5), description="AdamW and DeepSpeed.")
+    optimizer: SftOptimizerConfig = Field(SftOptimizerConfig(), description="AdamW and DeepSpeed.")
     lora: LoraConfig | None = Field(
         None,
         description="Train LoRA adapters beside a frozen model, and merge them at the end; null "
@@ -265,4 +272,10 @@ class SftConfig(Section):
         ge=0,
         description="Steps between checkpoints that an interrupted cold start resumes from; 0 "
         "writes none.",
+    )
+    ready: Path | None = Field(
+        None,
+        description="Folder of the finished cold start of a recipe with the tiny model. It is "
+        "taken instead of training one where these settings, the template and the world are those "
+        "it was made with; null always trains.",
     )

@@ -38,6 +38,7 @@ LONG = (
 TOGETHER = (
     "test_template.py",
     "test_tiny_model.py",
+    "test_ready_start.py",
     "test_validate.py",
     "test_batch.py",
     "test_schedule.py",

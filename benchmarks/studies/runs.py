@@ -29,6 +29,7 @@ from avatar_rl.cluster.recipe.assets import (
 )
 from avatar_rl.cluster.recipe.load import check, load_recipe
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.cluster.telemetry.distributions import total
 from avatar_rl.cluster.telemetry.live_view import open_screen
 from avatar_rl.cluster.telemetry.run_files import read_distributions, read_metrics
@@ -95,7 +96,10 @@ def base_recipe(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) ->
 
 
 def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) -> Path:
-    """From the cache; trained first (about 5 minutes) where it has none."""
+    """The recipe's own where it is ready; else from the cache, trained first (about 5 minutes)
+    where it has none."""
+    if (ready := ready_start(local)) is not None:
+        return ready
     assert datasets.sft is not None
     start = cold_start_folder(local, base, datasets.sft).resolve()
     if not start.is_dir():

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import LoopConfig, RunConfig
-from avatar_rl.cluster.recipe.assets import Datasets, model_digest
+from avatar_rl.cluster.recipe.assets import Datasets
+from avatar_rl.cluster.recipe.content import model_digest
 from avatar_rl.cluster.telemetry.run_files import MASK, list_runs, mask_secrets, read_status
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink

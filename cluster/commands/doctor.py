@@ -70,6 +70,15 @@ def preflight(configs: Mapping[str, RunConfig]) -> None:
     raise kind("nothing was started:\n  " + "\n  ".join(lines))
 
 
+def shortcomings(config: RunConfig) -> list[str]:
+    """What the fast checks find missing for a run, each with its remedy."""
+    return [
+        f"{item.subject}: {item.found}; {item.remedy}"
+        for item in _found(_fast(config))
+        if item.level == "fail"
+    ]
+
+
 def _fast(config: RunConfig | None) -> list[Check]:
     """Milliseconds each, unless a network must be asked."""
     of_recipe: list[Check] = []

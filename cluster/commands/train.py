@@ -157,6 +157,7 @@ def evaluate_checkpoint(
     Raises ConfigError for what is no checkpoint, before anything is made."""
     from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.telemetry.live_view import open_screen
+    from avatar_rl.cluster.telemetry.phase_times import times_of
     from avatar_rl.cluster.training.evaluate import evaluate
 
     raw = read_recipe(recipe)
@@ -168,7 +169,7 @@ def evaluate_checkpoint(
     if config.data.synthetic is None and config.data.heldout is None:
         raise ConfigError(f"recipe {recipe} has no held-out prompts: set data.heldout")
     preflight({"": config})
-    with open_screen(config.screen, 1, title="evaluate") as screen:
+    with open_screen(config.screen, 1, title="evaluate", times=times_of(config)) as screen:
         result = evaluate(config, screen, model=checkpoint, without=[tuple(without)])
     [evaluation] = result.evaluations
     missing = f" without {' and '.join(without)}" if without else ""

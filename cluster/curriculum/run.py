@@ -29,6 +29,7 @@ from avatar_rl.cluster.recipe.assets import (
     read_prompts,
 )
 from avatar_rl.cluster.telemetry.live_view import open_screen
+from avatar_rl.cluster.telemetry.phase_times import times_of
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluate import Kinds, PolicyResult, evaluate
 from avatar_rl.cluster.training.replay_import import carry_over
@@ -260,4 +261,5 @@ class CurriculumRun:
 
 
 def _screen(stage: Stage, steps: int) -> Screen:
-    return open_screen(stage.config.screen, steps, title=stage.name)
+    config = stage.config
+    return open_screen(config.screen, steps, title=stage.name, times=times_of(config))

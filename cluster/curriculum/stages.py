@@ -12,9 +12,11 @@ from pydantic import Field, JsonValue, ValidationError
 
 from avatar_rl.cluster.checkpoints.resume import HARMLESS, UNTIL
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.assets import Datasets, key, model_digest
+from avatar_rl.cluster.recipe.assets import Datasets
+from avatar_rl.cluster.recipe.content import key, model_digest
 from avatar_rl.cluster.recipe.load import check, explain, overridden, renamed
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.files import sha256_of
@@ -80,6 +82,10 @@ class Stage:
         settings = self.config.model_dump(mode="json")
         if not self.is_sft:
             settings["cold_start"] = None
+        elif (ready := ready_start(self.config)) is not None:
+            settings["cold_start"] = {"ready": model_digest(ready)}
+        else:
+            settings["cold_start"].pop("ready")
         for name in _IRRELEVANT:
             _drop(settings, name)
         files = [
@@ -187,9 +193,9 @@ def _stage_raw(
     if "weights" in entry.rewards:  # they replace the recipe's instead of joining them
         raw = merge(raw, {"rewards": {"weights": None}})
     raw = merge(raw, {"rewards": entry.rewards})
-    if entry.kind == "rl":
-        raw = raw | {"cold_start": None}
-    return _laid(raw, overrides, preset_name if entry.kind == "rl" else None)
+    if entry.kind == "sft":
+        return _laid(raw, overrides, None)
+    return _laid(raw, overrides, preset_name) | {"cold_start": None}
 
 
 def _laid(raw: Overlay, overrides: Sequence[tuple[str, str]], preset_name: str | None) -> Overlay:

@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.content import key, model_digest
+from avatar_rl.cluster.recipe.ready_start import (
+    ASKED_ONLY,
+    TAUGHT_ONLY,
+    ready_start,
+    sft_settings,
+    template_settings,
+)
 from avatar_rl.common.errors import ConfigError, DataError, InputError, ModelError
-from avatar_rl.common.types import ReadOnlyJson, ReadOnlyObject
+from avatar_rl.common.types import ReadOnlyObject
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.record import check_roots
+from avatar_rl.prompts.synthetic.config import WorldConfig
 
 Progress = Callable[[str, str], None]  # phase, detail
-
-#: Raise when the synthetic world, the tiny model or the cold start gives other bytes for an equal
-#: config.
-REVISION = 1
+Advance = Callable[[int, int], None]  # done, of how many
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ def made_once(folder: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
         yield not folder.is_dir()
 
 
-def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
+def prepare_datasets(
+    config: RunConfig, progress: Progress, advance: Advance = lambda done, total: None
+) -> Datasets:
     """The recipe's files, or the synthetic world from the cache. Raises DataError naming a missing
     file."""
     data = config.data
@@ -67,19 +74,42 @@ def prepare_datasets(config: RunConfig, progress: Progress) -> Datasets:
             if getattr(found, name) is not None:
                 _existing(name, getattr(found, name))
         return found
-    folder = config.output.cache / f"world-{key(data.synthetic.model_dump(mode='json'))}"
+    asked = _world(config, data.synthetic, ("train", "heldout"), progress, advance)
+    taught = None
+    if config.cold_start is not None and ready_start(config) is None:
+        taught = _world(config, data.synthetic, ("sft",), progress, advance) / "sft.jsonl"
+    return Datasets(asked / "train.jsonl", asked / "heldout.jsonl", taught)
+
+
+def _world(
+    config: RunConfig,
+    world: WorldConfig,
+    splits: tuple[str, ...],
+    progress: Progress,
+    advance: Advance,
+) -> Path:
+    """The folder of some splits of the synthetic world, from the cache or made now. A cold start
+    that is ready needs none of the clips that it was taught with, which are most."""
+    what = "world" if "train" in splits else "world-sft"
+    irrelevant = TAUGHT_ONLY if "train" in splits else ASKED_ONLY
+    settings = world.model_dump(mode="json", exclude=irrelevant)
+    folder = config.output.cache / f"{what}-{key(settings)}"
     with made_once(folder, lambda why: progress("waiting for the world", why)) as missing:
         if missing:
-            from avatar_rl.prompts.synthetic.world import synthesize
+            from avatar_rl.prompts.synthetic.world import size_of, synthesize
 
-            count = data.synthetic.n_train + data.synthetic.n_heldout + data.synthetic.n_sft
+            count = sum(size_of(split, world) for split in splits)
             progress("synthesising the world", f"{count} clips as .mp4 and .wav")
-            synthesize(folder, data.synthetic)
-    return Datasets(folder / "train.jsonl", folder / "heldout.jsonl", folder / "sft.jsonl")
+            synthesize(folder, world, splits=splits, on_clip=advance)
+    return folder
 
 
 def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
-    """The model folder, or the tiny Qwen2.5-Omni from the cache."""
+    """The model folder, the recipe's cold start where that is ready, or the tiny Qwen2.5-Omni from
+    the cache."""
+    if (ready := ready_start(config)) is not None:
+        progress("cold start is ready", f"{ready} (--cold_start.ready null trains it anew)")
+        return ready
     if config.model.path != "tiny":
         path = Path(config.model.path)
         if not path.is_dir():
@@ -127,12 +157,9 @@ def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:
     """Where the cold-started policy of this recipe lies: equal data, model and settings find it
     again."""
     assert config.cold_start is not None
-    left_out = {"ranks", "checkpoint_every"}
-    if config.cold_start.lora is None:  # so those of before there was LoRA are found
-        left_out.add("lora")
     settings: ReadOnlyObject = {
-        "sft": config.cold_start.model_dump(mode="json", exclude=left_out),
-        "template": config.data.template.model_dump(mode="json", exclude={"cache_bytes"}),
+        "sft": sft_settings(config.cold_start),
+        "template": template_settings(config.data.template),
         "data": hashlib.sha256(sft.read_bytes()).hexdigest(),
         "model": model_digest(base),
     }
@@ -145,24 +172,6 @@ def read_prompts(path: Path, config: RunConfig) -> PromptIndex:
     if not len(index):
         raise DataError(f"dataset {path} holds no prompt: check the file and data.reader")
     return index
-
-
-def model_digest(path: Path) -> str:
-    """sha256 over the names and sizes of a model folder's files and the content of the small
-    ones."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.is_file():
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-            if file.stat().st_size < 64 << 20:
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def key(settings: ReadOnlyJson) -> str:
-    """Short content key of JSON-ready settings."""
-    text = json.dumps([REVISION, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _existing(name: str, path: Path | None) -> Path:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.suggest import suggestion
 from avatar_rl.cluster.recipe.yaml_text import parse_yaml, read_yaml
 from avatar_rl.common.config import current_keys, subsection
 from avatar_rl.common.errors import ConfigError
@@ -55,7 +56,7 @@ def find_recipe(path: Path) -> Path:
     an installed package carries its recipes along."""
     packaged = Path(__file__).parents[2] / path
     is_named = not path.is_absolute() and path.parts[:1] == ("recipes",)
-    return packaged if is_named and not path.exists() and packaged.is_file() else path
+    return packaged if is_named and not path.exists() and packaged.exists() else path
 
 
 def read_recipe(path: Path) -> Overlay:
@@ -157,6 +158,8 @@ def explain(item: ErrorDetails, root: type[BaseModel] = RunConfig) -> str:
         return f"{where}{message}{given}{remedy}"
     *parents, leaf = item["loc"]
     known = _fields(parents, root)
+    if root is RunConfig:
+        return f"{location}: unknown key, {suggestion(location, item['input'], known)}"
     near = difflib.get_close_matches(str(leaf), known, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"{location}: unknown key, {remedy}"

@@ -138,7 +138,7 @@ def architecture_of(path: str) -> Architecture | None:
 
 def _of_config(folder: Path, config: JsonObject) -> Architecture:
     """Raises KeyError for a config.json of another form."""
-    text = _decoder_of(config)
+    text = decoder_of(config)
     heads = _number(text, "num_attention_heads")
     hidden = _number(text, "hidden_size")
     size = _number(text, "head_dim", default=hidden // heads)
@@ -168,11 +168,11 @@ def _number(section: JsonObject, *names: str, default: int | None = None) -> int
     return default
 
 
-def _decoder_of(config: JsonObject) -> JsonObject:
+def decoder_of(config: JsonObject) -> JsonObject:
     """The section of the language model, at whatever depth."""
     for name in ("thinker_config", "text_config", "llm_config"):
         if isinstance(inner := config.get(name), dict):
-            return _decoder_of(inner)
+            return decoder_of(inner)
     return config
 
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from avatar_rl.cluster.telemetry.phase_times import PhaseTimes
 from avatar_rl.cluster.telemetry.screen import TRAINING, Screen, duration, number, share
 
 #: Wider terminals gain nothing from longer bars.
@@ -21,13 +22,17 @@ MAX_WIDTH = 120
 
 
 def open_screen(
-    mode: Literal["auto", "live", "plain"], total_steps: int, *, title: str = ""
+    mode: Literal["auto", "live", "plain"],
+    total_steps: int,
+    *,
+    title: str = "",
+    times: PhaseTimes | None = None,
 ) -> Screen:
     """The recipe's `screen`; auto asks the console."""
     console = Console(highlight=False)
     is_live = console.is_terminal and not console.is_dumb_terminal
     kind = LiveScreen if mode == "live" or (mode == "auto" and is_live) else Screen
-    return kind(total_steps, title=title, console=console)
+    return kind(total_steps, title=title, console=console, times=times)
 
 
 class LiveScreen(Screen):
@@ -107,8 +112,10 @@ class View:
         if phase.name == TRAINING:
             done, total = self.screen.metrics.get("step", 0), self.screen.total_steps
             head.append(f"  step {done:g}/{total:g}  ETA {duration(self.screen.eta_s)}")
-        elif total:
-            head.append(f"  {done:g}/{total:g}")
+        else:
+            head.append(f"  {done:g}/{total:g}" if total else "")
+            if (left := phase.eta_s(now)) is not None:
+                head.append(f"  ETA {duration(left)}")
         if phase.detail:
             head.append(f"  {phase.detail}", style="dim")
         rows.append(head)

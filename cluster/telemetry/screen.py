@@ -8,12 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import TextIOWrapper
 from types import TracebackType
 
 from rich.console import Console
 
+from avatar_rl.cluster.telemetry.phase_times import PhaseTimes
 from avatar_rl.common.text import printable
 
 #: Steps whose wall time gives the ETA.
@@ -21,6 +22,8 @@ ETA_STEPS = 10
 #: Seconds between two progress lines of one phase in plain output.
 PLAIN_PROGRESS_S = 15.0
 TRAINING = "training"
+#: Seconds of a phase's last progress that give its ETA, and between two looks at it.
+PACE_S, LOOK_S = 30.0, 1.0
 
 
 @dataclass
@@ -34,9 +37,30 @@ class Phase:
     ended: float | None = None
     done: float = 0
     total: float | None = None
+    expected: float | None = None  # seconds that it took before
+    pace: deque[tuple[float, float]] = field(default_factory=deque)  # (done, time) lately
 
     def elapsed(self, now: float) -> float:
         return (now if self.ended is None else self.ended) - self.started
+
+    def advance(self, done: float, total: float | None, now: float) -> None:
+        """``done`` of ``total`` by now."""
+        self.done, self.total = done, total if total is not None else self.total
+        if not self.pace or now - self.pace[-1][1] >= LOOK_S:
+            self.pace.append((done, now))
+        while len(self.pace) > 2 and now - self.pace[1][1] > PACE_S:
+            self.pace.popleft()
+
+    def eta_s(self, now: float) -> float | None:
+        """Seconds left at the pace of the last ones, or as long as it took before; None where
+        neither is known."""
+        if self.pace and self.total:
+            began, at = self.pace[0]
+            if self.done > began and now > at:
+                return max(0.0, self.total - self.done) * (now - at) / (self.done - began)
+        if self.expected is None:
+            return None
+        return max(0.0, self.expected - self.elapsed(now))
 
 
 class Screen:
@@ -51,9 +75,11 @@ class Screen:
         title: str = "",
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        times: PhaseTimes | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.title = title
+        self.times = times or PhaseTimes()
         self.console = console or Console(highlight=False)
         self.metrics: dict[str, float] = {}
         self.first_accuracy: float | None = None
@@ -106,9 +132,12 @@ class Screen:
                 return
             if self.phases:
                 self.phases[-1].ended = now
-            self.phases.append(Phase(name, detail, now))
+                self.times.learn(self.phases[-1].name, self.phases[-1].elapsed(now))
+            phase = Phase(name, detail, now, expected=self.times.expected(name))
+            self.phases.append(phase)
             self._last_plain = now
-        self._plain(f"{name}: {detail}" if detail else name)
+        about = "" if phase.expected is None else f" (about {duration(phase.expected)})"
+        self._plain((f"{name}: {detail}" if detail else name) + about)
 
     def progress(self, done: float, total: float | None = None, detail: str | None = None) -> None:
         """Advance the current phase: ``done`` of ``total`` (clips, SFT steps, prompts...)."""
@@ -117,7 +146,7 @@ class Screen:
             if not self.phases:
                 return
             phase, now = self.phases[-1], self.clock()
-            phase.done, phase.total = done, total if total is not None else phase.total
+            phase.advance(done, total, now)
             phase.detail = phase.detail if detail is None else detail
             finished = phase.total is not None and done >= phase.total
             if phase.name == TRAINING or (
@@ -126,8 +155,10 @@ class Screen:
                 # training prints its own line per step, also during an evaluation
                 return
             self._last_plain = now
+            left = phase.eta_s(now)
         of = f" {done:g}/{phase.total:g}" if phase.total is not None else f" {done:g}"
-        self._plain(f"{phase.name}{of}" + (f"  {phase.detail}" if phase.detail else ""))
+        eta = "" if left is None or finished else f"  eta {duration(left)}"
+        self._plain(f"{phase.name}{of}{eta}" + (f"  {phase.detail}" if phase.detail else ""))
 
     def update(self, metrics: Mapping[str, float | None]) -> None:
         """Take a step's metrics (any part of the catalogue; None and NaN keep the value shown

@@ -16,6 +16,7 @@ from avatar_rl.cluster.recipe.assets import (
     prepare_datasets,
     read_prompts,
 )
+from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.cluster.telemetry.run_folder import RunFolder, new_run_id
 from avatar_rl.cluster.telemetry.screen import Screen
@@ -55,7 +56,7 @@ def evaluate(
     """
     needs = needs_of(config)
     check_judge(config.rewards)
-    datasets = prepare_datasets(config, screen.phase)
+    datasets = prepare_datasets(config, screen.phase, screen.progress)
     heldout = None if datasets.heldout is None else read_prompts(datasets.heldout, config)
     if heldout is not None:
         check_media(heldout, config.data.media.roots)
@@ -63,7 +64,7 @@ def evaluate(
     base = prepare_base_model(config, screen.phase)
     folder = RunFolder(config.output.folder / new_run_id(config.name), on_warning=screen.event)
     folder.config(config.model_dump(mode="json"))
-    trains = config.cold_start if model is None else None
+    trains = config.cold_start if model is None and ready_start(config) is None else None
     needs = replace(needs, learners=trains.ranks if trains is not None else 0)
     evaluations: list[Evaluation] = []
     with contextlib.closing(folder), recorded(folder):

@@ -9,6 +9,7 @@ from avatar_rl.cluster.checkpoints.resume import Resumption, prepare
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.services.shared_storage import placed
 from avatar_rl.cluster.telemetry.live_view import open_screen
+from avatar_rl.cluster.telemetry.phase_times import times_of
 from avatar_rl.cluster.telemetry.run_folder import new_run_id
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.run import RunResult, execute
@@ -23,7 +24,8 @@ def start_or_resume(config: RunConfig, resume: str | None = None) -> RunResult:
     Raises AvatarError children for everything a user can cure, and Stopped when it was asked to
     stop and saved itself.
     """
-    with open_screen(config.screen, config.loop.steps, title=config.name) as screen:
+    times = times_of(config)
+    with open_screen(config.screen, config.loop.steps, title=config.name, times=times) as screen:
         config = placed(config)
         resumption = prepare(config, resume, screen.event) if resume is not None else None
         return run_to_end(config, screen, resumption)

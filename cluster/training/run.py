@@ -27,11 +27,11 @@ from avatar_rl.cluster.recipe.assets import (
     check_fusion,
     check_hints,
     check_media,
-    model_digest,
     prepare_base_model,
     prepare_datasets,
     read_prompts,
 )
+from avatar_rl.cluster.recipe.content import model_digest
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -131,6 +131,7 @@ def run_folder(
             yield folder
     finally:
         if output.report:
+            screen.phase("writing the report")
             _write_report(folder)
         folder.close()
         lock.release()
@@ -139,7 +140,7 @@ def run_folder(
 def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     """Datasets and base model, read and checked: what can be known to be wrong is said before a
     process starts."""
-    datasets = prepare_datasets(config, screen.phase)
+    datasets = prepare_datasets(config, screen.phase, screen.progress)
     base = prepare_base_model(config, screen.phase)
     prompts = read_prompts(datasets.train, config)
     check_media(prompts, config.data.media.roots)

@@ -11,6 +11,7 @@ from typing import Literal
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
+from avatar_rl.cluster.recipe.ready_start import ready_start, why_not_ready
 from avatar_rl.cluster.recipe.resources import Needs
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -38,9 +39,12 @@ class System:
 
     def starting_policy(self, base: Path) -> Path:
         """Folder of the model to begin with: the recipe's cold start, trained unless the cache has
-        it, or ``base``. Raises what ``cold_start`` does."""
-        if self.config.cold_start is None:
+        it, or ``base`` where that is it or the recipe has none. Raises what ``cold_start``
+        does."""
+        if self.config.cold_start is None or ready_start(self.config) is not None:
             return base
+        if why := why_not_ready(self.config):
+            self.report("cold start", why)
         return cold_start(self.config, self.pool, base, self.datasets, self.screen)
 
     def rollout_fleet(
@@ -68,6 +72,7 @@ def running_system(
     ``Services`` does.
     """
     with ExitStack() as stack:
+        screen.phase("starting Redis and Ray")
         services = stack.enter_context(Services(config, folder.path, needs))
         stack.callback(services.save_logs, folder.path / "logs")
         yield System(config, folder, screen, datasets, services, Pool(config, services))

@@ -3,6 +3,8 @@ configs.
 
     report = synthesize(Path("build/world"), WorldConfig(seed=0))
 
+No split shares its random numbers with another, so that each can be written on its own.
+
 ``extra["scene"]`` is the ground truth of every time slot as JSON. ``sft.jsonl`` marks prompts that
 are to be shown with their hint by ``extra["hinted"] == "true"``; where its target is a guess,
 ``answer`` is the guess and ``extra["truth"]`` the truth."""
@@ -10,11 +12,14 @@ are to be shown with their hint by ``extra["hinted"] == "true"``; where its targ
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 
 from avatar_rl.common.files import new_folder
 from avatar_rl.prompts.record import MediaItem, MediaPlan, Prompt
@@ -30,6 +35,8 @@ from avatar_rl.prompts.synthetic.render import (
 from avatar_rl.prompts.synthetic.scene import FRAMES, HEIGHT, WIDTH
 
 SPLITS = ("train", "heldout", "sft")
+#: The splits that RL asks, and those that the cold start learns from.
+ASKED, TAUGHT = ("train", "heldout"), ("sft",)
 MIN_PIXELS = WIDTH * HEIGHT
 MAX_PIXELS = 64 * 28 * 28
 
@@ -55,34 +62,68 @@ class WorldReport:
         return self.out / "sft.jsonl"
 
 
-def synthesize(out: Path, config: WorldConfig) -> WorldReport:
+def synthesize(
+    out: Path,
+    config: WorldConfig,
+    *,
+    splits: Sequence[str] = SPLITS,
+    on_clip: Callable[[int, int], None] = lambda done, total: None,
+) -> WorldReport:
     """Write the world of ``config`` into the new folder ``out``, whole or not at all.
 
-    Raises DataError when ``out`` exists and is not an empty folder.
+    Args:
+        out: The folder.
+        config: What is in it.
+        splits: Those that are written; each has the same bytes with the others and without them.
+        on_clip: Called after every clip with how many are done, and of how many.
+
+    Raises:
+        DataError: ``out`` exists and is not an empty folder.
     """
     out = Path(out)
+    total, done = sum(size_of(split, config) for split in splits), 0
+
+    def clip_done() -> None:
+        nonlocal done
+        done += 1
+        on_clip(done, total)
+
     with new_folder(out) as work:
         (work / "media").mkdir()
-        counts = {split: _write_split(work, split, config) for split in SPLITS}
+        counts = {split: _write_split(work, split, config, clip_done) for split in splits}
         size = sum(file.stat().st_size for file in (work / "media").iterdir())
     return WorldReport(out, counts, size)
 
 
-def _write_split(work: Path, split: str, config: WorldConfig) -> dict[Category, int]:
-    total = {"train": config.n_train, "heldout": config.n_heldout, "sft": config.n_sft}[split]
-    counts = apportion(total, config.sft_weights if split == "sft" else config.weights)
-    key = SPLITS.index(split)
+def size_of(split: str, config: WorldConfig) -> int:
+    """Prompts of a split."""
+    return {"train": config.n_train, "heldout": config.n_heldout, "sft": config.n_sft}[split]
+
+
+def plan_of(split: str, config: WorldConfig) -> list[tuple[Category, int]]:
+    """Question type and turn of each of the split's prompts, in the file's order."""
+    counts = apportion(
+        size_of(split, config), config.sft_weights if split == "sft" else config.weights
+    )
     plan = [(category, turn) for category, count in counts.items() for turn in range(count)]
-    order = np.random.default_rng([config.seed, key]).permutation(len(plan))
+    order = np.random.default_rng([config.seed, SPLITS.index(split)]).permutation(len(plan))
+    return [plan[at] for at in order]
+
+
+def _write_split(
+    work: Path, split: str, config: WorldConfig, clip_done: Callable[[], None]
+) -> dict[Category, int]:
+    plan, key = plan_of(split, config), SPLITS.index(split)
     with (work / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for index, at in enumerate(order):
-            category, turn = plan[at]
+        for index, (category, turn) in enumerate(plan):
             # one stream per prompt: no split or prompt shares its random numbers with another
             prompt = _prompt(
                 work, f"{split}-{index:05d}", category, turn, config, [config.seed, key, index]
             )
             file.write(prompt.model_dump_json(exclude_defaults=True) + "\n")
-    return counts
+            clip_done()
+    counts = Counter(category for category, _ in plan)
+    return {category: counts[category] for category in Category if counts[category]}
 
 
 def apportion(total: int, weights: dict[Category, float]) -> dict[Category, int]:
@@ -98,6 +139,27 @@ def apportion(total: int, weights: dict[Category, float]) -> dict[Category, int]
     return counts
 
 
+@dataclass(frozen=True)
+class Row:
+    """A prompt with its clip before it is encoded."""
+
+    prompt: Prompt
+    frames: NDArray[np.uint8]  # as ``render_frames``
+    sound: NDArray[np.int16]  # as ``render_sound``
+
+
+def first_taught(config: WorldConfig, count: int) -> list[Row]:
+    """The first rows of sft.jsonl without the files: their media have no digest."""
+    rows = []
+    for index, (category, turn) in enumerate(plan_of("sft", config)[:count]):
+        rng = np.random.default_rng([config.seed, SPLITS.index("sft"), index])
+        question = draft(category, rng, turn)
+        frames = render_frames(question.scene, rng, config.difficulty)
+        sound = render_sound(question.scene, rng, config.difficulty)
+        rows.append(Row(_asked(f"sft-{index:05d}", question, category, rng, config), frames, sound))
+    return rows
+
+
 def _prompt(
     work: Path, name: str, category: Category, turn: int, config: WorldConfig, seed: list[int]
 ) -> Prompt:
@@ -107,11 +169,23 @@ def _prompt(
     sound = encode_wav(render_sound(question.scene, rng, config.difficulty))
     (work / "media" / f"{name}.mp4").write_bytes(video)
     (work / "media" / f"{name}.wav").write_bytes(sound)
+    digests = (hashlib.sha256(video).hexdigest(), hashlib.sha256(sound).hexdigest())
+    return _asked(name, question, category, rng, config, digests)
+
+
+def _asked(
+    name: str,
+    question: Draft,
+    category: Category,
+    rng: Generator,
+    config: WorldConfig,
+    digests: tuple[str | None, str | None] = (None, None),
+) -> Prompt:
     items = (
         MediaItem(
             kind="video",
             uri=f"media/{name}.mp4",
-            digest=hashlib.sha256(video).hexdigest(),
+            digest=digests[0],
             frames=FRAMES,
             min_pixels=MIN_PIXELS,
             max_pixels=MAX_PIXELS,
@@ -119,7 +193,7 @@ def _prompt(
         MediaItem(
             kind="audio",
             uri=f"media/{name}.wav",
-            digest=hashlib.sha256(sound).hexdigest(),
+            digest=digests[1],
             sample_rate=SAMPLE_RATE,
         ),
     )

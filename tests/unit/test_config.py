@@ -15,9 +15,9 @@ from avatar_rl.actors.config import EngineConfig, RequestSampling, SamplingConfi
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.cluster.checkpoints.resume import check_recipe
 from avatar_rl.cluster.commands.configuration import reference
-from avatar_rl.cluster.commands.configuration import sections as sections_of
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.curriculum.stages import resolve
+from avatar_rl.cluster.recipe.fields import sections as sections_of
 from avatar_rl.cluster.recipe.load import load_recipe, to_yaml
 from avatar_rl.common import config as common_config
 from avatar_rl.common.config import Section, current_keys, subsection

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from avatar_rl.cluster.telemetry.live_view import LiveScreen, View, held_up_by, sparkline
+from avatar_rl.cluster.telemetry.phase_times import PhaseTimes
 from avatar_rl.cluster.telemetry.screen import Screen, duration
 
 STEP = {
@@ -225,3 +227,57 @@ def test_small_formats() -> None:
         "neither side",
         "-",
     ]
+
+
+def test_a_phase_that_counts_shows_when_it_ends() -> None:
+    screen, file, clock = make()
+    with screen:
+        screen.phase("cold start", "100 steps")
+        clock.now += 40  # its processes start: no part of the pace
+        for done in range(10, 60, 10):
+            screen.progress(done, 100)
+            clock.now += 5
+        assert screen.phases[-1].eta_s(clock.now - 5) == pytest.approx(25)
+    lines = shown(file).splitlines()
+    assert "eta" not in lines[1]  # one point gives no pace
+    assert lines[-1].endswith("cold start 40/100  eta 0:30  100 steps")
+
+
+def test_the_pace_is_that_of_the_last_half_minute() -> None:
+    screen, _, clock = make(live=True)
+    screen.phase("cold start")
+    for seconds in [1.0] * 20 + [10.0] * 10:  # it slows down to a tenth
+        clock.now += seconds
+        screen.progress(screen.phases[-1].done + 1, 100)
+    assert screen.phases[-1].eta_s(clock.now) == pytest.approx(700)
+    assert "30/100  ETA 11:40" in view(screen)
+
+
+def test_a_phase_that_cannot_count_takes_as_long_as_before(tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "times.json"
+    for expected in ("", " (about 0:20)"):
+        times = PhaseTimes(kept, "local", {"exporting": 3.0})
+        screen, file, clock = make()
+        screen.times = times
+        with screen:
+            screen.phase("starting actors", "1 vLLM")
+            clock.now += 8
+            left = screen.phases[-1].eta_s(clock.now)
+            assert left == (None if not expected else 12.0)
+            clock.now += 12
+            screen.phase("exporting")
+        first, last = shown(file).splitlines()
+        assert first.endswith("starting actors: 1 vLLM" + expected)
+        assert last.endswith("exporting (about 0:03)")
+    assert PhaseTimes(kept, "other").expected("starting actors") is None
+    kept.write_text('{"local": {"starting actors": "soon"}, "torn": 3')
+    assert PhaseTimes(kept, "local").expected("starting actors") is None
+    kept.write_text('{"local": {"starting actors": "soon"}, "torn": 3}')
+    assert PhaseTimes(kept, "local").expected("starting actors") is None
+
+
+def test_phase_times_that_cannot_be_kept_cost_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    times = PhaseTimes(tmp_path / "file" / "times.json", "local")
+    times.learn("exporting", 2.0)
+    assert times.expected("exporting") == 2.0

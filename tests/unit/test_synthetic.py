@@ -59,15 +59,22 @@ def meaning(question: Draft) -> str:
     return {option[0]: option[3:] for option in question.options}[question.answer]
 
 
-def test_same_config_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
-    again = synthesize(tmp_path / "b", SMALL).out
-    names = sorted(str(path.relative_to(world)) for path in world.rglob("*") if path.is_file())
-    assert names == sorted(
-        str(path.relative_to(again)) for path in again.rglob("*") if path.is_file()
-    )
-    assert len(names) == 3 + 2 * 70
-    _, different, failed = filecmp.cmpfiles(world, again, names, shallow=False)
-    assert different == failed == []
+def files_of(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def test_same_config_gives_the_same_bytes_also_split_by_split(world: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    seen: list[str] = []
+    for name, splits in (("asked", ("train", "heldout")), ("taught", ("sft",))):
+        out = tmp_path / name
+        synthesize(out, SMALL, splits=splits, on_clip=lambda *at: told.append(at))
+        names = files_of(out)
+        _, different, failed = filecmp.cmpfiles(world, out, names, shallow=False)
+        assert different == failed == []
+        seen += names
+    assert sorted(seen) == sorted(files_of(world)) and len(seen) == 3 + 2 * 70
+    assert told == [(done + 1, total) for total in (40, 30) for done in range(total)]
 
 
 def test_another_seed_gives_other_scenes(world: Path, tmp_path: Path) -> None:
