@@ -15,9 +15,10 @@ from typing import TypedDict
 
 import psutil
 
-from avatar_rl.cluster.commands.doctor_plan import Plan
+from avatar_rl.cluster.commands.doctor_plan import gpus_asked
 from avatar_rl.cluster.commands.findings import Finding, Level
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.resources import asked_by, cluster_address
 from avatar_rl.cluster.services.private_node import has_home
 from avatar_rl.common.errors import AvatarError
@@ -125,9 +126,9 @@ def cluster(config: RunConfig | None) -> Iterator[Finding]:
         nodes = _nodes(where)
     except AvatarError as error:
         yield Finding("Ray cluster", "fail", str(error), f"start it, or correct {key}")
-        plan = Plan.of(config)
+        plan = MemoryPlan.of(config)
         if plan is not None:
-            needed = plan.gpus(asked_by(config).on_gpu())
+            needed = gpus_asked(plan, asked_by(config).on_gpu())
             yield Finding(
                 "GPU",
                 "fail",
@@ -210,7 +211,7 @@ def _room(config: RunConfig, nodes: list[ClusterNode]) -> Iterator[Finding]:
     def total(name: str) -> float:
         return sum(node["resources"].get(name, 0.0) for node in nodes)
 
-    resources, plan = config.resources, Plan.of(config)
+    resources, plan = config.resources, MemoryPlan.of(config)
     needs = asked_by(config)
     needs = needs.on_gpu() if total("GPU") else needs
     short = [
@@ -226,7 +227,7 @@ def _room(config: RunConfig, nodes: list[ClusterNode]) -> Iterator[Finding]:
         yield Finding(
             "GPU",
             "fail",
-            f"{total('GPU'):g} in the cluster, and the recipe needs {plan.gpus(needs)}",
+            f"{total('GPU'):g} in the cluster, and the recipe needs {gpus_asked(plan, needs)}",
             "add nodes with GPUs",
         )
     if short:

@@ -16,17 +16,10 @@ import psutil
 from avatar_rl.cluster.commands.doctor_machine import flavour
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.memory import (
-    BOARD_VERSIONS,
-    OPTIMIZER,
-    WEIGHT,
-    Architecture,
-    architecture_of,
-)
+from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, PROCESS_BYTES, MemoryPlan
 from avatar_rl.cluster.recipe.resources import Needs, asked_by, cluster_address, needs_of
 from avatar_rl.common.errors import ResourceError
 
-PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
 DRIVER = 580  # the oldest for the CUDA 13 that the pinned stack is built with
 #: A model from this size on is not trained without GPUs.
 LARGE = 2e9
@@ -36,61 +29,13 @@ SHM_REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe's model needs, in bytes. Activations, NCCL and CUDA graphs come on top."""
-
-    config: RunConfig
-    model: Architecture
-
-    @classmethod
-    def of(cls, config: RunConfig | None) -> Plan | None:
-        """None for the tiny model and for one whose size is not known."""
-        model = architecture_of(config.model.path) if config is not None else None
-        return cls(config, model) if config is not None and model is not None else None
-
-    @property
-    def weights(self) -> float:
-        return self.model.parameters * WEIGHT
-
-    @property
-    def learner_gpu(self) -> float:
-        """Of one learner GPU."""
-        learner = self.config.learner
-        return self.model.learner_bytes(
-            learner.ranks,
-            learner.optimizer.zero_stage,
-            offload=learner.optimizer.offload_optimizer,
-            reference=learner.objective.beta > 0,
-        )
-
-    @property
-    def rollout_gpu(self) -> float:
-        """Of one rollout GPU: weights, and the cache of one longest completion."""
-        engine = self.config.rollout.engine
-        whole = self.weights + self.model.cache_bytes(engine.max_model_len)
-        return whole / engine.tensor_parallel_size
-
-    @property
-    def host(self) -> float:
-        """Of all hosts: the weight store, and an optimiser that is offloaded."""
-        offload = self.config.learner.optimizer.offload_optimizer
-        return BOARD_VERSIONS * self.weights + (self.model.decoder * OPTIMIZER if offload else 0)
-
-    @property
-    def without_gpus(self) -> float:
-        objective = self.config.learner.objective
-        return self.model.cpu_bytes(
-            self.config.rollout.workers, self.config.learner.ranks, reference=objective.beta > 0
-        )
-
-    def gpus(self, needs: Needs) -> str:
-        """The GPUs that the run asks for, in words."""
-        return (
-            f"{needs.gpus:g} GPUs: {needs.learners} learner ranks x {needs.learner_gpus:g} with "
-            f"{gib(self.learner_gpu)} each at least, {needs.rollouts} rollout actors x "
-            f"{needs.rollout_gpus:g} with {gib(self.rollout_gpu)} ({self.model.name})"
-        )
+def gpus_asked(plan: MemoryPlan, needs: Needs) -> str:
+    """The GPUs that a run asks for, in words."""
+    return (
+        f"{needs.gpus:g} GPUs: {needs.learners} learner ranks x {needs.learner_gpus:g} with "
+        f"{gib(plan.learner_gpu)} each at least, {needs.rollouts} rollout actors x "
+        f"{needs.rollout_gpus:g} with {gib(plan.rollout_gpu)} ({plan.model.name})"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +80,7 @@ def cpus(config: RunConfig | None) -> Iterator[Finding]:
 def gpu(config: RunConfig | None) -> Iterator[Finding]:
     """Count, memory and driver. Those of a cluster are its nodes' (doctor_network.py)."""
     have, why = local_gpus()
-    plan = Plan.of(config)
+    plan = MemoryPlan.of(config)
     if config is not None and cluster_address(config) is not None:
         return
     if have and flavour() == "cpu":
@@ -166,13 +111,13 @@ def gpu(config: RunConfig | None) -> Iterator[Finding]:
         yield Finding("GPU", "ok", f"{len(have)}: {have[0].name}, driver {old.driver}")
 
 
-def _none_here(plan: Plan | None, needs: Needs | None, why: str) -> Finding:
+def _none_here(plan: MemoryPlan | None, needs: Needs | None, why: str) -> Finding:
     is_large = plan is not None and plan.model.parameters >= LARGE
     if needs is None or not (needs.gpus or is_large):
         return Finding("GPU", "ok", f"none here ({why}): CPU mode")
     wanted = f"{needs.on_gpu().gpus:g} GPUs"
     if plan is not None:
-        wanted = plan.gpus(needs.on_gpu())
+        wanted = gpus_asked(plan, needs.on_gpu())
     remedy = "install the driver, join a cluster that has them (resources.address)"
     return Finding(
         "GPU",
@@ -182,7 +127,7 @@ def _none_here(plan: Plan | None, needs: Needs | None, why: str) -> Finding:
     )
 
 
-def _too_small(have: list[Gpu], plan: Plan | None, needs: Needs | None) -> Iterator[str]:
+def _too_small(have: list[Gpu], plan: MemoryPlan | None, needs: Needs | None) -> Iterator[str]:
     if needs is None:
         return
     if needs.gpus > len(have):
@@ -201,7 +146,7 @@ def _too_small(have: list[Gpu], plan: Plan | None, needs: Needs | None) -> Itera
 
 def memory(config: RunConfig | None) -> Iterator[Finding]:
     free = psutil.virtual_memory().available
-    plan = Plan.of(config)
+    plan = MemoryPlan.of(config)
     remedy = "fewer rollout.workers or learner.ranks, or stop other programs"
     if plan is not None and config is not None:
         address, have_gpus = cluster_address(config), bool(local_gpus()[0])
@@ -242,8 +187,8 @@ def shm(config: RunConfig | None) -> Iterator[Finding]:
     if config is None or cluster_address(config) is not None:
         yield Finding("/dev/shm", "ok", found)
         return
-    asked, plan = config.resources.object_store_bytes, Plan.of(config)
-    needed = BOARD_VERSIONS * plan.weights if plan is not None else 0
+    asked, plan = config.resources.object_store_bytes, MemoryPlan.of(config)
+    needed = plan.object_store if plan is not None else 0
     if usage.free < asked:
         slow = shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free
         level: Level = "warn" if slow >= asked else "fail"
@@ -263,12 +208,12 @@ def shm(config: RunConfig | None) -> Iterator[Finding]:
 
 def disk(config: RunConfig | None) -> Iterator[Finding]:
     """``checkpoint.keep`` checkpoints, the next one before the oldest goes, and the export."""
-    plan = Plan.of(config)
+    plan = MemoryPlan.of(config)
     if config is None or plan is None:
         return
     count = config.checkpoint.keep + 1 if config.checkpoint.every else 0
     export = plan.weights if config.output.export else 0
-    needed = count * plan.model.checkpoint_bytes() + export
+    needed = count * plan.checkpoint + export
     path = config.output.folder.absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(nearest).free

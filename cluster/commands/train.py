@@ -16,6 +16,7 @@ from avatar_rl.cluster.recipe.load import (
     resolve_recipe,
     to_yaml,
 )
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.presets import Overlay
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.common.errors import ConfigError
@@ -55,9 +56,20 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
         return train_and_summarise(config, asked.resume)
     print(to_yaml(config))
     print("# resources this run asks for")
+    _show_needs(config)
+    return 0
+
+
+def _show_needs(config: RunConfig) -> None:
+    """Processes, and memory by part where the model's size is known."""
     for name, amount in needs_of(config).rows():
         print(f"#   {name:<34} {amount}")
-    return 0
+    plan = MemoryPlan.of(config)
+    if plan is None:
+        return
+    print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
+    for name, amount in plan.rows():
+        print(f"#   {name:<34} {amount}")
 
 
 def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked: Asked) -> int:
@@ -138,8 +150,7 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
         print(f"# trains {config.data.select}; rewards {config.rewards.weights}")
         print(to_yaml(config))
     print("# resources each stage asks for")
-    for name, amount in needs_of(curriculum.stages[-1].config).rows():
-        print(f"#   {name:<34} {amount}")
+    _show_needs(curriculum.stages[-1].config)
     print(f"# curriculum folder {curriculum.folder}")
     for name in names:
         known = "has a result" if state.get(name) is not None else "to be run"

@@ -1,191 +1,239 @@
-"""Memory plans by arithmetic: parameters times bytes. What the published architectures need;
-nothing here is measured.
+"""The memory plan of a run: who holds what, in bytes, by arithmetic; nothing here is measured.
 
-Parameters are those of the part that is trained and served (an omni model's thinker; talker and
-vocoder are left out), counted from the published ``config.json``. Activations, NCCL buffers and
-CUDA graphs come on top: leave 10 to 20 GiB."""
+Dry run, doctor, preflight and the docs take their numbers from here. NCCL's buffers, CUDA graphs
+and the allocator's gaps come on top: leave 10 GiB per GPU."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from avatar_rl.common.types import JsonObject
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.architecture import ARCHITECTURES, Architecture, architecture_of
 
 GIB = 1 << 30
-WEIGHT = 2  # bytes, bfloat16
-GRADIENT = 2
-OPTIMIZER = 12  # float32 master copy and two AdamW moments
-CPU_WEIGHT = 4  # bytes, float32
+#: Bytes of a parameter, or of a number of its activations.
+BFLOAT16, FLOAT32 = 2, 4
+#: Bytes of AdamW for a parameter that trains: two moments in float32, and a master copy of weights
+#: that are bfloat16.
+MOMENTS, MASTER = 8, 4
 BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the older goes
+#: Tokens whose logits are held at once by the log-prob head.
+LOGIT_TILE = 2048
+PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
+#: Words of learner.optimizer.freeze that freeze both towers.
+TOWERS = frozenset({"visual", "audio_tower"})
+
+Parts = Mapping[str, float]  # bytes by what holds them
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A decoder and its encoders. Widths in features; ``experts`` 1 means a dense MLP of width
-    ``mlp``."""
+class LearnerSetting:
+    """What a rank's memory depends on, beside the model."""
 
-    name: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    queries: int  # heads x head size
-    keys: int  # key-value heads x head size
-    mlp: int
-    encoders: float  # parameters of vision and audio towers
-    experts: int = 1
-    tied: bool = False
+    ranks: int = 1
+    zero_stage: int = 0
+    offload: bool = False  # the optimiser's state in host memory
+    reference: bool = True  # a second policy, whole on every rank
+    adapter_rank: int | None = None  # LoRA on the decoder; its reference is the base itself
+    trains_towers: bool = False
+    number: int = BFLOAT16  # bytes of a weight
+    pack_tokens: int = 0
+    checkpointing: bool = False
 
-    @property
-    def decoder(self) -> int:
-        """Parameters of the language model, biases and norms (below 0.1 %) left out."""
-        attention = self.hidden * (2 * self.queries + 2 * self.keys)
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        layer = attention + router + self.experts * 3 * self.hidden * self.mlp
-        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
+    @classmethod
+    def of(cls, config: RunConfig, *, number: int) -> LearnerSetting:
+        learner, optimizer = config.learner, config.learner.optimizer
+        lora = learner.lora
+        frozen = lora is not None or set(optimizer.freeze) >= TOWERS
+        return cls(
+            ranks=learner.ranks,
+            zero_stage=optimizer.zero_stage,
+            offload=optimizer.offload_optimizer,
+            reference=learner.objective.beta > 0 and lora is None,
+            adapter_rank=None if lora is None else lora.rank,
+            trains_towers=not frozen,
+            number=number,
+            pack_tokens=learner.micro_batch_tokens,
+            checkpointing=learner.gradient_checkpointing,
+        )
 
-    @property
-    def parameters(self) -> float:
-        return self.decoder + self.encoders
+    def split(self, stage: int) -> float:
+        """Share of a rank in what ZeRO splits from ``stage`` on."""
+        return 1 / self.ranks if self.zero_stage >= stage else 1.0
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of ``tokens`` tokens in bfloat16."""
-        return tokens * self.layers * 2 * self.keys * WEIGHT
-
-    def learner_bytes(
-        self, ranks: int, zero_stage: int, *, offload: bool = False, reference: bool = True
-    ) -> float:
-        """Bytes on one GPU of ``ranks``: trained decoder with frozen encoders, and a whole
-        reference policy per rank.
-
-        ZeRO 1 splits the optimiser's state over the ranks, 2 the gradients too, 3 the weights too.
-        """
-        split = [1 / ranks if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
-        state = 0.0 if offload else OPTIMIZER * split[0]
-        trained = self.decoder * (state + GRADIENT * split[1])
-        weights = self.parameters * WEIGHT * split[2]
-        return trained + weights + (self.parameters * WEIGHT if reference else 0.0)
-
-    def checkpoint_bytes(self) -> float:
-        """One checkpoint of the learner: master copies and moments, and the weights."""
-        return self.decoder * OPTIMIZER + self.parameters * WEIGHT
-
-    def cpu_bytes(self, rollouts: int, ranks: int, *, reference: bool = True) -> float:
-        """Memory of a run without GPUs, all in float32, the store's versions included."""
-        weights = self.parameters * CPU_WEIGHT
-        learner = 4 * weights + (weights if reference else 0)  # gradients and two moments
-        return rollouts * weights + ranks * learner + BOARD_VERSIONS * weights
+    def trained(self, model: Architecture) -> float:
+        """Parameters that train."""
+        if self.adapter_rank is not None:
+            return model.adapter(self.adapter_rank)
+        return model.decoder + (model.encoders if self.trains_towers else 0)
 
 
-def _vision(depth: int, hidden: int, mlp_matrices: float, out: int) -> float:
-    """Blocks, patch embedding of 2 x 14 x 14 x 3, and the 2 x 2 merger."""
-    merged = 4 * hidden
-    return depth * (4 * hidden**2 + mlp_matrices) + 1176 * hidden + merged * (merged + out)
+def optimizer_bytes(model: Architecture, setting: LearnerSetting) -> float:
+    """AdamW's state of all ranks together."""
+    master = MASTER if setting.number < FLOAT32 else 0
+    return setting.trained(model) * (MOMENTS + master)
 
 
-VISION_2_5 = {"depth": 32, "hidden": 1280, "mlp_matrices": 3 * 1280 * 3420}
-AUDIO = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 3 * 1280 * (128 + 1280)  # Whisper large's encoder
+def activation_bytes(
+    model: Architecture, tokens: int, *, number: int = BFLOAT16, checkpointing: bool = False
+) -> float:
+    """What the backward pass needs of the decoder's forward over one pack.
 
-ARCHITECTURES = (
-    Architecture(
-        "Qwen2.5-Omni-3B",
-        151_936,
-        2048,
-        36,
-        2048,
-        256,
-        11_008,
-        _vision(**VISION_2_5, out=2048) + AUDIO + 1280 * 2048,
-    ),
-    Architecture(
-        "Qwen2.5-Omni-7B",
-        152_064,
-        3584,
-        28,
-        3584,
-        512,
-        18_944,
-        _vision(**VISION_2_5, out=3584) + AUDIO + 1280 * 3584,
-    ),
-    Architecture(
-        "Qwen2.5-VL-7B", 152_064, 3584, 28, 3584, 512, 18_944, _vision(**VISION_2_5, out=3584)
-    ),
-    Architecture(
-        "Qwen3-Omni-30B-A3B", 152_064, 2048, 48, 4096, 512, 768, 0.54e9 + 0.65e9, experts=128
-    ),  # towers as published, rounded
-)
-
-
-#: Parts of an omni model that are neither trained nor served.
-_LEFT_OUT = ("talker", "token2wav", "code2wav")
-_ENCODERS = frozenset({"visual", "vision_tower", "audio_tower", "vision_model"})
-
-
-def architecture_of(path: str) -> Architecture | None:
-    """The plan of a recipe's ``model.path``: by its config.json, else, where the folder is not on
-    this machine, by the name of a published model. None for others, and for 'tiny'."""
-    folder = Path(path)
-    try:
-        config: JsonObject = json.loads((folder / "config.json").read_bytes())
-        return _of_config(folder, config)
-    except (OSError, ValueError, KeyError, AttributeError):
-        name = folder.name.lower()
-        return next((item for item in ARCHITECTURES if item.name.lower() in name), None)
-
-
-def _of_config(folder: Path, config: JsonObject) -> Architecture:
-    """Raises KeyError for a config.json of another form."""
-    text = decoder_of(config)
-    heads = _number(text, "num_attention_heads")
-    hidden = _number(text, "hidden_size")
-    size = _number(text, "head_dim", default=hidden // heads)
-    experts = _number(text, "num_experts", "num_local_experts", default=1)
-    mlp = _number(text, "intermediate_size", default=hidden)
-    return Architecture(
-        folder.name,
-        _number(text, "vocab_size"),
-        hidden,
-        _number(text, "num_hidden_layers"),
-        heads * size,
-        _number(text, "num_key_value_heads", default=heads) * size,
-        _number(text, "moe_intermediate_size", default=mlp) if experts > 1 else mlp,
-        float(sum(_encoder_sizes(folder))),
-        experts=experts,
-        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+    A layer keeps its two normed inputs (also in float32), queries, keys and values before and
+    after rotation, the attention's result and four products of the MLP. With checkpointing a layer
+    keeps its input only; one layer at a time is computed again.
+    """
+    hidden, heads = model.hidden, model.queries + model.keys
+    attention = 2 * hidden + 2 * heads + model.keys + model.queries
+    active = model.active_experts if model.experts > 1 else 1
+    inside = tokens * (
+        number * (attention + 2 * hidden + 4 * active * model.mlp) + 2 * FLOAT32 * hidden
     )
+    inputs = model.layers * tokens * number * hidden
+    return inputs + inside if checkpointing else model.layers * inside
 
 
-def _number(section: JsonObject, *names: str, default: int | None = None) -> int:
-    """The first of the keys that is a number. Raises KeyError where none is, without a default."""
-    for name in names:
-        if isinstance(value := section.get(name), int):
-            return value
-    if default is None:
-        raise KeyError(names[0])
-    return default
+def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, float]:
+    """Bytes on one learner GPU (without GPUs, in a rank's memory), by part.
+
+    ZeRO 1 splits the optimiser's state over the ranks, 2 the gradients too, 3 the weights too."""
+    number, tokens = setting.number, setting.pack_tokens
+    optimizer = optimizer_bytes(model, setting) * setting.split(1)
+    activations = activation_bytes(
+        model, tokens, number=number, checkpointing=setting.checkpointing
+    )
+    logits = 2.0 * min(tokens, LOGIT_TILE) * model.vocabulary * FLOAT32
+    # Publication gathers the whole model on every rank, when there are no activations any more.
+    whole = model.parameters * number * (1 - setting.split(3))
+    return {
+        "weights": model.parameters * number * setting.split(3),
+        "gradients": setting.trained(model) * number * setting.split(2),
+        "optimiser": 0.0 if setting.offload else optimizer,
+        "reference": model.parameters * number if setting.reference else 0.0,
+        "activations": activations,
+        "logits": logits,
+        "publication beyond these": max(0.0, whole - activations - logits),
+    }
 
 
-def decoder_of(config: JsonObject) -> JsonObject:
-    """The section of the language model, at whatever depth."""
-    for name in ("thinker_config", "text_config", "llm_config"):
-        if isinstance(inner := config.get(name), dict):
-            return decoder_of(inner)
-    return config
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a recipe's run needs, in bytes."""
+
+    config: RunConfig
+    model: Architecture
+
+    @classmethod
+    def of(cls, config: RunConfig | None) -> MemoryPlan | None:
+        """None for the tiny model and for one whose size is not known."""
+        model = architecture_of(config.model.path) if config is not None else None
+        return cls(config, model) if config is not None and model is not None else None
+
+    @property
+    def setting(self) -> LearnerSetting:
+        """Of a learner with GPUs."""
+        return LearnerSetting.of(self.config, number=BFLOAT16)
+
+    @property
+    def weights(self) -> float:
+        return self.model.parameters * BFLOAT16
+
+    @property
+    def learner_parts(self) -> dict[str, float]:
+        """Of one learner GPU."""
+        return learner_parts(self.model, self.setting)
+
+    @property
+    def learner_gpu(self) -> float:
+        """Of one learner GPU, all parts."""
+        return sum(self.learner_parts.values())
+
+    @property
+    def rollout_parts(self) -> dict[str, float]:
+        """Of one rollout GPU: weights, and the cache of one longest completion."""
+        engine = self.config.rollout.engine
+        cache = self.model.cache_bytes(engine.max_model_len)
+        share = engine.tensor_parallel_size
+        return {"weights": self.weights / share, "keys and values": cache / share}
+
+    @property
+    def rollout_gpu(self) -> float:
+        return sum(self.rollout_parts.values())
+
+    @property
+    def learner_host(self) -> dict[str, float]:
+        """Of the host of one learner rank, without what rank 0 publishes."""
+        config, setting = self.config, self.setting
+        optimizer = optimizer_bytes(self.model, setting) * setting.split(1)
+        caches = config.data.template.cache_bytes + config.data.media.memory_cache_bytes
+        return {
+            "process": PROCESS_BYTES,
+            "weights while loading": self.weights,
+            "optimiser": optimizer if setting.offload else 0.0,
+            "prompts and media": caches,
+        }
+
+    @property
+    def published(self) -> float:
+        """Of rank 0's host besides: the version that was published last, and the one being
+        written."""
+        return 2 * self.weights
+
+    @property
+    def host(self) -> float:
+        """Of all hosts: the weight store, and an optimiser that is offloaded."""
+        offloaded = optimizer_bytes(self.model, self.setting) if self.setting.offload else 0.0
+        return self.object_store + offloaded
+
+    @property
+    def object_store(self) -> float:
+        """Versions of the weights in Ray's object store."""
+        return BOARD_VERSIONS * self.weights
+
+    @property
+    def checkpoint(self) -> float:
+        """One checkpoint of the learner: master copies and moments, and the weights."""
+        return optimizer_bytes(self.model, self.setting) + self.weights
+
+    @property
+    def without_gpus(self) -> float:
+        """All memory of a run on CPUs, in float32: actors, ranks and the weight store."""
+        setting = LearnerSetting.of(self.config, number=FLOAT32)
+        weights = self.model.parameters * FLOAT32
+        held = learner_parts(self.model, setting)
+        rank = sum(held[name] for name in ("weights", "gradients", "optimiser", "reference"))
+        actors = self.config.rollout.workers * weights
+        return actors + setting.ranks * rank + BOARD_VERSIONS * weights
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For the dry run: place, and its parts in words."""
+        learner, engine = self.config.learner, self.config.rollout.engine
+        return [
+            (f"learner GPU, each of {learner.ranks}", _words(self.learner_parts)),
+            (f"rollout GPU, {engine.tensor_parallel_size} per actor", _words(self.rollout_parts)),
+            ("host, each learner rank", _words(self.learner_host)),
+            ("host, rank 0 besides", f"{_gib(self.published)}: two versions"),
+            ("host, object store", f"{_gib(self.object_store)}: {BOARD_VERSIONS} versions"),
+            ("checkpoint", _gib(self.checkpoint)),
+        ]
 
 
-def _encoder_sizes(folder: Path) -> Iterator[int]:
-    """Parameters of each tensor of a tower, by the headers of the weight files."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
-        for name, entry in header.items():
-            parts = name.split(".")
-            if parts[0] not in _LEFT_OUT and not _ENCODERS.isdisjoint(parts):
-                yield math.prod(entry["shape"])
+def _words(parts: Parts) -> str:
+    """The sum, and the parts that are not zero, largest first."""
+    some = sorted(((size, name) for name, size in parts.items() if size), reverse=True)
+    said = ", ".join(f"{name} {size / GIB:.1f}" for size, name in some)
+    return f"{_gib(sum(parts.values()))}: {said}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def lasting_bytes(model: Architecture, setting: LearnerSetting) -> float:
+    """What a rank's GPU holds between two steps."""
+    parts = learner_parts(model, setting)
+    return sum(parts[name] for name in ("weights", "gradients", "optimiser", "reference"))
 
 
 def memory_table(ranks: int = 8, tokens: int = 131_072) -> str:
@@ -193,18 +241,23 @@ def memory_table(ranks: int = 8, tokens: int = 131_072) -> str:
     head = (
         f"| model | parameters | rollout: weights | rollout: KV of {tokens >> 10}k tokens "
         f"| learner GPU, ZeRO 3 x {ranks} | learner GPU, ZeRO 2 x {ranks} | the same, offloaded "
-        f"| host of the offload | object store, {BOARD_VERSIONS} versions |"
+        f"| LoRA r 32, ZeRO 3 x {ranks} | pack of 16k, checkpointed | host of the offload "
+        f"| object store, {BOARD_VERSIONS} versions |"
     )
-    rows = [head, "|---|" + "---:|" * 8]
+    rows = [head, "|---|" + "---:|" * 10]
     for item in ARCHITECTURES:
+        zero3, zero2 = (LearnerSetting(ranks=ranks, zero_stage=stage) for stage in (3, 2))
+        offloaded = LearnerSetting(ranks=ranks, zero_stage=2, offload=True)
+        lora = LearnerSetting(ranks=ranks, zero_stage=3, reference=False, adapter_rank=32)
+        of_pack = LearnerSetting(pack_tokens=16_384, checkpointing=True)
+        pack = learner_parts(item, of_pack)
         sizes = (
-            item.parameters * WEIGHT,
+            item.parameters * BFLOAT16,
             item.cache_bytes(tokens),
-            item.learner_bytes(ranks, 3),
-            item.learner_bytes(ranks, 2),
-            item.learner_bytes(ranks, 2, offload=True),
-            item.decoder * OPTIMIZER,
-            item.parameters * WEIGHT * BOARD_VERSIONS,
+            *(lasting_bytes(item, setting) for setting in (zero3, zero2, offloaded, lora)),
+            pack["activations"] + pack["logits"],
+            optimizer_bytes(item, offloaded),
+            item.parameters * BFLOAT16 * BOARD_VERSIONS,
         )
         cells = " | ".join(f"{size / GIB:.0f} GiB" for size in sizes)
         rows.append(f"| {item.name} | {item.parameters / 1e9:.1f} B | {cells} |")

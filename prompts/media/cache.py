@@ -5,23 +5,18 @@ stale."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+from avatar_rl.common.bounded_folder import BoundedFolder
 
-_STALE_TEMPORARY_S = 3_600.0  # a temporary file this old belongs to a dead writer
+log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
@@ -69,22 +64,20 @@ class MemoryCache:
 class DiskCache:
     """One ``<key>.npy`` file per entry in a node-local folder, least recently used out first.
 
-    Writers rename complete files into place and keep the folder's byte count under an exclusive
-    lock, so several processes stay within ``limit`` together. Readers take no lock: an entry
-    evicted under them is a miss."""
+    Several processes stay within ``limit`` together (``BoundedFolder``). Readers take no lock: an
+    entry evicted under them is a miss."""
 
     def __init__(self, folder: Path, limit: int) -> None:
+        self.files = BoundedFolder(folder, limit, ".npy")
         self.folder = folder
         self.limit = limit
-        folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Entry | None:
-        path = self.folder / f"{key}.npy"
+        path = self.files.path(key)
         try:
             with path.open("rb") as file:
                 head = np.lib.format.read_array(file, allow_pickle=False)
                 array = np.lib.format.read_array(file, allow_pickle=False)
-            os.utime(path)  # its modification time is its last use
         except FileNotFoundError:
             return None
         except (ValueError, EOFError) as error:
@@ -93,65 +86,17 @@ class DiskCache:
             )
             path.unlink(missing_ok=True)
             return None
+        self.files.touch(key)
         array.setflags(write=False)
         return Entry(array, float(head[0]), float(head[1]))
 
     def put(self, key: str, entry: Entry) -> None:
         """Store ``entry``; one larger than the limit is passed over. Raises OSError when the disk
         is full."""
-        temporary = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                np.lib.format.write_array(
-                    file, np.array([entry.rate, entry.duration]), allow_pickle=False
-                )
-                np.lib.format.write_array(file, entry.array, allow_pickle=False)
-            size = temporary.stat().st_size
-            if size > self.limit:
-                return
-            with self._count() as count:
-                final = self.folder / f"{key}.npy"
-                if final.exists():  # another process decoded the same media meanwhile
-                    return
-                count.seek(0)
-                before = count.read()
-                # a writer killed half-way leaves the count empty: then, too, the folder is counted
-                # anew
-                if not before.isdigit() or int(before) + size > self.limit:
-                    before = str(self._evict(self.limit - size))
-                temporary.replace(final)
-                count.seek(0)
-                count.truncate()
-                count.write(str(int(before) + size))
-        finally:
-            temporary.unlink(missing_ok=True)
 
-    @contextmanager
-    def _count(self) -> Iterator[IO[str]]:
-        """The folder's byte count, opened under an exclusive lock."""
-        with (self.folder / "bytes").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-            file.flush()
+        def write(file: BinaryIO) -> None:
+            head = np.array([entry.rate, entry.duration])
+            np.lib.format.write_array(file, head, allow_pickle=False)
+            np.lib.format.write_array(file, entry.array, allow_pickle=False)
 
-    def _evict(self, room: int) -> int:
-        """Delete the least recently used entries until ``room`` bytes hold the rest; returns what
-        is left."""
-        found: list[tuple[float, int, Path]] = []
-        for item in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # a reader may have removed a damaged entry meanwhile
-                status = item.stat()
-                if item.name.endswith(".npy"):
-                    found.append((status.st_mtime, status.st_size, Path(item.path)))
-                elif (
-                    item.name.endswith(".tmp")
-                    and time.time() - status.st_mtime > _STALE_TEMPORARY_S
-                ):
-                    os.unlink(item.path)
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= room:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
-        return total
+        self.files.put(key, write)

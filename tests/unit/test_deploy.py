@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.recipe.architecture import ARCHITECTURES
 from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides
-from avatar_rl.cluster.recipe.memory import ARCHITECTURES, BOARD_VERSIONS, memory_table
+from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, memory_table
 from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe
 from avatar_rl.cluster.telemetry.sinks import prometheus_name
 
@@ -144,9 +145,6 @@ def test_cluster_recipes_name_what_a_cluster_needs() -> None:
 def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> None:
     for item in ARCHITECTURES:
         assert item.parameters == pytest.approx(PUBLISHED[item.name], rel=0.02)
-        whole, split = item.learner_bytes(1, 3), item.learner_bytes(8, 3)
-        assert whole == pytest.approx(item.decoder * 14 + item.parameters * 4)
-        assert split < item.learner_bytes(8, 2) < item.learner_bytes(8, 1) < whole
     assert memory_table() in (ROOT / "docs" / "cluster.md").read_text(), (
         "paste `python -m avatar_rl.cluster.recipe.memory` into it"
     )

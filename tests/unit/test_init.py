@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.commands.keys.init import Split, share_out
+from avatar_rl.cluster.recipe.architecture import ARCHITECTURES
 from avatar_rl.cluster.recipe.load import load_recipe
-from avatar_rl.cluster.recipe.memory import ARCHITECTURES, GIB
+from avatar_rl.cluster.recipe.memory import GIB, LearnerSetting, lasting_bytes
 from avatar_rl.cluster.recipe.ready_start import ready_start
 
 
@@ -103,8 +104,11 @@ def test_gpus_are_shared_out_by_the_memory_plan() -> None:
     assert (one.rollouts, one.ranks, one.learner_gpus) == (1, 1, 0.45)
     eight = share_out(small, 8, 80 * GIB)
     assert (eight.rollouts, eight.ranks, eight.offload, eight.note) == (4, 4, False, "")
-    assert small.learner_bytes(4, 3) + 15 * GIB <= 80 * GIB  # which is why
+    assert (
+        lasting_bytes(small, LearnerSetting(ranks=4, zero_stage=3)) + 15 * GIB <= 80 * GIB
+    )  # which is why
     many = share_out(small, 8, 40 * GIB)
-    assert small.learner_bytes(many.ranks, 3, offload=many.offload) + 15 * GIB <= 40 * GIB
+    asked = LearnerSetting(ranks=many.ranks, zero_stage=3, offload=many.offload)
+    assert lasting_bytes(small, asked) + 15 * GIB <= 40 * GIB
     assert many.rollouts + many.ranks == 8
     assert "does not fit on 2 GPU(s) of 24 GiB" in share_out(large, 2, 24 * GIB).note

@@ -14,14 +14,14 @@ from avatar_rl.cluster.commands.doctor import shortcomings
 from avatar_rl.cluster.commands.doctor_plan import local_gpus
 from avatar_rl.cluster.commands.keys.schema import modeline
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.architecture import Architecture, architecture_of, decoder_of
 from avatar_rl.cluster.recipe.load import find_recipe, load_recipe
 from avatar_rl.cluster.recipe.memory import (
+    BFLOAT16,
     BOARD_VERSIONS,
     GIB,
-    WEIGHT,
-    Architecture,
-    architecture_of,
-    decoder_of,
+    LearnerSetting,
+    lasting_bytes,
 )
 from avatar_rl.common.errors import AvatarError, ConfigError
 from avatar_rl.common.files import replace_text
@@ -176,7 +176,7 @@ def _sections(
     yield "learner", {**learner, "objective": {"beta": 0.04}, "optimizer": optimizer}
     yield "evaluation", {"every": 25}
     if not small:
-        weights = 0.0 if model is None else model.parameters * WEIGHT * BOARD_VERSIONS
+        weights = 0.0 if model is None else model.parameters * BFLOAT16 * BOARD_VERSIONS
         yield (
             "resources",
             {
@@ -193,15 +193,20 @@ def share_out(model: Architecture | None, gpus: int, gpu_bytes: float) -> Split:
     if gpus == 0:
         return Split(1, 1, 0.0, 0.0)
     if gpus == 1:
-        fits = model is None or model.learner_bytes(1, 0, offload=True) + ROOM < gpu_bytes * 0.55
+        fits = model is None or _lasting(model, 1, 0, True) + ROOM < gpu_bytes * 0.55
         note = "" if fits else _too_small(model, gpus, gpu_bytes)
         return Split(1, 1, 0.45, 0.45, offload=True, note=note)
     for offload in (False, True):
         for ranks in range(gpus // 2, gpus):
-            if model is None or model.learner_bytes(ranks, 3, offload=offload) + ROOM <= gpu_bytes:
+            if model is None or _lasting(model, ranks, 3, offload) + ROOM <= gpu_bytes:
                 return Split(gpus - ranks, ranks, 1.0, 1.0, offload=offload)
     ranks = gpus - 1
     return Split(1, ranks, 1.0, 1.0, offload=True, note=_too_small(model, gpus, gpu_bytes))
+
+
+def _lasting(model: Architecture, ranks: int, zero_stage: int, offload: bool) -> float:
+    setting = LearnerSetting(ranks=ranks, zero_stage=zero_stage, offload=offload)
+    return lasting_bytes(model, setting)
 
 
 def _too_small(model: Architecture | None, gpus: int, gpu_bytes: float) -> str:
