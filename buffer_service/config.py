@@ -131,6 +131,11 @@ class BufferConfig(Section):
     )
     hints: HintGateConfig = Field(HintGateConfig(), description="Gate of the pre-computed hints.")
 
+    @property
+    def room_in_one_tier(self) -> int:
+        """Trajectories that are kept of a pool that lies in the Hard tier as a whole."""
+        return self.capacities()[2]
+
     @model_validator(mode="after")
     def _check(self) -> BufferConfig:
         if self.quantile_low >= self.quantile_high:
@@ -141,6 +146,13 @@ class BufferConfig(Section):
             raise ValueError(
                 f"warm_up {self.warm_up} is above capacity {self.capacity}: replay would never "
                 "start"
+            )
+        room = self.room_in_one_tier
+        if self.warm_up > room:
+            raise ValueError(
+                f"warm_up {self.warm_up} is above the {room} trajectories of one tier (capacity "
+                f"{self.capacity}, tier_shares): while no prompt is solved all are Hard, and "
+                f"replay would never start. Lower warm_up to {room}, or raise capacity"
             )
         if self.password_env and self.password_file:
             raise ValueError("password_env and password_file are both set: keep one")

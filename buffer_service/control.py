@@ -69,7 +69,7 @@ class RunControl:
             raise RecordError(
                 f"value {name} has {len(data)} bytes, at most {MAX_VALUE}; store its path instead"
             )
-        self._hset("facts", name, data)
+        self._connection.run("fact", name, data)
 
     def get_value(self, name: str) -> Any:
         """The value, of the shape its writer gave it; None when nobody set it."""

@@ -36,6 +36,10 @@ class MaskedMarks:
         prompt (fusion on a prompt with one modality). The others are scaled up to the full weight,
         which raises no completion above another one.
         """
+        self._note(group)
+        return self._payments(group)
+
+    def _payments(self, group: Sequence[Marks]) -> list[Payment]:
         applies = [
             name
             for name in self.weights
@@ -47,11 +51,16 @@ class MaskedMarks:
         stand_ins = {name: self._mean(name, group) for name in applies}
         return [self._paid(marks, stand_ins, scale) for marks in group]
 
+    def _note(self, group: Sequence[Marks]) -> None:
+        """Take the marks of a group into the run's means."""
+        for name in self.weights:
+            known = [value for marks in group if (value := marks[name]) is not None]
+            self._sums[name] += sum(known)
+            self._counts[name] += len(known)
+
     def _mean(self, name: str, group: Sequence[Marks]) -> float | None:
-        """Of the group's marks, else of the run's; the run's take the group's in."""
+        """Of the group's marks, else of the run's."""
         known = [value for marks in group if (value := marks[name]) is not None]
-        self._sums[name] += sum(known)
-        self._counts[name] += len(known)
         if known:
             return sum(known) / len(known)
         return self._sums[name] / self._counts[name] if self._counts[name] else None
@@ -68,3 +77,22 @@ class MaskedMarks:
                 return Payment(None, True)
             total += self.weights[name] * value
         return Payment(total * scale, imputed)
+
+
+def pay_stored(
+    groups: Sequence[Sequence[Marks]], weights: Mapping[str, float], judged: Collection[str]
+) -> list[list[Payment]]:
+    """Payments of stored ``groups`` under other ``weights``, as ``MaskedMarks.pay`` would pay them.
+
+    The means are those of all ``groups`` together. A judge that marked none of them does not apply:
+    these completions were never shown to it, and the other components are scaled up for all alike.
+    """
+    seen = {
+        name
+        for name in judged
+        if name in weights and any(marks[name] is not None for group in groups for marks in group)
+    }
+    marks = MaskedMarks(weights, seen)
+    for group in groups:
+        marks._note(group)
+    return [marks._payments(group) for group in groups]

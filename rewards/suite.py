@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from avatar_rl.common.errors import ConfigError
@@ -208,23 +208,6 @@ class RewardSuite:
         answers = [self._accuracy(request, completions) for completions in rollouts]
         strict = self.config.fusion_strict
         return [attention_score(*scores, strict=strict) for scores in zip(*answers, strict=True)]
-
-
-def combine(components: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """Weighted sum over the components that were scored, scaled up to the full weight; None if none
-    was.
-
-    With nothing masked it is the plain weighted sum. Raises KeyError for a component without a
-    weight."""
-    paid = {
-        name: value for name, value in components.items() if value is not None and weights[name] > 0
-    }
-    weight = sum(weights[name] for name in paid)
-    if weight == 0:
-        return None
-    return sum(weights[name] * value for name, value in paid.items()) * (
-        sum(weights.values()) / weight
-    )
 
 
 def build_judge(config: JudgeConfig) -> SegmentJudge:

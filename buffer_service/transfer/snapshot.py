@@ -295,6 +295,9 @@ def load(connection: Connection, path: Path, *, any_run: bool = False) -> Snapsh
     for gone in (b"drawn_step", b"kl"):  # the latter of older releases
         rules.pop(gone, None)
     renewed = {b"run_id": connection.run_id.encode(), b"epoch": b"%d" % token, b"snap": b"0"}
+    tallies = {"quarantine": len(state.quarantine) // 2, "facts": len(state.facts) // 2, "drawn": 0}
+    tallies["reuse"] = connection.attempt(lambda: connection.client.hlen(key("reuse")))
+    renewed |= {b"n_" + name.encode(): b"%d" % count for name, count in tallies.items()}
 
     def settle(pipe: Pipeline) -> None:
         pipe.hset(key("meta"), mapping=rules | kept | renewed)

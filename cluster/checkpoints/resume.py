@@ -63,6 +63,12 @@ HARMLESS = (
     "learner.warmup_steps",
     "learner.reference_cache",
     "learner.max_skipped",
+    # Where model and data lie; ``check_assets`` compares what they hold.
+    "model.path",
+    "data.train",
+    "data.heldout",
+    "data.sft",
+    "data.reader.media_root",
     "cold_start.checkpoint_every",
     "cold_start.micro_batch_tokens",
     "data.media.roots",
@@ -254,23 +260,27 @@ def with_begun_warmup(config: RunConfig, resumption: Resumption | None) -> RunCo
     return config.model_copy(update={"learner": config.learner.model_copy(update=begun)})
 
 
-def data_digest(datasets: Datasets) -> str:
-    """sha256 over the files whose prompts are asked, names of folders' files included."""
+def data_digest(datasets: Datasets, *, named: bool = False) -> str:
+    """sha256 over the files whose prompts are asked, names of folders' files included. ``named``:
+    with the names of single files too, as checkpoints of earlier releases have it."""
     digest = hashlib.sha256()
     for path in datasets.asked:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                digest.update(file.name.encode() + file.read_bytes())
+                name = file.name if named or file != path else ""
+                digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def check_assets(checkpoint: Checkpoint, model: Path, datasets: Datasets) -> None:
     """Raises ConfigError when the model or the data are not those the run began with."""
-    for name, before, now, where in (
-        ("model", checkpoint.model, model_digest(model), model),
-        ("dataset", checkpoint.data, data_digest(datasets), ", ".join(map(str, datasets.asked))),
+    asked = ", ".join(map(str, datasets.asked))
+    older = data_digest(datasets, named=True)
+    for name, before, (now, *others), where in (
+        ("model", checkpoint.model, [model_digest(model)], model),
+        ("dataset", checkpoint.data, [data_digest(datasets), older], asked),
     ):
-        if before != now:
+        if before not in (now, *others):
             raise ConfigError(
                 f"run {checkpoint.run_id} began with another {name}: {where} has digest "
                 f"{now[:12]}, the checkpoint says {before[:12]}; give it the {name} back, or start "

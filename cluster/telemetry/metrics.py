@@ -209,11 +209,11 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ("time/publish", "s", "Time to write and announce the new weights."),
         # judges, hints, bad prompts
         (
-            "judge/masked_share",
+            "masked/<component>",
             "share",
-            "Fresh completions whose judge failed; the mark stands at a mean, not at zero.",
+            "Fresh completions without a mark of one reward (a judge that failed); the mark stands "
+            "at a mean, not at zero.",
         ),
-        ("masked/<component>", "share", "Fresh completions without a mark of one reward."),
         ("hints/active", "prompts", "Prompts whose hint is on (docs/method.md 1.4)."),
         (
             "hints/fired_kl",

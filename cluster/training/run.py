@@ -139,9 +139,8 @@ def run_folder(
 
 def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     """Datasets and base model, read and checked: what can be known to be wrong is said before a
-    process starts."""
+    process starts, and before a tiny model is made."""
     datasets = prepare_datasets(config, screen.phase, screen.progress)
-    base = prepare_base_model(config, screen.phase)
     prompts = read_prompts(datasets.train, config)
     check_media(prompts, config.data.media.roots)
     check_hints(prompts, config)
@@ -152,17 +151,17 @@ def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     check_fusion(prompts, config)
     check_judge(config.rewards)
     train_ids = select(prompts, config.data.select)
-    if datasets.heldout is None:
-        return Inputs(datasets, base, train_ids, [], [])
-    heldout = read_prompts(datasets.heldout, config)
-    check_media(heldout, config.data.media.roots)
-    return Inputs(
-        datasets,
-        base,
-        train_ids,
-        heldout.ids[: config.evaluation.limit],
-        matching(heldout, config.data.select),
-    )
+    heldout: list[str] = []
+    selected: list[str] = []
+    if datasets.heldout is not None:
+        asked = read_prompts(datasets.heldout, config)
+        check_media(asked, config.data.media.roots)
+        heldout = asked.ids[: config.evaluation.limit]
+        selected = matching(asked, config.data.select)
+    if datasets.sft is not None and config.data.sft is not None:
+        check_media(read_prompts(datasets.sft, config), config.data.media.roots)
+    base = prepare_base_model(config, screen.phase)
+    return Inputs(datasets, base, train_ids, heldout, selected)
 
 
 @contextmanager

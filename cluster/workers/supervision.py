@@ -49,7 +49,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import psutil
 
@@ -275,22 +275,49 @@ class StallWatch:
         self._sightings.forget(f"rollout/{name}")
 
 
-class StartWatch:
-    """Ends processes that freeze while they start: they have beaten, and beat no more.
+class ActorProcess(NamedTuple):
+    """Where Ray runs an actor that has got a place."""
 
-    A process that has not beaten yet may still wait for a place: ``resources.start_timeout_s``
-    counts for it.
+    pid: int
+    is_here: bool  # on this node
+
+
+def actor_process(actor: ActorHandle) -> ActorProcess | None:
+    """The process of an actor, also while its constructor runs; None while it waits for a place."""
+    import ray
+
+    # The public ray.util.state asks the dashboard, which a local run does not have.
+    from ray._private import state
+
+    found = state.actors(actor._actor_id.hex())
+    if not found.get("Pid"):
+        return None
+    node = found.get("Address", {}).get("NodeID")
+    return ActorProcess(found["Pid"], node == ray.get_runtime_context().get_node_id())
+
+
+class StartWatch:
+    """Ends processes that freeze while they start: they beat no more, or have never beaten.
+
+    One that waits for a place has no process yet: ``resources.start_timeout_s`` counts for it.
 
     Args:
         beats: Reads the latest heartbeats.
         stall_s: Seconds without a beat after which a starting process counts as frozen.
+        process_of: Finds the process of an actor that has not beaten.
     """
 
     LOOK_S = 2.0
 
-    def __init__(self, beats: Callable[[], dict[str, Heartbeat]], stall_s: float) -> None:
+    def __init__(
+        self,
+        beats: Callable[[], dict[str, Heartbeat]],
+        stall_s: float,
+        process_of: Callable[[ActorHandle], ActorProcess | None] = actor_process,
+    ) -> None:
         self.stall_s = stall_s
-        self._beats, self._sightings = beats, Sightings()
+        self._beats, self._process_of, self._sightings = beats, process_of, Sightings()
+        self._placed_at: dict[str, float] = {}  # those that have a process and have not beaten
         self._looked_at = -self.LOOK_S
 
     def look(self, starting: Mapping[str, ActorHandle]) -> None:
@@ -299,20 +326,39 @@ class StartWatch:
         if time.monotonic() - self._looked_at < self.LOOK_S or not starting:
             return
         beats = self._beats()
+        unseen = max(0.0, time.monotonic() - self._looked_at - Sightings.GAP_S)
         self._looked_at = time.monotonic()
         known = self._sightings.look({who: beats[who] for who in starting if who in beats})
         for who, seen in known.items():
             silent = self._looked_at - seen["beat_at"]
             if silent > self.stall_s:
                 log.warning("%s gave no sign of life for %.0f s while it started", who, silent)
-                self._kill(beats[who], starting[who])
+                is_here = beats[who].host == socket.gethostname()
+                self._kill(ActorProcess(beats[who].pid, is_here), starting[who])
+        self._look_for_silent({w: a for w, a in starting.items() if w not in beats}, unseen)
+
+    def _look_for_silent(self, silent: Mapping[str, ActorHandle], unseen: float) -> None:
+        """Those without any beat: their time counts from when they were first seen with a
+        process, but for the time in which nobody looked."""
+        placed = {}
+        for who, actor in silent.items():
+            process = self._process_of(actor)
+            if process is None:
+                continue
+            since = self._placed_at.get(who, self._looked_at) + unseen
+            placed[who] = min(since, self._looked_at)
+            if self._looked_at - placed[who] > self.stall_s:
+                log.warning("%s has a process and has not beaten for %.0f s", who, self.stall_s)
+                del placed[who]
+                self._kill(process, actor)
+        self._placed_at = placed
 
     @staticmethod
-    def _kill(beat: Heartbeat, actor: ActorHandle) -> None:
+    def _kill(process: ActorProcess, actor: ActorHandle) -> None:
         import ray
 
-        if beat.host == socket.gethostname():  # a stopped process does not hear Ray
-            kill_worker(beat.pid, "ray::")
+        if process.is_here:  # a stopped process does not hear Ray
+            kill_worker(process.pid, "ray::")
         ray.kill(actor)
 
 

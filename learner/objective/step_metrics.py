@@ -312,7 +312,6 @@ def reward_metrics(fresh: Sequence[Trajectory]) -> dict[str, float]:
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
         **{f"masked/{name}": share for name, share in masked.items()},
-        **({"judge/masked_share": masked["judge"]} if "judge" in masked else {}),
         "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
         "completion/length_mean": float(lengths.mean()),
         "completions/truncated_share": float(np.mean([t.finish_reason == "length" for t in fresh])),

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
-from avatar_rl.common.text import shortened
+from avatar_rl.common.text import normalise, shortened
 from avatar_rl.prompts.choices import choice_letter, lettered
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
@@ -25,13 +25,29 @@ from avatar_rl.prompts.record import (
     Prompt,
 )
 
+#: Tags as they are written: "<Answer >", "&lt;answer&gt;" too.
+_SPELLED_TAG = re.compile(
+    r"(?:<|&lt;)\s*(/?)\s*(?:final[_ ])?(answer|think|thinking)\s*(?:>|&gt;)", re.IGNORECASE
+)
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+#: What a format of answers or turns left behind, and which is nobody's answer.
+_LEFTOVER = re.compile(
+    r"</?(?:ans|output|response|result|solution|reason|reasoning|thought|analysis|reflection)>",
+    re.IGNORECASE,
+)
+_CHANNEL = re.compile(r"\A.*<\|message\|>", re.DOTALL)  # all but the last message of gpt-oss
 _THINK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _THINK_TAG = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
 #: What ends a turn in the chat formats that data were exported from.
-_STOP = re.compile(r"(?:<\|[\w-]{1,30}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^<>]{1,40}\uff5c>)")
+_STOP = re.compile(
+    r"(?:<\|[\w-]{1,30}\|>|</s>|\A\s*<s>|<\uff5c[^<>]{1,40}\uff5c>|\[/?INST\]"
+    r"|<(?:eos|bos|pad|eot|im_start|im_end|start_of_turn|end_of_turn|end_of_utterance)>)"
+)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_PICTURE = re.compile(r"(?i)\.(?:jpe?g|png|webp|bmp|tiff?|heic|avif)(?:[?#].*)?$")
+#: A missing value that was written as text.
+_MISSING = frozenset({"nan", "NaN", "<NA>", "NaT"})
 _LETTERED_LINE = re.compile(r"(?:^|\s)[(（]?([A-Z])[.．)）:：、]\s*\S")
 _LETTERS = 26
 _NUMBERS = (ProblemType.NUMERICAL, ProblemType.REGRESSION)
@@ -53,10 +69,10 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
     answer = _truth(_text(values, "answer", where), where)
     options = _options(values.get("options"), where)
     kind = _problem_type(values.get("problem_type"), options, answer, config, where)
+    if kind is not ProblemType.OCR:  # whose text may hold anything
+        answer = _result(answer, kind, where)
     if kind is ProblemType.MULTIPLE_CHOICE:
         answer = _letter(answer, options, question, where)
-    elif kind in _NUMBERS:
-        answer = _final_number(answer, where)
     question = _without_lines(question, options)
     plan = _plan(values.get("media"), config, where)
     if config.system is not None:
@@ -87,13 +103,32 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
 def unwrap(text: str) -> str:
     """What the last <answer> tag holds, closed or not, or the text without its <think> part where
     there is none; tokens that end a turn are left out."""
-    plain = _STOP.sub("", text)
+    plain = _plain(text)
     found = [inside.strip() for inside in _ANSWER.findall(plain) if inside.strip()]
     return (found[-1] if found else _ANSWER_TAG.sub("", _THINK.sub("", plain))).strip()
 
 
+def _plain(text: str) -> str:
+    """``text`` without what ends turns, its answer and think tags in their usual spelling."""
+    plain = _STOP.sub("", _CHANNEL.sub("", text))
+    return _SPELLED_TAG.sub(lambda tag: f"<{tag[1]}{tag[2].lower()}>", plain)
+
+
 def _truth(text: str, where: str) -> str:
+    given = {normalise(inside) for inside in _ANSWER.findall(_plain(text)) if inside.strip()}
+    if len(given) > 1:
+        raise InputError(
+            where,
+            f"the answer is tagged several times: {shortened(', '.join(sorted(given)))}",
+            "keep the one that is meant",
+        )
     answer = unwrap(text)
+    if tag := _LEFTOVER.search(answer):
+        raise InputError(
+            where,
+            f"the answer {shortened(text)!r} holds the tag {tag[0]}",
+            "give the ground truth alone",
+        )
     if _THINK_TAG.search(answer):
         raise InputError(
             where,
@@ -106,9 +141,10 @@ def _truth(text: str, where: str) -> str:
     return whole[1].strip() if whole and whole[1].strip() else answer
 
 
-def _final_number(answer: str, where: str) -> str:
-    """The result of a worked solution: what stands behind "####" or in the only box."""
-    if "####" in answer:
+def _result(answer: str, kind: ProblemType, where: str) -> str:
+    """The result of a worked solution: what stands behind "####" (of a number or a choice) or in
+    the only box."""
+    if "####" in answer and kind in (*_NUMBERS, ProblemType.MULTIPLE_CHOICE):
         answer = answer.rpartition("####")[2].strip()
         if not answer:
             raise InputError(
@@ -121,7 +157,7 @@ def _final_number(answer: str, where: str) -> str:
             f"the answer boxes several values: {shortened(', '.join(sorted(boxed)))}",
             "give the one that is meant",
         )
-    return boxed.pop() if boxed else answer
+    return (boxed.pop() or answer) if boxed else answer
 
 
 def thought(text: str) -> str | None:
@@ -147,6 +183,12 @@ def _text(values: Fields, key: str, where: str) -> str:
             where, f"the {key} is {value}", f"give the {key} as a number, or drop the row"
         )
     text = str(value).strip()
+    if text in _MISSING:
+        raise InputError(
+            where,
+            f"the {key} is {text!r}, which is how a missing value is written",
+            f"give the {key}, or drop the row",
+        )
     if not text:
         raise InputError(where, f"the {key} is empty", f"give the {key}, or drop the row")
     return text
@@ -256,6 +298,14 @@ def _plan(given: RawField, config: DataConfig, where: str) -> MediaPlan:
         raise InputError(
             where, f"field {place!r}: {detail['msg']}", "correct the media entry"
         ) from error
+    for item in plan.items:
+        if item.kind == "video" and _PICTURE.search(item.uri):
+            raise InputError(
+                where,
+                f"a picture is given as video: {shortened(item.uri)}",
+                "give it as image; frame lists are not read: make a video (ffmpeg -framerate FPS "
+                "-i %04d.jpg OUT.mp4)",
+            )
     items = [with_defaults(item, config) for item in plan.items]
     if not config.audio_in_video or plan.audio_in_video or not plan.of("video"):
         return plan.model_copy(update={"items": tuple(items)})

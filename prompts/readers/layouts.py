@@ -32,17 +32,19 @@ _SHARED = (
 _REASONING = ("reasoning", "process")  # the latter is Video-R1-COT's
 #: Words in the name of a column that say what it holds, and files that are media by their suffix.
 _KIND_WORDS = {
-    "video": ("video", "clip", "movie", "frame"),
-    "audio": ("audio", "sound", "wav", "speech"),
+    "video": ("video", "vid", "clip", "movie", "frame", "youtube", "yt"),
+    "audio": ("audio", "sound", "wav", "speech", "recording"),
     "image": ("image", "img", "picture", "photo", "screenshot"),
 }
 _MEDIA_COLUMN = re.compile(
     rf"(?i)(?:^|[_\W])({'|'.join(word for words in _KIND_WORDS.values() for word in words)})s?"
-    r"(?:[_\s-]?(?:id|uid|path|file|filename|file_name|name|url|uri|key|dir))?s?$"
+    r"(?:[_\s-]?(?:id|uid|path|file|filename|file_name|name|url|uri|key|dir"
+    r"|bytes|base64|b64|data|link))?s?$"
 )
 _MEDIA_FILE = re.compile(
     r"(?i)\.(?:mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|3gp|wav|mp3|flac|ogg|opus|m4a|aac|jpe?g|png|webp"
-    r"|bmp|gif|tiff?)(?:[?#]\S*)?$"
+    r"|bmp|gif|tiff?|heic|heif|avif|jxl|ts|m2ts|mts|ogv|mxf|wma|aiff?|amr|caf|mka|m4b|pdf)(?:[?#]\S*)?$"
+    r"|^https?://(?:\w+\.)?(?:youtube\.com/(?:watch|shorts|embed)|youtu\.be/|vimeo\.com/|bilibili\.com/video)"
 )
 _GROUNDING = re.compile(r"<(?:ref-object|bbox)>")
 _MEDIA = {f"{kind}{end}" for kind in ("video", "audio", "image") for end in ("", "s", "_path")} | {

@@ -15,6 +15,7 @@ from tests.buffer_records import CONFIG, make_group, requests, run_step
 COUNTED = (
     *("ledger", "seen", "trajs", "stock:f", "stock:s", "stock:v", "rank", "prompts"),
     *("fresh", "groups", "tickets", "pend:t", "pend:e", "leased", "hints"),
+    *("quarantine", "facts", "reuse", "drawn"),
 )
 #: Keys that only the look at everything misses.
 LISTED = (
@@ -36,6 +37,7 @@ def client(buffer: ReplayBuffer) -> redis.Redis:
             buffer.requests.add_group(
                 make_group(lease, [0.0, 0.0], version=step), lease, tokens_generated=1
             )
+        buffer.replay.draw(2, step=step, seed=1)
         buffer.replay.commit_step(step, step + 1, [f"{step + 100:08d}"], token)
     buffer.requests.push(requests(6, 4, first=200))
     buffer.requests.push([RolloutRequest(seq=300, prompt_id="p0", step=6, n=2)])
@@ -51,6 +53,10 @@ def client(buffer: ReplayBuffer) -> redis.Redis:
     [hinted] = buffer.requests.lease("b", 9)[-1:]
     assert hinted.hinted
     buffer.requests.release([hinted])
+    buffer.control.set_value("a", 1)
+    buffer.control.set_value("a", 2)
+    buffer.replay.draw(4, step=6, seed=1)
+    buffer.requests.quarantine(leases[1], "too_long", "over 5 tokens")
     buffer.stats.checked()
     buffer.stats.check_ledger()
     return redis.Redis.from_url(buffer._connection.url)

@@ -16,9 +16,16 @@ from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.control import RunControl, StartBeats
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.cluster.workers.pool import Pool, StartDeathError
-from avatar_rl.cluster.workers.supervision import StartWatch
+from avatar_rl.cluster.workers.supervision import StartWatch, actor_process
 
-STALL_S = 3.0
+STALL_S = 10.0  # above the imports before the first heartbeat, also on a busy machine
+
+
+def actor_pid(actor: Any) -> int:
+    """Of a dead actor, too."""
+    from ray._private import state
+
+    return int(state.actors(actor._actor_id.hex())["Pid"])
 
 
 @pytest.fixture
@@ -33,7 +40,9 @@ def ray_cluster(tmp_path: Path) -> Iterator[Any]:
 class Starting:
     """Stops itself like a process that the kernel froze, or takes long to start."""
 
-    def __init__(self, url: str, name: str, frozen: bool) -> None:
+    def __init__(self, url: str, name: str, frozen: str) -> None:
+        if frozen == "at once":
+            os.kill(os.getpid(), signal.SIGSTOP)
         StartBeats(RunControl.at(BufferConfig(), "run", url), "rollout", name)
         time.sleep(1)
         if frozen:
@@ -44,23 +53,31 @@ class Starting:
         return "ready"
 
 
-def test_a_frozen_start_is_ended_and_a_slow_one_is_not(ray_cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("freezes", ["at once", "later"])
+def test_a_frozen_start_is_ended_and_a_slow_one_is_not(
+    ray_cluster: Any, tmp_path: Path, freezes: str
+) -> None:
+    """Also one that freezes before its first heartbeat, beside one that waits for a place."""
     with EmbeddedRedis(tmp_path, persistent=False) as server:
         control = RunControl.at(BufferConfig(), "run", server.url)
         pool: Any = object.__new__(Pool)
         pool.config = SimpleNamespace(resources=SimpleNamespace(start_timeout_s=120))
         pool._starts = StartWatch(control.watched_heartbeats, STALL_S)
         make = ray_cluster.remote(Starting).options(num_cpus=0)
-        slow = make.remote(server.url, "slow", False)
-        frozen = make.remote(server.url, "frozen", True)
-        starting = {"rollout/slow": slow, "rollout/frozen": frozen}
+        slow = make.remote(server.url, "slow", "")
+        frozen = make.remote(server.url, "frozen", freezes)
+        waiting = ray_cluster.remote(Starting).options(num_cpus=8).remote(server.url, "w", "")
+        starting = {"rollout/slow": slow, "rollout/frozen": frozen, "rollout/w": waiting}
         begun = time.monotonic()
         with pytest.raises(StartDeathError, match="died while starting"):
             pool.wait_ready([frozen.ready.remote()], "rollout actors", starting)
-        assert time.monotonic() - begun < 40
-        beat = control.heartbeats()["rollout/frozen"]
+        assert time.monotonic() - begun < 90
+        beat = control.heartbeats().get("rollout/frozen")
+        assert (beat is None) == (freezes == "at once")
+        pid = actor_pid(frozen) if beat is None else beat.pid
         with pytest.raises(ProcessLookupError):  # a stopped process does not hear Ray: SIGKILL
             for _ in range(100):
-                os.kill(beat.pid, 0)
+                os.kill(pid, 0)
                 time.sleep(0.1)
+        assert actor_process(waiting) is None
         assert pool.wait_ready([slow.ready.remote()], "rollout actors", starting) == ["ready"]

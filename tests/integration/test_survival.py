@@ -62,7 +62,7 @@ def recipe(folder: Path) -> dict[str, Any]:
                 "accuracy": 0.0,
             }
         },
-        "buffer": {"warm_up": 16, "capacity": 24, "hints": {"zero_patience": 1}},
+        "buffer": {"warm_up": 16, "capacity": 48, "hints": {"zero_patience": 1}},
         "learner": {"objective": {"beta": 0.1}, "optimizer": {"lr": 5.0e-4}, "warmup": 0.5},
         "probe": {"prompts": 0},
         "checkpoint": {"every": 2},

@@ -11,7 +11,7 @@ from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.config import RewardConfig
 from avatar_rl.rewards.judges.base import CRITERIA
 from avatar_rl.rewards.judges.openai_judge import FEWEST_OTHERS, OpenAIJudge
-from avatar_rl.rewards.masking import MaskedMarks
+from avatar_rl.rewards.masking import MaskedMarks, pay_stored
 from avatar_rl.rewards.record import ScoreRequest
 from avatar_rl.rewards.suite import RewardSuite
 from tests.unit.test_rewards_judge import PROMPT, config
@@ -51,6 +51,26 @@ def test_while_no_mark_is_known_nothing_is_paid() -> None:
     marks = MaskedMarks(WEIGHTS, JUDGED)
     assert marks.pay([OTHERS | {"judge": None}] * 2) == [(None, True)] * 2
     assert marks.pay([dict.fromkeys(WEIGHTS)]) == [(None, False)]
+
+
+def test_a_mark_that_is_masked_in_the_replay_of_another_stage_does_not_pay() -> None:
+    """A right answer whose judge mark would be 0.2 once became 1.0 in the next stage's replay."""
+    groups = [
+        [OTHERS | {"judge": 0.2}, OTHERS | {"judge": None}],
+        [OTHERS | {"judge": None}],
+        [OTHERS | {"judge": 0.6}],
+    ]
+    (scored, masked), (alone,), (best,) = pay_stored(groups, WEIGHTS, JUDGED)
+    assert scored.reward == masked.reward == pytest.approx(0.6 + 0.4 * 0.2)
+    assert alone == (pytest.approx(0.6 + 0.4 * 0.4), True)  # the mean of all groups
+    assert best.reward == pytest.approx(0.6 + 0.4 * 0.6) and not best.imputed
+
+
+def test_a_judge_that_never_saw_the_replay_does_not_apply_to_it() -> None:
+    right, wrong = OTHERS | {"judge": None}, OTHERS | {"accuracy": 0.0, "judge": None}
+    [[high, low]] = pay_stored([[right, wrong]], WEIGHTS, JUDGED)
+    assert (high.reward, low.reward) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert not high.imputed
 
 
 def test_a_component_that_does_not_apply_is_left_out_for_the_whole_group() -> None:

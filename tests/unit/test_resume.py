@@ -14,7 +14,9 @@ from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import (
     HARMLESS,
     Resumption,
+    check_assets,
     check_recipe,
+    data_digest,
     find_run,
     flatten,
     open_folder,
@@ -25,6 +27,7 @@ from avatar_rl.cluster.checkpoints.resume import (
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import Datasets, model_digest
 from avatar_rl.cluster.telemetry.run_files import MASK, read_metrics, read_status
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.common.errors import ConfigError, DataError
@@ -137,6 +140,27 @@ def test_what_only_changes_how_it_runs_is_harmless(tmp_path: Path) -> None:
         supervision__stall_s=5,
     )
     check_recipe(run, harmless)
+
+
+def test_data_and_model_may_lie_elsewhere_but_not_be_others(tmp_path: Path) -> None:
+    model, before, after = (tmp_path / name for name in ("model", "a.jsonl", "moved/b.jsonl"))
+    for folder in (model, after.parent):
+        folder.mkdir()
+    for file in (model / "config.json", before, after):
+        file.write_text("content")
+    here = {"model__path": "tiny", "data": {"train": str(before)}}
+    run = a_run(tmp_path, "local-1", **here)
+    check_recipe(run, a_config(tmp_path, model__path="copied", data={"train": str(after)}))
+
+    first, moved = Datasets(before, None, None), Datasets(after, None, None)
+    for digest in (data_digest(first), data_digest(first, named=True)):  # the latter of older ones
+        began = Checkpoint("local-1", 1, 1, model_digest(model), digest, 0, {}, [])
+        check_assets(began, model, first)
+    began = Checkpoint("local-1", 1, 1, model_digest(model), data_digest(first), 0, {}, [])
+    check_assets(began, model, moved)
+    after.write_text("other rows")
+    with pytest.raises(ConfigError, match=r"another dataset: .*b\.jsonl has digest"):
+        check_assets(began, model, moved)
 
 
 def test_every_harmless_key_is_a_key() -> None:

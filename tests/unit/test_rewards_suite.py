@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec import structs
 from pydantic import ValidationError
 
@@ -23,7 +21,7 @@ from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.rewards.actor import RewardActor
 from avatar_rl.rewards.config import BUILTIN, STAGE_WEIGHTS, RewardConfig
 from avatar_rl.rewards.record import Completion, Scored, ScoreRequest
-from avatar_rl.rewards.suite import RewardSuite, combine
+from avatar_rl.rewards.suite import RewardSuite
 from avatar_rl.rewards.template import brevity
 from avatar_rl.rewards.testing import check_reward, sample_completions, sample_prompt
 
@@ -81,40 +79,6 @@ def test_stage_weights_are_those_of_the_method() -> None:
 def test_truncated_completion_loses_its_format_only() -> None:
     wanted = ScoreRequest(prompt=PROMPT, completions=[completion(RIGHT, finished=False)])
     assert score(RewardConfig(), wanted)[0][0].components == {"format": -1.0, "accuracy": 1.0}
-
-
-def test_combine_by_hand() -> None:
-    weights = {"format": 0.2, "accuracy": 0.4, "judge": 0.4}
-    assert combine({"format": 1.0, "accuracy": 0.5, "judge": 0.25}, weights) == pytest.approx(0.5)
-    assert combine({"format": 1.0, "accuracy": 0.5, "judge": None}, weights) == pytest.approx(
-        0.4 / 0.6
-    )
-    assert combine(dict.fromkeys(weights), weights) is None
-    # weights that do not sum to 1 keep their scale: R_QI adds up (docs/method.md 2.1)
-    assert combine({"a": 1.0, "b": None}, {"a": 1.0, "b": 2.0}) == pytest.approx(3.0)
-    assert combine({"a": None, "b": 5.0}, {"a": 1.0, "b": 0.0}) is None
-
-
-PARTS = st.dictionaries(
-    st.sampled_from("abcde"),
-    st.tuples(st.none() | st.floats(-1, 1), st.floats(0.01, 10)),
-    min_size=1,
-)
-
-
-@given(PARTS)
-def test_combined_reward_lies_between_its_scored_parts(
-    parts: dict[str, tuple[float | None, float]],
-) -> None:
-    weights = {name: weight for name, (_, weight) in parts.items()}
-    values = {name: value for name, (value, _) in parts.items()}
-    scored = [value for value in values.values() if value is not None]
-    reward = combine(values, weights)
-    if not scored:
-        assert reward is None
-    else:
-        total = sum(weights.values())
-        assert reward is not None and min(scored) - 1e-9 <= reward / total <= max(scored) + 1e-9
 
 
 def test_fusion_needs_unimodal_rollouts() -> None:

@@ -38,6 +38,39 @@ def refused(row: dict[str, Any], folder: Path, **config: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"video": [{"path": "f0.jpg"}, {"path": "f1.jpg"}]},
+        {"video": {"video": "f0.PNG"}},
+        {"media": {"items": [{"kind": "video", "uri": "f0.webp"}]}},
+    ],
+)
+def test_pictures_are_no_video_however_they_are_named(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    row = {"question": "Which?", "answer": "run", "problem_type": "free-form"}
+    assert "ffmpeg" in refused(row | fields, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"vid": "xk12"},
+        {"youtube_id": "dQw4w9WgXcQ"},
+        {"url": "https://www.youtube.com/watch?v=dQw4w9WgXcQ"},
+        {"image_bytes": "abc"},
+        {"recording": "a.m4b"},
+        {"poster": "x.heic"},
+        {"source": "x.ts"},
+    ],
+)
+def test_media_in_columns_of_any_name_are_not_left_out(
+    tmp_path: Path, column: dict[str, str]
+) -> None:
+    assert f"column {next(iter(column))!r} names media" in refused(FREE | column, tmp_path)
+
+
 # -- truths ------------------------------------------------------------------------------------
 
 
@@ -47,13 +80,22 @@ def refused(row: dict[str, Any], folder: Path, **config: Any) -> str:
         *("<answer> <answer>run</answer> </answer>", "<answer>run", "<Answer>run</Answer>", "run"),
         *("run<|im_end|>", "<answer>run</answer><|im_end|>", "run</s>", "run<end_of_turn>"),
         *("<think>why</think> <answer>run</answer>", "<THINK>why</THINK>run", "\\boxed{run}"),
+        *("<answer >run</answer>", "&lt;answer&gt;run&lt;/answer&gt;", "<s>run</s>", "run[/INST]"),
+        *("<final_answer>run</final_answer>", "<|channel|>final<|message|>run", "run<im_end>"),
+        *("The answer is \\boxed{run}", "<answer>Run.</answer> <answer>run</answer>", "run<pad>"),
     ],
 )
 def test_what_is_left_of_tags_is_no_part_of_a_truth(tmp_path: Path, solution: str) -> None:
     assert read(FREE | {"solution": solution}, folder=tmp_path)[0].answer == "run"
 
 
-@pytest.mark.parametrize("solution", ["<think>why run", "why</think>", "<answer></answer>"])
+@pytest.mark.parametrize(
+    "solution",
+    [
+        *("<think>why run", "why</think>", "<answer></answer>", "<ans>run</ans>", "nan", "<NA>"),
+        *("<output>run</output>", "<answer>run</answer><answer>walk</answer>"),
+    ],
+)
 def test_a_truth_without_an_end_is_refused(tmp_path: Path, solution: str) -> None:
     assert "the answer" in refused(FREE | {"solution": solution}, tmp_path)
 

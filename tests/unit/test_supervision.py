@@ -6,13 +6,20 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avatar_rl.buffer_service.control import Heartbeat
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
-from avatar_rl.cluster.workers.supervision import RedisWatch, RestartBudget, StallWatch
+from avatar_rl.cluster.workers.supervision import (
+    ActorProcess,
+    RedisWatch,
+    RestartBudget,
+    StallWatch,
+    StartWatch,
+)
 from avatar_rl.common.errors import ResourceError
 
 
@@ -132,6 +139,29 @@ def test_silence_is_a_stall_whatever_it_held(monkeypatch: pytest.MonkeyPatch) ->
         clock.now += 1
     assert "no sign of life" in found["rollout-0"]
     assert watch.stalled(["rollout-1"], {}, lambda _: True) == {}  # still starting
+
+
+def test_a_start_without_a_beat_counts_from_its_process_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for a place is no silence, nor is time in which nobody looked."""
+    clock, killed = Clock(monkeypatch), []
+    place: list[ActorProcess | None] = [None]
+    watch = StartWatch(dict, 20, lambda _: place[0])
+    monkeypatch.setattr(watch, "_kill", lambda process, _: killed.append(process.pid))
+    starting: Any = {"rollout/rollout-0": object()}
+
+    def wait(seconds: float) -> None:
+        for _ in range(int(seconds / 2.5)):
+            clock.now += 2.5
+            watch.look(starting)
+
+    wait(200)
+    place[0] = ActorProcess(7, True)
+    wait(5)
+    clock.now += 300  # the driver was busy
+    watch.look(starting)
+    assert not killed
+    wait(10)
+    assert killed == [7]
 
 
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:

@@ -40,6 +40,7 @@ for tid in pairs(drawn) do
   if call('HEXISTS', K('trajs'), tid) == 1 then
     keep(m, 'reuse', tid)
     local used = call('HINCRBY', K('reuse'), tid, 1)
+    if used == 1 then tally('reuse', 1) end
     if m.max_reuse > 0 and used >= m.max_reuse then
       stock_remove(m, tid)
       count('reused_up', 1)
@@ -48,6 +49,7 @@ for tid in pairs(drawn) do
   count('replayed', 1)
 end
 call('DEL', K('drawn'), K('freshlease'))
+untally('drawn')
 
 -- Requests of passed steps that nobody holds will not be asked for any more.
 for _, rkey in ipairs(call('ZRANGEBYSCORE', K('pend:t'), '-inf', '(' .. (step + 1) * STEP)) do

@@ -16,6 +16,7 @@ local q, taken, out = thresholds(m), {}, {}
 local seg = segments(q)
 if tonumber(call('HGET', K('meta'), 'drawn_step')) ~= step then
   call('DEL', K('drawn'))
+  untally('drawn')
   call('HSET', K('meta'), 'drawn_step', step)
 end
 
@@ -120,7 +121,7 @@ for i = #out, 2, -1 do
   out[i], out[j] = out[j], out[i]
 end
 if #out == 0 then return '' end
-call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out))
+tally('drawn', call('HSET', K('drawn'), ARGV[8], cmsgpack.pack(out)))
 
 local rank, world, names = tonumber(ARGV[9]), tonumber(ARGV[10]), out
 if world > 1 then

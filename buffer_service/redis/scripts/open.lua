@@ -24,7 +24,7 @@ else
     fail('SETUP', 'a restore of run ' .. ARGV[1] .. ' is under way or was cut short: restore it again')
   end
   call('HSET', K('meta'), 'run_id', ARGV[1], 'format', ARGV[2], 'version', 0, 'trained', -1, 'epoch', 0, 'snap', 0,
-    'rbar_sum', 0)
+    'rbar_sum', 0, 'n_quarantine', 0, 'n_facts', call('HLEN', K('facts')), 'n_reuse', 0, 'n_drawn', 0)
 end
 local packed = {}
 for i = 1, #rules, 2 do packed[rules[i]] = tonumber(rules[i + 1]) end

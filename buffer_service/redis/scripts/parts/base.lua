@@ -7,6 +7,13 @@ local UNCHECKED = -1 -- in place of a fencing token or a staleness bound; script
 local function K(name) return P .. name end
 local call, floor = redis.call, math.floor
 local function fail(kind, text) error('AVATAR_' .. kind .. ' ' .. text, 0) end
+-- Counts the fields of a hash whose loss nothing else would show (books.lua).
+local function tally(hash, n)
+  if call('HEXISTS', K('meta'), 'n_' .. hash) == 1 then call('HINCRBY', K('meta'), 'n_' .. hash, n) end
+end
+local function untally(hash)
+  if call('HEXISTS', K('meta'), 'n_' .. hash) == 1 then call('HSET', K('meta'), 'n_' .. hash, 0) end
+end
 local function count(name, n) call('HINCRBY', K('ledger'), name, n) end
 
 -- The run's state and, in `packed`, the settings of the run. The fencing token's field is `epoch` since layout 1.

@@ -19,5 +19,9 @@ local function faults_of_counts()
     call('ZCARD', K('pend:t')) + call('ZCARD', K('pend:e')) + call('ZCARD', K('leased')), call('HLEN', K('tickets')))
   same('hints that are on, fired and not released', call('SCARD', K('hints')),
     counted('hints_fired') - counted('hints_released'))
+  for _, hash in ipairs({ 'quarantine', 'facts', 'reuse', 'drawn' }) do
+    local n = tonumber(call('HGET', K('meta'), 'n_' .. hash)) -- none in a run of an older release
+    if n then same('entries of ' .. hash .. ', written and there', n, call('HLEN', K(hash))) end
+  end
   return found
 end

@@ -29,6 +29,7 @@ local function stock_remove(m, tid)
   call('ZREM', K('pt:' .. pid), tid)
   call('ZREM', age_key(kind, bin_of(at)), tid)
   del(m, 'trajs', tid)
+  if call('HEXISTS', K('reuse'), tid) == 1 then tally('reuse', -1) end
   del(m, 'reuse', tid)
   forget_value(m, tid)
 end
