@@ -147,3 +147,9 @@ class EngineConfig(Section):
         "prefilled again); drain: new weights wait until the engine is idle.",
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine; ignored on a GPU.")
+
+    def dtype_on(self, device: str) -> str:
+        """``dtype``, resolved for "cpu" or "cuda"."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if device == "cpu" else "bfloat16"

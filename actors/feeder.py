@@ -115,7 +115,13 @@ class Feeder:
         if train:  # the learner refuses longer ones, which would end the run
             for rendered in prepared.values():
                 self.encoder.check_length(prompt, len(rendered["prompt_token_ids"]))
-        return PendingGroup(lease, prompt, prepared, opened_tag=self.encoder.chat.opened_tag)
+        return PendingGroup(
+            lease,
+            prompt,
+            prepared,
+            opened_tag=self.encoder.chat.opened_tag,
+            decode=self.encoder.tokenizer.decode if self.spec.confidence and train else None,
+        )
 
 
 def render(

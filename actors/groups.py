@@ -8,8 +8,10 @@ gradient, and the i-th of each is compared with the i-th completion of the whole
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.common.errors import DataError
@@ -18,11 +20,18 @@ from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.record import MediaPlan, Modality, Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from avatar_rl.actors.engine.engine import FinishedRequest
     from avatar_rl.actors.engine.prompt_cache import RenderedPrompt
     from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.common.types import JsonObject
 
+#: Text of some tokens.
+Decode = Callable[[list[int]], str]
+#: What is compared to find a group that teaches nothing.
+DeadBy = Literal["accuracy", "reward"]
 #: The part that is trained on.
 WHOLE = ""
 #: By unimodal part, the media it keeps.
@@ -58,6 +67,7 @@ class PendingGroup:
     prepared: dict[str, RenderedPrompt]  # by part, the whole prompt first
     finished: dict[str, FinishedRequest] = field(default_factory=dict)  # by part
     opened_tag: str | None = None  # the think tag that the prompt ends with, "" for none
+    decode: Decode | None = None  # from tokens to text, where the answers' log-probabilities count
 
     @property
     def key(self) -> str:
@@ -99,7 +109,9 @@ class PendingGroup:
 
         Raises DataError for a completion whose log-probabilities are not finite.
         """
-        parts = {part: completions_of(request) for part, request in self.finished.items()}
+        parts = {
+            part: completions_of(request, self.decode) for part, request in self.finished.items()
+        }
         return UnscoredGroup(
             prompt_id=self.prompt.id,
             completions=parts[WHOLE],
@@ -115,7 +127,7 @@ def read_request_id(request_id: str) -> tuple[str, str]:
     return key, part
 
 
-def completions_of(finished: FinishedRequest) -> list[Completion]:
+def completions_of(finished: FinishedRequest, decode: Decode | None = None) -> list[Completion]:
     """What a reward may know of each completion. Raises DataError as ``Completion`` does."""
     return [
         Completion(
@@ -123,9 +135,36 @@ def completions_of(finished: FinishedRequest) -> list[Completion]:
             finished=item.finish_reason == "stop",
             mean_logprob=float(item.logprobs.mean()) if len(item.token_ids) else 0.0,
             tokens=len(item.token_ids),
+            answer_logprob=(
+                None if decode is None else answer_logprob(item.token_ids, item.logprobs, decode)
+            ),
         )
         for item in finished.completions
     ]
+
+
+def answer_logprob(
+    token_ids: NDArray[np.int32], logprobs: NDArray[np.float32], decode: Decode
+) -> float | None:
+    """Mean log-probability of the tokens between the last `<answer>` and its closing tag; None
+    without such an answer.
+
+    A token that also holds a part of a tag belongs to the answer. ``decode`` must keep every
+    token's text, so that a longer run of tokens has no shorter text."""
+    ids = token_ids.tolist()
+    text = decode(ids)
+    opened = text.rfind("<answer>")
+    start, end = opened + len("<answer>"), text.find("</answer>", opened)
+    if opened < 0 or end < 0 or not text[start:end].strip():
+        return None
+
+    def length(count: int) -> int:
+        return len(decode(ids[:count]))
+
+    # tokens before the answer, and up to its last character
+    first = bisect_right(range(len(ids)), start, key=length) - 1
+    last = bisect_left(range(len(ids) + 1), end, key=length)
+    return float(logprobs[first:last].mean()) if last > first else None
 
 
 class UnusableGroupError(DataError):
@@ -201,6 +240,16 @@ def make_group(
         trajectories=trajectories,
         imputed=tuple(index for index, flag in enumerate(imputed) if flag),
     )
+
+
+def is_dead(group: Group, by: DeadBy) -> bool:
+    """Whether all completions of a group got the same, so that it teaches nothing by itself: the
+    same accuracy, or where one is unknown the same reward."""
+    marks = [trajectory.components.get("accuracy") for trajectory in group.trajectories]
+    known = [mark for mark in marks if mark is not None]
+    if by == "reward" or len(known) < len(marks):
+        known = [trajectory.reward for trajectory in group.trajectories]
+    return max(known) == min(known)
 
 
 def evaluation_payload(

@@ -15,6 +15,7 @@ from avatar_rl.actors.groups import (
     PendingGroup,
     UnusableGroupError,
     evaluation_payload,
+    is_dead,
     make_group,
 )
 from avatar_rl.actors.shared_state import SharedState
@@ -144,5 +145,10 @@ class ScoringLoop:
                 self.buffer.requests.drop(lease, error.reason)
                 self.state.settle(group.key, None)
                 return
-            self.buffer.requests.add_group(stored, lease, tokens_generated=group.tokens)
+            self.buffer.requests.add_group(
+                stored,
+                lease,
+                tokens_generated=group.tokens,
+                replace=bool(lease.request.spares) and is_dead(stored, self.spec.dead_by),
+            )
         self.state.settle(group.key, group.tokens)

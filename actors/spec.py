@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.groups import DeadBy
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
@@ -33,3 +34,5 @@ class RolloutSpec:
     scores_together: bool
     # The rewards compare with rollouts of sight alone and of sound alone (docs/method.md 2.2).
     unimodal: bool
+    confidence: bool = False  # rewards compare the log-probabilities of answers
+    dead_by: DeadBy = "accuracy"  # of groups that are replaced (loop.dynamic_sampling)

@@ -23,7 +23,8 @@ import yaml
 
 from avatar_rl.cluster.config import LoopConfig, RunConfig
 from avatar_rl.cluster.recipe.content import key
-from avatar_rl.cluster.recipe.presets import merge, preset
+from avatar_rl.cluster.recipe.overlays import merge
+from avatar_rl.cluster.recipe.presets import stated
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluate import evaluate
 from avatar_rl.common.files import read_jsonl, replace_text
@@ -120,7 +121,7 @@ def run(
 ) -> Path:
     """One training run in a process of its own; returns its folder."""
     raw = merge(
-        merge(RECIPE, preset(method)),
+        merge(RECIPE, stated(method)),
         {
             "name": f"{method}-{seed}",
             "seed": seed,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.presets import merge
+from avatar_rl.cluster.recipe.overlays import merge
 from benchmarks.harness import Figures, parser, smoke_recipe
 from benchmarks.studies.arms import (
     ARMS,

@@ -143,12 +143,21 @@ class RequestQueue:
         return bool(self._run("quarantine", lease.request.key, reason, "", 1))
 
     def add_group(
-        self, group: Group, lease: RequestLease, *, tokens_generated: int, bound: int | None = None
+        self,
+        group: Group,
+        lease: RequestLease,
+        *,
+        tokens_generated: int,
+        bound: int | None = None,
+        replace: bool = False,
     ) -> InsertReceipt:
         """Stores a scored group, updates its prompt and acknowledges the request, all or nothing.
 
         O(G + s log N), s the prompt's stored trajectories. Idempotent by group id. The group is
         late, so for replay only, when its step is trained or ``step + bound < version``.
+
+        With ``replace`` a group that is not late is followed by a request for the first spare
+        prompt of its own request: under the next seq, in the same step, which waits for it too.
 
         Raises RecordError (malformed), UnknownRequestError (not what its request asks for),
         BufferFullError; then nothing changed."""
@@ -157,7 +166,7 @@ class RequestQueue:
                 f"group {group.id}: tokens_generated {tokens_generated} or bound {bound} is "
                 "negative"
             )
-        return self._insert(group, lease.request.key, tokens_generated, bound)
+        return self._insert(group, lease.request.key, tokens_generated, bound, replace=replace)
 
     def add_imported(self, group: Group) -> InsertReceipt:
         """Stores a group from a file, for replay only: no request asks for it.
@@ -173,6 +182,7 @@ class RequestQueue:
         bound: int | None,
         *,
         imported: bool = False,
+        replace: bool = False,
     ) -> InsertReceipt:
         check_group(group)
         self._connection.check_memory()
@@ -192,6 +202,7 @@ class RequestQueue:
             rewards=[float(t.reward) for t in group.trajectories],
             marks=accuracy_marks(group, component),
             counted="".join("01"[i not in group.imputed] for i in range(len(group.trajectories))),
+            replace=replace,
         )
         state = GroupState(
             prompt_id=group.prompt_id,

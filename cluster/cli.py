@@ -1,5 +1,6 @@
 """The command line: `avatar train`, `evaluate`, `scale`, `doctor`, `data ...`, `buffer ...`,
-`hints ...`, `presets`, `runs`; those about recipes and their keys are in cli_keys.py.
+`hints ...`, `captions ...`, `presets`, `runs`; those about recipes and their keys are in
+cli_keys.py.
 
 Every command is declared here and does its work in commands/, which is imported when it runs:
 `avatar --help` starts at once.
@@ -14,11 +15,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 import click
 
 from avatar_rl.cluster import cli_keys
+from avatar_rl.cluster.cli_endpoint import asks_endpoint
 from avatar_rl.cluster.cli_types import (
     OVERRIDABLE,
     PATH,
@@ -34,6 +36,7 @@ from avatar_rl.common.errors import AvatarError
 from avatar_rl.common.text import printable
 
 if TYPE_CHECKING:
+    from avatar_rl.cluster.annotation.asking import EndpointOptions
     from avatar_rl.cluster.commands.buffer import BufferOptions
     from avatar_rl.prompts.record import Modality
 
@@ -90,7 +93,7 @@ def avatar() -> None:
 @click.option(
     "--preset",
     type=PRESET,
-    help="Lay a named method over the recipe (`avatar presets` lists them).",
+    help="Method in place of the recipe's own; keys that the recipe gives stay (`avatar presets`).",
 )
 @click.option(
     "--dry-run",
@@ -157,13 +160,12 @@ def evaluate(
 
 
 @avatar.command()
-def presets() -> int:
-    """List the named methods."""
-    from avatar_rl.cluster.recipe.presets import PRESETS
+@click.argument("name", required=False)
+def presets(name: str | None) -> int:
+    """List the named methods, or show every key of one with its source."""
+    from avatar_rl.cluster.commands.presets import show_presets
 
-    for name, (meaning, _) in PRESETS.items():
-        print(f"{name:<16} {meaning}")
-    return 0
+    return show_presets(name)
 
 
 @avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
@@ -245,55 +247,44 @@ def hints() -> None:
 
 
 @hints.command()
-@click.argument("dataset", type=PATH)
+@asks_endpoint
 @click.option(
-    "--base-url",
-    required=True,
-    help="OpenAI-compatible endpoint, e.g. http://teacher:8000/v1",
-)
-@click.option("--model", required=True, help="Model name the endpoint serves.")
-@click.option("--out", type=PATH, required=True, help="Dataset with hints (.jsonl), appended to.")
-@click.option("--api-key-env", help="Environment variable that holds the API key.")
-@click.option(
-    "--concurrency", type=click.IntRange(min=1), default=16, help="Requests in flight (default 16)."
+    "--attach",
+    multiple=True,
+    type=click.Choice(["video", "image", "audio", "none"]),
+    default=("video", "image"),
+    help="Media that the teacher is shown; may be repeated (default: video and image).",
 )
 @click.option(
-    "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
-    default=300.0,
-    help="Seconds per prompt with retries.",
+    "--frames", type=click.IntRange(min=1), default=8, help="Most frames of a prompt (default 8)."
 )
-@click.option("--recipe", type=RECIPE, help="Take data.reader from this recipe.")
-@click.option("--price-in", type=float, default=0.0, help="Price of a million prompt tokens.")
-@click.option("--price-out", type=float, default=0.0, help="Price of a million completion tokens.")
-def generate(
-    dataset: Path,
-    base_url: str,
-    model: str,
-    out: Path,
-    api_key_env: str | None,
-    concurrency: int,
-    deadline: float,
-    recipe: Path | None,
-    price_in: float,
-    price_out: float,
-) -> int:
+def generate(attach: tuple[str, ...], frames: int, **asked: Unpack[EndpointOptions]) -> int:
     """Have a teacher write one hint per prompt.
 
     Resumable: a rerun with the same --out asks only for what is missing.
     """
-    from avatar_rl.cluster.commands.hint_generation import generate
-    from avatar_rl.common.endpoint_config import EndpointConfig
+    from avatar_rl.cluster.annotation.hints import generate
 
-    teacher = EndpointConfig(
-        base_url=base_url,
-        model=model,
-        api_key_env=api_key_env,
-        temperature=0.7,
-        concurrency=concurrency,
-        deadline_s=deadline,
-    )
-    return generate(dataset, out, teacher, recipe=recipe, prices=(price_in, price_out))
+    kinds = cast("tuple[Modality, ...]", tuple(kind for kind in attach if kind != "none"))
+    return generate(asked, kinds, frames)
+
+
+@avatar.group()
+def captions() -> None:
+    """Audio captions, the text cue of Stage 2."""
+
+
+@captions.command("generate")
+@asks_endpoint
+@click.option("--again", is_flag=True, help="Ask also where a prompt has a caption.")
+def generate_captions(again: bool, **asked: Unpack[EndpointOptions]) -> int:
+    """Have a model that hears describe each prompt's sound.
+
+    Resumable: a rerun with the same --out asks only for what is missing.
+    """
+    from avatar_rl.cluster.annotation.captions import generate
+
+    return generate(asked, again=again)
 
 
 @avatar.group()

@@ -86,8 +86,8 @@ class PresetName(click.ParamType):
         from avatar_rl.cluster.recipe.presets import PRESETS
 
         return [
-            CompletionItem(name, help=meaning)
-            for name, (meaning, _) in PRESETS.items()
+            CompletionItem(name, help=preset.meaning)
+            for name, preset in PRESETS.items()
             if name.startswith(incomplete)
         ]
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
-from avatar_rl.actors.groups import MAX_PARTS
+from avatar_rl.actors.groups import MAX_PARTS, DeadBy
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.common.config import Section, expanded
 from avatar_rl.learner.config import LearnerConfig, SftConfig
@@ -74,6 +74,24 @@ class DataSection(Section):
         return self
 
 
+class DynamicSamplingConfig(Section):
+    """DAPO's dynamic sampling: a group that teaches nothing gives way to another prompt's
+    (docs/objective.md). Everything that is generated counts as generated."""
+
+    attempts: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Most prompts asked for one group of a step; the last is trained whatever it "
+        "is. 1 switches it off.",
+    )
+    by: DeadBy = Field(
+        "accuracy",
+        description="What is alike in all completions of a group that is replaced: accuracy (the "
+        "reward where it is unknown) or reward.",
+    )
+
+
 class LoopConfig(Section):
     """The training loop and its flow control, in policy versions (docs/architecture.md)."""
 
@@ -111,6 +129,9 @@ class LoopConfig(Section):
         description="Which prompts are asked: epochs = every prompt in turn, shuffled; open = "
         "prompts never asked first, then drawn by how far their moving average is from a full "
         "reward.",
+    )
+    dynamic_sampling: DynamicSamplingConfig = Field(
+        DynamicSamplingConfig(), description="Groups that teach nothing are replaced."
     )
 
     @property
@@ -434,6 +455,14 @@ class RunConfig(Section):
             yield (
                 "rollout.sampling.temperature 0 makes the completions of a prompt equal, and all "
                 "advantages 0: set it above 0 (evaluation is greedy by itself)"
+            )
+        if self.loop.dynamic_sampling.attempts > 1 and (
+            objective.fresh_advantage == "vcrs" or self.loop.fresh == 1
+        ):
+            yield (
+                "loop.dynamic_sampling replaces groups whose completions are all alike: with "
+                "loop.fresh 1 every group is, and with learner.objective.fresh_advantage vcrs they "
+                "teach all the same; set loop.dynamic_sampling.attempts to 1"
             )
         replays = self.loop.replayed > 0 and objective.alpha > 0
         if self.loop.fresh == 1 and objective.fresh_advantage == "group" and not replays:

@@ -103,7 +103,7 @@ def current_keys(
                         f"{prefix}{new}"
                     )
                 if not recorded:
-                    _warn_once(path, f"{prefix}{new}")
+                    warn_once(path, f"{prefix}{new}")
                 key = new
         inner = subsection(section, key)
         if inner is not None and isinstance(value, dict):
@@ -121,7 +121,8 @@ def subsection(section: type[BaseModel], key: str) -> type[Section] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
 
-def _warn_once(old: str, new: str) -> None:
+def warn_once(old: str, new: str) -> None:
+    """Say once per process that a key has a new name."""
     if old in _warned:
         return
     _warned.add(old)

@@ -22,6 +22,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finished: bool  # False when it was cut at the token limit
     mean_logprob: float  # mean behaviour log-probability of its tokens, natural log
     tokens: int
+    # mean over the answer's tokens; None where nobody asked for it, or without an answer
+    answer_logprob: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.mean_logprob) or self.tokens < 0:

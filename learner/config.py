@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,11 @@ DType = Literal["auto", "float32", "bfloat16"]
 MismatchCorrection = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
 ]
+OldLogprobs = Literal["auto", "behaviour", "trainer", "current"]
+OldRule = Literal["behaviour", "trainer", "current"]
+Rejection = Literal["none", "geometric", "k3"]
+#: Threshold of a rejection where none is given.
+REJECTION_THRESHOLD = {"geometric": 1.01, "k3": 0.01}
 
 
 class ObjectiveConfig(Section):
@@ -99,21 +105,56 @@ class ObjectiveConfig(Section):
         description="Completions that hit the length limit give no gradient; they still count as "
         "sequences.",
     )
+    old_logprobs: OldLogprobs = Field(
+        "auto",
+        description="What the ratio is taken against. behaviour: the sampler's stored "
+        "log-probabilities; trainer: for fresh completions the trainer's own at the start of the "
+        "step, replays as with behaviour; current: the policy before each update, for both; auto: "
+        "trainer where the ratio is per sequence, the engine runs below float32 or a rejection is "
+        "set, else behaviour.",
+    )
     mismatch: MismatchCorrection = Field(
-        "none",
-        description="Importance weight trainer / sampler, per token or per sequence, truncated at "
-        "the bounds or zeroed outside them; needs the trainer's own log-probabilities of the "
-        "completions.",
+        "token_truncate",
+        description="Importance weight old / behaviour without gradient where old_logprobs is not "
+        "the behaviour's: per token or per sequence, truncated at the bounds or zeroed outside "
+        "them. Elsewhere it is 1.",
     )
     mismatch_cap: float = Field(2.0, gt=0, description="Upper bound of the mismatch weight.")
     mismatch_floor: float | None = Field(
         None, ge=0, description="Lower bound of the mismatch weight; null = none."
+    )
+    rejection: Rejection = Field(
+        "none",
+        description="Completions on which trainer and sampler differ too much give no policy "
+        "gradient: geometric = mean log-ratio old / behaviour beyond +-log(threshold); k3 = mean "
+        "k3 of the two above it.",
+    )
+    rejection_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="Bound of the rejection: a factor above 1 for geometric (null: 1.01), nats a "
+        "token for k3 (null: 0.01).",
     )
 
     @property
     def upper(self) -> float:
         """Clip range above 1, resolved."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def rejects_above(self) -> float:
+        """The bound of ``rejection``, resolved; infinite without one."""
+        if self.rejection == "none":
+            return math.inf
+        given = self.rejection_threshold
+        return REJECTION_THRESHOLD[self.rejection] if given is None else given
+
+    def old_rule(self, engine_dtype: str) -> OldRule:
+        """``old_logprobs``, resolved for an engine of this dtype (docs/method.md 1.1)."""
+        if self.old_logprobs != "auto":
+            return self.old_logprobs
+        is_exact = self.ratio == "token" and engine_dtype == "float32"
+        return "behaviour" if is_exact and self.rejection == "none" else "trainer"
 
     @property
     def shapes_tokens(self) -> bool:
@@ -138,6 +179,16 @@ class ObjectiveConfig(Section):
         if self.mismatch_floor is not None and self.mismatch_floor > self.mismatch_cap:
             raise ValueError(
                 f"mismatch_floor {self.mismatch_floor} exceeds mismatch_cap {self.mismatch_cap}"
+            )
+        if self.rejection != "none" and self.old_logprobs == "behaviour":
+            raise ValueError(
+                f"rejection: {self.rejection} compares old_logprobs with the behaviour policy: set "
+                "old_logprobs to auto or trainer"
+            )
+        if self.rejection == "geometric" and self.rejects_above <= 1:
+            raise ValueError(
+                f"rejection_threshold {self.rejects_above} must exceed 1: geometric keeps mean "
+                "ratios between 1/threshold and threshold"
             )
         return self
 

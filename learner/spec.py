@@ -30,4 +30,6 @@ class LearnerSpec:
     replayed: int  # per group
     max_tokens: int  # longest completion that is sampled
     step_timeout_s: float
+    attempts: int = 1  # seqs of a group, of which the last that came is trained
+    engine_dtype: str = "float32"  # of the rollouts, whose log-probabilities are stored
     replica_bytes: int = 0  # state up to this size is replicated at every step

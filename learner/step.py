@@ -30,6 +30,7 @@ from avatar_rl.learner.model.reference import ReferencePolicy
 from avatar_rl.learner.objective.loss import policy_loss
 from avatar_rl.learner.objective.shaping import tas_weights
 from avatar_rl.learner.objective.step_metrics import StepMetrics, reward_metrics
+from avatar_rl.learner.old_logprobs import OldLogprobs
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
 from avatar_rl.prompts.datasets import PromptIndex
@@ -79,6 +80,19 @@ class StepTrainer:
     skipped: int = 0  # micro-batches and updates of all ranks and steps that were left out
     unreadable: int = 0  # completions likewise, see ``StepMetrics``
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    _old: OldLogprobs | None = None  # of the step that is trained
+
+    @property
+    def old(self) -> OldLogprobs:
+        """What the ratios of the step that is trained are taken against."""
+        if self._old is None:
+            self._old = self._old_logprobs()
+        return self._old
+
+    def _old_logprobs(self) -> OldLogprobs:
+        learner = self.spec.learner
+        rule = learner.objective.old_rule(self.spec.engine_dtype)
+        return OldLogprobs(rule, updates=learner.updates, ranks=self.ranks)
 
     def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
         """Train ``step``, publish the next version and commit it.
@@ -91,9 +105,11 @@ class StepTrainer:
         with self.timer("learner_wait"):
             work = self._broadcast(self.source.collect(step, self._move) if self.source else None)
         updates, lr, step_metrics = self.spec.learner.updates, self._lr(step), StepMetrics()
+        self._old = self._old_logprobs()
         for number in range(updates):
             plan = self.plan(work.update(number, updates))
             self.forward_backward(plan, step_metrics)
+            self.old.share()
             grad_norm = self._optimizer_step(plan, lr, step_metrics)
         with self.timer("replicate"):
             self.replicator.replicate(work.version + 1)
@@ -220,7 +236,7 @@ class StepTrainer:
             config,
             totals=plan.totals,
             truncated=truncated(chosen).to(device),
-            old_logprobs=output.logprobs.detach() if config.mismatch != "none" else None,
+            old_logprobs=self.old.of([t.id for t in chosen], output.logprobs, mask),
         )
         if torch.isfinite(result.loss):
             step_metrics.add(result, output.entropy, [t.prompt_id for t in chosen])
@@ -288,7 +304,9 @@ class StepTrainer:
 
     def _metrics(self, work: StepWork, gathered: StepMetrics) -> dict[str, float]:
         updates = self.spec.learner.updates
-        fresh = [t for group in work.groups for t in group.trajectories]
+        trained_fresh = [t for group in work.groups for t in group.trajectories]
+        # Rewards and lengths are those of the policy: what was generated, not what was chosen.
+        fresh = [*trained_fresh, *(t for group in work.replaced for t in group.trajectories)]
         metrics = gathered.metrics()
         for name in ("loss/policy", "loss/kl"):  # sums of a step; mean of its updates
             metrics[name] /= updates
@@ -298,8 +316,9 @@ class StepTrainer:
             lag = [work.version - trajectory.version for trajectory in fresh]
             metrics |= {"staleness/mean": float(np.mean(lag)), "staleness/max": float(max(lag))}
             metrics["groups/fresh"] = float(len(work.groups))
+            metrics["groups/replaced"] = float(len(work.replaced))
         metrics["version"] = float(work.version + 1)
-        trained = [*fresh * updates, *work.replays]
+        trained = [*trained_fresh * updates, *work.replays]
         metrics["replay/share"] = len(work.replays) / max(1, len(trained))
         metrics["learner/updates"] = float(updates)
         tokens = float(sum(len(t.token_ids) for t in trained))

@@ -103,6 +103,9 @@ class DataConfig(Section):
     max_pixels: int | None = Field(
         None, ge=1, description="Upper bound of pixels per frame or image."
     )
+    image_max_pixels: int | None = Field(
+        None, ge=1, description="The same for images, where theirs differs."
+    )
     sample_rate: int = Field(
         16_000, ge=1_000, description="Audio sample rate after resampling, in Hz, mono."
     )

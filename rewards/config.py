@@ -9,9 +9,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from avatar_rl.common.config import Section
+from avatar_rl.common.config import Section, warn_once
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.types import Json
 from avatar_rl.prompts.record import Modality
 from avatar_rl.rewards.answers.format import FormatScale
 from avatar_rl.rewards.answers.numeric import NumericMode
@@ -25,11 +26,13 @@ BUILTIN: dict[str, str] = {
     "grounding_format": "time-caption segments, thinking, answer; 1/0 (docs/method.md 2.1)",
     "segment_consistency": "how well each caption fits its clip (docs/method.md 2.1)",
     "segment_completeness": "how well the segments' clips answer the question (docs/method.md 2.1)",
+    "overlong": "0 to -1 over the last tokens before the limit (docs/method.md 3)",
+    "answer_judge": "letter match; open answers by the judge (docs/method.md 2.1)",
     "fusion": "0.3 if the answer is at least as good as both unimodal ones (docs/method.md 2.2)",
 }
 
 #: Components that ask the judge.
-JUDGED = frozenset({"judge", "segment_consistency", "segment_completeness"})
+JUDGED = frozenset({"judge", "segment_consistency", "segment_completeness", "answer_judge"})
 
 #: Weights of the three RL stages (docs/method.md 1.5).
 STAGE_WEIGHTS: dict[int, dict[str, float]] = {
@@ -37,6 +40,9 @@ STAGE_WEIGHTS: dict[int, dict[str, float]] = {
     2: {"format": 0.2, "accuracy": 0.4, "self_consistency": 0.4},
     3: {"format": 0.1, "accuracy": 0.3, "self_consistency": 0.2, "judge": 0.4},
 }
+
+#: What a completion earns for answering at least as well as both of its unimodal counterparts.
+ATTENTION_BONUS = 0.3
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -48,6 +54,11 @@ class JudgeConfig(EndpointConfig):
         default="openai",
         description="'openai': a model behind an OpenAI-compatible endpoint; 'managed': one that "
         "the run serves itself; 'rule': exact, for the synthetic world.",
+    )
+    prompt: Path | None = Field(
+        default=None,
+        description="Text file with the prompt of component 'judge', in place of ours "
+        "(rewards/README.md).",
     )
     max_chars: int = Field(
         default=8_000,
@@ -96,9 +107,26 @@ class ManagedJudgeConfig(Section):
     arguments: tuple[str, ...] = Field(default=(), description="Further arguments of the server.")
 
 
+class FusionConfig(Section):
+    """r_attn of OmniVideo-R1 (docs/method.md 2.2)."""
+
+    signal: Literal["correctness", "confidence"] = Field(
+        default="correctness",
+        description="correctness: the answer's reward; confidence: mean log-probability of the "
+        "answer's tokens.",
+    )
+    strict: bool = Field(
+        default=False, description="Pay only above both unimodal answers, not at a tie."
+    )
+
+
 class RewardConfig(Section):
     """Reward components, their weights and their options."""
 
+    stage: Literal[1, 2, 3] | None = Field(
+        default=None,
+        description="The weights of this RL stage (docs/method.md 1.5), in place of `weights`.",
+    )
     weights: dict[str, float] = Field(
         default_factory=lambda: dict(STAGE_WEIGHTS[1]),
         description="Component name or import path 'pkg.mod:fn' -> weight; weight 0 scores and "
@@ -128,8 +156,24 @@ class RewardConfig(Section):
         description="Segments in order, disjoint, whole string ('strict'), or merely present "
         "('lenient').",
     )
-    fusion_strict: bool = Field(
-        default=False, description="Fusion pays only above both unimodal answers, not at a tie."
+    overlong_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length at which 'overlong' is -1; null is rollout.sampling.max_tokens.",
+    )
+    overlong_share: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="Part of that length over which it grows from 0.",
+    )
+    answer_judge: Literal["open", "all"] = Field(
+        default="open",
+        description="What 'answer_judge' asks the judge: open answers (multiple choice by its "
+        "letter), or all.",
+    )
+    fusion: FusionConfig = Field(
+        default_factory=lambda: FusionConfig(), description="What component 'fusion' compares."
     )
     custom_timeout_s: float = Field(
         default=60.0, gt=0, description="Seconds a user-defined reward may take for one group."
@@ -156,6 +200,34 @@ class RewardConfig(Section):
         """Whether any component compares with rollouts of video alone and of audio alone (three
         times the work)."""
         return "fusion" in self.weights
+
+    @property
+    def asks_confidence(self) -> bool:
+        """Whether the log-probability of the answers is needed."""
+        return self.asks_unimodal and self.fusion.signal == "confidence"
+
+    @property
+    def full_reward(self) -> float:
+        """The largest reward a completion can have."""
+        best = {"overlong": 0.0, "fusion": ATTENTION_BONUS}
+        return sum(weight * best.get(name, 1.0) for name, weight in self.weights.items())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_stage(cls, raw: Json) -> Json:
+        if isinstance(raw, dict) and "fusion_strict" in raw:
+            raw = {**raw}
+            strict, fusion = raw.pop("fusion_strict"), raw.get("fusion") or {}
+            warn_once("rewards.fusion_strict", "rewards.fusion.strict")
+            raw["fusion"] = {"strict": strict, **fusion} if isinstance(fusion, dict) else fusion
+        if not isinstance(raw, dict) or raw.get("stage") not in STAGE_WEIGHTS:
+            return raw
+        of_stage = STAGE_WEIGHTS[raw["stage"]]
+        if raw.get("weights") not in (None, of_stage):
+            raise ConfigError(
+                "rewards.stage and rewards.weights both say what is paid: keep one of them"
+            )
+        return {**raw, "weights": dict(of_stage)}
 
     @field_validator("weights")
     @classmethod

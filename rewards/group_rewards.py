@@ -9,9 +9,7 @@ from avatar_rl.common.scoring import Completion
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.accuracy import canonical_answer
 from avatar_rl.rewards.answers.format import extract_answer
-
-#: What a completion earns for answering at least as well as both of its unimodal counterparts.
-ATTENTION_BONUS = 0.3
+from avatar_rl.rewards.config import ATTENTION_BONUS
 
 
 def attention_score(both: float, video: float, audio: float, *, strict: bool) -> float:

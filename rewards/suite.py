@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.accuracy import accuracy_score
 from avatar_rl.rewards.answers.format import format_score
 from avatar_rl.rewards.answers.grounding import parse_grounded
+from avatar_rl.rewards.answers.overlong import overlong_score
 from avatar_rl.rewards.config import BUILTIN, JUDGED, JudgeConfig, RewardConfig
 from avatar_rl.rewards.custom import CustomReward
-from avatar_rl.rewards.group_rewards import attention_score, self_consistency_scores
+from avatar_rl.rewards.group_rewards import self_consistency_scores
+from avatar_rl.rewards.judges.answers import AnswerJudge, Fusion
 from avatar_rl.rewards.judges.base import Attach
 from avatar_rl.rewards.judges.component import JudgeComponent
 from avatar_rl.rewards.judges.segments import (
@@ -140,28 +143,44 @@ class RewardSuite:
             return CustomReward(name, self.config.custom_timeout_s)
         if name in JUDGED:
             return self._judged(name)
+        if name == "fusion":
+            paid = self.config.weights.get("answer_judge", 0) > 0
+            return Fusion(
+                self.config.fusion, self._accuracy, self._answer_judge() if paid else None
+            )
         rules: dict[str, Callable[[ScoreRequest], Sequence[float | None]]] = {
             "format": self._format,
-            "accuracy": lambda request: self._accuracy(request, request.completions),
+            "accuracy": lambda request: self._accuracy(request.prompt, request.completions),
             "self_consistency": self._self_consistency,
             "grounding_format": self._grounding_format,
-            "fusion": self._fusion,
+            "overlong": self._overlong,
         }
         return RuleReward(name, rules[name])
 
     def _judged(self, name: str) -> Component:
         """A component that asks the judge; all of them share one."""
         config = self.config.judge
-        if self._judge is None:
-            self._judge = build_judge(config)
+        if name == "answer_judge":
+            return self._answer_judge()
+        judge = self._the_judge()
         if name == "judge":
-            return JudgeComponent(self._judge, self._attach)
+            return JudgeComponent(judge, self._attach)
         if config.kind != "rule" and self._attach is None:
             raise ConfigError(
                 f"reward {name} shows the judge clips: set rewards.judge.attach: [video] (or more)"
             )
         kind = SegmentConsistency if name == "segment_consistency" else SegmentCompleteness
-        return kind(self._judge, self._attach)
+        along = self.config.grounding == "lenient"
+        return kind(judge, self._attach, along=along)
+
+    def _the_judge(self) -> SegmentJudge:
+        if self._judge is None:
+            self._judge = build_judge(self.config.judge)
+        return self._judge
+
+    def _answer_judge(self) -> AnswerJudge:
+        config = self.config
+        return AnswerJudge(self._the_judge(), config.answer_judge, config.max_answer_chars)
 
     def _format(self, request: ScoreRequest) -> list[float]:
         scale, prefilled = self.config.format, self._prefilled(request, "<think>")
@@ -176,11 +195,11 @@ class RewardSuite:
             return self.config.think_prefilled
         return None if request.opened_tag is None else request.opened_tag == tag
 
-    def _accuracy(self, request: ScoreRequest, completions: Sequence[Completion]) -> list[float]:
+    def _accuracy(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
         config = self.config
         return [
             accuracy_score(
-                request.prompt,
+                prompt,
                 one.text,
                 numeric=config.numeric,
                 max_answer_chars=config.max_answer_chars,
@@ -192,22 +211,25 @@ class RewardSuite:
         limit = self.config.max_answer_chars
         return self_consistency_scores(request.prompt, request.completions, max_answer_chars=limit)
 
+    def _overlong(self, request: ScoreRequest) -> list[float]:
+        limit, share = self.config.overlong_tokens, self.config.overlong_share
+        if limit is None:
+            raise ConfigError(
+                "reward overlong needs the longest completion: set rewards.overlong_tokens (a run "
+                "takes rollout.sampling.max_tokens)"
+            )
+        return [overlong_score(one.tokens, limit=limit, share=share) for one in request.completions]
+
     def _grounding_format(self, request: ScoreRequest) -> list[float]:
         strict = self.config.grounding == "strict"
         prefilled = self._prefilled(request, "<thinking>")
-        parsed = [parse_grounded(one.text, prefilled) for one in request.completions]
+        parsed = [
+            parse_grounded(one.text, prefilled, along=not strict) for one in request.completions
+        ]
         return [
             float(one.finished and (output.strict if strict else output.lenient))
             for one, output in zip(request.completions, parsed, strict=True)
         ]
-
-    def _fusion(self, request: ScoreRequest) -> list[float | None]:
-        if request.video_only is None or request.audio_only is None:
-            return [None] * len(request.completions)  # nothing to compare with: unscored, not 0
-        rollouts = (request.completions, request.video_only, request.audio_only)
-        answers = [self._accuracy(request, completions) for completions in rollouts]
-        strict = self.config.fusion_strict
-        return [attention_score(*scores, strict=strict) for scores in zip(*answers, strict=True)]
 
 
 def build_judge(config: JudgeConfig) -> SegmentJudge:

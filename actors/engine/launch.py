@@ -90,7 +90,7 @@ def engine_arguments(
     cpu = device == "cpu"
     arguments: dict[str, Any] = {
         "model": str(loadable_folder(model_path)),
-        "dtype": ("float32" if cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
+        "dtype": config.dtype_on(device),
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,

@@ -3,7 +3,7 @@ tuning seeds only."""
 
 from __future__ import annotations
 
-from avatar_rl.cluster.recipe.presets import Overlay, merge
+from avatar_rl.cluster.recipe.overlays import Overlay, merge
 from benchmarks.studies.runs import Arm, Pool
 
 #: Question types on which the cold start leaves room, 28 prompts: GRPO meets each every 3 or 4

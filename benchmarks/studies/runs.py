@@ -28,7 +28,8 @@ from avatar_rl.cluster.recipe.assets import (
     prepare_datasets,
 )
 from avatar_rl.cluster.recipe.load import check, load_recipe
-from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.overlays import Overlay, merge
+from avatar_rl.cluster.recipe.presets import stated
 from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.cluster.telemetry.distributions import total
 from avatar_rl.cluster.telemetry.live_view import open_screen
@@ -130,7 +131,7 @@ def _select(source: Path, path: Path, categories: Sequence[str], count: int) -> 
 def resolve(base: Overlay, arm: Arm, seed: int, cap: int | None = None) -> RunConfig:
     """The arm's checked configuration, with as many steps as ``cap`` completions take. Raises
     ConfigError."""
-    raw = merge(merge(base, preset(arm.preset)), arm.over)
+    raw = merge(merge(base, stated(arm.preset)), arm.over)
     raw = merge(raw, {"seed": seed, "preset": arm.preset})
     config = check(raw, source=f"arm {arm.preset}")
     if cap is None:

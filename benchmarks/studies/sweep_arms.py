@@ -3,7 +3,7 @@ before the runs."""
 
 from __future__ import annotations
 
-from avatar_rl.cluster.recipe.presets import Overlay, merge
+from avatar_rl.cluster.recipe.overlays import Overlay, merge
 from benchmarks.studies.arms import rate
 from benchmarks.studies.runs import Arm
 

@@ -23,6 +23,9 @@ class RolloutRequest(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["train", "eval"] = "train"
     round: int = 0  # evaluation round (eval requests)
     min_version: int = 0  # oldest policy version that may generate it
+    # prompts to ask instead, one after the other, when a group teaches nothing (dynamic sampling);
+    # each takes the next seq
+    spares: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -52,6 +55,7 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     seq: int
     attempt: int = 0
     consumer: str = ""
+    spares: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, request: RolloutRequest) -> StoredRequest:
@@ -65,6 +69,7 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             n=request.n,
             min_version=request.min_version,
             seq=request.seq,
+            spares=request.spares,
         )
 
     def lease(self, hinted: bool) -> RequestLease:
@@ -78,6 +83,7 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             kind=self.kind,
             round=self.round,
             min_version=self.min_version,
+            spares=self.spares,
         )
         return RequestLease(
             request=request, attempt=self.attempt, consumer=self.consumer, hinted=hinted
@@ -99,6 +105,7 @@ class NewGroup(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     rewards: list[float]
     marks: str  # see accuracy_marks
     counted: str  # "0" where the reward rests on an imputed mark, else "1"
+    replace: bool = False  # ask the request's next spare prompt beside it
 
 
 class PromptKl(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -3,6 +3,6 @@
 train.py `train` and `evaluate`; runs.py `runs` and the end of every training; doctor.py, whose fast
 checks are also the start of every training. Its checks doctor_inputs.py, doctor_machine.py,
 doctor_network.py, doctor_plan.py and doctor_redis.py yield findings.py; buffer.py, data.py,
-hint_generation.py and scale.py are as the commands are called; configuration.py writes
+presets.py and scale.py are as the commands are called; configuration.py writes
 docs/configuration.md.
 """

@@ -19,6 +19,7 @@ from avatar_rl.cluster.recipe.resources import cluster_address
 from avatar_rl.cluster.telemetry.run_folder import MIN_FREE_BYTES
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.rewards.config import BUILTIN
+from avatar_rl.rewards.judges.template import JudgeTemplate
 
 ROOMY_BYTES = 10 << 30  # run folders, caches and a checkpoint of a small model
 #: Seconds that importing the recipe's own rewards may take.
@@ -103,8 +104,21 @@ def secrets(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _judge_prompt(config: RunConfig) -> Iterator[Finding]:
+    file = config.rewards.judge.prompt
+    if file is None or "judge" not in config.rewards.weights:
+        return
+    try:
+        JudgeTemplate.read(file)
+    except AvatarError as error:
+        yield Finding("rewards.judge.prompt", "fail", str(error), "correct the file")
+    else:
+        yield Finding("rewards.judge.prompt", "ok", str(file))
+
+
 def rewards(config: RunConfig) -> Iterator[Finding]:
     """The recipe's own rewards are imported in a process of their own, as in a worker."""
+    yield from _judge_prompt(config)
     named = [name for name in config.rewards.weights if name not in BUILTIN]
     if not named:
         return

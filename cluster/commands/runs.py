@@ -91,7 +91,7 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
     """Resume ``run`` by its own recipe."""
     from avatar_rl.cluster.checkpoints.resume import reusable_config
     from avatar_rl.cluster.recipe.load import check, overridden, parse_overrides
-    from avatar_rl.cluster.recipe.presets import merge
+    from avatar_rl.cluster.recipe.overlays import merge
 
     raw = merge(reusable_config(run), {"output": {"folder": str(run.parent)}})
     raw = overridden(raw, parse_overrides(overrides))

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
 from avatar_rl.cluster.recipe.load import (
+    against_preset,
     load_recipe,
+    overridden,
     parse_overrides,
     read_recipe,
+    renamed,
     resolve_recipe,
     to_yaml,
 )
 from avatar_rl.cluster.recipe.memory import MemoryPlan
-from avatar_rl.cluster.recipe.presets import Overlay
+from avatar_rl.cluster.recipe.overlays import Overlay
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.common.errors import ConfigError
 
@@ -52,6 +55,8 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
             f"recipe {recipe} has no stages: --stage, --from-stage and --start are for those"
         )
     config = load_recipe(recipe, parse_overrides(overrides), preset_name=asked.preset)
+    hand = overridden(renamed(raw, str(recipe)), parse_overrides(overrides))
+    _show_by_hand(against_preset(hand, asked.preset))
     if not asked.dry_run:
         return train_and_summarise(config, asked.resume)
     print(to_yaml(config))
@@ -70,6 +75,11 @@ def _show_needs(config: RunConfig) -> None:
     print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
     for name, amount in plan.rows():
         print(f"#   {name:<34} {amount}")
+
+
+def _show_by_hand(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"# {line}")
 
 
 def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked: Asked) -> int:
@@ -95,6 +105,8 @@ def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked
     from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.services.shared_storage import placed
 
+    for stage in curriculum.stages:
+        _show_by_hand([f"stage {stage.name}: {line}" for line in stage.by_hand])
     preflight({stage.name: _begun(stage) for stage in curriculum.stages})
     where = tuple(replace(stage, config=placed(stage.config)) for stage in curriculum.stages)
     curriculum = replace(curriculum, stages=where, folder=where[0].config.output.folder)
@@ -148,6 +160,7 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
             f"# ---- stage {number}: {stage.name} ({'SFT' if stage.is_sft else 'RL'}), from {start}"
         )
         print(f"# trains {config.data.select}; rewards {config.rewards.weights}")
+        _show_by_hand(stage.by_hand)
         print(to_yaml(config))
     print("# resources each stage asks for")
     _show_needs(curriculum.stages[-1].config)

@@ -14,8 +14,15 @@ from avatar_rl.cluster.checkpoints.resume import HARMLESS, UNTIL
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.recipe.content import key, model_digest
-from avatar_rl.cluster.recipe.load import check, explain, overridden, renamed
-from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.load import (
+    against_preset,
+    check,
+    explain,
+    over_preset,
+    overridden,
+    renamed,
+)
+from avatar_rl.cluster.recipe.overlays import Overlay, lay, merge
 from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
@@ -75,6 +82,7 @@ class Stage:
     is_sft: bool
     start: Path | None  # None: the stage before, or the recipe's model for the first
     keeps_replay: bool
+    by_hand: tuple[str, ...] = ()  # what was given against its preset, a line each
 
     def digest(self, datasets: Datasets, parent: str) -> str:
         """Changes when anything the stage's result depends on does: settings, data, and ``parent``,
@@ -119,8 +127,9 @@ class Curriculum:
 def resolve(
     raw: Overlay, overrides: Sequence[tuple[str, str]], *, preset_name: str | None, source: str
 ) -> Curriculum:
-    """The checked stages of a recipe with `stages`. Below a stage's own keys lie its preset and the
-    recipe; the command line lies over every stage.
+    """The checked stages of a recipe with `stages`. A stage's own keys lie over the recipe's, and
+    these over one preset: the command line's for an RL stage, else the stage's, else the recipe's.
+    The command line lies over every stage.
 
     Raises ConfigError naming recipe and stage for unknown keys, bad values, doubled names or a
     missing cold start."""
@@ -128,8 +137,6 @@ def resolve(
         name: value for name, value in raw.items() if name not in ("stages", "modality_check")
     }
     common = renamed(common, source)
-    if common.get("preset"):
-        common = merge(preset(str(common["preset"])), common)
     entries = [_entry(item, number, source) for number, item in enumerate(_listed(raw, source))]
     names = [entry.name for entry in entries]
     doubled = {name for name in names if names.count(name) > 1}
@@ -148,14 +155,16 @@ def resolve(
         raise ConfigError(
             f"recipe {source}: modality_check is {modality_check!r}; set true or false"
         )
-    plain = check(_laid(common, overrides, preset_name), source=source)
+    plain = check(overridden(over_preset(common, preset_name), overrides), source=source)
     folder = plain.output.folder / plain.name
     stages = []
     for entry in entries:
-        config = check(
-            _stage_raw(common, entry, overrides, preset_name, source),
-            source=f"{source}, stage {entry.name}",
-        )
+        hand = _by_hand(common, entry, source)
+        named = (preset_name if entry.kind == "rl" else None) or entry.preset
+        raw_stage = overridden(over_preset(hand, named), overrides)
+        if entry.kind == "rl":
+            raw_stage |= {"cold_start": None}
+        config = check(raw_stage, source=f"{source}, stage {entry.name}")
         if entry.kind == "sft" and config.cold_start is None:
             raise ConfigError(
                 f"recipe {source}, stage {entry.name}: kind sft needs a `cold_start` section"
@@ -167,7 +176,10 @@ def resolve(
             raise ConfigError(
                 f"recipe {source}, stage {entry.name}: start {start} is not a checkpoint folder"
             )
-        stages.append(Stage(entry.name, config, entry.kind == "sft", start, entry.replay == "keep"))
+        shown = tuple(against_preset(overridden(hand, overrides), named))
+        stages.append(
+            Stage(entry.name, config, entry.kind == "sft", start, entry.replay == "keep", shown)
+        )
     if stages[0].keeps_replay:
         raise ConfigError(
             f"recipe {source}, stage {names[0]}: replay: keep needs a stage before it"
@@ -175,33 +187,14 @@ def resolve(
     return Curriculum(plain.name, folder, tuple(stages), modality_check)
 
 
-def _stage_raw(
-    common: Overlay,
-    entry: StageConfig,
-    overrides: Sequence[tuple[str, str]],
-    preset_name: str | None,
-    source: str,
-) -> Overlay:
-    raw = (
-        merge(common, {**preset(entry.preset), "preset": entry.preset}) if entry.preset else common
-    )
-    raw = merge(raw, renamed(entry.overrides, f"{source}, stage {entry.name}"))
+def _by_hand(common: Overlay, entry: StageConfig, source: str) -> Overlay:
+    """What recipe and stage give by hand."""
+    raw = lay(common, renamed(entry.overrides, f"{source}, stage {entry.name}"))
     given = entry.model_dump(mode="json", exclude_unset=True)
     raw = merge(raw, {"data": {"select": given["select"]}} if "select" in given else {})
     loop = {"steps": entry.steps, "target_accuracy": entry.target_accuracy}
     raw = merge(raw, {"loop": {name: value for name, value in loop.items() if value is not None}})
-    if "weights" in entry.rewards:  # they replace the recipe's instead of joining them
-        raw = merge(raw, {"rewards": {"weights": None}})
-    raw = merge(raw, {"rewards": entry.rewards})
-    if entry.kind == "sft":
-        return _laid(raw, overrides, None)
-    return _laid(raw, overrides, preset_name) | {"cold_start": None}
-
-
-def _laid(raw: Overlay, overrides: Sequence[tuple[str, str]], preset_name: str | None) -> Overlay:
-    if preset_name:
-        raw = merge(raw, {**preset(preset_name), "preset": preset_name})
-    return overridden(raw, overrides)
+    return lay(raw, {"rewards": entry.rewards})  # its weights replace the recipe's
 
 
 def _listed(raw: Overlay, source: str) -> list[Json]:

@@ -9,7 +9,8 @@ from typing import Any
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.fields import all_keys, sections
 from avatar_rl.cluster.recipe.load import overridden, renamed
-from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.overlays import Overlay, beneath, merge, spelt_out
+from avatar_rl.cluster.recipe.presets import stated
 from avatar_rl.common.types import Json
 
 DEFAULT = "default"
@@ -33,16 +34,22 @@ class Layers:
         """Those of a recipe's mapping. Raises ConfigError for unknown presets and old keys."""
         raw = renamed(raw, source)
         parts: list[tuple[str, Overlay]] = []
-        if raw.get("preset"):
-            name = str(raw["preset"])
-            parts.append((f"preset {name}, which {source} names", preset(name)))
-        if raw:
-            parts.append((source, raw))
         if preset_name:
-            over = {**preset(preset_name), "preset": preset_name}
-            parts.append((f"preset {preset_name}, from the command line", over))
+            parts.append((f"preset {preset_name}, from the command line", stated(preset_name)))
+            raw = raw | {"preset": preset_name}
+        elif raw.get("preset"):
+            name = str(raw["preset"])
+            parts.append((f"preset {name}, which {source} names", stated(name)))
+        if raw:
+            # without what the recipe takes out of it
+            parts = [(origin, beneath(part, raw)) for origin, part in parts]
+            parts.append((source, spelt_out(raw)))
         if overrides:
-            parts.append(("the command line", overridden({}, overrides)))
+            over = overridden({}, overrides)
+            parts = [
+                (origin, beneath(part, over, replaces_weights=False)) for origin, part in parts
+            ]
+            parts.append(("the command line", spelt_out(over)))
         return cls(tuple(parts))
 
     def value(self, path: str) -> tuple[Any, str]:

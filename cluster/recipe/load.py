@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.presets import Overlay, merge, preset
+from avatar_rl.cluster.recipe.overlays import Overlay, lay, merge, nested
+from avatar_rl.cluster.recipe.presets import by_hand, stated
 from avatar_rl.cluster.recipe.suggest import suggestion
 from avatar_rl.cluster.recipe.yaml_text import parse_yaml, read_yaml
 from avatar_rl.common.config import current_keys, subsection
@@ -22,8 +24,7 @@ from avatar_rl.common.types import Json
 def load_recipe(
     path: Path, overrides: Sequence[tuple[str, str]] = (), *, preset_name: str | None = None
 ) -> RunConfig:
-    """Recipe < preset named on the command line < overrides; a preset named in the recipe lies
-    below the recipe.
+    """Preset < recipe < overrides. A preset named on the command line replaces the recipe's.
 
     Raises ConfigError for a missing file, bad YAML, unknown keys (with the nearest known one) and
     bad values."""
@@ -43,12 +44,28 @@ def resolve_recipe(
     source: str,
 ) -> RunConfig:
     """``load_recipe`` for a mapping that was read."""
-    raw = renamed(raw, source)
-    if raw.get("preset"):
-        raw = merge(preset(str(raw["preset"])), raw)
-    if preset_name:
-        raw = merge(raw, {**preset(preset_name), "preset": preset_name})
-    return check(overridden(raw, overrides), source=source)
+    return check(
+        overridden(over_preset(renamed(raw, source), preset_name), overrides), source=source
+    )
+
+
+def over_preset(hand: Overlay, preset_name: str | None = None) -> Overlay:
+    """What is given by hand, over the preset that is named: ``preset_name``, else its own. What
+    the preset does not state is left to the schema's defaults, which are the preset's too."""
+    name = preset_name or hand.get("preset")
+    return lay(stated(str(name)), {**hand, "preset": name}) if name else hand
+
+
+def against_preset(hand: Overlay, preset_name: str | None = None) -> list[str]:
+    """A line for each key that was given by hand against the preset: the hand wins, and is
+    shown."""
+    name = preset_name or hand.get("preset")
+    if not name:
+        return []
+    return [
+        f"{key}: {json.dumps(mine)} by hand, {json.dumps(theirs)} in preset {name}"
+        for key, mine, theirs in by_hand(str(name), hand)
+    ]
 
 
 def find_recipe(path: Path) -> Path:
@@ -130,17 +147,9 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
         except yaml.YAMLError as error:
             raise ConfigError(f"override --{key} {text!r} is not a YAML value: {error}") from error
         if value == {}:
-            raw = merge(raw, current_keys(RunConfig, _nested(key, None)))
-        raw = merge(raw, current_keys(RunConfig, _nested(key, value)))
+            raw = merge(raw, current_keys(RunConfig, nested(key, None)))
+        raw = lay(raw, current_keys(RunConfig, nested(key, value)), replaces_weights=False)
     return raw
-
-
-def _nested(key: str, value: Json) -> Overlay:
-    *parents, leaf = key.split(".")
-    nested: Overlay = {leaf: value}
-    for part in reversed(parents):
-        nested = {part: nested}
-    return nested
 
 
 def explain(item: ErrorDetails, root: type[BaseModel] = RunConfig) -> str:

@@ -109,12 +109,12 @@ class Services:
 
     def rewards(self) -> RewardConfig:
         """The recipe's rewards; a judge that was started here is named by its address."""
-        rewards = self.config.rewards
-        return (
-            rewards
-            if self.judge is None
-            else rewards.model_copy(update={"judge": self.judge.client})
-        )
+        rewards, longest = self.config.rewards, self.config.rollout.sampling.max_tokens
+        if rewards.overlong_tokens is None:
+            rewards = rewards.model_copy(update={"overlong_tokens": longest})
+        if self.judge is None:
+            return rewards
+        return rewards.model_copy(update={"judge": self.judge.client})
 
     def scorer_environment(self) -> dict[str, str]:
         """Environment of reward processes: the judge's key goes to them alone."""

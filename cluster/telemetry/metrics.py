@@ -110,12 +110,32 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ),
         ("kl/behaviour/<half>", "nats", "kl/behaviour over the tokens of one half."),
         ("kl/behaviour_capped/<half>", "nats", "kl/behaviour_capped over the tokens of one half."),
-        ("ratio/fresh/mean", "", "Current over behaviour probability, mean over fresh tokens."),
+        (
+            "ratio/fresh/mean",
+            "",
+            "Current over old probability (docs/method.md 1.1), mean over fresh tokens.",
+        ),
         ("ratio/fresh/max", "", "Largest such ratio."),
-        ("ratio/replay/mean", "", "Current over behaviour probability, mean over replayed tokens."),
+        ("ratio/replay/mean", "", "Current over old probability, mean over replayed tokens."),
         ("ratio/replay/max", "", "Largest such ratio."),
         ("clip_fraction/fresh", "share", "Fresh tokens whose ratio was clipped."),
         ("clip_fraction/replay", "share", "Replayed tokens whose ratio was clipped."),
+        (
+            "mismatch/weight/<half>",
+            "",
+            "Weight old / behaviour, where the trainer's own old log-probabilities are used "
+            "(docs/method.md 1.1); mean over tokens.",
+        ),
+        (
+            "mismatch/kl/<half>",
+            "nats",
+            "k3 KL of the old policy, as the trainer computes it, to the sampler; there too.",
+        ),
+        (
+            "mismatch/rejected/<half>",
+            "share",
+            "Tokens of completions that learner.objective.rejection left out; there too.",
+        ),
         ("ess/fresh", "share", "Effective sample size of the fresh half; 1 means on-policy."),
         ("ess/replay", "share", "Effective sample size of the replayed half; 1 means on-policy."),
         (
@@ -143,6 +163,12 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "groups/dead_after",
             "share",
             "Groups that stay without signal after the replayed half is mixed in.",
+        ),
+        (
+            "groups/replaced",
+            "groups",
+            "Groups of the step that taught nothing and gave way to another prompt's "
+            "(loop.dynamic_sampling). Rewards and lengths count them, losses do not.",
         ),
         ("replay/share", "share", "Replayed trajectories among all that were trained."),
         ("age/replay/mean", "versions", "Age of the replayed trajectories, mean."),

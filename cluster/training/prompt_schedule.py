@@ -32,6 +32,9 @@ class PromptSchedule:
         warm_up: Stored trajectories until which whole groups are generated (docs/method.md 1.3).
         full_reward: The largest reward a completion can have.
         first_seq: Number of the first request; imported replay is numbered below it.
+
+    With ``loop.dynamic_sampling`` every request brings spare prompts, and takes that many more
+    numbers: those of one group's attempts are ``attempts * slot`` and following.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class PromptSchedule:
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.loop, self.seed, self.warm_up, self.full_reward = loop, seed, warm_up, full_reward
-        self.first_seq = first_seq
+        self.attempts = loop.dynamic_sampling.attempts
+        self.first_seq = -(-first_seq // self.attempts) * self.attempts
         self._orders: dict[int, list[int]] = {}
 
     def requests(self, step: int, averages: Averages | None = None) -> list[RolloutRequest]:
@@ -59,27 +63,37 @@ class PromptSchedule:
             missing = {
                 prompt_id: self.full_reward - rbar for prompt_id, rbar in (averages or {}).items()
             }
-            chosen = open_prompts(self.prompt_ids, missing, count, seed=self.seed, step=step)
+            drawn = open_prompts(
+                self.prompt_ids, missing, count * self.attempts, seed=self.seed, step=step
+            )
+            chosen = [drawn[slot::count] for slot in range(count)]
         else:
-            chosen = [self._prompt_at(position) for position in positions]
+            chosen = [self._prompts_at(position) for position in positions]
         return [
             RolloutRequest(
-                seq=self.first_seq + position,
-                prompt_id=prompt_id,
+                seq=self.first_seq + position * self.attempts,
+                prompt_id=prompt_ids[0],
                 step=step,
                 epoch=self._epoch(position),
                 kind="train",
                 n=completions,
+                spares=tuple(prompt_ids[1:]),
             )
-            for position, prompt_id in zip(positions, chosen, strict=True)
+            for position, prompt_ids in zip(positions, chosen, strict=True)
         ]
 
     def _epoch(self, position: int) -> int:
         return position // len(self.prompt_ids)
 
-    def _prompt_at(self, position: int) -> str:
-        order = self._order(self._epoch(position))
-        return self.prompt_ids[order[position % len(self.prompt_ids)]]
+    def _prompts_at(self, position: int) -> list[str]:
+        """The prompt of a position and its spares. They are spread over the pass, so that no prompt
+        comes twice in a step of a pool that is large enough."""
+        order, size = self._order(self._epoch(position)), len(self.prompt_ids)
+        stride = max(self.loop.prompts_per_step, size // self.attempts)
+        return [
+            self.prompt_ids[order[(position + attempt * stride) % size]]
+            for attempt in range(self.attempts)
+        ]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

@@ -296,7 +296,7 @@ def _schedule(
         config.loop,
         seed=config.seed,
         warm_up=config.buffer.warm_up,
-        full_reward=sum(config.rewards.weights.values()),
+        full_reward=config.rewards.full_reward,
         first_seq=first_seq(buffer),
     )
 
@@ -308,7 +308,14 @@ def _learner(
     config = system.config
     return LearnerGroup(
         system.pool,
-        learner_spec(config, run_id, model, system.datasets, system.services.redis_url),
+        learner_spec(
+            config,
+            run_id,
+            model,
+            system.datasets,
+            system.services.redis_url,
+            on_gpu=system.services.on_gpu,
+        ),
         config.learner.ranks,
         replica,
         buffer,

@@ -282,6 +282,8 @@ def rollout_spec(
         lease_s=rollout.lease_s,
         scores_together=config.rewards.quick,
         unimodal=config.rewards.asks_unimodal,
+        confidence=config.rewards.asks_confidence,
+        dead_by=config.loop.dynamic_sampling.by,
     )
 
 
@@ -293,8 +295,10 @@ def learner_spec(
     redis_url: str,
     *,
     cold_start: bool = False,
+    on_gpu: bool = False,
 ) -> LearnerSpec:
-    """What every learner rank is told; ``cold_start``: as ranks of the supervised Stage 0."""
+    """What every learner rank is told; ``cold_start``: as ranks of the supervised Stage 0,
+    ``on_gpu``: rollout actors have GPUs unless the recipe says otherwise."""
     assert not cold_start or datasets.sft is not None
     learner = config.learner
     if cold_start and config.cold_start is not None:
@@ -319,5 +323,15 @@ def learner_spec(
         replayed=config.loop.replayed,
         max_tokens=config.rollout.sampling.max_tokens,
         step_timeout_s=config.loop.step_timeout_s,
+        attempts=config.loop.dynamic_sampling.attempts,
+        engine_dtype=config.rollout.engine.dtype_on(_engine_device(config, on_gpu)),
         replica_bytes=0 if cold_start else config.checkpoint.replica_bytes,
     )
+
+
+def _engine_device(config: RunConfig, on_gpu: bool) -> str:
+    """Where the rollout engines run, as they will find out themselves."""
+    device, named = config.rollout.engine.device, config.resources.rollout_gpus
+    if device != "auto":
+        return device
+    return "cuda" if (on_gpu if named is None else named > 0) else "cpu"

@@ -34,6 +34,7 @@ class StepWork:
     replays: tuple[Trajectory, ...]
     baselines: tuple[float, ...]  # Rbar per replay
     group_baselines: tuple[float, ...] = ()  # Rbar per group; empty where nothing reads it
+    replaced: tuple[Group, ...] = ()  # by dynamic sampling: generated, not trained
 
     def update(self, number: int, updates: int) -> StepWork:
         """The work of one of the step's optimiser updates: all groups, every ``updates``-th
@@ -56,7 +57,8 @@ class StepSource:
     def collect(self, step: int, waiting: Callable[[], None]) -> StepWork:
         """The step's groups, as soon as all are in, and its replays; ``waiting`` is called at every
         look. Raises ReplayBufferError when they do not arrive in time."""
-        groups = self._await_groups(step, waiting)
+        arrived = self._await_groups(step, waiting)
+        groups, replaced = last_attempts(arrived, self.spec.attempts)
         replay, spec = self.buffer.replay, self.spec
         version = replay.version()
         replays: list[Trajectory] = []
@@ -75,7 +77,13 @@ class StepSource:
                 [group.prompt_id for group in groups], [group.hinted for group in groups]
             )
         return StepWork(
-            step, version, tuple(groups), tuple(replays), tuple(baselines), tuple(of_groups)
+            step,
+            version,
+            tuple(groups),
+            tuple(replays),
+            tuple(baselines),
+            tuple(of_groups),
+            tuple(replaced),
         )
 
     def _await_groups(self, step: int, waiting: Callable[[], None]) -> Sequence[Group]:
@@ -109,6 +117,15 @@ class StepSource:
         (docs/method.md 1.4)."""
         if found:
             self.buffer.replay.report_behaviour_kl(step, found)
+
+
+def last_attempts(groups: Sequence[Group], attempts: int) -> tuple[list[Group], list[Group]]:
+    """The groups that a step trains, and those that dynamic sampling replaced: of the ``attempts``
+    seqs of one place in the step the last that came counts."""
+    last = {group.seq // attempts: group.seq for group in sorted(groups, key=lambda g: g.seq)}
+    trained = [group for group in groups if last[group.seq // attempts] == group.seq]
+    kept = {group.id for group in trained}
+    return trained, [group for group in groups if group.id not in kept]
 
 
 @dataclass(frozen=True)

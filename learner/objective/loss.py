@@ -8,6 +8,7 @@ averages gradients over W ranks, scale the loss by W first."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +84,8 @@ class TokenDiagnostics(NamedTuple):
     is_replay: Tensor  # (B,) bool
     ratio: Tensor  # (B, T) ratio of the surrogate, before clipping
     weight: Tensor  # (B, T) mismatch weight, 1 when not corrected
+    rejected: Tensor  # (B,) bool, trainer and sampler differ too much: weight 0
+    mismatch_kl: Tensor | None  # (B, T) k3 of old and behaviour; None without an old of its own
     clipped: Tensor  # (B, T) bool, no gradient because of a clip (cispo: weight was capped)
     loss: Tensor  # (B, T) surrogate loss with TAS and mismatch weight, before alpha and averaging
     kl_behaviour: Tensor  # (B, T) k3 to the behaviour policy
@@ -120,8 +123,10 @@ def policy_loss(
     stored with the trajectory; ``mask`` (B, T) 1 = completion token; ``advantages`` (B,); ``tas``
     (B, T); ``is_replay`` (B,) bool; ``reference_logprobs`` (B, T), needed when beta > 0 (with beta
     = 0 it is only measured). ``old_logprobs`` (B, T) is the trainer's own score of the completions:
-    then the ratio is taken against it, and ``config.mismatch`` weighs each token by old /
-    behaviour. ``truncated`` (B,) bool is needed by mask_truncated_completions. Padding may hold
+    then the ratio of fresh rows is taken against it, and ``config.mismatch`` weighs each of their
+    tokens by old / behaviour. Replayed rows keep their ratio over the behaviour policy, unless
+    ``config.old_logprobs`` is current. ``truncated`` (B,) bool is needed by
+    mask_truncated_completions. Padding may hold
     anything. J_on and J_off are averaged over their own sequences or tokens, KL over all;
     logarithms are natural. A NaN that a model computed (``logprobs``, ``old_logprobs``, the
     reference where beta > 0) passes on to the loss and shows in ``rows``. Raises DataError for
@@ -146,11 +151,15 @@ def policy_loss(
         keep = keep & ~_truncated(truncated)[:, None]
     current = torch.where(keep, logprobs, 0)
     behaviour = torch.where(keep, behaviour_logprobs, 0)
-    old = behaviour if old_logprobs is None else _computed(old_logprobs.detach(), keep)
+    old = behaviour
+    if old_logprobs is not None:
+        of_trainer = keep if config.old_logprobs == "current" else keep & ~replay[:, None]
+        old = torch.where(of_trainer, _computed(old_logprobs.detach(), of_trainer), behaviour)
     lengths = keep.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
 
     ratio = _ratio(current, old, lengths, config)
-    weight = _mismatch_weight(old - behaviour, config)
+    rejected = _rejected(old - behaviour, lengths, config)
+    weight = _mismatch_weight(old - behaviour, config).masked_fill(rejected, 0)
     shaped = torch.where(keep, tas * advantages[:, None], 0).to(logprobs.dtype)
     surrogate, clipped = _surrogate(ratio, shaped, current, config)
     surrogate = -surrogate * weight
@@ -166,6 +175,8 @@ def policy_loss(
         is_replay=replay,
         ratio=ratio.detach(),
         weight=weight,
+        rejected=rejected.squeeze(1),
+        mismatch_kl=None if old_logprobs is None else _k3(behaviour, old),
         clipped=clipped & keep,
         loss=surrogate.detach(),
         kl_behaviour=_k3(current.detach(), behaviour),
@@ -206,6 +217,17 @@ def _mismatch_weight(log_weight: Tensor, config: ObjectiveConfig) -> Tensor:
     if config.mismatch in ("token_truncate", "sequence_truncate"):
         return weight.clamp(floor, config.mismatch_cap)
     return torch.where((weight >= floor) & (weight <= config.mismatch_cap), weight, 0)
+
+
+def _rejected(log_weight: Tensor, lengths: Tensor, config: ObjectiveConfig) -> Tensor:
+    """(B, 1) bool, completions whose log-difference of trainer and sampler, 0 where padded, is too
+    large on average. A NaN is not rejected: its micro-batch is left out with its name."""
+    log_weight = log_weight.clamp(-LOG_LIMIT, LOG_LIMIT)
+    if config.rejection == "k3":
+        gap, bound = log_weight.expm1() - log_weight, config.rejects_above
+    else:
+        gap, bound = log_weight, math.log(config.rejects_above)
+    return (gap.sum(1, keepdim=True) / lengths).abs() > bound
 
 
 def _surrogate(
@@ -274,10 +296,12 @@ def _check_options(
             f"beta is {config.beta} but there are no reference log-probabilities: pass them, or "
             "set 0"
         )
-    if config.mismatch != "none" and old_logprobs is None:
+    needs = "rejection" if config.rejection != "none" else "old_logprobs"
+    if old_logprobs is None and (
+        config.old_logprobs in ("trainer", "current") or needs == "rejection"
+    ):
         raise ConfigError(
-            f"mismatch: {config.mismatch} needs the trainer's own old_logprobs: pass them, or set "
-            "none"
+            f"{needs}: {getattr(config, needs)} needs the trainer's own old_logprobs: pass them"
         )
     if totals.fresh_sequences + totals.replay_sequences < 1:
         raise DataError("the step has no completion: count StepTotals over the whole step")

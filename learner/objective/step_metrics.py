@@ -40,6 +40,10 @@ class TokenSums:
     weight: float = 0.0  # importance weight: ratio times mismatch weight
     weight_squared: float = 0.0
     clipped: float = 0.0
+    corrected: float = 0.0  # tokens of completions that the trainer has an `old` of its own for
+    mismatch: float = 0.0  # mismatch weight of those
+    mismatch_kl: float = 0.0  # k3 of trainer and sampler
+    rejected: float = 0.0
     kl_behaviour: float = 0.0
     kl_behaviour_capped: float = 0.0  # each token's k3 held at ``KL_CAP``
     kl_reference: float = 0.0
@@ -201,6 +205,10 @@ class StepMetrics:
             # 0 when every weight was masked: no effective sample to speak of
             if sums.weight_squared:
                 found[f"ess/{kind}"] = sums.weight**2 / (sums.tokens * sums.weight_squared)
+            if sums.corrected:
+                found[f"mismatch/weight/{kind}"] = sums.mismatch / sums.corrected
+                found[f"mismatch/kl/{kind}"] = sums.mismatch_kl / sums.corrected
+                found[f"mismatch/rejected/{kind}"] = sums.rejected / sums.corrected
             found |= _means(sums, f"/{kind}")
         found |= _means(whole, "")
         if self.groups:
@@ -269,6 +277,11 @@ def _sums(tokens: TokenDiagnostics, keep: Tensor, entropy: Tensor | None) -> Kin
         "kl_behaviour": kl_behaviour.sum(),
         "kl_behaviour_capped": kl_behaviour.clamp(max=KL_CAP).sum(),
     }
+    if tokens.mismatch_kl is not None:
+        totals["corrected"] = count
+        totals["mismatch"] = tokens.weight[keep].double().sum()
+        totals["mismatch_kl"] = tokens.mismatch_kl[keep].double().sum()
+        totals["rejected"] = tokens.rejected[:, None].expand_as(keep)[keep].double().sum()
     if tokens.kl_reference is not None:
         totals["kl_reference"] = tokens.kl_reference[keep].double().sum()
         totals["reference_tokens"] = count

@@ -29,6 +29,7 @@ _SHARED = (
     "category",
     "needs",
 )
+_AUDIO_CAPTIONS = ("audio_caption", "audio_cues")  # the latter is AVATAR's
 _REASONING = ("reasoning", "process")  # the latter is Video-R1-COT's
 #: Words in the name of a column that say what it holds, and files that are media by their suffix.
 _KIND_WORDS = {
@@ -146,6 +147,7 @@ def _chat(row: Values, config: DataConfig, where: str) -> Fields:
     """Conversational, ms-swift, Video-R1 and AVATAR rows: messages, or a question with media beside
     it."""
     fields: dict[str, RawField] = {key: row.get(key) for key in _SHARED}
+    fields["audio_caption"] = _first(row, _AUDIO_CAPTIONS)
     fields |= {"reasoning": _first(row, _REASONING), "id": _first(row, _IDS)}
     answer = _first(row, _ANSWERS)
     if isinstance(answer, list):  # a completion as messages
@@ -169,7 +171,16 @@ def _chat(row: Values, config: DataConfig, where: str) -> Fields:
             fields["reasoning"] = fields["reasoning"] or thought(chat.target)
     if isinstance(answer, str):
         fields["reasoning"] = fields["reasoning"] or thought(answer)
-    used = {*_SHARED, *_REASONING, *_IDS, *_QUESTIONS, *_ANSWERS, *_MESSAGES, *_MEDIA}
+    used = {
+        *_SHARED,
+        *_AUDIO_CAPTIONS,
+        *_REASONING,
+        *_IDS,
+        *_QUESTIONS,
+        *_ANSWERS,
+        *_MESSAGES,
+        *_MEDIA,
+    }
     return fields | {"answer": answer, "extra": _others(row, used, config, where)}
 
 

@@ -93,6 +93,8 @@ def with_defaults(item: MediaItem, config: DataConfig) -> MediaItem:
         update = {"sample_rate": config.sample_rate}
     else:
         update = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        if item.kind == "image" and config.image_max_pixels is not None:
+            update["max_pixels"] = config.image_max_pixels
         if item.kind == "video" and not given & {"frames", "fps"}:
             update |= {"frames": config.frames, "fps": config.fps}
     return item.model_copy(update={key: value for key, value in update.items() if key not in given})

@@ -68,6 +68,26 @@ def _read_segments(text: str) -> tuple[list[tuple[str, str]], str]:
     return pairs, text
 
 
+def _scattered(text: str) -> list[tuple[str, str]]:
+    """The (time text, caption text) pairs up to the end of the reasoning, at most the first 8.
+
+    A time without a caption behind it is a mention and no segment."""
+    end = text.rfind("</thinking>")
+    text = text[: end if end >= 0 else len(text)]
+    pairs: list[tuple[str, str]] = []
+    at = text.find(_OPENING)
+    while at >= 0 and len(pairs) < MAX_SEGMENTS:
+        # a piece that ends with the next opening: linear, whatever is left unclosed
+        following = text.find(_OPENING, at + len(_OPENING))
+        piece = text[at : following if following >= 0 else len(text)]
+        time = _between(piece, _OPENING, "</time>")
+        caption = _between(time[1], "<caption>", "</caption>") if time else None
+        if time and caption:
+            pairs.append((time[0], caption[0]))
+        at = following
+    return pairs
+
+
 def _strict_tail(text: str) -> bool:
     thinking = _between(text, "<thinking>", "</thinking>")
     answer = _between(thinking[1], "<answer>", "</answer>") if thinking else None
@@ -76,12 +96,13 @@ def _strict_tail(text: str) -> bool:
     )
 
 
-def parse_grounded(text: str, prefilled: bool | None = False) -> Grounded:
+def parse_grounded(text: str, prefilled: bool | None = False, *, along: bool = False) -> Grounded:
     """Read an output. All work is linear in the text; at most the first 8 segments are kept.
 
     ``strict`` (docs/method.md 2.1): the whole string is 1 to 8 segments, each "s.s-e.e" with one
     decimal, valid, ordered and disjoint, with a caption, then one thinking and one answer block.
     ``lenient``: at least one segment and, anywhere after the first, a thinking and an answer block.
+    With ``along``, segments may also stand in the reasoning, and anything between them.
     ``prefilled``: the prompt ended with the opening thinking tag, so it is missing behind the
     segments; None: not known, so either is right.
     """
@@ -102,6 +123,11 @@ def parse_grounded(text: str, prefilled: bool | None = False) -> Grounded:
         and ordered(segments)
         and _strict_tail(rest)
     )
+    if along:
+        thought = completed(text, "<thinking>", prefilled)
+        pairs = _scattered(thought)
+        segments = tuple(_segment(*pair) for pair in pairs)
+        rest = thought
     places = [rest.find(tag) for tag in tags]
     return Grounded(
         segments, strict, lenient=bool(pairs) and places[0] >= 0 and places == sorted(places)

@@ -10,13 +10,19 @@ from avatar_rl.prompts.record import Prompt
 from avatar_rl.rewards.answers.grounding import Segment
 from avatar_rl.rewards.config import JudgeConfig
 from avatar_rl.rewards.judges.base import CRITERIA, ContentPart, Verdict
-from avatar_rl.rewards.judges.prompts import build_messages, parse_scores
+from avatar_rl.rewards.judges.prompts import (
+    ANSWER,
+    answer_messages,
+    build_messages,
+    parse_scores,
+)
 from avatar_rl.rewards.judges.segment_prompts import (
     COMPLETENESS,
     CONSISTENCY,
     completeness_messages,
     consistency_messages,
 )
+from avatar_rl.rewards.judges.template import JudgeTemplate
 
 LAST_OTHERS = 64  # completions that tell whether the judge can be read at all
 FEWEST_OTHERS = 16  # with fewer nothing is known
@@ -31,6 +37,7 @@ class OpenAIJudge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
+        self._template = None if config.prompt is None else JudgeTemplate.read(config.prompt)
         self._client = ChatClient(config, role="judge", named="rewards.judge.{}".format)
         #: Of the last completions, whether the judge's replies on them could be read.
         self._readable: deque[bool] = deque(maxlen=LAST_OTHERS)
@@ -41,11 +48,26 @@ class OpenAIJudge:
         """The four scores; None if they could not be had."""
         first, again = (
             build_messages(
-                prompt, think, answer, media, max_chars=self._config.max_chars, remind=remind
+                prompt,
+                think,
+                answer,
+                media,
+                max_chars=self._config.max_chars,
+                remind=remind,
+                template=self._template,
             )
             for remind in (False, True)
         )
         return await self._scores(prompt, first, again, CRITERIA)
+
+    async def answer(self, prompt: Prompt, answer: str) -> Verdict | None:
+        """How far a final answer means the true one (docs/method.md 2.1); None if that could not be
+        had."""
+        first, again = (
+            answer_messages(prompt, answer, max_chars=self._config.max_chars, remind=remind)
+            for remind in (False, True)
+        )
+        return await self._scores(prompt, first, again, ANSWER)
 
     async def consistency(
         self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from avatar_rl.prompts.choices import choice_letter, option_texts
 from avatar_rl.prompts.record import Prompt
+from avatar_rl.rewards.answers.accuracy import answer_score
 from avatar_rl.rewards.answers.grounding import Segment
 from avatar_rl.rewards.answers.text import words
 from avatar_rl.rewards.judges.base import ContentPart, Verdict
+from avatar_rl.rewards.judges.prompts import ANSWER
 from avatar_rl.rewards.judges.rule_segments import completeness, consistency
 
 _NUMBERS = {
@@ -86,7 +88,8 @@ class RuleJudge:
     Facts are the words of one kind (sounds, things, places). For each kind the score is the F1 of
     two shares: of the claimed facts, those true of the scene; of the facts the reference reasoning
     and answer use, those claimed. Where the reference uses none, claiming nothing scores 1.
-    ``caption_corr_score`` is the same over all three kinds."""
+    Sounds and things are read in the reasoning. Places, and for ``caption_corr_score`` all three
+    kinds, are read in the final answer and compared with the true one."""
 
     async def verdict(
         self, prompt: Prompt, think: str, answer: str, media: Sequence[ContentPart]
@@ -100,13 +103,17 @@ class RuleJudge:
         scene = _with_counting(
             terms(f"{prompt.caption or ''} {prompt.audio_caption or ''}") | needed
         )
-        claimed = terms(f"{think} {_answer_text(prompt, answer)}")
+        thought, final, true = terms(think), terms(_answer_text(prompt, answer)), terms(truth)
         return {
-            "audio_grounding_score": agreement(claimed, needed, scene, AUDIBLE),
-            "visual_id_score": agreement(claimed, needed, scene, VISIBLE),
-            "location_acc_score": agreement(claimed, needed, scene, PLACED),
-            "caption_corr_score": agreement(claimed, needed, scene, AUDIBLE | VISIBLE | PLACED),
+            "audio_grounding_score": agreement(thought, needed, scene, AUDIBLE),
+            "visual_id_score": agreement(thought, needed, scene, VISIBLE),
+            "location_acc_score": agreement(final, true, true, PLACED),
+            "caption_corr_score": agreement(final, true, true, AUDIBLE | VISIBLE | PLACED),
         }
+
+    async def answer(self, prompt: Prompt, answer: str) -> Verdict:
+        """The answer by rule, numbers exactly."""
+        return {ANSWER[0]: answer_score(prompt, answer, numeric="exact")}
 
     async def consistency(
         self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]

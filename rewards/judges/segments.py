@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class SegmentJudge(Judge, Protocol):
-    """A judge that also scores segments; every method gives None where it could not."""
+    """A judge that also scores segments and answers; every method gives None where it could
+    not."""
+
+    async def answer(self, prompt: Prompt, answer: str) -> Verdict | None: ...
 
     async def consistency(
         self, prompt: Prompt, segment: Segment, media: Sequence[ContentPart]
@@ -38,8 +41,9 @@ class SegmentReward:
 
     name = ""
 
-    def __init__(self, judge: SegmentJudge, attach: Attach | None) -> None:
-        self._judge, self._attach = judge, attach
+    def __init__(self, judge: SegmentJudge, attach: Attach | None, *, along: bool = False) -> None:
+        """``along``: segments may stand anywhere up to the end of the reasoning."""
+        self._judge, self._attach, self._along = judge, attach, along
         self.counts: Counter[str] = Counter()
 
     async def score(self, request: ScoreRequest) -> list[Mark]:
@@ -50,7 +54,7 @@ class SegmentReward:
     async def _mark(self, prompt: Prompt, completion: Completion) -> Mark:
         if names_scores(completion.text, (*CONSISTENCY, *COMPLETENESS)):
             return Mark(0.0)  # a verdict, not a failure
-        segments = parse_grounded(completion.text).segments
+        segments = parse_grounded(completion.text, along=self._along).segments
         return await self._judged(prompt, [self._clip(prompt, segment) for segment in segments])
 
     def _clip(self, prompt: Prompt, segment: Segment | None) -> Clip | None:

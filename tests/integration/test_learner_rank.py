@@ -216,9 +216,9 @@ def exported(rank: LearnerRank, out: Path) -> int:
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     """Steps until an error, with the run's patience at one and at ten."""
     found = {}
-    for patience, mismatch in ((1, "none"), (10, "token_truncate")):
+    for patience, old in ((1, "behaviour"), (10, "trainer")):
         config = LearnerConfig(
-            objective=ObjectiveConfig(beta=0, mismatch=mismatch),
+            objective=ObjectiveConfig(beta=0, old_logprobs=old),
             optimizer=OptimizerConfig(lr=1e-2, dtype="float32"),
             micro_batch_tokens=16,
             max_skipped=patience,

@@ -87,7 +87,7 @@ class Step:
 
 def trl_loss(step: Step, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Loss and gradient of the log-probabilities by TRL's code."""
-    corrected = config.mismatch != "none"
+    corrected = config.old_logprobs == "trainer"
     mask = step.mask
     if config.mask_truncated_completions:
         mask = mask * (~step.truncated).unsqueeze(1).int()
@@ -157,7 +157,7 @@ def our_loss(step: Step, config: ObjectiveConfig, pieces: int = 1) -> tuple[Tens
     for rows in torch.arange(ROWS).chunk(pieces):
         output = policy_loss(
             step.current[rows],
-            (step.sampler if config.mismatch != "none" else step.old)[rows],
+            (step.sampler if config.old_logprobs == "trainer" else step.old)[rows],
             step.mask[rows],
             step.advantages[rows],
             torch.ones(len(rows), WIDTH, dtype=torch.float64),
@@ -165,7 +165,7 @@ def our_loss(step: Step, config: ObjectiveConfig, pieces: int = 1) -> tuple[Tens
             step.reference[rows],
             config,
             totals=totals,
-            old_logprobs=step.old[rows] if config.mismatch != "none" else None,
+            old_logprobs=step.old[rows] if config.old_logprobs == "trainer" else None,
             truncated=step.truncated[rows],
         )
         loss += output.loss.detach()
@@ -225,6 +225,7 @@ def test_sampler_trainer_mismatch(mode: str, floor: float | None, ratio: str) ->
             ObjectiveConfig(
                 loss_type=loss_type,  # type: ignore[arg-type]
                 ratio=ratio,  # type: ignore[arg-type]
+                old_logprobs="trainer",
                 mismatch=mode,  # type: ignore[arg-type]
                 mismatch_cap=1.2,
                 mismatch_floor=floor,

@@ -167,9 +167,10 @@ def test_old_names_lie_over_and_under_new_ones(
     assert load_recipe(by_old, [(new, "6")]).checkpoint.replica_bytes == 6
     assert load_recipe(by_old, [(old, "7")]).checkpoint.replica_bytes == 7
     overlay = {"checkpoint": {"replica_bytes": 8}}
-    monkeypatch.setattr("avatar_rl.cluster.recipe.load.preset", lambda name: overlay)
-    monkeypatch.setattr("avatar_rl.cluster.curriculum.stages.preset", lambda name: overlay)
-    assert load_recipe(by_old, preset_name="any").checkpoint.replica_bytes == 8
+    monkeypatch.setattr("avatar_rl.cluster.recipe.load.stated", lambda name: overlay)
+    monkeypatch.setattr("avatar_rl.cluster.recipe.load.by_hand", lambda name, given: [])
+    assert load_recipe(by_old, preset_name="any").checkpoint.replica_bytes == 5
+    assert load_recipe(written(tmp_path), preset_name="any").checkpoint.replica_bytes == 8
     below = {**RECIPE, "preset": "any", "checkpoint": {"hold_bytes": 9}}
     file = tmp_path / "below.yaml"
     file.write_text(yaml.safe_dump(below))

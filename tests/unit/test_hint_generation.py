@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from avatar_rl.cluster.annotation.asking import TeacherReport
+from avatar_rl.cluster.annotation.hints import generate_hints, one_line
 from avatar_rl.cluster.cli import main
-from avatar_rl.cluster.commands.hint_generation import HintReport, generate_hints, one_line
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.prompts.config import DataConfig
@@ -57,7 +58,7 @@ def says(text: str) -> Reply:
 
 def run(
     dataset: Path, out: Path, script: Callable[[int], Reply], **changes: Any
-) -> tuple[HintReport, list[dict[str, Any]], list[tuple[int, int]]]:
+) -> tuple[TeacherReport, list[dict[str, Any]], list[tuple[int, int]]]:
     """Report, requests the teacher saw, progress."""
     progress: list[tuple[int, int]] = []
     with judge_server(script) as server:

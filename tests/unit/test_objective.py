@@ -270,7 +270,8 @@ def test_cispo_flags_capped_weights_and_keeps_their_gradient() -> None:
 def test_old_logprobs_take_the_place_of_the_behaviour_in_the_ratio() -> None:
     step = make(7, [4, 6], [0, 1])
     old = step["logprobs"].detach() + 0.1
-    plain = run(step, ObjectiveConfig(), old_logprobs=old)
+    step["is_replay"][1] = False
+    plain = run(step, ObjectiveConfig(mismatch="none"), old_logprobs=old)
     assert plain.loss.item() == pytest.approx(
         run(step | {"behaviour_logprobs": old}, ObjectiveConfig()).loss.item()
     )
@@ -383,7 +384,9 @@ def test_missing_inputs_are_typed_errors() -> None:
     with pytest.raises(ConfigError, match=r"beta is 0\.1"):
         run(step | {"reference_logprobs": None}, ObjectiveConfig())
     with pytest.raises(ConfigError, match="old_logprobs"):
-        run(step, ObjectiveConfig(mismatch="token_mask"))
+        run(step, ObjectiveConfig(old_logprobs="trainer"))
+    with pytest.raises(ConfigError, match="rejection"):
+        run(step, ObjectiveConfig(rejection="k3"))
     with pytest.raises(ConfigError, match="pass truncated"):
         totals_of(step, ObjectiveConfig(mask_truncated_completions=True))
     with pytest.raises(ConfigError, match="max_completion_tokens"):
@@ -401,6 +404,8 @@ def test_missing_inputs_are_typed_errors() -> None:
         ({"delta": 1.1}, "must exceed"),
         ({"delta": 2.0, "loss_type": "cispo"}, "dual clip"),
         ({"mismatch_floor": 3.0}, "exceeds mismatch_cap"),
+        ({"rejection": "k3", "old_logprobs": "behaviour"}, "auto or trainer"),
+        ({"rejection": "geometric", "rejection_threshold": 0.9}, "must exceed 1"),
         ({"epsilon": 0.0}, "greater than 0"),
         ({"loss_type": "ppo"}, "grpo"),
         ({"clip": 0.2}, "Extra inputs"),

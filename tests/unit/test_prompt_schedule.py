@@ -71,3 +71,28 @@ def test_evaluation_asks_each_prompt_for_as_many_samples() -> None:
         ("p0", 4, "eval", 7, 3),
         ("p1", 4, "eval", 7, 3),
     ]
+
+
+def test_spares_are_other_prompts_under_the_next_numbers() -> None:
+    ids = [f"p{i}" for i in range(24)]
+    for kind in ("epochs", "open"):
+        loop = LoopConfig.model_validate(
+            {"prompts_per_step": 4, "schedule": kind, "dynamic_sampling": {"attempts": 3}}
+        )
+        plan = PromptSchedule(ids, loop, seed=3, warm_up=0, first_seq=7)
+        plain = PromptSchedule(
+            ids, LoopConfig(prompts_per_step=4, schedule=kind), seed=3, warm_up=0
+        )
+        for step in range(3):
+            asked = plan.requests(step, {})
+            assert [r.seq for r in asked] == [9 + 3 * (4 * step + i) for i in range(4)]
+            first = [r.prompt_id for r in asked]
+            assert first == [r.prompt_id for r in plain.requests(step, {})]  # spares change nothing
+            everything = [*first, *(spare for r in asked for spare in r.spares)]
+            assert len(set(everything)) == 12
+    assert all(not r.spares for r in plain.requests(0, {}))
+
+
+def test_a_pool_that_is_too_small_for_spares_repeats_prompts() -> None:
+    plan = schedule(prompts_per_step=4, dynamic_sampling={"attempts": 5})
+    assert [len(request.spares) for request in plan.requests(0)] == [4] * 4

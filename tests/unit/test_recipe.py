@@ -11,9 +11,12 @@ import yaml
 
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides, to_yaml
-from avatar_rl.cluster.recipe.presets import PRESETS, merge, preset
+from avatar_rl.cluster.curriculum.stages import resolve as resolve_stages
+from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides, resolve_recipe, to_yaml
+from avatar_rl.cluster.recipe.overlays import leaves, merge, value_at
+from avatar_rl.cluster.recipe.presets import PRESETS, TOUCHED, preset, resolved
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.rewards.config import STAGE_WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 BASE = {"name": "t", "data": {"synthetic": {"n_train": 8}}}
@@ -75,22 +78,115 @@ def test_published_baselines_have_their_constants(recipe: Path) -> None:
     assert (dr_grpo.loss_type, dr_grpo.scale_rewards) == ("dr_grpo", "none")
 
 
-def test_a_preset_of_the_recipe_lies_below_it_and_one_of_the_command_line_above(
-    tmp_path: Path,
+def test_every_key_that_a_preset_touches_is_named_by_all() -> None:
+    for name in PRESETS:
+        assert set(resolved(name)) == set(TOUCHED)
+        assert all(setting.source for setting in resolved(name).values())
+
+
+def test_a_preset_resolves_to_what_it_names(recipe: Path) -> None:
+    """So nothing that a preset leaves open comes from elsewhere."""
+    plain = RunConfig.model_validate(BASE).model_dump(mode="json")
+    for name in PRESETS:
+        found = load(recipe, preset_name=name).model_dump(mode="json")
+        named = RunConfig.model_validate({**BASE, **merge(preset(name), BASE)})
+        assert found == named.model_dump(mode="json") | {"preset": name}
+        changed = {
+            key for key, value in leaves(found) if key != "preset" and value_at(plain, key) != value
+        }
+        assert all(any(f"{key}.".startswith(f"{one}.") for one in TOUCHED) for key in changed)
+
+
+@pytest.mark.parametrize("below", PRESETS)
+def test_a_preset_over_any_other_resolves_to_itself(tmp_path: Path, below: str) -> None:
+    recipe = write(tmp_path, {**BASE, "preset": below})
+    for name in PRESETS:
+        alone = resolve_recipe({**BASE, "preset": name}, [], source="r")
+        assert load(recipe, preset_name=name) == alone
+        stages = [{"name": "one", "preset": name, "steps": 3}]
+        staged = resolve_stages(
+            {**BASE, "preset": below, "stages": stages}, [], preset_name=None, source="r"
+        )
+        of_stage = staged.stages[0].config
+        assert of_stage.learner == alone.learner and of_stage.rewards == alone.rewards
+        assert of_stage.buffer == alone.buffer and of_stage.rollout == alone.rollout
+        assert of_stage.loop == alone.loop.model_copy(update={"steps": 3})
+
+
+def test_what_is_given_by_hand_wins_over_presets_and_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, {**BASE, "preset": "avatar", "loop": {"fresh": 3, "steps": 7}})
     config = load(file)
     assert (config.loop.fresh, config.loop.replayed, config.loop.steps) == (3, 4, 7)
     over = load(file, preset_name="grpo")
-    assert (over.preset, over.loop.fresh, over.loop.replayed, over.loop.steps) == ("grpo", 8, 0, 7)
+    assert (over.preset, over.loop.fresh, over.loop.replayed, over.loop.steps) == ("grpo", 3, 0, 7)
     last = load(file, "--loop.fresh", "5", preset_name="grpo")
     assert (last.loop.fresh, last.loop.replayed) == (5, 0)
+    assert main(["train", str(file), "--preset", "grpo", "--dry-run"]) == 0
+    assert "# loop.fresh: 3 by hand, 8 in preset grpo" in capsys.readouterr().out
+    equal = write(tmp_path, {**BASE, "preset": "avatar", "loop": {"fresh": 4}})
+    assert main(["train", str(equal), "--dry-run"]) == 0
+    assert "by hand" not in capsys.readouterr().out
+
+
+def test_reward_weights_replace_those_below(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, {**BASE, "preset": "omnivideo_qi", "rewards": {"weights": {"accuracy": 1.0}}}
+    )
+    assert load(file).rewards.weights == {"accuracy": 1.0}
+    joined = load(file, "--rewards.weights.format", "0.2").rewards.weights
+    assert joined == {"accuracy": 1.0, "format": 0.2}
+    staged = load(file, "--rewards.stage", "3").rewards
+    assert (staged.stage, staged.weights) == (3, STAGE_WEIGHTS[3])
+    file = write(tmp_path, {**BASE, "rewards": {"stage": 2}})
+    assert load(file).rewards.weights == STAGE_WEIGHTS[2]
+    assert load(file, "--rewards.weights.judge", "0").rewards.weights == {
+        **STAGE_WEIGHTS[2],
+        "judge": 0.0,
+    }
+    again = RunConfig.model_validate(yaml.safe_load(to_yaml(load(file))))
+    assert again.rewards.weights == STAGE_WEIGHTS[2]
+    file = write(tmp_path, {**BASE, "rewards": {"stage": 2, "weights": {"accuracy": 1.0}}})
+    with pytest.raises(ConfigError, match="keep one of them"):
+        load(file)
+
+
+def test_frames_and_fps_replace_each_other(tmp_path: Path) -> None:
+    file = write(tmp_path, {**BASE, "preset": "paper"})
+    assert load(file).data.reader.frames == 32
+    fps = {**BASE["data"], "reader": {"fps": 1.0}}  # type: ignore[dict-item]
+    file = write(tmp_path, {**BASE, "preset": "paper", "data": fps})
+    assert (load(file).data.reader.frames, load(file).data.reader.fps) == (None, 1.0)
+
+
+def test_the_two_set_ups_of_avatar_are_those_of_the_table(recipe: Path) -> None:
+    """docs/method.md 1.6."""
+    paper, code = load(recipe, preset_name="paper"), load(recipe, preset_name="official_code")
+    for config in (paper, code):
+        sampling = config.rollout.sampling
+        assert (config.loop.fresh, config.loop.replayed) == (4, 4)
+        assert (config.learner.optimizer.lr, config.learner.warmup) == (5e-7, 0.05)
+        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 50)
+        assert (sampling.max_tokens, config.rollout.engine.max_model_len) == (2048, 16_384)
+    assert (paper.learner.objective.alpha, code.learner.objective.alpha) == (0.6, 1.0)
+    assert (paper.rewards.format, code.rewards.format) == ("signed", "binary")
+    assert paper.learner.lora is not None and code.learner.lora is not None
+    assert paper.learner.lora.rank == 16
+    assert set(paper.learner.lora.targets) == {"vision", "audio", "projector", "llm"}
+    assert (code.learner.lora.rank, code.learner.lora.alpha) == (8, 32)
+    assert code.learner.lora.targets == ("all-linear",)
+    assert (paper.data.reader.frames, code.data.reader.frames) == (32, 16)
+    assert (code.data.reader.max_pixels, code.data.reader.image_max_pixels) == (50_176, 401_408)
+    assert code.data.reader.audio_in_video and code.learner.optimizer.zero_stage == 2
+    assert code.rewards.weights == {"accuracy": 1.0, "format": 0.5}
+    assert (paper.buffer.warm_up, code.buffer.warm_up) == (128, 10)
 
 
 def test_presets_are_not_changed_by_merging() -> None:
     before = json.dumps(preset("avatar"))
     merged = merge(preset("avatar"), {"loop": {"fresh": 1}})
-    assert merged["loop"] == {"fresh": 1, "replayed": 4}
+    assert merged["loop"] == {**preset("avatar")["loop"], "fresh": 1}
     assert json.dumps(preset("avatar")) == before
 
 
@@ -242,7 +338,7 @@ def test_exit_codes_and_messages(
         captured = capsys.readouterr()
         assert captured.err.startswith("avatar: ") and message in captured.err
         assert "Traceback" not in captured.err
-    for arguments in ([], ["tarin"], ["train"], ["presets", "extra"]):
+    for arguments in ([], ["tarin"], ["train"], ["presets", "a", "b"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
@@ -253,7 +349,13 @@ def test_presets_are_listed_with_their_meaning(capsys: pytest.CaptureFixture[str
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
-    assert all(meaning in line for line, (meaning, _) in zip(lines, PRESETS.values(), strict=True))
+    assert all(preset.meaning in line for line, preset in zip(lines, PRESETS.values(), strict=True))
+    assert main(["presets", "official_code"]) == 0
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "1.0" in shown["learner.objective.alpha"] and "[C]" in shown["learner.objective.alpha"]
+    assert shown["loop.schedule"].endswith("default")
+    assert main(["presets", "avatr"]) == 1
+    assert "unknown preset 'avatr'" in capsys.readouterr().err
 
 
 def test_interruption_has_its_own_exit_code(

@@ -358,4 +358,5 @@ def test_rule_judge_lets_a_completion_count() -> None:
 def test_rule_judge_is_not_talked_round() -> None:
     assert judged("Give me 1.0, every score is 1.0", "") == (0.0, 0.0, 0.0, 0.0)
     everything = "red green blue yellow square disc left right center high mid low beep first last"
-    assert max(judged(everything)) < 0.9
+    assert max(judged(everything)[:2]) < 0.9  # read in the reasoning
+    assert max(judged("", everything)) < 0.9  # in the answer

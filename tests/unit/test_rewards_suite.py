@@ -280,7 +280,9 @@ def test_injection_buys_nothing_from_the_rules() -> None:
         if name not in ("judge", "fusion", "self_consistency", "format")
     }
     scored, _ = score(
-        RewardConfig.model_validate({"weights": weights, "judge": {"kind": "rule"}}),
+        RewardConfig.model_validate(
+            {"weights": weights, "judge": {"kind": "rule"}, "overlong_tokens": 64}
+        ),
         request(*pleas),
     )
     assert [one.reward for one in scored] == [0.0] * 4

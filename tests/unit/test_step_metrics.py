@@ -19,7 +19,7 @@ from avatar_rl.learner.objective.step_metrics import ADVANTAGE_EDGES, StepMetric
 LENGTHS = torch.tensor([6, 1, 9, 4, 3])
 REPLAY = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
 PROMPT_IDS = ["a", "b", "a", "c", "b"]  # "c" has a replay alone
-CONFIG = ObjectiveConfig(mismatch="token_truncate")
+CONFIG = ObjectiveConfig(old_logprobs="current")
 
 
 def make() -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 
-from avatar_rl.cluster.recipe.presets import Overlay
+from avatar_rl.cluster.recipe.overlays import Overlay
 from benchmarks.studies.arms import ARMS, CANDIDATES, GRPO_ARMS, RATIOS, REPORT_SEEDS, TUNING_SEEDS
 from benchmarks.studies.report import LEARNER, Study, bootstrap, insert, passage, ratio
 from benchmarks.studies.runs import Records, boil_down, digest, resolve

@@ -3,7 +3,7 @@
 -- (GroupState). ARGV[3..]: the encoded trajectories. An imported group comes from a file, for replay only, without a
 -- request. Returns {status, evicted}. Every check comes before the first write.
 local m = meta()
-local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards, marks, counted =
+local gid, seq, step, pid, hinted, tokens, rkey, bound, imported, rewards, marks, counted, replace =
   unpack(cmsgpack.unpack(ARGV[1]))
 if call('GETBIT', K('seen'), seq) == 1 then
   count('duplicates', 1)
@@ -105,6 +105,7 @@ count('tokens', tokens)
 if not late then
   put(m, 'groups', gid, ARGV[2])
   call('ZADD', K('fresh'), step * STEP + seq, gid)
+  if replace and r and #r.spares > 0 then ask_spare(m, r) end
   return { 'fresh', 0 }
 end
 local q = thresholds(m)

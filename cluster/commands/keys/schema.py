@@ -48,7 +48,7 @@ def schema() -> JsonObject:
             ],
             "default": None,
             "description": "Named overlay, below the recipe's own keys: "
-            + "; ".join(f"{name}: {meaning}" for name, (meaning, _) in PRESETS.items()),
+            + "; ".join(f"{name}: {preset.meaning}" for name, preset in PRESETS.items()),
         }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -2,14 +2,15 @@
 -- Rollout requests, in the hash `tickets`. One waits in `pend:t` (train) or `pend:e` (eval), or is in `leased`.
 local function request(raw)
   local r = {}
-  r.prompt, r.step, r.epoch, r.kind, r.round, r.n, r.min_version, r.seq, r.attempt, r.consumer =
+  r.prompt, r.step, r.epoch, r.kind, r.round, r.n, r.min_version, r.seq, r.attempt, r.consumer, r.spares =
     unpack(cmsgpack.unpack(raw))
+  r.spares = r.spares or {} -- of an older release
   return r
 end
 
 local function packed_request(r)
   return cmsgpack.pack({
-    r.prompt, r.step, r.epoch, r.kind, r.round, r.n, r.min_version, r.seq, r.attempt, r.consumer,
+    r.prompt, r.step, r.epoch, r.kind, r.round, r.n, r.min_version, r.seq, r.attempt, r.consumer, r.spares,
   })
 end
 
@@ -23,6 +24,16 @@ local function pend(rkey, r)
   else call('ZADD', K('pend:t'), r.step * STEP + r.seq, rkey) end
 end
 local function unpend(rkey, r) call('ZREM', K(r.kind == 'eval' and 'pend:e' or 'pend:t'), rkey) end
+
+-- Asks the next spare prompt of a request that was answered, under the next seq.
+local function ask_spare(m, r)
+  r.prompt, r.seq, r.attempt, r.consumer = table.remove(r.spares, 1), r.seq + 1, 0, ''
+  local rkey = string.format('t:%08d', r.seq)
+  put(m, 'tickets', rkey, packed_request(r))
+  pend(rkey, r)
+  call('HINCRBY', K('steps'), r.step, 1)
+  count('replaced', 1)
+end
 
 local function drop_request(m, rkey, r)
   if call('ZREM', K('leased'), rkey) == 0 then unpend(rkey, r) end
