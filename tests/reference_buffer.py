@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, BufferConfig, Strategy
 from avatar_rl.buffer_service.errors import (
     FencedError,
@@ -384,7 +386,13 @@ class ReferenceBuffer:
     # -- insert
 
     def add_group(
-        self, group: Group, lease: RequestLease, *, tokens_generated: int, bound: int | None = None
+        self,
+        group: Group,
+        lease: RequestLease,
+        *,
+        tokens_generated: int,
+        bound: int | None = None,
+        replace: bool = False,
     ) -> InsertReceipt:
         check_group(group)
         if group.seq in self.seen:
@@ -418,6 +426,12 @@ class ReferenceBuffer:
         self._count("tokens", tokens_generated)
         if not late:
             self.fresh[group.id] = group
+            if replace and t is not None and t.spares:
+                spare = msgspec.structs.replace(
+                    t, seq=t.seq + 1, prompt_id=t.spares[0], spares=t.spares[1:]
+                )
+                self.push([spare])
+                self._count("replaced")
             return InsertReceipt("fresh", 0)
         self._make_replayable(group)
         self._count("replay_only")

@@ -74,6 +74,9 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(error)
 
 
+SEQS = 3  # of a request and its spares
+
+
 class BufferMachine(RuleBasedStateMachine):
     """Every rule does the same to both and compares the answers."""
 
@@ -106,15 +109,16 @@ class BufferMachine(RuleBasedStateMachine):
         step = self.next_step + ahead
         requests = [
             RolloutRequest(
-                seq=self.seq + i,
+                seq=self.seq + SEQS * i,
                 prompt_id=f"p{p}",
                 step=step,
                 n=4,
+                spares=tuple(f"p{(p + k) % 10}" for k in range(1, SEQS) if p % 2),
                 min_version=p % 3 if p > 7 else 0,
             )
             for i, p in enumerate(prompts[:n])
         ]
-        self.seq += n
+        self.seq += SEQS * n
         self.next_step = step if ahead else self.next_step
         self.both(lambda b: b.requests.push(requests))
 
@@ -144,6 +148,7 @@ class BufferMachine(RuleBasedStateMachine):
         accuracy=st.booleans(),
         keep=st.booleans(),
         imputed=st.sets(st.integers(0, 7), max_size=3) | st.just(set(range(8))),
+        replace=st.booleans(),
     )
     def add(
         self,
@@ -153,6 +158,7 @@ class BufferMachine(RuleBasedStateMachine):
         accuracy: bool,
         keep: bool,
         imputed: set[int],
+        replace: bool,
     ) -> None:
         lease = data.draw(st.sampled_from(self.leases))
         if lease.request.kind == "eval":
@@ -165,7 +171,7 @@ class BufferMachine(RuleBasedStateMachine):
         group = msgspec.structs.replace(group, imputed=known)
         receipt = self.both(
             lambda b: b.requests.add_group(
-                group, lease, tokens_generated=len(rewards) * 6, bound=bound
+                group, lease, tokens_generated=len(rewards) * 6, bound=bound, replace=replace
             )
         )
         HAPPENED[receipt.status] += 1
