@@ -195,11 +195,7 @@ def make_group(
     digest = prompt_digest(finished.prompt_token_ids)
     scored = list(zip(finished.completions, scores, strict=True))
     written = [(item, score) for item, score in scored if len(item.token_ids)]
-    kept = [
-        (item, score.reward, score.components)
-        for item, score in written
-        if score.reward is not None
-    ]
+    kept = [(item, score.reward, score) for item, score in written if score.reward is not None]
     imputed = [score.imputed for _, score in written if score.reward is not None]
     trajectories = tuple(
         Trajectory(
@@ -216,10 +212,11 @@ def make_group(
             finish_reason=item.finish_reason,
             temperature=temperature,
             reward=reward,
-            components=components,
+            components=score.components,
+            details=score.details,
             step=request.step,
         )
-        for index, (item, reward, components) in enumerate(kept)
+        for index, (item, reward, score) in enumerate(kept)
     )
     if not trajectories:
         what = (
@@ -263,6 +260,7 @@ def evaluation_payload(
         **prompt.label(),
         "accuracy": sum(known) / len(known) if known else None,
         "components": {**scores[0].components},
+        "details": {**scores[0].details},
         "text": first.text,
         "version": first.versions[0][0],
         "tokens": sum(len(item.token_ids) for item in finished.completions),

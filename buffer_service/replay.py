@@ -14,7 +14,13 @@ from redis.client import Pipeline
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, Strategy
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
-from avatar_rl.buffer_service.records.requests import CommitReceipt, FreshShare, PromptKl
+from avatar_rl.buffer_service.records.requests import (
+    TIERS,
+    CommitReceipt,
+    FreshShare,
+    PromptKl,
+    Tier,
+)
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.records.validate import trajectory_id
 from avatar_rl.buffer_service.redis.connection import Connection, Take
@@ -280,6 +286,15 @@ class ReplayStock:
             pid: _averages(raw).rbar for pid, raw in zip(prompt_ids, states, strict=True) if raw
         }
         return {pid: float(rbar) for pid, rbar in found.items() if rbar is not False}
+
+    def tiers(self, prompt_ids: Sequence[str]) -> list[Tier | None]:
+        """The tier that each prompt's trajectories are in now; None for one that was never scored.
+        O(prompts + log P)."""
+        if not prompt_ids:
+            return []
+        return [
+            TIERS[number - 1] if number else None for number in self._run("standing", *prompt_ids)
+        ]
 
     def commit_step(
         self, step: int, new_version: int, group_ids: Sequence[str], fencing_token: int

@@ -182,6 +182,45 @@ def runs(words: tuple[str, ...], folder: Path) -> int:
 
 
 @avatar.command()
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on (default: loopback).")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8420,
+    help="Port to listen on (default 8420); 0 takes any that is free.",
+)
+@click.option(
+    "--media",
+    type=PATH,
+    multiple=True,
+    help="A folder to look in for media that moved; may be repeated.",
+)
+@click.option("--export", type=PATH, help="Write static files there that open from disk.")
+@click.option("--terminal", is_flag=True, help="Print one run here in place of a page.")
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser.")
+def view(
+    runs: tuple[str, ...],
+    folder: Path,
+    host: str,
+    port: int,
+    media: tuple[Path, ...],
+    export: Path | None,
+    terminal: bool,
+    open_browser: bool,
+) -> int:
+    """Look at runs in the browser: curves, groups, rollouts with their clips.
+
+    RUN is a run folder, or the id of a run below --folder; without one all are listed.
+    """
+    from avatar_rl.cluster.view.command import Asked
+    from avatar_rl.cluster.view.command import view as shown
+
+    return shown(runs, Asked(folder, host, port, media, export, terminal, open_browser))
+
+
+@avatar.command()
 @click.argument("run")
 @click.option("--rollout-workers", type=int, required=True, metavar="N")
 @click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")

@@ -274,7 +274,16 @@ class OutputConfig(Section):
     samples_every: int = Field(
         10, ge=0, description="Steps between saved rollout samples; 0 saves none."
     )
-    samples: int = Field(4, ge=1, description="Groups per saved sample.")
+    samples: int = Field(
+        4,
+        ge=1,
+        description="Groups per saved sample; those with the most different rewards are taken.",
+    )
+    samples_mib: int = Field(
+        256,
+        ge=1,
+        description="MiB that samples/ may take; then the oldest make room, but for the first.",
+    )
     export: bool = Field(
         True, description="Write the trained policy as a Hugging Face checkpoint at the end."
     )

@@ -55,3 +55,4 @@ class CompletionScore(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None  # None when a weighted component is masked and nothing stands for it
     imputed: bool = False  # rests on a mean in place of a masked mark: no statistic counts it
     components: dict[str, float | None]  # by name, weight 0 included; None where masked
+    details: dict[str, float] = {}  # what they are made of, e.g. "judge/visual_id_score"

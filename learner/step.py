@@ -31,6 +31,7 @@ from avatar_rl.learner.objective.loss import policy_loss
 from avatar_rl.learner.objective.shaping import tas_weights
 from avatar_rl.learner.objective.step_metrics import StepMetrics, reward_metrics
 from avatar_rl.learner.old_logprobs import OldLogprobs
+from avatar_rl.learner.samples import SampleRecorder
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
 from avatar_rl.prompts.datasets import PromptIndex
@@ -76,6 +77,7 @@ class StepTrainer:
     reference: ReferencePolicy | None = None
     source: StepSource | None = None
     sender: WeightSender | None = None
+    recorder: SampleRecorder | None = None  # of a step whose completions are shown
     moves: int = 0  # grows whenever this rank gets somewhere
     skipped: int = 0  # micro-batches and updates of all ranks and steps that were left out
     unreadable: int = 0  # completions likewise, see ``StepMetrics``
@@ -97,15 +99,17 @@ class StepTrainer:
     def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
         """Train ``step``, publish the next version and commit it.
 
-        Rank 0 returns a report that shows the completions of ``samples`` groups; the others return
-        None. Raises ReplayBufferError when the step's groups do not arrive in time, ModelError when
-        a prompt has changed or too many losses or gradients were not finite.
+        Rank 0 returns a report that shows the completions of ``samples`` groups (samples.py); the
+        others return None. Raises ReplayBufferError when the step's groups do not arrive in time,
+        ModelError when a prompt has changed or too many losses or gradients were not finite.
         """
         self.timer = PhaseTimer()
         with self.timer("learner_wait"):
             work = self._broadcast(self.source.collect(step, self._move) if self.source else None)
         updates, lr, step_metrics = self.spec.learner.updates, self._lr(step), StepMetrics()
         self._old = self._old_logprobs()
+        self.recorder = SampleRecorder.of(work, samples) if samples else None
+        standing = self.source.standing(work) if self.source and self.recorder else {}
         for number in range(updates):
             plan = self.plan(work.update(number, updates))
             self.forward_backward(plan, step_metrics)
@@ -117,15 +121,17 @@ class StepTrainer:
         with self.timer("publish"), self.engine.whole_weights() as weights:
             self._publish_and_commit(work, weights)
         gathered = self._gather(step_metrics)
+        self._gather_samples()
         self._count_skipped(gathered)
         if self.source is None:
             return None
         metrics = self._metrics(work, gathered) | {"lr": lr, "grad_norm": grad_norm}
         self.source.report_behaviour_kl(step, gathered.behaviour_kl())
-        shown = [t for group in work.groups[:samples] for t in group.trajectories]
         return StepReport(
             metrics=metrics,
-            samples=[self._sample_row(trajectory) for trajectory in shown],
+            samples=self.recorder.rows(work, standing, self.prompts, self.encoder.tokenizer)
+            if self.recorder is not None
+            else [],
             distributions=gathered.distributions(),
         )
 
@@ -148,6 +154,8 @@ class StepTrainer:
         ``step_metrics``."""
         if self.rank == 0:
             step_metrics.add_step(plan.advantages, plan.is_replay, plan.ages)
+        if self.recorder is not None:
+            self.recorder.begin_update(plan)
         if not plan.trajectories:
             return
         with self.timer("encode"):
@@ -225,12 +233,15 @@ class StepTrainer:
             if self.reference is not None
             else None
         )
+        weights = tas_weights(mask, config.tas_shape, config.tas_lambda, config.tas_normalize)
+        if self.recorder is not None:
+            self.recorder.add(indices, output, weights)
         result = policy_loss(
             output.logprobs,
             padded([t.logprobs for t in chosen]).to(device),
             mask,
             plan.advantages.values[indices].to(device, torch.float32),
-            tas_weights(mask, config.tas_shape, config.tas_lambda, config.tas_normalize),
+            weights,
             plan.is_replay[indices].to(device),
             reference,
             config,
@@ -286,6 +297,15 @@ class StepTrainer:
             first.merge(other)
         return first
 
+    def _gather_samples(self) -> None:
+        """What all ranks noted of the tokens of the completions that are shown."""
+        if self.recorder is None or self.ranks == 1:
+            return
+        of_ranks = [self.recorder.tokens] * self.ranks
+        dist.all_gather_object(of_ranks, self.recorder.tokens)
+        for tokens in of_ranks:
+            self.recorder.tokens |= tokens
+
     def _count_skipped(self, gathered: StepMetrics) -> None:
         """Every rank knows of all that was left out, so all stop at the same step, after its
         commit."""
@@ -328,20 +348,6 @@ class StepTrainer:
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
         metrics["learner/skipped"] = float(self.skipped + self.unreadable)
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
-
-    def _sample_row(self, trajectory: Trajectory) -> JsonObject:
-        """One completion with its prompt, its text and every reward component."""
-        return {
-            **self.prompts[trajectory.prompt_id].label(),
-            "text": self.encoder.tokenizer.decode(trajectory.token_ids.tolist()),
-            "reward": trajectory.reward,
-            "accuracy": trajectory.components.get("accuracy"),
-            "components": dict(trajectory.components),
-            "hinted": trajectory.hinted,
-            "version": trajectory.version,
-            "finish_reason": trajectory.finish_reason,
-            "tokens": len(trajectory.token_ids),
-        }
 
     def _pending(self, rows: list[Row]) -> Pending:
         return Pending(rows, self.spec.learner.share_prefix)

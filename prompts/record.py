@@ -144,8 +144,12 @@ class Prompt(Strict):
             "prompt_id": self.id,
             "category": self.category,
             "needs": list(self.needs),
+            "type": self.problem_type.value,
             "question": self.question,
             "answer": self.answer,
+            "options": list(self.options),
+            "media": [item.model_dump(exclude_defaults=True) for item in self.media.items],
+            **({"hint": self.hint} if self.hint else {}),
         }
 
 

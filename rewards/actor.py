@@ -71,7 +71,12 @@ class RewardActor:
             opened_tag=group.opened_tag,
         )
         return [
-            CompletionScore(reward=one.reward, imputed=one.imputed, components=one.components)
+            CompletionScore(
+                reward=one.reward,
+                imputed=one.imputed,
+                components=one.components,
+                details=one.details,
+            )
             for one in await self.suite.ascore(request)
         ]
 

@@ -5,8 +5,8 @@ pickle.
 12  T u32   16  checksum of the rest u32
 20 fields (msgpack array, zero-padded to 4 bytes), token ids int32[T], log-probabilities float32[T]
 
-The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). Format 1 had CRC-32; it can
-still be read."""
+The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). Format 2 had no details,
+format 1 a CRC-32 besides; both can still be read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 
 MAGIC = b"AVTR"
-FORMAT = 2
+FORMAT = 3
 _HEAD = struct.Struct("<4sHHIII")
 _SIZE = _HEAD.size
 _unpack = _HEAD.unpack_from
@@ -44,6 +44,7 @@ class _Fields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=Fa
     reward: float
     components: dict[str, float | None]
     step: int
+    details: dict[str, float] = {}
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -76,6 +77,7 @@ def encode(t: Trajectory) -> bytes:
                 float(t.reward),
                 t.components,
                 t.step,
+                t.details,
             )
         )
     except (OverflowError, UnicodeEncodeError) as error:
@@ -142,4 +144,5 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
         reward=fields.reward,
         components=fields.components,
         step=fields.step,
+        details=fields.details,
     )

@@ -26,6 +26,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     reward: float  # weighted over the unmasked components
     components: dict[str, float | None]  # None = masked, never 0 (docs/method.md 1.5)
     step: int  # learner step this group was generated for
+    #: What components are made of, such as a judge's criteria ("judge/visual_id_score").
+    details: dict[str, float] = {}
 
     @property
     def version(self) -> int:

@@ -42,6 +42,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
     reward: float
     components: dict[str, float | None]
     step: int
+    details: dict[str, float] = {}
 
 
 class ImportReport(msgspec.Struct):
@@ -107,8 +108,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
             for batch in file.iter_batches(_PAGE):
                 for values in batch.to_pylist():
                     number += 1
-                    if isinstance(values.get("components"), list):
-                        values["components"] = dict(values["components"])
+                    for name in ("components", "details"):
+                        if isinstance(values.get(name), list):
+                            values[name] = dict(values[name])
                     yield number, msgspec.convert(values, Row)
     except (pa.ArrowException, msgspec.ValidationError, OSError, TypeError, ValueError) as error:
         raise RecordError(f"{path}, row {number}: {error}; export it again") from error
@@ -163,6 +165,7 @@ def _group(
                 reward=row.reward,
                 components=row.components,
                 step=row.step,
+                details=row.details,
             )
             for i, row in enumerate(rows)
         )
@@ -265,6 +268,7 @@ def _write_parquet(connection: Connection, path: Path) -> int:
             ("reward", pa.float64()),
             ("components", pa.map_(pa.string(), pa.float64())),
             ("step", pa.int64()),
+            ("details", pa.map_(pa.string(), pa.float64())),
         ]
     )
     count, batch = 0, list[dict[str, Any]]()  # what pyarrow takes
@@ -272,6 +276,7 @@ def _write_parquet(connection: Connection, path: Path) -> int:
         for row in rows(connection):
             values = msgspec.structs.asdict(row)
             values["components"] = list(row.components.items())
+            values["details"] = list(row.details.items())
             batch.append(values)
             count += 1
             if len(batch) == 1000:

@@ -20,7 +20,7 @@ from avatar_rl.cluster.config import LoopConfig, RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.recipe.content import model_digest
 from avatar_rl.cluster.telemetry.run_files import MASK, list_runs, mask_secrets, read_status
-from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.run_folder import SAMPLES_BYTES, RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
@@ -295,11 +295,18 @@ def open_folder(
     total_steps: int,
     on_warning: Callable[[str], None],
     sinks: Sequence[Sink] = (),
+    samples_bytes: int = SAMPLES_BYTES,
 ) -> RunFolder:
     """The run's folder, locked: new, or put back to the checkpoint. Raises ConfigError when another
     job has it."""
     if resumption is None:
-        folder = RunFolder(path, total_steps=total_steps, on_warning=on_warning, sinks=sinks)
+        folder = RunFolder(
+            path,
+            total_steps=total_steps,
+            on_warning=on_warning,
+            sinks=sinks,
+            samples_bytes=samples_bytes,
+        )
         lock.acquire()
         return folder
     lock.acquire()
@@ -312,6 +319,7 @@ def open_folder(
         total_steps=total_steps,
         on_warning=on_warning,
         sinks=sinks,
+        samples_bytes=samples_bytes,
     )
 
 

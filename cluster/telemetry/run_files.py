@@ -77,21 +77,44 @@ class RunStatus(BaseModel):
 
 
 class Sample(TypedDict, total=False):
-    """A sampled completion; other keys are kept as they are."""
+    """A sampled completion of T tokens (docs/output.md, "Saved samples"); other keys are kept as
+    they are. Rows of older runs lack what their release did not write."""
 
     prompt_id: str
+    type: str  # of the problem
     question: str
     answer: str  # the truth
-    text: str
+    options: Sequence[str]
+    media: Sequence[JsonObject]  # fields of MediaItem that are not its defaults
+    hint: str  # of the prompt, shown where ``hinted``
     category: str
     needs: Sequence[str]
+    id: str
+    group: str  # that it was trained in, by the id of its fresh completions
+    replayed: bool
+    text: str
     hinted: bool
     version: int
+    versions: Sequence[Sequence[int]]  # (policy version, tokens)
+    age: int  # versions behind the policy that was trained
+    tier: str | None
+    baseline: float | None  # Rbar
+    advantage: float | None  # None: masked
+    dead_before: bool
+    dead_after: bool
     finish_reason: str
+    temperature: float
     tokens: int
     reward: float
+    imputed: bool
     accuracy: float | None
     components: Mapping[str, float | None]  # None: masked
+    details: Mapping[str, float]  # what components are made of: a judge's criteria
+    token_ends: Sequence[int]  # T, ends in the characters of ``text``
+    logprobs: Sequence[float | None]  # T, at generation
+    log_ratio: Sequence[float | None]  # T, now minus generation
+    entropy: Sequence[float | None]  # T, nats
+    weight: Sequence[float | None]  # T, temporal advantage shaping
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

@@ -24,20 +24,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, SupportsFloat, TypedDict, Unpack, cast
+from typing import Literal, SupportsFloat, TypedDict, Unpack
 
 import yaml
 
 from avatar_rl.cluster.telemetry.run_files import (
     DISTRIBUTIONS,
     RunStatus,
-    Sample,
     State,
     environment,
     mask_secrets,
     read_status,
     rewind,
 )
+from avatar_rl.cluster.telemetry.samples import rotate, sample_lines, samples_markdown
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.common.files import Appender, json_line, replace_text
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 #: A run does not start with less free disk than this; checkpoints need far more, but logs must
 #: always fit.
 MIN_FREE_BYTES = 64 << 20
+#: Bound of samples/ where nobody says another (output.samples_mib).
+SAMPLES_BYTES = 256 << 20
 
 
 class StatusChanges(TypedDict, total=False):
@@ -80,8 +82,10 @@ class RunFolder:
         total_steps: int | None = None,
         on_warning: Callable[[str], None] | None = None,
         sinks: Sequence[Sink] = (),
+        samples_bytes: int = SAMPLES_BYTES,
     ) -> None:
         self.path = path
+        self.samples_bytes = samples_bytes
         self.degraded = False
         self._failures = 0
         self._on_warning = on_warning or (lambda _: None)
@@ -204,13 +208,16 @@ class RunFolder:
         kind: Literal["rollout", "eval"] = "rollout",
     ) -> Path:
         """Write sampled completions (``Sample``), one row each, as JSONL and as readable Markdown;
-        returns the JSONL path."""
+        returns the JSONL path. Older ones make room (samples.py)."""
         stem = "step" if kind == "rollout" else "eval"
         path = self.path / "samples" / f"{stem}_{step:06d}.jsonl"
         with self._lock:
-            lines = [json_line(cast("Mapping[str, ReadOnlyJson]", row)) for row in rows]
-            self._guarded(path, b"".join(lines).decode())
+            self._guarded(path, sample_lines(rows, self.samples_bytes).decode())
             self._guarded(path.with_suffix(".md"), samples_markdown(step, rows, kind))
+            try:
+                rotate(path.parent, self.samples_bytes)
+            except OSError as error:
+                self._trouble(error)
         return path
 
     def status(self, **changes: Unpack[StatusChanges]) -> RunStatus:
@@ -268,35 +275,6 @@ def new_run_id(name: str) -> str:
     seconds, fraction = divmod(time.time_ns(), 1_000_000_000)
     at = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
     return f"{name}-{at}-{fraction // 1000:06}"
-
-
-def samples_markdown(step: int, rows: Sequence[Mapping[str, object]], kind: str) -> str:
-    """Samples as Markdown: one section per prompt, each completion quoted above a line of its
-    rewards."""
-    out = [f"# {'Evaluation' if kind == 'eval' else 'Rollouts'} at step {step}"]
-    previous = None
-    for row in cast(Sequence[Sample], rows):
-        if row.get("prompt_id") != previous:
-            previous = row.get("prompt_id")
-            needs = "+".join(row.get("needs", ()))
-            facts = filter(None, [row.get("category"), f"needs {needs}" if needs else ""])
-            out.append(
-                f"## {previous}\n\n{row.get('question', '')}\n\nGround truth: "
-                f"**{row.get('answer', '')}** " + " · ".join(facts)
-            )
-        quoted = "\n".join("    " + line for line in str(row.get("text", "")).splitlines() or [""])
-        scores = {"reward": row.get("reward"), "accuracy": row.get("accuracy")}
-        scores = {name: value for name, value in scores.items() if value is not None}
-        scores |= {f"- {name}": value for name, value in (row.get("components") or {}).items()}
-        line = "  ".join(
-            f"{name} {'masked' if value is None else f'{value:.3g}'}"
-            for name, value in scores.items()
-        )
-        known = dict(row.items())
-        shown = ("version", "tokens", "finish_reason", "hinted")
-        extra = [f"{name} {known[name]}" for name in shown if name in known]
-        out.append(f"{quoted}\n\n{line}  \n*{', '.join(extra)}*")
-    return "\n\n".join(out) + "\n"
 
 
 def event_file(folder: Path) -> Path:

@@ -124,7 +124,15 @@ def run_folder(
     output, sinks = config.output, []
     if output.prometheus_port is not None:
         sinks.append(PrometheusSink(path.name, output.prometheus_port, output.prometheus_host))
-    folder = open_folder(path, lock, resumption, config.loop.steps, screen.event, sinks=sinks)
+    folder = open_folder(
+        path,
+        lock,
+        resumption,
+        config.loop.steps,
+        screen.event,
+        sinks=sinks,
+        samples_bytes=config.output.samples_mib << 20,
+    )
     folder.config(config.model_dump(mode="json"))
     try:
         with recorded(folder):

@@ -6,11 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from avatar_rl.buffer_service.records.requests import PromptKl
+from avatar_rl.buffer_service.records.requests import PromptKl, Tier
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
@@ -21,6 +22,13 @@ from avatar_rl.learner.objective.loss import StepTotals
 from avatar_rl.learner.spec import LearnerSpec
 
 POLL_S = 0.005  # between looks for a complete step
+
+
+class Standing(NamedTuple):
+    """How the buffer sees a prompt when a step is collected."""
+
+    tier: Tier | None
+    baseline: float | None  # Rbar of its visits with or without hint
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,18 @@ class StepSource:
             tuple(replaced),
         )
 
+    def standing(self, work: StepWork) -> dict[tuple[str, bool], Standing]:
+        """Tier and Rbar of the step's prompts, by id and whether the hint was shown."""
+        of_groups = [(group.prompt_id, group.hinted) for group in work.groups]
+        keys = sorted({*of_groups, *((r.prompt_id, r.hinted) for r in work.replays)})
+        prompts, hinted = [key[0] for key in keys], [key[1] for key in keys]
+        replay = self.buffer.replay
+        tiers, baselines = replay.tiers(prompts), replay.baselines(prompts, hinted)
+        return {
+            key: Standing(tier, baseline)
+            for key, tier, baseline in zip(keys, tiers, baselines, strict=True)
+        }
+
     def _await_groups(self, step: int, waiting: Callable[[], None]) -> Sequence[Group]:
         deadline = time.monotonic() + self.spec.step_timeout_s
         while True:
@@ -134,6 +154,7 @@ class StepPlan:
 
     trajectories: list[Trajectory]  # N
     is_replay: Tensor  # (N,) bool
+    groups: Tensor  # (N,) int64, the mixed group that a completion is trained in
     advantages: Advantages
     totals: StepTotals
     ages: Tensor  # (replays,) policy versions since a replay was generated
@@ -180,6 +201,7 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
     return StepPlan(
         trajectories=trajectories,
         is_replay=is_replay,
+        groups=groups,
         advantages=advantages,
         totals=StepTotals.count(
             torch.tensor([len(t.token_ids) for t in trajectories]),

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.studies.arms import ARMS
 from benchmarks.studies.runs import Records
+from tests.browser import needs_chromium
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -42,9 +43,11 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
+    "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
     "weights": ("ratio_400kb_2reader", "learner_pause_ms_400kb_2reader"),
 }
+MARKS = {"view": needs_chromium}
 #: What must be so on any machine, however loaded.
 EXACT = {
     "bad_input": {"unnamed": 0, "tracebacks": 0, "silent": 0, "lost": 0},
@@ -71,7 +74,9 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in FIGURES]
+)
 def test_a_benchmark_runs_to_its_end_and_leaves_flat_figures(
     name: str, tmp_path: Path, small_cache: Path
 ) -> None:

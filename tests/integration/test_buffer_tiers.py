@@ -39,7 +39,10 @@ def seen(buffer: ReplayBuffer, step: int, scores: dict[str, list[tuple[float, fl
 
 
 def tiers_of(buffer: ReplayBuffer, names: Iterable[str]) -> dict[str, str | None]:
-    return {name: tier_of(buffer, name) for name in names}
+    """By the helper's own reckoning, which ``ReplayStock.tiers`` must agree with."""
+    found = {name: tier_of(buffer, name) for name in names}
+    assert buffer.replay.tiers(list(found)) == list(found.values())
+    return found
 
 
 def test_a_tie_takes_the_tier_of_its_mid_rank(buffer: ReplayBuffer) -> None:
@@ -65,6 +68,8 @@ def test_a_pool_that_ties_as_a_whole_is_medium(buffer: ReplayBuffer) -> None:
     assert stats.tiers == {"hard": 0, "medium": 24, "easy": 0}
     assert stats.threshold_low is None and stats.threshold_high == 0.5
     assert len(buffer.replay.draw(8, step=1, seed=0)) == 8
+    assert buffer.replay.tiers(["p0", "never asked"]) == ["medium", None]
+    assert buffer.replay.tiers([]) == []
 
 
 def test_easy_is_not_empty_at_an_accuracy_of_nine_tenths(buffer: ReplayBuffer) -> None:

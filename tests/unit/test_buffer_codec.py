@@ -23,6 +23,8 @@ from avatar_rl.common.errors import ConfigError
 from tests.buffer_records import make_group
 from tests.reference_buffer import generator
 
+#: Fields that are no part of format 2's.
+LATER = ("token_ids", "logprobs", "details")
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -50,6 +52,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward=draw(finite),
         components=draw(st.dictionaries(st.text(max_size=9), st.none() | finite, max_size=4)),
         step=draw(st.integers(0, 10**6)),
+        details=draw(st.dictionaries(st.text(max_size=9), finite, max_size=3)),
     )
 
 
@@ -111,6 +114,16 @@ def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
             RecordError, match=r"00000003\.0.*; give UTF-8 text and integers of 64 bits"
         ):
             encode(msgspec.structs.replace(t, **changes))
+
+
+def test_a_record_of_the_format_before_has_no_details() -> None:
+    t = make_group(lease(), [1.0]).trajectories[0]
+    values = [getattr(t, name) for name in t.__struct_fields__ if name not in LATER]
+    fields = msgspec.msgpack.encode(values)
+    body = fields + bytes(-len(fields) % 4) + t.token_ids.tobytes() + t.logprobs.tobytes()
+    head = struct.pack("<4sHHIII", b"AVTR", 2, 0, len(fields), len(t.token_ids), checksum(body))
+    back = decode(head + body)
+    assert back.details == {} and (back.id, back.step) == (t.id, t.step)
 
 
 def lease(seq: int = 3, kind: str = "train") -> RequestLease:

@@ -30,7 +30,9 @@ LEASE = RequestLease(
     consumer="rollout-0",
     hinted=False,
 )
-SCORED = CompletionScore(reward=0.5, components={"accuracy": 0.5})
+SCORED = CompletionScore(
+    reward=0.5, components={"accuracy": 0.5}, details={"judge/visual_id_score": 0.25}
+)
 MASKED = CompletionScore(reward=None, components={"accuracy": None})
 
 
@@ -137,6 +139,7 @@ def group_of(lengths: list[int], scores: list[CompletionScore]) -> Any:
 
 def test_masked_and_empty_completions_are_left_out() -> None:
     group = group_of([2, 0, 4, 1], [MASKED, SCORED, SCORED, SCORED])
+    assert group.trajectories[0].details == {"judge/visual_id_score": 0.25}
     assert [len(t.token_ids) for t in group.trajectories] == [4, 1]
     assert [t.id for t in group.trajectories] == ["00000003.0", "00000003.1"]
     check_group(group)
