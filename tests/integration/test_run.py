@@ -58,6 +58,22 @@ def test_a_run_leaves_everything_one_looks_for(finished: tuple[Path, str]) -> No
     assert {"format", "accuracy"} <= sample["components"].keys()
 
 
+def test_saved_samples_say_what_the_loss_saw(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    lines = (run / "samples" / "step_000003.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["replayed"] for row in rows].count(True) == 4 * 4  # two ranks, all four groups
+    for row in rows:
+        count = row["tokens"]
+        lists = [row[name] for name in ("token_ends", "logprobs", "log_ratio", "entropy", "weight")]
+        assert [len(values) for values in lists] == [count] * 5
+        assert row["token_ends"][-1] == len(row["text"])
+        assert row["tier"] in ("easy", "medium", "hard") and row["baseline"] is not None
+        assert row["age"] >= 0 and row["versions"][0][0] == row["version"]
+        assert all(Path(item["uri"]).is_file() for item in row["media"])
+        assert row["weight"][0] == pytest.approx(1.3) or count == 1  # parabolic, lambda 0.3
+
+
 def test_the_exported_policy_is_not_the_one_it_started_from(finished: tuple[Path, str]) -> None:
     run, _ = finished
     [base] = (run.parents[1] / "cache").glob("cold-start-*")

@@ -93,7 +93,7 @@ def test_the_wheel_holds_every_file_once_below_one_root(wheel: Path) -> None:
     }
     expected = {"avatar_rl/__init__.py"}
     for package, patterns in (
-        *((name, ("*.py", "*.lua", "*.html")) for name in PACKAGES),
+        *((name, ("*.py", "*.lua", "*.html", "*.js", "*.css", "*.svg")) for name in PACKAGES),
         *((name, ("*",)) for name in DATA),
     ):
         for pattern in patterns:

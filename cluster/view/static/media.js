@@ -45,7 +45,7 @@
     const codecs = Object.values(clip.codecs || {}).join(" + ");
     facts.textContent = [codecs, clip.duration ? `${number(clip.duration)} s` : "", clip.bytes ? bytes(clip.bytes) : "",
       clip.clip ? `window ${clip.clip[0]} to ${clip.clip[1]} s` : ""].filter(Boolean).join(" · ");
-    if (sound) box.querySelector("figcaption").append(together(run, player, sound));
+    if (sound) box.querySelector("figcaption").append(together(run, player, clip, sound));
     const strip = frames(run, clip, player);
     if (strip) box.append(strip);
     let failed = false;
@@ -66,11 +66,12 @@
   }
 
   // The sound follows the picture: begins, stops and jumps with it.
-  function together(run, player, clip) {
-    const sound = h("audio", { preload: "auto", src: mediaUrl(run, clip, "file") + windowOf(clip) });
-    const begin = (clip.clip ? clip.clip[0] : 0);
+  function together(run, player, video, clip) {
+    const sound = h("audio", { preload: "auto", src: mediaUrl(run, clip, "file") });
+    // Each has its own window; the wav that stands in for a sound is cut to it already.
     const align = () => {
-      const wanted = player.currentTime + begin;
+      const begin = clip.clip && !sound.src.endsWith("sound.wav") ? clip.clip[0] : 0;
+      const wanted = Math.max(0, player.currentTime - (video.clip ? video.clip[0] : 0)) + begin;
       if (Math.abs(sound.currentTime - wanted) > 0.06) sound.currentTime = wanted;
       sound.playbackRate = player.playbackRate;
     };

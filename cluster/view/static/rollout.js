@@ -76,7 +76,7 @@
         h("tbody", {}, components.map(([name, value]) => [
           h("tr", {}, h("th", { scope: "row" }, AV.visible(name)), h("td", {}, value === null ? "" : bar(value)), h("td", {}, value === null ? badge("masked", "masked") : number(value))),
           details.filter(([key]) => key.startsWith(`${name}/`)).map(([key, mark]) =>
-            h("tr", { class: "detail" }, h("th", { scope: "row" }, AV.visible(key.slice(name.length + 1).replace(/_/g, " "))), h("td", {}, bar(mark)), h("td", {}, number(mark))))]))) : null,
+            h("tr", { class: "criterion" }, h("th", { scope: "row" }, AV.visible(key.slice(name.length + 1).replace(/_/g, " "))), h("td", {}, bar(mark)), h("td", {}, number(mark))))]))) : null,
       h("dl", { class: "facts-grid" }, facts.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value, meaning]) => h("div", { title: meaning }, h("dt", {}, name), h("dd", {}, value)))));
   }
 

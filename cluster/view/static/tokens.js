@@ -63,7 +63,9 @@
       const top = Math.max(sizes[Math.floor(sizes.length * 0.98)] ?? 0, sizes.length ? sizes[sizes.length - 1] * 0.25 : 0);
       spans.forEach((span, i) => {
         const value = of ? of[i] : null;
-        const part = value === null || value === undefined || !top ? 0 : Math.min(1, Math.abs(value) / top);
+        const size = value === null || value === undefined || !top ? 0 : Math.min(1, Math.abs(value) / top);
+        // Within a completion it varies by a third only, as the weights do: the third power shows where.
+        const part = mode === "credit" ? size ** 3 : size;
         span.style.setProperty("--p", (part * 100).toFixed(0) + "%");
         span.dataset.tone = entropy ? "warm" : value > 0 ? "up" : value < 0 ? "down" : "";
       });
