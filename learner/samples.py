@@ -65,14 +65,14 @@ class Shown:
 class SampleRecorder:
     """Notes what a step's rows need while it is trained."""
 
-    groups: frozenset[int]  # numbers of the groups that are shown
+    groups: tuple[int, ...]  # numbers of the groups that are shown, in their order
     shown: dict[_Key, Shown] = field(default_factory=dict)
     tokens: dict[_Key, TokenValues] = field(default_factory=dict)
     update: int = -1
 
     @classmethod
     def of(cls, work: StepWork, count: int) -> SampleRecorder:
-        return cls(frozenset(informative(work.groups, count)))
+        return cls(tuple(informative(work.groups, count)))
 
     def begin_update(self, plan: StepPlan) -> None:
         """Note the completions of the next update's plan. Fresh ones are in every update: the first
@@ -115,7 +115,8 @@ class SampleRecorder:
         tokenizer: Tokenizer,
     ) -> list[JsonObject]:
         """JSON-ready rows: group after group, the fresh completions of each before its replays."""
-        order = sorted(self.shown, key=lambda key: (self.shown[key].group, key))
+        place = {group: number for number, group in enumerate(self.groups)}
+        order = sorted(self.shown, key=lambda key: (place[self.shown[key].group], key))
         return [
             _row(self.shown[key], self.tokens.get(key), work, standing, prompts, tokenizer)
             for key in order

@@ -134,6 +134,14 @@ def test_a_row_says_what_the_loss_saw_of_the_completion() -> None:
     json.dumps(rows)
 
 
+def test_the_most_telling_group_comes_first() -> None:
+    work = work_of([group_of(0, [1.0, 1.0]), group_of(1, [0.0, 1.0])], [])
+    recorder = SampleRecorder.of(work, 2)
+    recorder.begin_update(plan_step(work, LearnerConfig(), ranks=1, max_tokens=8))
+    rows = recorder.rows(work, {}, PROMPTS, Bytes())
+    assert [row["group"] for row in rows] == ["00000001"] * 2 + ["00000000"] * 2
+
+
 def test_what_was_left_out_of_the_loss_still_has_a_row() -> None:
     work = work_of([group_of(0, [0.0, 1.0])], [])
     recorder = SampleRecorder.of(work, 1)
