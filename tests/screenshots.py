@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 from rich.console import Console
 
 from avatar_rl.cluster.telemetry.live_view import View
@@ -59,7 +59,8 @@ def take_all(page: Browser, address: str, run: Path, folder: Path) -> None:
         page.open("about:blank")
         page.open(chosen)
         page.until("document.querySelector('.rollout .token')")
-        page.run("const v = document.querySelector('video'); if (v) v.currentTime = v.duration / 3")
+        page.until("document.querySelector('.rollout video').readyState > 1")
+        page.run("const v = document.querySelector('video'); v.currentTime = v.duration / 3")
         take(page, name, folder)
     page.resize((1100, 900))
     page.open((run / "report.html").resolve().as_uri())
@@ -75,6 +76,9 @@ def take(page: Browser, name: str, folder: Path) -> None:
     """A picture with at most 256 colours: a third of the bytes, and the eye sees no difference."""
     time.sleep(1.0)  # images decode, fonts settle
     picture = Image.open(page.picture(folder / "picture.png")).convert("RGB")
+    if name == "live-screen":  # the terminal without the page around it
+        white = Image.new("RGB", picture.size, "white")
+        picture = picture.crop(ImageChops.difference(picture, white).getbbox())
     few = picture.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     few.save(IMAGES / f"{name}.png", optimize=True)
 
@@ -86,9 +90,11 @@ def telling(run: Path) -> str:
     files = [file for file in rollouts.files() if not file.held_out]
     for file in reversed(files):
         for number in range(len(file.groups)):
-            for index, row in enumerate(rollouts.group(file.name, number) or ()):
-                seen = "video" in row.get("needs", ())
-                if seen and not row.get("replayed") and (row.get("advantage") or 0) > 0.5:
+            rows = rollouts.group(file.name, number) or []
+            paid = [row["reward"] for row in rows if not row["replayed"]]
+            for index, row in enumerate(rows):
+                seen = {"video", "audio"} <= set(row["needs"]) and len(row["text"]) > 80
+                if seen and row["advantage"] > 0.5 and max(paid) - min(paid) > 0.5:
                     return f"{file.name}/{number}/{index}"
     return first_of(files)
 
