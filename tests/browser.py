@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="needs the system packages chromium and chromium-driver",
+    CHROMIUM is None or DRIVER is None or find_spec("selenium") is None,
+    reason="needs the system packages chromium and chromium-driver, and selenium",
 )
 ARGUMENTS = (
     "--headless=new",
