@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from avatar_rl.common.text import shortened
+
 
 class AvatarError(Exception):
     """Base of every error a user can cause or cure."""
@@ -21,10 +23,13 @@ class InputError(DataError):
     """What is wrong with one input and what to do. Survives pickling.
 
     ``where`` is a file or "file:line". Place, fault and remedy are kept apart, so that a report can
-    show them in columns.
+    show them in columns. ``what`` may quote the input, so it is cut to ``MOST_CHARS``.
     """
 
+    MOST_CHARS = 400
+
     def __init__(self, where: str | Path, what: str, remedy: str) -> None:
+        what = shortened(what, self.MOST_CHARS)
         super().__init__(str(where), what, remedy)
         self.where = str(where)
         self.what = what

@@ -7,7 +7,7 @@ the largest number, as live encoders write) are read to their end."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,8 +35,11 @@ def check_whole(path: Path) -> None:
 def _promised(file: BinaryIO, size: int) -> int | None:
     """Bytes that the file should have; None where its format does not say."""
     head = file.read(12)
-    if head[:4] in (b"RIFF", b"RF64"):
+    if head[:4] == b"RIFF":
         return _riff(file, head, size)
+    for magic, reader in _STATED.items():
+        if head.startswith(magic):
+            return reader(file, size)
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"styp"):
         return _boxes(file, size)
     if head[:4] == _EBML:
@@ -48,7 +51,7 @@ def _promised(file: BinaryIO, size: int) -> int | None:
 
 def _riff(file: BinaryIO, head: bytes, size: int) -> int | None:
     """WAV and AVI: the end of the chunk with the samples, else what the file's head says."""
-    if head[:4] == b"RF64" or head[8:12] not in (b"WAVE", b"AVI "):
+    if head[8:12] not in (b"WAVE", b"AVI "):
         return None
     stated = int.from_bytes(head[4:8], "little")
     if head[8:12] == b"AVI ":
@@ -135,3 +138,90 @@ def _mpeg_audio(file: BinaryIO) -> int | None:
 
 def _places(data: bytes, marks: tuple[bytes, ...]) -> Iterator[int]:
     return (at for mark in marks if 0 <= (at := data.find(mark)) <= 64)
+
+
+def _number(file: BinaryIO, at: int, layout: str) -> int:
+    """The integer at byte ``at``; 0 where the file ends before."""
+    file.seek(at)
+    data = file.read(struct.calcsize(layout))
+    return int(struct.unpack(layout, data)[0]) if len(data) == struct.calcsize(layout) else 0
+
+
+def _rf64(file: BinaryIO, size: int) -> int | None:
+    """WAV above 4 GiB: its length stands in a chunk of its own."""
+    file.seek(12)
+    return _number(file, 20, "<Q") + 8 if file.read(4) == b"ds64" else None
+
+
+def _wave64(file: BinaryIO, size: int) -> int | None:
+    return _number(file, 16, "<Q") or None
+
+
+def _aiff(file: BinaryIO, size: int) -> int | None:
+    stated = _number(file, 4, ">I")
+    return None if stated in _UNSTATED else stated + 8
+
+
+def _sun_audio(file: BinaryIO, size: int) -> int | None:
+    length = _number(file, 8, ">I")
+    return None if length in _UNSTATED else _number(file, 4, ">I") + length
+
+
+def _core_audio(file: BinaryIO, size: int) -> int | None:
+    """CAF: the end of the chunk with the samples; -1 as its length means to the end."""
+    at = 8
+    while at + 12 <= size:
+        file.seek(at)
+        name, length = struct.unpack(">4sq", file.read(12))
+        if name == b"data" or length < 0:
+            return at + 12 + length if length >= 0 else None
+        at += 12 + length
+    return at if at > size else None
+
+
+def _asf(file: BinaryIO, size: int) -> int | None:
+    """WMV and WMA: the size in the file properties, unless it was broadcast."""
+    file.seek(0)
+    head = file.read(4096)
+    at = head.find(_ASF_PROPERTIES)
+    if at < 0 or at + 92 > len(head) or head[at + 88] & 1:
+        return None
+    return int.from_bytes(head[at + 40 : at + 48], "little") or None
+
+
+def _flash(file: BinaryIO, size: int) -> int | None:
+    """FLV: the size in its metadata, where the writer put one."""
+    file.seek(0)
+    head = file.read(4096)
+    at = head.find(b"filesize\0")
+    if at < 0 or at + 17 > len(head):
+        return None
+    stated = struct.unpack(">d", head[at + 9 : at + 17])[0]
+    return int(stated) if 0 < stated < 2**53 else None
+
+
+def _ogg(file: BinaryIO, size: int) -> int | None:
+    """Ogg states no length, but every page its own: the last one must be there whole."""
+    first = max(0, size - _OGG_PAGE)
+    file.seek(first)
+    tail = file.read()
+    at = tail.rfind(b"OggS")
+    if at < 0:
+        return None
+    segments = tail[at + 26] if at + 26 < len(tail) else 255
+    lengths = tail[at + 27 : at + 27 + segments]
+    return first + at + 27 + segments + sum(lengths) + 255 * (segments - len(lengths))
+
+
+_OGG_PAGE = 66_000  # above the largest page
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_STATED: dict[bytes, Callable[[BinaryIO, int], int | None]] = {
+    b"RF64": _rf64,
+    b"riff\x2e\x91\xcf\x11": _wave64,
+    b"FORM": _aiff,
+    b".snd": _sun_audio,
+    b"caff": _core_audio,
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": _asf,
+    b"FLV\x01": _flash,
+    b"OggS": _ogg,
+}

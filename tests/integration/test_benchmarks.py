@@ -45,6 +45,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
+    "validate": ("rows_per_s", "peak_mib", "longest_line"),
     "weights": ("ratio_400kb_2reader", "learner_pause_ms_400kb_2reader"),
 }
 MARKS = {"view": needs_chromium}

@@ -242,3 +242,45 @@ def test_images_of_every_read_format(tmp_path: Path) -> None:
         Image.new("RGB", (16, 8), RED).save(path)
         image: DecodedImage = load(path, "image")
         assert image.pixels.shape == (8, 16, 3) and abs(int(image.pixels[0, 0, 0]) - 200) < 12
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.aiff", "pcm_s16be", {}),
+        ("a.au", "pcm_s16be", {}),
+        ("a.caf", "pcm_s16le", {}),
+        ("a.w64", "pcm_s16le", {}),
+        ("a.wav", "pcm_s16le", {"rf64": "always"}),
+        ("a.opus", "libopus", {}),
+        ("v.flv", "flv", {}),
+        ("v.wmv", "wmv2", {}),
+    ],
+)
+def test_a_cut_is_noticed_in_every_container_that_states_a_length(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path, is_video = tmp_path / name, name.startswith("v")
+    with av.open(str(path), "w", options=options) as container:
+        if is_video:
+            track = container.add_stream(codec, rate=10, width=64, height=64, pix_fmt="yuv420p")
+            for number in range(20):
+                picture = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+                container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        else:
+            track = container.add_stream(codec, rate=48_000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                tone(440, 2.0, 48_000)[None], format="fltp", layout="mono"
+            )
+            frame.sample_rate, frame.time_base, frame.pts = 48_000, Fraction(1, 48_000), 0
+            size = track.codec_context.frame_size or None
+            resampler = av.AudioResampler(track.format, "mono", 48_000, frame_size=size)
+            for part in (*resampler.resample(frame), *resampler.resample(None)):
+                container.mux(track.encode(part))
+        container.mux(track.encode(None))
+    kind = "video" if is_video else "audio"
+    assert load(path, kind).duration == pytest.approx(2.0, abs=0.1)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(0.6 * len(data))])
+    with pytest.raises(DataError, match=r"is cut short: .* that its header promises"):
+        load(path, kind)

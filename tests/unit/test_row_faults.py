@@ -324,3 +324,19 @@ def test_other_columns_reach_rewards_as_they_are(tmp_path: Path) -> None:
     }
     [prompt] = read(verl, folder=tmp_path)
     assert prompt.extra == {"index": 0, "data_source": "mine", **others}
+
+
+@pytest.mark.parametrize("column", ["problem_type", "solution", "video", "options", "id", "role"])
+def test_no_message_is_as_long_as_its_input(tmp_path: Path, column: str) -> None:
+    long = "no such thing " * 5_000
+    row = FREE | {column: long, "options": ["a"] if column == "options" else None}
+    if column == "role":
+        row = {"messages": [{"role": long, "content": "x"}], "solution": "a"}
+    if column == "options":
+        row |= {"options": [long, 3, long], "solution": long, "problem_type": "multiple choice"}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    problems = validate(path, DataConfig(), decode=False).problems
+    assert problems
+    for problem in problems:
+        assert len(problem.what) + len(problem.remedy) + len(problem.id) < 900
