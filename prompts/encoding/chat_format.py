@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: One turn of a chat: its role, and its text or its parts.
 Turn = dict[str, "str | list[dict[str, str]]"]
-_THINK_END = re.compile(r"<(think|thinking)>\s*\Z")
+_THINK_END = re.compile(r"(<(?:think|thinking)>)[^<>]*\Z")  # words may follow: "<think>\nOkay, "
+_THINK_SKIPPED = re.compile(r"<(think|thinking)>\s*</\1>\s*\Z")
 
 
 class ChatFormat:
@@ -51,7 +52,7 @@ class ChatFormat:
                 "model's source, or correct it"
             )
         #: The opening think tag that the prompt ends with, so that completions begin inside it.
-        self.opened_tag = match[0].strip() if (match := _THINK_END.search(shown)) else ""
+        self.opened_tag = match[1] if (match := _THINK_END.search(shown)) else ""
         self.no_system = self._system_fault(system or "Be brief.")
         if system is not None and self.no_system:
             raise ModelError(
@@ -78,6 +79,13 @@ class ChatFormat:
 
     def warnings(self, config: PretrainedConfig) -> list[str]:
         """What is probably wrong with the model's prompts though they can be formatted."""
+        found = []
+        if _THINK_SKIPPED.search(self._shown):
+            found.append(
+                "the chat template ends the prompt with an empty think block, as if the model had "
+                "thought already: completions that do not open another earn no format reward. Take "
+                "the template that lets it think, or leave the block out"
+            )
         tokenizer = self._tokenizer
         start = tokenizer.bos_token_id
         known = {getattr(one, "bos_token_id", None) for one in (config, config.get_text_config())}
@@ -89,11 +97,12 @@ class ChatFormat:
             or start in ids
             or not (adds or start in known)
         ):
-            return []
+            return found
         return [
+            *found,
             f"the chat template writes no {tokenizer.bos_token}, with which model type "
             f"{config.model_type!r} was probably trained: if its source says so, put "
-            "{{ bos_token }} at the start of the template"
+            "{{ bos_token }} at the start of the template",
         ]
 
     def _system_fault(self, system: str) -> str:

@@ -67,7 +67,9 @@ def test_a_run_on_a_full_disk_pauses_continues_and_ends_whole(disk: Path, tmp_pa
     said = [row["kind"] for row in read_jsonl(run / "events.jsonl")]
     assert "run paused" in output and "run continues" in output, output
     assert read_status(run).state == "finished" and "ledger closed" in said
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_metrics(run)] == list(
+        range(STEPS + 1)
+    )  # 0: before the first
     with open_buffer(str(run), url=None) as buffer:
         books = buffer.stats.check_ledger()
     assert books.gap == 0 and books.trained_fresh == STEPS * 4
