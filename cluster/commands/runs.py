@@ -129,6 +129,7 @@ def print_summary(config: RunConfig, result: RunResult) -> None:
         print(f"report       {result.run / 'report.html'}")
     if config.output.export:
         print(f"checkpoint   {result.run / 'checkpoint'}")
+    print(f"look at it   avatar view {result.run}")
 
 
 def stoppable(work: Callable[[], None]) -> int:

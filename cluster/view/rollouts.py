@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
 from avatar_rl.cluster.telemetry.run_files import Sample
+from avatar_rl.cluster.view.clean import clean
 from avatar_rl.cluster.view.reading import Faults, lines_of
 from avatar_rl.common.types import Json, JsonObject
 
@@ -159,12 +159,12 @@ class Rollouts:
         rows = _readable(self.folder / f"{name}.jsonl", Faults())
         if wanted.stop > len(rows):  # it has changed since
             return None
-        return [cast(Sample, json.loads(rows[i][0])) for i in wanted]
+        return [clean(json.loads(rows[i][0])) for i in wanted]
 
     def samples(self, name: str) -> list[Sample]:
         """All rows of one file."""
         rows = _readable(self.folder / f"{name}.jsonl", Faults())
-        return [cast(Sample, json.loads(line)) for line, _ in rows]
+        return [clean(json.loads(line)) for line, _ in rows]
 
     def summaries(self) -> list[JsonObject]:
         """Step by step: the groups of each file, with the rewards of their halves."""

@@ -272,6 +272,32 @@ def test_a_torn_or_foreign_folder_shows_what_is_whole(run: Path) -> None:
     assert listed["runs"] == [] and "status.json is not a run's status" in str(listed["damaged"])
 
 
+def test_fields_of_another_type_are_left_out(run: Path) -> None:
+    whole = sample(1, 0, 0, tokens=3)
+    bad: dict[str, object] = {
+        "text": whole["text"],
+        "options": "ABC",
+        "media": {"kind": "video"},
+        "details": [1],
+        "versions": 3,
+        "hint": None,
+        "token_ends": [1, 99_999, 2],
+        "logprobs": [1],
+    }
+    rows = [whole, {**whole, **bad}, {"text": "x", "token_ends": ["1"]}, {"hinted": False}]
+    write_lines(run / "samples" / "step_000001.jsonl", [{**row, "group": "g"} for row in rows])
+    document = Resources(run.parent).get("run/demo-1/group/step_000001/0")
+    assert isinstance(document, dict)
+    first, second, third, last = document["rows"]  # type: ignore[misc]
+    assert first == {**whole, "group": "g"}
+    assert second.keys() == first.keys() - bad.keys() - {"log_ratio", "entropy", "weight"} | {
+        "text"
+    }  # type: ignore[union-attr]
+    assert third == {"text": "x", "group": "g"}
+    assert last == {"text": "", "group": "g", "hinted": False}
+    assert show(run, Console(file=io.StringIO())) == 0
+
+
 def test_a_run_without_any_file_yet_is_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", steps=0, state="setting up")
     for file in [*run.glob("samples/*"), run / "metrics.jsonl", run / "config.yaml"]:

@@ -137,7 +137,7 @@
       };
       AV.sibling = (by) => { const to = Number(member) + by; if (document_.rows[to]) pick(to); };
       AV.stopMedia(detail);
-      detail.replaceChildren(back(), AV.rollout(run, step, document_, Number(member), pick));
+      try { detail.replaceChildren(back(), AV.rollout(run, step, document_, Number(member), pick)); } catch (error) { detail.replaceChildren(back(), AV.problem(error)); }
       box.classList.add("opened");
       detail.scrollTop = 0;
       if (focus) { if (!wide()) window.scrollTo(0, 0); detail.focus({ preventScroll: true }); }
