@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import AvatarError, InputError
 from avatar_rl.common.types import Json, JsonObject
-from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video
+from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video, streams_of
 from avatar_rl.prompts.media.image import decode_image
 from avatar_rl.prompts.record import MediaItem, resolve_uri
 
@@ -182,15 +181,9 @@ def _streams(path: Path, item: MediaItem) -> JsonObject:
     """Codecs and length as the container says."""
     if item.kind == "image":
         return {}
-    try:
-        with av.open(str(path), mode="r") as container:
-            codecs: dict[str, Json] = {
-                stream.type: stream.codec_context.name for stream in container.streams
-            }
-            length = container.duration / av.time_base if container.duration else None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise InputError(path, f"cannot be opened ({error})", "see whether it is whole") from error
-    return {"codecs": codecs, "duration": length, "sound": "audio" in codecs}
+    found = streams_of(path)
+    codecs: dict[str, Json] = {**found.codecs}
+    return {"codecs": codecs, "duration": found.duration, "sound": "audio" in codecs}
 
 
 def _frames(item: MediaItem, path: Path) -> list[bytes]:

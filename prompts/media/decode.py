@@ -133,6 +133,21 @@ def decode_audio(
     return samples, samples.size / sample_rate
 
 
+class Streams(NamedTuple):
+    """What a container says of itself."""
+
+    codecs: dict[str, str]  # by kind of stream
+    duration: float | None  # seconds
+
+
+def streams_of(path: Path) -> Streams:
+    """Codecs and length, without decoding. Raises InputError as ``decode_video`` does."""
+    with _open(path) as container:
+        known = [stream for stream in container.streams if stream.codec_context is not None]
+        length = container.duration / av.time_base if container.duration else None
+        return Streams({stream.type: stream.codec_context.name for stream in known}, length)
+
+
 def resample(samples: NDArray[np.float32], rate: int, target: int) -> NDArray[np.float32]:
     """Band-limited resampling of (S,) from ``rate`` to ``target`` Hz; length ceil(S * target /
     rate)."""

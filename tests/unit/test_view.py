@@ -166,6 +166,14 @@ def test_a_sample_cannot_have_any_file_given_out(tmp_path: Path) -> None:
     assert remote is not None and "path only" in str(MediaShelf().describe(remote)["error"])
 
 
+def test_a_playlist_under_the_name_of_a_clip_opens_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "list.mp4"
+    file.write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    clip = clip_of({"kind": "video", "uri": str(file)})
+    assert clip is not None
+    assert "is a playlist (HLS)" in str(MediaShelf().describe(clip)["error"])
+
+
 def test_the_roots_of_the_recipe_hold_here_too(run: Path, clip: Path) -> None:
     (run / "config.yaml").write_text(f"data: {{media: {{roots: [{run}]}}}}\n")
     group = Resources(run.parent).get("run/demo-1/group/step_000001/0")
