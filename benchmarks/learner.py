@@ -1,10 +1,10 @@
-"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``,
-about five minutes.
+"""What a learner step costs -> build/bench/learner.json; run with ``make bench NAME=learner``.
 
-``vs_trl``: completion tokens/s of the learner over those of TRL's GRPOTrainer on the same frozen
-batches of a text model, by turns in one process, after both gave the same loss and gradient norm.
-``media_once``: seconds of a step on audio-visual prompts without ``learner.share_prefix`` over
-those with it. docs/benchmarks.md says how to read them."""
+``packed_vs_copied_*``: seconds of transformers' own forward and backward over copied prompts over
+those of a pack. ``vs_trl``, ``vs_trl_image``: completion tokens/s of the learner over those of
+TRL's GRPOTrainer on the same frozen batches. ``head_peak_ratio``: memory of the tiled head over one
+chunk of plain autograd. All by turns in one process, after both sides gave the same loss and
+gradients; activations are recomputed everywhere. docs/benchmarks.md says how to read them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,46 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
-from avatar_rl.learner.batch.microbatch import Size, pack
+from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepWork
-from avatar_rl.learner.model.policy import length_runs
 from benchmarks.harness import Figures, parser
+from benchmarks.head_side import peak_bytes
 from benchmarks.learner_side import (
     GROUP,
     LONGEST,
     BenchLearner,
     FrozenPrompts,
-    FrozenText,
+    FrozenStep,
+    PromptMaker,
+    build_image_models,
     build_text_models,
+    image_prompt,
     load_policy,
     make_spec,
-    make_step,
-    score,
     settings,
-    with_behaviour,
+    text_prompt,
+)
+from benchmarks.packed_side import (
+    AVATAR,
+    GRPO,
+    CopiedSide,
+    PackedSide,
+    Shape,
+    build_vision_model,
+    make_rows,
 )
 
 Figure = Iterator[tuple[str, float]]
 
-AGREEMENT = 1e-4  # of losses (absolute) and gradient norms (relative)
+AGREEMENT = 1e-5  # of losses (absolute), gradient norms and gradients (relative)
 
 
 @dataclass(frozen=True)
@@ -52,34 +59,75 @@ class Sizes:
     """What is measured at which sizes."""
 
     prompts: int = 4  # per step of the text model
-    batches: int = 2  # frozen ones of the text model, in turn
-    clips: int = 8  # per step of the audio-visual one
+    image_prompts: int = 2  # per step of the other one
+    batches: int = 2  # frozen ones, in turn
     trl_rows: tuple[int, ...] = (4, 8, 16)  # completions per micro-batch
-    budgets: tuple[int, ...] = (1024, 2048, 4096, 16_384)  # the last is the default
-    frozen: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("", ()),
-        ("_frozen", ("visual", "audio_tower")),
-    )
+    copied_rows: tuple[int, ...] = (2, 4, 8)
+    scale: float = 1.0  # of prompts and completions of packed_vs_copied
+    head_tokens: int = 2048
 
 
-SMOKE = Sizes(4, 1, 1, (16,), (16_384,), (("_frozen", ("visual", "audio_tower")),))
+SMOKE = Sizes(2, 1, 1, (8,), (8,), 0.1, 600)
 
 
-class TextDuel:
+# -- a pack against copies -------------------------------------------------------------------------
+
+
+def packed_vs_copied(folder: Path, shape: Shape, rounds: int, sizes: Sizes) -> Figure:
+    """Copies in the fastest of three micro-batches; the ceiling is what would be gained if every
+    position cost the same."""
+    name = f"packed_vs_copied_{shape.name}"
+    rows = make_rows(shape, scale=sizes.scale)
+    packed = PackedSide(folder, rows)
+    copies = {count: CopiedSide(folder, rows, count) for count in sizes.copied_rows}
+    loss, gradients = packed.gradients()
+    size = torch.stack([g.norm() for g in gradients.values()]).norm()
+    for copied in copies.values():
+        other_loss, others = copied.gradients()
+        if others.keys() != gradients.keys():
+            raise SystemExit(f"{name}: other parameters have gradients: nothing to compare")
+        gaps = torch.stack([(others[n] - g).norm() for n, g in gradients.items()])
+        spread = max(abs(loss - other_loss), float(gaps.norm() / size))
+        if spread > AGREEMENT:
+            raise SystemExit(
+                f"{name}: loss or gradients differ by {spread:.2g}: nothing to compare"
+            )
+    yield f"{name}_spread_ppm", 1e6 * spread
+    spent = {count: copied.seconds() for count, copied in copies.items()}
+    best = min(spent, key=lambda count: spent[count])
+    yield f"{name}_rows", best
+    ratios = by_turns(copies[best].seconds, packed.seconds, rounds)
+    yield from _ratio(name, ratios)
+    yield f"{name}_ceiling", copies[best].positions / packed.positions
+
+
+# -- against TRL -----------------------------------------------------------------------------------
+
+
+class Duel:
     """Learner and TRL over the same model folder and frozen batches."""
 
-    def __init__(self, folder: Path, threads: int, sizes: Sizes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: tuple[Path, Path],
+        make_prompt: PromptMaker,
+        prompts: int,
+        threads: int,
+        sizes: Sizes,
+    ) -> None:
         from benchmarks.trl_side import (
             TrlSide,  # before the learner sets up its process group: TRL knows of none
         )
 
         self.sizes = sizes
-        policy, reference = build_text_models(folder)
-        models = load_policy(policy), load_policy(reference)
+        policy, reference = models
+        scorers = load_policy(policy), load_policy(reference)
         frozen = [
-            FrozenText.make(number, sizes.prompts, *models) for number in range(sizes.batches)
+            FrozenStep.make(number, prompts, *scorers, make_prompt)
+            for number in range(sizes.batches)
         ]
-        prompts = {name: prompt for batch in frozen for name, prompt in batch.prompts.items()}
+        asked = {name: prompt for batch in frozen for name, prompt in batch.prompts.items()}
         config = settings(threads)
         self.works = [batch.work for batch in frozen]
         self.tokens = sum(batch.tokens for batch in frozen)
@@ -95,19 +143,17 @@ class TextDuel:
             )
             for rows in sizes.trl_rows
         }
-        self.ours = {
-            budget: BenchLearner(
-                make_spec(policy, reference, settings(threads, micro_batch_tokens=budget)),
-                FrozenPrompts(prompts),
-            )
-            for budget in sizes.budgets
-        }
+        self.budget = config.micro_batch_tokens
+        self.ours = BenchLearner(make_spec(policy, reference, config), FrozenPrompts(asked))
 
     def agree(self) -> Figure:
-        """Loss and gradient norm of a first step of every learner and every TRL configuration,
-        before any is timed."""
-        sides = [side.first_step() for side in self.trl.values()]
-        sides += [side.update(self.works[0]) for side in self.ours.values()]
+        """Loss and gradient norm of a first step of the learner and every TRL configuration, before
+        any is timed."""
+        from benchmarks.trl_side import compact_head
+
+        with compact_head():
+            sides = [side.first_step() for side in self.trl.values()]
+        sides.append(self.ours.update(self.works[0]))
         for name, values in zip(("loss", "grad_norm"), zip(*sides, strict=True), strict=True):
             # The loss sums terms of about 1 that cancel: it compares absolutely, the norm
             # relatively.
@@ -119,52 +165,41 @@ class TextDuel:
                 )
             yield f"{name}_spread_ppm", 1e6 * spread
 
-    def learner_s(self, budget: int) -> float:
-        return sum(self.ours[budget].seconds(self.works))
+    def learner_s(self) -> float:
+        return sum(self.ours.seconds(self.works))
 
-    def trl_s(self, rows: int, *, compact: bool) -> float:
+    def trl_s(self, rows: int) -> float:
         from benchmarks.trl_side import compact_head
 
-        with compact_head() if compact else nullcontext():
+        with compact_head():
             return sum(self.trl[rows].run(self.sizes.batches))
 
 
-def vs_trl(duel: TextDuel, rounds: int) -> Figure:
-    """TRL at its best micro-batch, the learner at its default token budget."""
-    budgets = duel.sizes.budgets
-    yield from duel.agree()
-    for budget in budgets:
-        duel.learner_s(
-            budget
-        )  # reference log-probabilities are remembered from here on, as TRL is given them
-    for budget in budgets:
-        yield f"learner_tokens_per_s_budget_{budget}", duel.tokens / duel.learner_s(budget)
-        yield f"learner_padding_share_budget_{budget}", padding_share(duel.works, budget)
-    for compact in (False, True):
-        head = "_compact" if compact else ""
-        spent_by = {rows: duel.trl_s(rows, compact=compact) for rows in duel.sizes.trl_rows}
-        for rows, spent in spent_by.items():
-            yield f"trl{head}_tokens_per_s_{rows}_rows", duel.tokens / spent
-        best = min(spent_by, key=lambda rows: spent_by[rows])
-        yield f"trl{head}_best_rows", best
-        pairs = []
-        for turn in range(rounds):
-            first = duel.learner_s(budgets[-1]) if turn % 2 else None
-            theirs = duel.trl_s(best, compact=compact)
-            pairs.append((theirs, first or duel.learner_s(budgets[-1])))
-        yield from _ratio(f"vs_trl{head}", [theirs / ours for theirs, ours in pairs])
-        yield (
-            f"trl{head}_tokens_per_s",
-            duel.tokens / statistics.median(theirs for theirs, _ in pairs),
-        )
-        yield (
-            f"learner_tokens_per_s{head}",
-            duel.tokens / statistics.median(ours for _, ours in pairs),
-        )
+def vs_trl(duel: Duel, name: str, rounds: int) -> Figure:
+    """TRL with its compact head at its best micro-batch, the learner at its default budget."""
+    label = name.removeprefix("vs_trl")
+    for key, value in duel.agree():
+        yield f"{key}{label}", value
+    duel.learner_s()  # remembers the reference log-probabilities, which TRL is given
+    spent_by = {rows: duel.trl_s(rows) for rows in duel.sizes.trl_rows}
+    for rows, spent in spent_by.items():
+        yield f"trl_tokens_per_s_{rows}_rows{label}", duel.tokens / spent
+    best = min(spent_by, key=lambda rows: spent_by[rows])
+    yield f"trl_best_rows{label}", best
+    learner: list[float] = []
+
+    def ours() -> float:
+        learner.append(duel.learner_s())
+        return learner[-1]
+
+    yield from _ratio(name, by_turns(lambda: duel.trl_s(best), ours, rounds))
+    yield f"learner_tokens_per_s{label}", duel.tokens / statistics.median(learner)
+    yield f"padding_share{label}", padding_share(duel.works, duel.budget)
 
 
 def padding_share(works: Sequence[StepWork], budget: int) -> float:
-    """Share of the computed positions that hold no token, prompts shared."""
+    """Share of the computed positions beyond one for each distinct prompt token and completion
+    token: padding, and prompts that are computed more than once."""
     real = computed = 0
     for work in works:
         sizes = [
@@ -172,74 +207,33 @@ def padding_share(works: Sequence[StepWork], budget: int) -> float:
             for group in work.groups
             for t in group.trajectories
         ]
-        for batch in pack(sizes, budget, share_prefix=True):
+        completions = sum(size.tokens for size in sizes)
+        real += sum({size.key: size.prompt_tokens for size in sizes}.values()) + completions
+        for batch in pack(sizes, budget):
             prompts = {sizes[i].key: sizes[i].prompt_tokens for i in batch}
-            real += sum(prompts.values()) + sum(sizes[i].tokens for i in batch)
-            computed += len(prompts) * max(prompts.values())
-            lengths = [sizes[i].tokens for i in batch]
-            computed += sum(len(run) * max(lengths[i] for i in run) for run in length_runs(lengths))
+            computed += sum(prompts.values()) + sum(sizes[i].tokens for i in batch)
     return 1 - real / computed
 
 
-def media_once(cache: Path, rounds: int, threads: int, sizes: Sizes) -> Figure:
-    """Eight clips with sound of the synthetic world, the tiny Qwen2.5-Omni; encoders trained, then
-    frozen."""
-    from avatar_rl.cluster.config import RunConfig
-    from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
-    from avatar_rl.cluster.workers.pool import learner_spec
-
-    raw: dict[str, Any] = {
-        "data": {
-            "synthetic": {"n_train": sizes.clips, "n_heldout": 1, "n_sft": 0},
-            "template": {"min_pixels": 784, "max_pixels": 50176, "max_prompt_tokens": 256},
-        },
-        "output": {"cache": cache},
-    }
-    for name, freeze in sizes.frozen:
-        sides: dict[bool, BenchLearner] = {}
-        for share in (True, False):
-            learner = settings(threads, share_prefix=share, optimizer={"freeze": freeze})
-            config = RunConfig.model_validate(raw | {"learner": learner.model_dump()})
-            datasets = prepare_datasets(config, lambda *_: None)
-            model = prepare_base_model(config, lambda *_: None)
-            sides[share] = BenchLearner(learner_spec(config, "bench", model, datasets, ""))
-        works = _media_steps(sides[True], sizes.clips)
-        found = {
-            share: [side.update(work) for work in works] for share, side in sides.items()
-        }  # warms both as well
-        (losses, norms), (other_losses, other_norms) = (
-            np.array(found[share]).T for share in (True, False)
-        )
-        difference = max(np.abs(losses - other_losses).max(), np.abs(1 - other_norms / norms).max())
-        if difference > AGREEMENT:
-            raise SystemExit(
-                f"loss or gradient norm differs by {difference:.2g} with share_prefix: nothing to "
-                "compare"
-            )
-        yield f"media_once{name}_spread_ppm", 1e6 * difference
-        times: dict[bool, list[float]] = {True: [], False: []}
-        for turn in range(rounds):
-            for share in (True, False) if turn % 2 else (False, True):
-                times[share].append(sum(sides[share].seconds(works)))
-        yield from _ratio(
-            f"media_once{name}",
-            [slow / fast for slow, fast in zip(times[False], times[True], strict=True)],
-        )
-        for share, values in times.items():
-            label = "shared" if share else "copied"
-            yield f"media_step_ms_{label}{name}", 1e3 * statistics.median(values) / len(works)
+# -- the head --------------------------------------------------------------------------------------
 
 
-def _media_steps(learner: BenchLearner, clips: int) -> list[StepWork]:
-    """Two steps over the training prompts, completions of 12 to 48 tokens."""
-    asked = [prompt for prompt in learner.prompts if prompt.id.startswith("train")][:clips]
-    prompts = {prompt.id: learner.encoder.encode(prompt, False) for prompt in asked}
-    rng = np.random.default_rng(0)
-    works = [
-        make_step(number, prompts, rng, shortest=12, longest=48, tokens=(30, 400))
-        for number in range(2)
-    ]
-    return [with_behaviour(work, score(learner.engine.policy, work, prompts)) for work in works]
+def head_peak(tokens: int) -> Figure:
+    """Each in a fresh process; both by one thread."""
+    tiled, chunk = (peak_bytes(which, tokens) for which in ("tiled", "chunk"))
+    yield "head_peak_mib", tiled / 2**20
+    yield "head_peak_mib_chunk", chunk / 2**20
+    yield "head_peak_ratio", tiled / chunk
+
+
+def by_turns(theirs: Callable[[], float], ours: Callable[[], float], rounds: int) -> list[float]:
+    """Their seconds over ours, round by round; who begins takes turns."""
+    ratios = []
+    for turn in range(rounds):
+        first = ours() if turn % 2 else None
+        spent = theirs()
+        ratios.append(spent / (first or ours()))
+    return ratios
 
 
 def _ratio(name: str, values: Sequence[float]) -> Figure:
@@ -248,12 +242,29 @@ def _ratio(name: str, values: Sequence[float]) -> Figure:
     yield f"{name}_high", max(values)
 
 
+def measure(folder: Path, which: set[str], rounds: int, threads: int, sizes: Sizes) -> Figure:
+    if "packed" in which:
+        model = build_vision_model(folder / "packed")
+        for shape in (GRPO, AVATAR):
+            yield from packed_vs_copied(model, shape, rounds, sizes)
+    if "head" in which:
+        yield from head_peak(sizes.head_tokens)
+    if "text" in which:
+        models = build_text_models(folder / "text")
+        text = Duel(folder, models, text_prompt, sizes.prompts, threads, sizes)
+        yield from vs_trl(text, "vs_trl", rounds)
+    if "image" in which:
+        models = build_image_models(folder / "image")
+        image = Duel(folder, models, image_prompt, sizes.image_prompts, threads, sizes)
+        yield from vs_trl(image, "vs_trl_image", rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
+    parts = ("packed", "head", "text", "image")
     options_of = parser(__doc__)
     options_of.add_argument("--rounds", type=int, default=3, help="turns per ratio")
     options_of.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
-    options_of.add_argument("--only", choices=("text", "media"), help="one half")
-    options_of.add_argument("--cache", type=Path, help="for clips and tiny model; none: new ones")
+    options_of.add_argument("--only", choices=parts, action="append", help="some of the parts")
     options = options_of.parse_args(arguments)
     sizes, rounds = (SMOKE, 1) if options.smoke else (Sizes(), options.rounds)
     for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():
@@ -264,14 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = Figures("learner", options.out)
     figures.add({"threads": options.threads})
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
-        folder = Path(name)
-        if options.only != "media":
-            for item in vs_trl(TextDuel(folder, options.threads, sizes), rounds):
-                figures.add(dict([item]))
-        if options.only != "text":
-            cache = options.cache or folder / "cache"
-            for item in media_once(cache, rounds, options.threads, sizes):
-                figures.add(dict([item]))
+        which = set(options.only or parts)
+        for item in measure(Path(name), which, rounds, options.threads, sizes):
+            figures.add(dict([item]))
     figures.write()
 
 

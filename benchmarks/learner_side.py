@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from avatar_rl.learner.batch.microbatch import Row, collate, padded
 from avatar_rl.learner.batch.plan import StepWork, plan_step
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from avatar_rl.learner.engine import TrainEngine, init_distributed
-from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
 from avatar_rl.learner.objective.step_metrics import StepMetrics
@@ -31,12 +32,16 @@ from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepTrainer
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.encoding.rope import PositionRule
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
+from benchmarks.packed_side import END, IMAGE, START, VIDEO, VOCABULARY, build_vision_model
 
 GROUP = 8
 LONGEST = 128  # tokens of a completion
-VOCABULARY = 4096
+#: Builds a prompt of a frozen step.
+PromptMaker = Callable[[np.random.Generator], EncodedPrompt]
+ORDINARY = IMAGE  # token ids below it are text
 LR = 1e-7  # so small that a frozen batch stays what it is
 
 
@@ -59,8 +64,11 @@ class BenchLearner:
 
     def __init__(self, spec: LearnerSpec, frozen: FrozenPrompts | None = None) -> None:
         join_alone()
-        share, optimizer = spec.learner.share_prefix, spec.learner.optimizer
-        policy = Policy(load_model(spec.model, dtype=optimizer.dtype).eval(), share_prefix=share)
+        optimizer = spec.learner.optimizer
+        model = load_model(spec.model, dtype=optimizer.dtype)
+        if spec.learner.gradient_checkpointing:
+            recompute_activations(model)
+        policy = Policy(model)
         self.engine = TrainEngine(policy, optimizer, world_size=1, dtype=optimizer.dtype)
         self.prompts: Any = frozen or PromptIndex.read(spec.datasets, spec.data)
         self.encoder: Any = frozen or PromptEncoder(
@@ -77,7 +85,6 @@ class BenchLearner:
             reference=ReferencePolicy(
                 spec.reference,
                 dtype=optimizer.dtype,
-                share_prefix=share,
                 device=self.engine.device,
                 cached=10**6,
             ),
@@ -137,7 +144,13 @@ def settings(threads: int, **changes: Any) -> LearnerConfig:
     """GRPO as TRL has it: no TAS, a reference, clipping of ratio and gradient."""
     objective = ObjectiveConfig(beta=0.1, tas_shape="uniform", tas_lambda=0)
     optimizer = OptimizerConfig(lr=LR, dtype="float32", **changes.pop("optimizer", {}))
-    return LearnerConfig(objective=objective, optimizer=optimizer, threads=threads, **changes)
+    return LearnerConfig(
+        objective=objective,
+        optimizer=optimizer,
+        threads=threads,
+        gradient_checkpointing=True,
+        **changes,
+    )
 
 
 def build_text_models(folder: Path) -> tuple[Path, Path]:
@@ -158,7 +171,20 @@ def build_text_models(folder: Path) -> tuple[Path, Path]:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = hf.Qwen2ForCausalLM(config)
+    return _with_reference(hf.Qwen2ForCausalLM(config), folder)
+
+
+def build_image_models(folder: Path) -> tuple[Path, Path]:
+    """The same for a Qwen2.5-VL of 2M parameters."""
+    import transformers as hf
+
+    model = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        build_vision_model(folder / "start")
+    )
+    return _with_reference(model, folder)
+
+
+def _with_reference(model: Any, folder: Path) -> tuple[Path, Path]:
     model.save_pretrained(folder / "policy")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -248,7 +274,7 @@ def score(policy: Policy, work: StepWork, prompts: Mapping[str, EncodedPrompt]) 
         rows = [
             Row((t.prompt_id, False), prompts[t.prompt_id], t.token_ids) for t in group.trajectories
         ]
-        scores = policy(collate(rows, share_prefix=True)).logprobs.numpy()
+        scores = policy(collate(rows)).logprobs.numpy()
         found += [
             values[: len(row.token_ids)].copy() for values, row in zip(scores, rows, strict=True)
         ]
@@ -256,24 +282,22 @@ def score(policy: Policy, work: StepWork, prompts: Mapping[str, EncodedPrompt]) 
 
 
 @dataclass(frozen=True)
-class FrozenText:
-    """A step of the text model as both sides take it."""
+class FrozenStep:
+    """A step as both sides take it."""
 
     prompts: dict[str, EncodedPrompt]
     work: StepWork
-    trl: dict[str, Tensor]
+    trl: dict[str, Any]
     tokens: int  # of completions
 
     @classmethod
-    def make(cls, number: int, prompts: int, policy: Policy, reference: Policy) -> FrozenText:
-        """``prompts`` groups of eight; prompts of 128 to 256 tokens, completions of 16 to 128."""
+    def make(
+        cls, number: int, prompts: int, policy: Policy, reference: Policy, make_prompt: PromptMaker
+    ) -> FrozenStep:
+        """``prompts`` groups of eight, completions of 16 to 128 tokens."""
         rng = np.random.default_rng(number)
-        encoded: dict[str, EncodedPrompt] = {}
-        for place in range(prompts):
-            length = int(rng.integers(128, 257))
-            ids = torch.from_numpy(rng.integers(2, VOCABULARY, length))
-            encoded[f"{number}-{place}"] = EncodedPrompt(ids, torch.arange(length)[None], length)
-        work = make_step(number, encoded, rng, shortest=16, longest=LONGEST, tokens=(2, VOCABULARY))
+        encoded = {f"{number}-{place}": make_prompt(rng) for place in range(prompts)}
+        work = make_step(number, encoded, rng, shortest=16, longest=LONGEST, tokens=(2, ORDINARY))
         current = score(policy, work, encoded)
         # As after a few updates and in another engine: most ratios inside the clip range, some
         # beyond it.
@@ -287,19 +311,71 @@ class FrozenText:
         )
 
 
+def text_prompt(rng: np.random.Generator) -> EncodedPrompt:
+    """128 to 256 tokens."""
+    length = int(rng.integers(128, 257))
+    ids = torch.from_numpy(rng.integers(2, ORDINARY, length))
+    return EncodedPrompt(ids, torch.arange(length)[None], length)
+
+
+def image_prompt(rng: np.random.Generator) -> EncodedPrompt:
+    """An image of 300 tokens and 20 to 60 of text around it, for the model of packed_side.py."""
+    before, behind = (int(n) for n in rng.integers(10, 31, 2))
+    height, width = 40, 30  # patches; four of them are a token
+    ids = torch.from_numpy(
+        np.concatenate(
+            [
+                rng.integers(2, ORDINARY, before),
+                [START, *[IMAGE] * (height * width // 4), END],
+                rng.integers(2, ORDINARY, behind),
+            ]
+        )
+    )
+    pixels = torch.from_numpy(rng.normal(size=(height * width, 3 * 2 * 14 * 14)))
+    features = {
+        "pixel_values": pixels.float(),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+    }
+    config: Any = SimpleNamespace(
+        model_type="qwen2_5_vl",
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_config=SimpleNamespace(spatial_merge_size=2),
+    )
+    positions = PositionRule(config)(ids, features)
+    return EncodedPrompt(ids, positions.ids, positions.next, features)
+
+
+def _images_for_trl(
+    prompts: Sequence[EncodedPrompt], padded_ids: Tensor, longest: int
+) -> dict[str, Any]:
+    """The images of each row, a copy per completion, as TRL's processors leave them."""
+    if not prompts[0].features:
+        return {}
+    kinds = (padded_ids == IMAGE).long()
+    return {
+        "pixel_values": torch.cat([prompt.features["pixel_values"] for prompt in prompts]),
+        "image_grid_thw": torch.cat([prompt.features["image_grid_thw"] for prompt in prompts]),
+        "num_images": [1] * len(prompts),
+        "mm_token_type_ids": torch.nn.functional.pad(kinds, (0, longest)),
+    }
+
+
 def _for_trl(
     work: StepWork, prompts: Mapping[str, EncodedPrompt], reference: list[np.ndarray]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The same in TRL's layout: a copy of the prompt per completion, prompts padded left,
     completions right."""
     trajectories = [t for group in work.groups for t in group.trajectories]
     plan = plan_step(work, settings(1), ranks=1, max_tokens=LONGEST)
-    ids = [prompts[t.prompt_id].input_ids.flip(0) for t in trajectories]
+    asked = [prompts[t.prompt_id] for t in trajectories]
+    ids = [prompt.input_ids.flip(0) for prompt in asked]
     completions = [torch.from_numpy(t.token_ids.astype(np.int64)) for t in trajectories]
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(c) for c in completions], batch_first=True)
+    prompt_ids = pad(ids, batch_first=True).flip(1)
     return {
-        "prompt_ids": pad(ids, batch_first=True).flip(1),
+        "prompt_ids": prompt_ids,
         "prompt_mask": pad([torch.ones_like(i) for i in ids], batch_first=True).flip(1),
         "completion_ids": pad(completions, batch_first=True),
         "completion_mask": mask,
@@ -307,6 +383,7 @@ def _for_trl(
         "old_per_token_logps": padded([t.logprobs for t in trajectories]),
         "ref_per_token_logps": padded(reference),
         "num_items_in_batch": mask.sum(),
+        **_images_for_trl(asked, prompt_ids, mask.shape[1]),
     }
 
 

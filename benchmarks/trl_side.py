@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -43,10 +42,10 @@ class _FrozenTrainer(GRPOTrainer):  # type: ignore[misc]
     """Hands out frozen batches instead of generating; splitting, loss, backward and update are
     TRL's own."""
 
-    frozen: Sequence[dict[str, torch.Tensor]]
+    frozen: Sequence[dict[str, Any]]
     turn = 0
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, torch.Tensor]:
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self.turn += 1
         return dict(self.frozen[(self.turn - 1) % len(self.frozen)])
 
@@ -57,7 +56,7 @@ class TrlSide:
     def __init__(
         self,
         model: Path,
-        frozen: Sequence[dict[str, torch.Tensor]],
+        frozen: Sequence[dict[str, Any]],
         config: LearnerConfig,
         *,
         rows: int,
@@ -70,9 +69,9 @@ class TrlSide:
         optimizer, objective = config.optimizer, config.objective
         arguments = GRPOConfig(
             output_dir=str(scratch),
-            # Both defaults are off here: recomputing costs time, and the other side computes in
-            # float32 too.
-            gradient_checkpointing=False,
+            # As the other side: activations are recomputed, in float32.
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=False,
             use_cpu=True,
             per_device_train_batch_size=rows,

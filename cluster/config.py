@@ -443,7 +443,7 @@ class RunConfig(Section):
             )
 
     def _lengths(self) -> Iterator[str]:
-        """The longest prompt and a whole completion must fit into the engine."""
+        """The longest prompt and a whole completion must fit into the engine and into a pack."""
         longest = self.rollout.engine.max_model_len
         prompt = self.data.template.max_prompt_tokens
         for name, tokens in (
@@ -456,6 +456,14 @@ class RunConfig(Section):
                     f"rollout.engine.max_model_len {longest}: raise max_model_len to "
                     f"{prompt + tokens}, or lower one of the others"
                 )
+        budget, tokens = self.learner.micro_batch_tokens, self.rollout.sampling.max_tokens
+        if prompt + tokens > budget:
+            yield (
+                f"data.template.max_prompt_tokens {prompt} + rollout.sampling.max_tokens {tokens} "
+                f"exceed learner.micro_batch_tokens {budget}, and a prompt with one completion is "
+                f"never split: raise micro_batch_tokens to {prompt + tokens}, or lower one of the "
+                "others"
+            )
 
     def _nothing_to_learn(self) -> Iterator[str]:
         """Something must give completions an advantage other than 0 (docs/method.md 1.1, 1.2)."""

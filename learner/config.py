@@ -4,8 +4,9 @@ once."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -228,6 +229,11 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The learner's rank group."""
 
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "share_prefix": "each prompt is always computed once per pack, with gradient_checkpointing "
+        "too; delete the line",
+    }
+
     ranks: int = Field(
         1, ge=1, description="Learner processes, one per GPU; each step is split over them."
     )
@@ -255,15 +261,11 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(
         16_384,
         ge=16,
-        description="Padded tokens per micro-batch: prompts and completions as computed.",
-    )
-    share_prefix: bool = Field(
-        True,
-        description="Compute each prompt once per micro-batch; its completions attend to its keys "
-        "and values.",
+        description="Tokens computed at once, no padding among them: a pack of prompts, each once, "
+        "and their completions. Must hold the longest prompt with one completion.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass; needs share_prefix off."
+        False, description="Recompute activations in the backward pass: less memory, more time."
     )
     reference_cache: int = Field(
         20_000, ge=0, description="Trajectories whose reference log-probs are remembered."
@@ -282,15 +284,6 @@ class LearnerConfig(Section):
     def rising(self, steps: int) -> int:
         """Steps of a run of ``steps`` with a rising learning rate."""
         return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
-
-    @model_validator(mode="after")
-    def _check(self) -> LearnerConfig:
-        if self.gradient_checkpointing and self.share_prefix:
-            raise ValueError(
-                "gradient_checkpointing forbids the cache that share_prefix needs: set "
-                "share_prefix false"
-            )
-        return self
 
 
 class SftOptimizerConfig(OptimizerConfig):
@@ -316,7 +309,11 @@ class SftConfig(Section):
         0.02, ge=0, le=1, description="Last learning rate as a share of the peak."
     )
     ranks: int = Field(1, ge=1, description="Learner processes during the cold start.")
-    micro_batch_tokens: int = Field(16_384, ge=16, description="Padded tokens per micro-batch.")
+    micro_batch_tokens: int = Field(
+        16_384,
+        ge=16,
+        description="Tokens computed at once; must hold the longest prompt with its completion.",
+    )
     seed: int = Field(0, ge=0, description="Order of the prompts.")
     checkpoint_every: int = Field(
         100,

@@ -20,24 +20,17 @@ from torch import Tensor
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending
-from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze, logit_chunks
+from avatar_rl.learner.model.media import TOWERS
+from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze
 
 if TYPE_CHECKING:
     from avatar_rl.learner.config import OptimizerConfig, Schedule
 
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
-#: What ranks must agree on before a backward: encoders (under ZeRO 3 one entry for each of their
-#: runs) and logit chunks.
-Needs = tuple[tuple[str, ...], int]
+#: What ranks must do alike in a backward: kinds of media that are encoded, runs of the head.
+Needs = tuple[frozenset[str], int]
 
-#: Features of a micro-batch and the part of the model (a word of its parameters' names) that only
-#: they use.
-ENCODERS = {
-    "pixel_values": "visual",
-    "pixel_values_videos": "visual",
-    "input_features": "audio_tower",
-}
 #: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those
 #: of a tiny model do.
 WHOLE_BELOW = 100_000
@@ -138,17 +131,16 @@ class TrainEngine:
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is "
                 "left to train"
             )
-        policy.uniform = config.zero_stage == 3
-        # Encoders that ranks exchange something for: gradients, under ZeRO 3 the weights
+        # Media whose encoders ranks exchange something for: gradients, under ZeRO 3 the weights
         # themselves.
-        self._shared = {
-            word
-            for word in ENCODERS.values()
+        self._shared = frozenset(
+            kind
+            for kind, word in TOWERS.items()
             if any(
                 word in n and (p.requires_grad or config.zero_stage == 3)
                 for n, p in policy.named_parameters()
             )
-        }
+        )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer(policy),
@@ -208,10 +200,11 @@ class TrainEngine:
     def policy(self) -> Policy:
         return self.engine.module
 
-    def forward(self, batch: MicroBatch, chunks: int) -> PolicyOutput:
+    def forward(self, batch: MicroBatch, needs: Needs) -> PolicyOutput:
         """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the
         ratio."""
-        return self.engine(batch.to(self.device), chunks)
+        encoders, head_runs = needs
+        return self.engine(batch.to(self.device), head_runs, encoders)
 
     def accumulate(
         self,
@@ -222,16 +215,16 @@ class TrainEngine:
         """Add the gradients of ``loss(i, micro_batch, output)`` over this rank's micro-batches.
 
         Every rank runs at least one backward, and under ZeRO 2 and 3, which reduce inside each, all
-        ranks run equally many: the missing ones are run on ``spare`` with weight zero. A loss that
-        is not finite adds nothing. What is ``Pending`` is collated in its turn. Raises ConfigError,
-        on all ranks, where ranks cannot run side by side."""
+        ranks run equally many: the missing ones are run on ``spare`` with weight zero. Likewise
+        for the encoders: one that another rank has media for runs on a blank one. A loss that is
+        not finite adds nothing. What is ``Pending`` is collated in its turn."""
         self._flags = []
         # Before the first backward: ranks must meet in one order.
         plan = self._agree(micro_batches, spare)
-        for number, chunks in enumerate(plan):
+        for number, needs in enumerate(plan):
             pending = micro_batches[number] if number < len(micro_batches) else spare
             micro_batch = pending.collate() if isinstance(pending, Pending) else pending
-            output = self.forward(micro_batch, chunks)
+            output = self.forward(micro_batch, needs)
             if number >= len(micro_batches):
                 self._backward(output.logprobs.sum() * 0.0)
                 continue
@@ -242,54 +235,30 @@ class TrainEngine:
 
     def _agree(
         self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending
-    ) -> list[int]:
-        """Logit chunks of each backward that this rank runs.
-
-        Raises ConfigError, on all ranks, where they would wait for each other.
-        """
+    ) -> list[Needs]:
+        """What each backward of this rank runs, so that no rank waits for another one for ever."""
         stage = self.config.zero_stage
         mine, fill = [self._needs(batch) for batch in micro_batches or [spare]], self._needs(spare)
         if self.world_size == 1 or stage == 0:
-            return [chunks for _, chunks in mine]
-        ranks: list[tuple[list[Needs], Needs]] = [([], ((), 0))] * self.world_size
+            return mine
+        ranks: list[tuple[list[Needs], Needs]] = [([], (frozenset(), 0))] * self.world_size
         dist.all_gather_object(ranks, (mine, fill))
-        if stage == 1:  # exchanges gradients once per step, 2 and 3 do so in every backward
-            self._compare(
-                [sorted({word for words, _ in needs for word in words}) for needs, _ in ranks]
-            )
-            return [chunks for _, chunks in mine]
+        if stage == 1:
+            # Gradients are exchanged once per step: what any rank encodes, all must have encoded.
+            everything = frozenset().union(*(kinds for needs, _ in ranks for kinds, _ in needs))
+            (kinds, runs), *others = mine
+            return [(kinds | everything, runs), *others]
         most = max(len(needs) for needs, _ in ranks)
-        meetings = list(
-            zip(*(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True)
+        meetings = zip(
+            *(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True
         )
-        for meeting in meetings:
-            self._compare([words for words, _ in meeting])
-        if stage == 2:
-            return [chunks for _, chunks in mine + [fill] * (most - len(mine))]
-        return [max(chunks for _, chunks in meeting) for meeting in meetings]
-
-    def _compare(self, used: Sequence[Sequence[str]]) -> None:
-        """Encoders that the ranks use at one time."""
-        if any(words != used[0] for words in used):
-            stage = self.config.zero_stage
-            raise ConfigError(
-                f"zero_stage {stage} needs all ranks to use the same encoders"
-                f"{', equally often (images and videos are two runs),' if stage == 3 else ''} at "
-                "the same time, but this step mixes prompts with different media: set "
-                "learner.optimizer.zero_stage 0, freeze the encoders (zero_stage 1 and 2), or "
-                "train on prompts with the same kinds of media"
-            )
+        return [
+            (frozenset().union(*(kinds for kinds, _ in meeting)), max(runs for _, runs in meeting))
+            for meeting in meetings
+        ]
 
     def _needs(self, batch: MicroBatch | Pending) -> Needs:
-        runs = [
-            word
-            for name, word in ENCODERS.items()
-            if name in batch.features and word in self._shared
-        ]
-        # A gradient is exchanged once, however often its encoder ran; weights are gathered for each
-        # run.
-        words = runs if self.config.zero_stage == 3 else sorted(set(runs))
-        return tuple(words), logit_chunks(batch.tokens)
+        return frozenset(batch.encoders & self._shared), self.policy.head_runs(batch.tokens)
 
     def _backward(self, loss: Tensor) -> None:
         hooks = []

@@ -24,11 +24,12 @@ from avatar_rl.common.process import (
     sees_gpu,
     set_aside_imports,
 )
-from avatar_rl.learner.batch.microbatch import Row, Size, collate, pack
+from avatar_rl.learner.batch.microbatch import Row, collate
+from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepSource
 from avatar_rl.learner.engine import TrainEngine, init_distributed
 from avatar_rl.learner.model.export import export_checkpoint
-from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.names import checkpoint_names, published_names
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
@@ -172,16 +173,10 @@ class LearnerRank:
         spec = self.spec
         if (spec.sft or spec.learner).lora is not None:
             raise ConfigError("learner.lora cannot be trained yet: leave it out")
-        # The cold start has one completion per prompt: there is no prefix to share, and one pass is
-        # cheaper than two.
-        share_prefix = spec.learner.share_prefix and spec.sft is None
-        model = load_model(spec.model, dtype=dtype, share_prefix=share_prefix)
+        model = load_model(spec.model, dtype=dtype)
         if spec.learner.gradient_checkpointing:
-            model.train()
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        else:
-            model.eval()
-        return Policy(model, share_prefix=share_prefix)
+            recompute_activations(model)
+        return Policy(model)
 
     def make_trainer(self, dtype: str) -> StepTrainer:
         """What trains the steps: with the reference policy where the loss has a KL term, and on
@@ -192,7 +187,6 @@ class LearnerRank:
             reference = ReferencePolicy(
                 spec.reference,
                 dtype=dtype,
-                share_prefix=spec.learner.share_prefix,
                 device=self.engine.device,
                 cached=spec.learner.reference_cache,
             )
@@ -230,10 +224,9 @@ class LearnerRank:
             key = (item["prompt_id"], False)
             rows.append(Row(key, prompt, item["token_ids"], item["temperature"]))
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
-        share, budget = self.engine.policy.share_prefix, self.spec.learner.micro_batch_tokens
         answers: dict[int, ProbeScores] = {}
-        for indices in pack(sizes, budget, share_prefix=share):
-            output = self.engine.score(collate([rows[i] for i in indices], share_prefix=share))
+        for indices in pack(sizes, self.spec.learner.micro_batch_tokens):
+            output = self.engine.score(collate([rows[i] for i in indices]))
             for i, logprobs in zip(indices, output.logprobs, strict=True):
                 prompt = rows[i].prompt
                 answers[i] = {

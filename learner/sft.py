@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avatar_rl.common.errors import DataError
-from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, Size, pack
+from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row
+from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.engine import lr_at
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.prompts.record import Prompt
@@ -108,10 +109,9 @@ class ColdStart:
         share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
         rows = [row for i in share if (row := self._row(i)) is not None]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
-        share_prefix = self.engine.policy.share_prefix
         micro_batches = [
-            Pending([rows[i] for i in indices], share_prefix)
-            for indices in pack(sizes, self.config.micro_batch_tokens, share_prefix=share_prefix)
+            Pending([rows[i] for i in indices])
+            for indices in pack(sizes, self.config.micro_batch_tokens, name="cold_start")
         ]
         # On the engine's device: nccl takes no CPU tensor.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)
@@ -122,7 +122,7 @@ class ColdStart:
             return loss
 
         # A rank without a share (fewer prompts than ranks) still takes part in the collectives.
-        spare = micro_batches[0] if micro_batches else Pending([self._any_row(batch)], share_prefix)
+        spare = micro_batches[0] if micro_batches else Pending([self._any_row(batch)])
         self.engine.accumulate(micro_batches, cross_entropy, spare)
         config = self.config
         rate = lr_at(

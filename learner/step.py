@@ -162,9 +162,9 @@ class StepTrainer:
             rows = self._rows(plan, step_metrics)
             share = [[i for i in indices if i in rows] for indices in plan.shares[self.rank]]
             share = plan.shares[self.rank] = [indices for indices in share if indices]
-            micro_batches = [self._pending([rows[i] for i in indices]) for indices in share]
+            micro_batches = [Pending([rows[i] for i in indices]) for indices in share]
             # A rank without a share still takes part in the collectives.
-            spare = micro_batches[0] if micro_batches else self._pending([self._first_row(plan)])
+            spare = micro_batches[0] if micro_batches else Pending([self._first_row(plan)])
 
         def loss(number: int, micro_batch: MicroBatch, output: PolicyOutput) -> Tensor:
             self._move()
@@ -348,9 +348,6 @@ class StepTrainer:
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
         metrics["learner/skipped"] = float(self.skipped + self.unreadable)
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
-
-    def _pending(self, rows: list[Row]) -> Pending:
-        return Pending(rows, self.spec.learner.share_prefix)
 
     def _lr(self, step: int) -> float:
         config, steps = self.spec.learner, self.spec.steps

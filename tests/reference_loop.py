@@ -52,9 +52,8 @@ class ReferenceLoop:
         self.encoder = PromptEncoder(
             model, MediaLoader(config.data.media, Path(".")), config.data.template
         )
-        share = config.learner.share_prefix
-        self.policy = Policy(load_reference(model), share_prefix=share)
-        self.reference = Policy(load_reference(model), share_prefix=share)
+        self.policy = Policy(load_reference(model))
+        self.reference = Policy(load_reference(model))
         self.engine = RolloutEngine(model, config.rollout.engine)
         self.rewards = RewardSuite(config.rewards)
         self.buffer = ReferenceBuffer(config.buffer)
@@ -222,7 +221,7 @@ class ReferenceLoop:
         config = self.config.learner.objective
         chosen = [plan.trajectories[i] for i in indices]
         rows = [self._row(t) for t in chosen]
-        batch = collate(rows, share_prefix=self.policy.share_prefix)
+        batch = collate(rows)
         output: PolicyOutput = self.policy(batch)
         with torch.no_grad():
             reference = self.reference(batch).logprobs

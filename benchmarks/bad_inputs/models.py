@@ -236,7 +236,11 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("shard_lost_no_index", loaded(sharded(False, second=False)), ("lacks the shard", "copy it")),
     ("two_checkpoints", loaded(twice), ("policy.safetensors", "restore the index, or remove")),
     ("no_head", loaded(same, without_head), ("RwkvForCausalLM has no lm_head",)),
-    ("state", loaded(same, with_state), ("model type 'lfm2'", "learner.share_prefix: false")),
+    (
+        "state",
+        loaded(same, with_state),
+        ("model type 'lfm2'", "layers of kind conv", "another type"),
+    ),
     ("other_names", other_checkpoint, ("has no counterpart", "use a checkpoint of a supported")),
     ("no_tokenizer", encoded(removed("tokenizer.json")), ("no tokenizer.json", "base model")),
     ("tokenizer_torn", encoded(written("tokenizer.json", "{")), ("tokenizer", "cannot be loaded")),

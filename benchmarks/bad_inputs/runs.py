@@ -140,10 +140,10 @@ RECIPES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("rollout.max_sequences 2", "below one group of 8"),
     ),
     (
-        "checkpointing_with_shared_prefix",
+        "pack_below_one_prompt_and_completion",
         "",
-        ("--learner.gradient_checkpointing=true",),
-        ("gradient_checkpointing", "set share_prefix false"),
+        ("--learner.micro_batch_tokens=300",),
+        ("learner.micro_batch_tokens 300", "raise micro_batch_tokens to"),
     ),
     (
         "offload_without_zero",

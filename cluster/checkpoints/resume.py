@@ -56,7 +56,6 @@ HARMLESS = (
     "rollout.engine.max_num_seqs",
     "rewards.judge.base_url",
     "learner.micro_batch_tokens",
-    "learner.share_prefix",
     "learner.gradient_checkpointing",
     "learner.lease_s",
     "learner.threads",

@@ -121,8 +121,7 @@ def check_parity(
             f"prompt {rollout[worst]['prompt_id']!r}: log-probabilities of engine and learner "
             f"differ by up to {together.max():.2e} (allowed {tolerance:.0e}), by "
             f"{together.mean():.2e} on average: {suspects} or weights are not the same, or the "
-            "model scores a completion otherwise beside others than alone (learner.share_prefix: "
-            "false shows whether the shared prompts are why). A single token far off beside a "
-            "small average can be rounding in bfloat16: then raise probe.tolerance"
+            "model scores a completion otherwise beside others than alone. A single token far off "
+            "beside a small average can be rounding in bfloat16: then raise probe.tolerance"
         )
     return Parity(len(rollout), together.size, float(together.max()))

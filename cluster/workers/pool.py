@@ -252,7 +252,7 @@ def unwrap(error: BaseException) -> BaseException:
         last = str(error).strip().splitlines()[-1][:300]
         return ResourceError(
             f"out of GPU memory ({last}): for the learner lower learner.micro_batch_tokens (in a "
-            "cold start cold_start.micro_batch_tokens), or set learner.share_prefix: false and "
+            "cold start cold_start.micro_batch_tokens), or set "
             "learner.gradient_checkpointing: true; for rollout actors lower "
             "rollout.engine.gpu_memory_utilization or max_num_seqs. Then continue with --resume"
         )

@@ -1,3 +1,4 @@
-"""From trajectories to micro-batches: plan.py collects a step from the buffer and splits it over
-ranks under a token budget, microbatch.py lays rows out, each prompt and its media once.
+"""From trajectories to packs: plan.py collects a step from the buffer, packing.py splits it into
+packs under a token budget and over ranks, microbatch.py lays a pack out, each prompt and its media
+once.
 """

@@ -1,11 +1,14 @@
-"""From trajectories to micro-batches under a token budget, each prompt and its media once per
-micro-batch."""
+"""One pack of prompts and completions as the model takes it: a single sequence in which each prompt
+stands once, followed by its completions.
+
+Shapes: N positions of the pack, B completions, T tokens of the longest one. The state that predicts
+a completion's first token is its prompt's last, so the last token of a completion needs no position
+and has none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +18,51 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar_rl.prompts.encoding.template import FEATURES, EncodedPrompt
+
+#: The feature that runs an encoder, and what the encoder makes embeddings of.
+ENCODERS = {"pixel_values": "image", "pixel_values_videos": "video", "input_features": "audio"}
+
+
+@dataclass(frozen=True)
+class MediaEmbeddings:
+    """What the encoders make of a prompt's media, in the place of its pixels and sounds.
+
+    ``places`` count from the prompt's first token, in a pack from its first position."""
+
+    places: Tensor  # (M,) int64, where the media placeholders are
+    values: Tensor  # (M, H), the embeddings there
+    #: Deepstack features of Qwen3 models: added to the states after each of the first D layers.
+    visual_places: Tensor | None = None  # (K,) int64, ascending
+    deepstack: Tensor | None = None  # (D, K, H)
+
+    def moved(self, offset: int) -> MediaEmbeddings:
+        """The same for a prompt that begins at position ``offset``."""
+        visual = None if self.visual_places is None else self.visual_places + offset
+        return replace(self, places=self.places + offset, visual_places=visual)
+
+    def to(self, device: torch.device) -> MediaEmbeddings:
+        moved = {
+            entry.name: None if value is None else value.to(device)
+            for entry in fields(self)
+            for value in [getattr(self, entry.name)]
+        }
+        return MediaEmbeddings(**moved)
+
+    @classmethod
+    def merged(cls, parts: Sequence[MediaEmbeddings]) -> MediaEmbeddings | None:
+        """All of a pack, None where there are none. Parts without deepstack features have no visual
+        places."""
+        if not parts:
+            return None
+        deep = [part for part in parts if part.deepstack is not None]
+        visual = [part.visual_places for part in deep if part.visual_places is not None]
+        features = [part.deepstack for part in deep if part.deepstack is not None]
+        return cls(
+            torch.cat([part.places for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat(visual) if visual else None,
+            torch.cat(features, 1) if features else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -26,116 +74,50 @@ class Row:
     prompt: EncodedPrompt
     token_ids: NDArray[np.int32]  # (T,)
     temperature: float = 1.0
+    media: MediaEmbeddings | None = None  # takes the place of the prompt's media tensors
 
 
-class Size(NamedTuple):
-    """What packing needs to know of a row; known before its media are decoded."""
+class Tree(NamedTuple):
+    """A prompt and its completions in a pack, one behind the other from position ``start``."""
 
-    key: tuple[str, bool]
-    prompt_tokens: int
-    tokens: int
-
-
-def pack(sizes: Sequence[Size], budget: int, *, share_prefix: bool) -> list[list[int]]:
-    """Split rows into micro-batches of at most ``budget`` padded tokens (a single larger row stands
-    alone).
-
-    Cost of a micro-batch = distinct prompts x longest prompt + rows x longest completion. These are
-    the tokens that the model really computes. Rows of one prompt stay together, and similar lengths
-    meet, so that little is padding. Deterministic: every rank packs the whole step and finds the
-    same micro-batches."""
-    indices = range(len(sizes))
-    if share_prefix:
-        order = sorted(indices, key=lambda i: (sizes[i].key, sizes[i].tokens, i))
-        runs = [list(run) for _, run in groupby(order, key=lambda i: sizes[i].key)]
-    else:
-        runs = [[i] for i in indices]
-    runs.sort(key=lambda run: (sizes[run[0]].prompt_tokens, sizes[run[-1]].tokens, run[0]))
-    batches: list[list[int]] = [[]]
-    fill = _Fill()
-    for run in runs:
-        fill.open_prompt()
-        for i in run:
-            if batches[-1] and fill.cost_with(sizes[i]) > budget:
-                batches.append([])
-                fill = _Fill()
-                fill.open_prompt()
-            batches[-1].append(i)
-            fill.add(sizes[i])
-    return batches if batches[0] else []
+    start: int
+    prompt: int  # tokens
+    completions: tuple[int, ...]  # positions of each: its tokens but the last
 
 
 @dataclass
-class _Fill:
-    """Padded size of the micro-batch being filled."""
+class MicroBatch:
+    """A pack of distinct prompts and the completions that answer them."""
 
-    prompts: int = 0
-    prompt_tokens: int = 0
-    rows: int = 0
-    tokens: int = 0
-    new_prompt: bool = False
+    input_ids: Tensor  # (N,) int64
+    positions: Tensor  # (3, N) M-RoPE or (1, N) int64
+    trees: tuple[Tree, ...]  # who may look at whom
+    features: dict[str, Tensor]  # media tensors of the prompts without embeddings, in their order
+    encoded: Tensor  # (N,) bool, the positions of those prompts
+    media: MediaEmbeddings | None  # of the other prompts
+    predicts: Tensor  # (B, T) int64, position whose state predicts the token; 0 where padded
+    token_ids: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) float, 1 = token
+    temperature: Tensor  # (B,) float
 
-    def open_prompt(self) -> None:
-        self.new_prompt = True
+    def to(self, device: torch.device) -> MicroBatch:
+        tensors = {
+            entry.name: value.to(device)
+            for entry in fields(self)
+            if isinstance(value := getattr(self, entry.name), Tensor | MediaEmbeddings)
+        }
+        features = {name: value.to(device) for name, value in self.features.items()}
+        return replace(self, features=features, **tensors)
 
-    def cost_with(self, size: Size) -> int:
-        prompts = (self.prompts + int(self.new_prompt)) * max(
-            self.prompt_tokens, size.prompt_tokens
-        )
-        return prompts + (self.rows + 1) * max(self.tokens, size.tokens)
+    @property
+    def tokens(self) -> int:
+        """Completion tokens without padding."""
+        return int(self.mask.sum())
 
-    def add(self, size: Size) -> None:
-        self.prompts += int(self.new_prompt)
-        self.new_prompt = False
-        self.rows += 1
-        self.prompt_tokens = max(self.prompt_tokens, size.prompt_tokens)
-        self.tokens = max(self.tokens, size.tokens)
-
-
-def share_out(
-    batches: Sequence[list[int]], sizes: Sequence[Size], world_size: int
-) -> list[list[list[int]]]:
-    """Micro-batches per rank, heaviest first onto the least loaded. Ranks may differ in count:
-    ``TrainEngine.accumulate`` evens that out."""
-    load = [0] * world_size
-    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
-    weight = [
-        sum(sizes[i].tokens for i in batch)
-        + sum({sizes[i].key: sizes[i].prompt_tokens for i in batch}.values())
-        for batch in batches
-    ]
-    for index in sorted(range(len(batches)), key=lambda i: (-weight[i], i)):
-        rank = min(range(world_size), key=lambda r: (load[r], r))
-        load[rank] += weight[index]
-        shares[rank].append(batches[index])
-    return shares
-
-
-def collate(rows: Sequence[Row], *, share_prefix: bool) -> MicroBatch:
-    """One micro-batch of B rows. Completion tokens are left-aligned in (B, T)."""
-    keys: dict[tuple[str, bool] | int, int] = {}
-    prompts: list[EncodedPrompt] = []
-    index = []
-    for position, row in enumerate(rows):
-        key = row.key if share_prefix else position
-        if key not in keys:
-            keys[key] = len(prompts)
-            prompts.append(row.prompt)
-        index.append(keys[key])
-    tokens = [torch.from_numpy(np.asarray(row.token_ids, dtype=np.int64)) for row in rows]
-    return MicroBatch(
-        prompt_ids=_pad([prompt.input_ids for prompt in prompts]),
-        prompt_mask=_pad([torch.ones_like(prompt.input_ids) for prompt in prompts]),
-        prompt_positions=_pad([prompt.position_ids for prompt in prompts])
-        .transpose(0, 1)
-        .contiguous(),
-        next_positions=torch.tensor([prompt.next_position for prompt in prompts]),
-        features=_merge_features(prompts),
-        rows=torch.tensor(index),
-        token_ids=_pad(tokens),
-        mask=_pad([torch.ones(len(row)) for row in tokens]),
-        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
-    )
+    @property
+    def encoders(self) -> set[str]:
+        """Kinds of media that the model's encoders have to run for."""
+        return {kind for name, kind in ENCODERS.items() if name in self.features}
 
 
 @dataclass(frozen=True)
@@ -144,12 +126,12 @@ class Pending:
     memory twice."""
 
     rows: Sequence[Row]
-    share_prefix: bool
 
     @property
-    def features(self) -> set[str]:
-        """Names of the media tensors that the micro-batch will have."""
-        return {name for row in self.rows for name in row.prompt.features if name in FEATURES}
+    def encoders(self) -> set[str]:
+        """``MicroBatch.encoders`` of the micro-batch."""
+        found = {name for row in self.rows if row.media is None for name in row.prompt.features}
+        return {kind for name, kind in ENCODERS.items() if name in found}
 
     @property
     def tokens(self) -> int:
@@ -157,7 +139,57 @@ class Pending:
         return sum(len(row.token_ids) for row in self.rows)
 
     def collate(self) -> MicroBatch:
-        return collate(self.rows, share_prefix=self.share_prefix)
+        return collate(self.rows)
+
+
+def collate(rows: Sequence[Row]) -> MicroBatch:
+    """The pack of B completions, in whatever order they come. Those with equal keys share one
+    prompt; what is known of each token is left-aligned in (B, T)."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.key, []).append(number)
+    tokens = [torch.from_numpy(np.asarray(row.token_ids, dtype=np.int64)) for row in rows]
+    predicts: list[Tensor] = [torch.empty(0)] * len(rows)
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    trees: list[Tree] = []
+    start = 0
+    for members in groups.values():
+        prompt = rows[members[0]].prompt
+        length = len(prompt.input_ids)
+        ids.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        place = start + length
+        for number in members:
+            count = len(tokens[number]) - 1
+            own = torch.arange(count)
+            ids.append(tokens[number][:-1])
+            positions.append((prompt.next_position + own).expand(len(prompt.position_ids), -1))
+            predicts[number] = torch.cat([torch.tensor([start + length - 1]), place + own])
+            place += count
+        trees.append(Tree(start, length, tuple(len(tokens[number]) - 1 for number in members)))
+        start = place
+    firsts = [rows[members[0]] for members in groups.values()]
+    known = [
+        row.media.moved(tree.start)
+        for row, tree in zip(firsts, trees, strict=True)
+        if row.media is not None
+    ]
+    encoded = torch.zeros(start, dtype=torch.bool)
+    for row, tree in zip(firsts, trees, strict=True):
+        encoded[tree.start : tree.start + tree.prompt] = row.media is None
+    return MicroBatch(
+        input_ids=torch.cat(ids),
+        positions=torch.cat(positions, 1),
+        trees=tuple(trees),
+        features=_merge_features([row.prompt for row in firsts if row.media is None]),
+        encoded=encoded,
+        media=MediaEmbeddings.merged(known),
+        predicts=_pad(predicts),
+        token_ids=_pad(tokens),
+        mask=_pad([torch.ones(len(row)) for row in tokens]),
+        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+    )
 
 
 def padded(values: Sequence[NDArray[np.float32]]) -> Tensor:
@@ -183,32 +215,3 @@ def _merge_features(prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
             parts = [F.pad(part, (0, width - part.shape[-1])) for part in parts]
         merged[name] = torch.cat(parts)
     return merged
-
-
-@dataclass
-class MicroBatch:
-    """Completions and the distinct prompts they answer."""
-
-    prompt_ids: Tensor  # (U, L) int64
-    prompt_mask: Tensor  # (U, L) int64, 1 = token
-    prompt_positions: Tensor  # (3, U, L) M-RoPE or (1, U, L) int64
-    next_positions: Tensor  # (U,) int64, position of the first completion token
-    features: dict[str, Tensor]  # media tensors of the U prompts, concatenated in prompt order
-    rows: Tensor  # (B,) int64, which prompt each completion answers
-    token_ids: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) float, 1 = token
-    temperature: Tensor  # (B,) float
-
-    def to(self, device: torch.device) -> MicroBatch:
-        features = {name: value.to(device) for name, value in self.features.items()}
-        tensors = {
-            entry.name: getattr(self, entry.name).to(device)
-            for entry in fields(self)
-            if entry.name != "features"
-        }
-        return MicroBatch(features=features, **tensors)
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens without padding."""
-        return int(self.mask.sum())

@@ -1,5 +1,5 @@
 """What a training step works on: leased and drawn from the buffer, then planned, that is given
-advantages and split into micro-batches and ranks."""
+advantages and split into packs and ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from avatar_rl.buffer_service.records.requests import PromptKl, Tier
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
-from avatar_rl.learner.batch.microbatch import Size, pack, share_out
+from avatar_rl.learner.batch.packing import Size, pack, share_out
 from avatar_rl.learner.config import LearnerConfig
 from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
 from avatar_rl.learner.objective.loss import StepTotals
@@ -197,7 +197,7 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
         replay_sign=objective.replay_sign,
     )
     sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
-    batches = pack(sizes, config.micro_batch_tokens, share_prefix=config.share_prefix)
+    batches = pack(sizes, config.micro_batch_tokens)
     return StepPlan(
         trajectories=trajectories,
         is_replay=is_replay,

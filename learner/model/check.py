@@ -1,11 +1,12 @@
 """Whether the policy's log-probabilities are the model's own, tried when a model is loaded.
 
-A model may work on its logits after the head, keep a state that padding spoils, or take no
+A model may work on its logits after the head, carry a state from token to token, or take no
 positions. Training would then follow other probabilities than the engine samples from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,37 +27,48 @@ if TYPE_CHECKING:
 #: for rounding alone can move single ones far.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 TOLERANCE_HALF = 0.2
-#: (which of two prompts, completion tokens): neighbours of other lengths, padded both ways.
+REMEDY = "use a model of another type"
+#: Layers whose tokens look at others through a mask. Others mix neighbours in a pack.
+MASKED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+#: (which of two prompts, completion tokens): neighbours of other lengths.
 ROWS = ((0, 4), (1, 2), (0, 1))
 PROMPTS = (6, 3)  # tokens
 
 
+def check_layers(config: PretrainedConfig, kind: str) -> None:
+    """Raises ModelError for layers that take no attention mask: linear attention, state space,
+    convolution."""
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if others := sorted(layers - MASKED_LAYERS):
+        raise ModelError(
+            f"model type {kind!r} cannot be trained here: its layers of kind {', '.join(others)} "
+            "carry a state from token to token, so several completions cannot follow one prompt; "
+            f"{REMEDY}"
+        )
+
+
 @torch.no_grad()
-def check_scores(model: nn.Module, kind: str, *, share_prefix: bool) -> None:
+def check_scores(model: nn.Module, kind: str) -> None:
     """Compare the log-probabilities of a mixed micro-batch with those of each sequence alone, from
     the model's own forward over a few random tokens. The model is left as it was.
 
     Raises ModelError naming the model type ``kind`` where they differ or cannot be computed.
     """
     rows = _rows(model.config, axes=3 if kind in MULTIMODAL else 1)  # type: ignore[arg-type]
-    remedy = (
-        "set learner.share_prefix: false, or use a model of another type"
-        if share_prefix
-        else "use a model of another type"
-    )
     try:
-        expected = [_alone(model, row) for row in rows]
-        policy = Policy(model, share_prefix=share_prefix)
+        with _plain_attention(model):
+            expected = [_alone(model, row) for row in rows]
+        policy = Policy(model)
         try:
-            found = policy(collate(rows, share_prefix=share_prefix)).logprobs
+            found = policy(collate(rows)).logprobs
         finally:
             policy.release()
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"model type {kind!r} cannot be trained here: its forward fails on a micro-batch of "
-            f"prompts and completions ({type(error).__name__}: {error}); {remedy}"
+            f"model type {kind!r} cannot be trained here: its forward fails on a pack of prompts "
+            f"and completions ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
     gaps = torch.cat([(found[i, : len(one)] - one).abs() for i, one in enumerate(expected)])
     dtype = next(model.parameters()).dtype
@@ -64,11 +76,24 @@ def check_scores(model: nn.Module, kind: str, *, share_prefix: bool) -> None:
     gap = float(gaps.max() if dtype in TOLERANCE else gaps.median())
     if not gap <= tolerance:  # also true for NaN
         raise ModelError(
-            f"model type {kind!r} cannot be trained here: in a micro-batch its log-probabilities "
-            f"are {gap:.2g} nats off those of each sequence alone (allowed {tolerance:g}), since "
-            "it changes the logits after its head or its states depend on padding and "
-            f"neighbours; {remedy}"
+            f"model type {kind!r} cannot be trained here: in a pack of prompts and completions "
+            f"its log-probabilities are {gap:.2g} nats off those of each sequence alone (allowed "
+            f"{tolerance:g}), since it changes the logits after its head, carries a state from "
+            f"token to token or takes no attention mask of ours; {REMEDY}"
         )
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """transformers' fast attention leaves out the cap on Gemma 2's scores; the plain one has it."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    own = config._attn_implementation
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def _rows(config: PretrainedConfig, axes: int) -> list[Row]:

@@ -10,14 +10,14 @@ from torch import nn
 
 from avatar_rl.common.errors import ModelError
 from avatar_rl.common.weight_files import loadable_folder
-from avatar_rl.learner.model.check import check_scores
+from avatar_rl.learner.model.check import check_layers, check_scores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: Path, *, dtype: str = "float32", share_prefix: bool = True) -> nn.Module:
-    """The model of a Hugging Face folder with its language-model head; the thinker of an omni
-    checkpoint. ``share_prefix`` is that of the policy it is loaded for.
+def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
+    """The model of a Hugging Face folder with its language-model head, in evaluation mode; the
+    thinker of an omni checkpoint.
 
     Raises ModelError when the folder has no config, is not one whole checkpoint, or holds an
     architecture that is not supported.
@@ -65,5 +65,20 @@ def load_model(path: Path, *, dtype: str = "float32", share_prefix: bool = True)
             f"{min(missing)!r}: they would be random; copy the checkpoint again"
         )
     model.config.use_cache = False
-    check_scores(model, kind, share_prefix=share_prefix)
+    check_layers(model.config, kind)
+    check_scores(model.eval(), kind)
     return model
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only what each layer reads; its backward pass computes the rest again.
+
+    transformers does so in training mode alone. Here only the layers themselves are set to it: what
+    is inside them stays in evaluation mode, for dropout would break the ratio of policies."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    model.gradient_checkpointing_enable(options)  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

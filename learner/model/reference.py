@@ -33,16 +33,8 @@ class ReferencePolicy:
     The cache lives as long as this process and its one reference. Nothing of it is stored with the
     trajectories, so a run that is resumed with another ``model.reference`` computes all again."""
 
-    def __init__(
-        self, path: Path, *, dtype: str, share_prefix: bool, device: torch.device, cached: int
-    ) -> None:
-        self.policy = (
-            Policy(
-                load_model(path, dtype=dtype, share_prefix=share_prefix), share_prefix=share_prefix
-            )
-            .eval()
-            .to(device)
-        )
+    def __init__(self, path: Path, *, dtype: str, device: torch.device, cached: int) -> None:
+        self.policy = Policy(load_model(path, dtype=dtype)).eval().to(device)
         self.policy.requires_grad_(False)
         self.device = device
         self.cached = cached
@@ -54,7 +46,7 @@ class ReferencePolicy:
         keys = [_key(name, row) for name, row in zip(ids, rows, strict=True)]
         missing = [i for i, key in enumerate(keys) if key not in self._cache]
         if missing:
-            batch = collate([rows[i] for i in missing], share_prefix=self.policy.share_prefix)
+            batch = collate([rows[i] for i in missing])
             scores = self.policy(batch.to(self.device)).logprobs.cpu().numpy()
             for row, i in zip(scores, missing, strict=True):
                 self._cache[keys[i]] = row[: len(rows[i].token_ids)].copy()

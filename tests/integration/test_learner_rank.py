@@ -192,9 +192,9 @@ class UnluckyRank(LearnerRank):
 def watch_collation(events: list[str]) -> None:
     """Have every micro-batch that is made noted."""
 
-    def noted(rows: Sequence[Row], *, share_prefix: bool) -> MicroBatch:
+    def noted(rows: Sequence[Row]) -> MicroBatch:
         events.append("collate")
-        return collate(rows, share_prefix=share_prefix)
+        return collate(rows)
 
     avatar_rl.learner.batch.microbatch.collate = noted
 

@@ -1,5 +1,5 @@
-"""What a tiny model hides of ZeRO: ranks that need another number of logit chunks, or runs of an
-encoder, and the gradients that DeepSpeed keeps of parameters a step does not use.
+"""What a tiny model hides of ZeRO: ranks that need another number of packs, runs of the head or of
+an encoder, and the gradients that DeepSpeed keeps of parameters a step does not use.
 
 Ranks are processes of this module (`tests.ranks`); they write what they got and the tests compare.
 """
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import avatar_rl.learner.engine
-import avatar_rl.learner.model.policy
-from avatar_rl.common.errors import ConfigError
+import avatar_rl.learner.model.head
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.policy import PolicyOutput
@@ -64,12 +63,12 @@ def rows_of(model: Path, *kinds: str) -> list[Row]:
     return rows
 
 
-def step_of(engine: TrainEngine, rows: list[Row]) -> float:
-    """A step with one micro-batch per row; returns the gradient's norm."""
-    batches = [Pending([row], share_prefix=True) for row in rows]
+def step_of(engine: TrainEngine, rows: list[Row], total: int | None = None) -> float:
+    """A step with one pack per row, of ``total`` in all ranks; returns the gradient's norm."""
+    batches = [Pending([row]) for row in rows]
 
     def loss(_: int, batch: MicroBatch, output: PolicyOutput) -> Tensor:
-        return (0.1 / len(rows)) * output.logprobs.sum()
+        return (0.1 / (total or len(rows))) * output.logprobs.sum()
 
     engine.accumulate(batches, loss, batches[0])
     return engine.step(0.01)
@@ -78,29 +77,41 @@ def step_of(engine: TrainEngine, rows: list[Row]) -> float:
 # -- what a rank does ------------------------------------------------------------------------------
 
 
-def chunks(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Norms and weights after three steps in which ranks have unequally many completion tokens."""
+def head_runs(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Norms and weights after three steps in which ranks have unequally many completion tokens, by
+    the tiled head and by one that is more than a linear layer."""
     found: dict[str, Any] = {}
-    for stage in (0, 3):
-        engine = make_engine(folder / "text", settings(stage), ranks)
+    for stage, wrapped in ((0, False), (3, False), (3, True)):
+        engine = make_engine(folder / "text", settings(stage), ranks, wrapped=wrapped)
         norms = train(engine, text_rows(), rank, ranks)
-        found[f"{stage}"] = {"norms": norms, "weights": engine.state_dict()}
+        weights = {n.replace("lm_head.0.", "lm_head."): w for n, w in engine.state_dict().items()}
+        found[f"{stage}-{wrapped}"] = {"norms": norms, "weights": weights}
     return found
 
 
-def visual_runs(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """Ranks with an image here and a video there, or with both here and one there: weights, or what
-    was said."""
+#: Packs of each rank, and the parts of the model that are frozen.
+MIXED: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], tuple[str, ...]]] = {
+    "frozen": ((("video+audio", "image"), ("", "video", "audio")), ("visual", "audio_tower")),
+    "trained": ((("video+audio", "image"), ("", "video", "audio")), ()),
+    "one kind each": ((("image",), ("video",)), ()),
+    "twice and once": ((("image+video",), ("video",)), ()),
+    "a rank with text": ((("video+audio",), ("",)), ()),
+}
+
+
+def mixed_media(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Weights and norms after two steps in which ranks have other media, and unequally many packs;
+    with recomputation or without."""
     found: dict[str, Any] = {}
-    for name, kinds in {"one": ("image", "video"), "two": ("image+video", "video")}.items():
-        rows = rows_of(folder / "omni", *kinds)
-        for stage in (0, 2, 3):
-            engine = make_engine(folder / "omni", settings(stage, eps=1e-3), ranks)
-            try:
-                step_of(engine, rows[rank : rank + 1])
-                found[f"{name}-{stage}"] = engine.state_dict()
-            except ConfigError as error:
-                found[f"{name}-{stage}"] = str(error)
+    for name, (shares, freeze) in MIXED.items():
+        rows = rows_of(folder / "omni", *shares[0], *shares[1])
+        first = len(shares[0])
+        mine = rows if ranks == 1 else (rows[first:] if rank else rows[:first])
+        for stage in (0, 1, 2, 3) if ranks > 1 else (0,):
+            config = settings(stage, eps=1e-3, freeze=freeze)
+            engine = make_engine(folder / "omni", config, ranks, recomputed=stage != 1)
+            norms = [step_of(engine, mine, len(rows)) for _ in range(2)]
+            found[f"{name}-{stage}"] = {"norms": norms, "weights": engine.state_dict()}
     return found
 
 
@@ -129,11 +140,13 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
     avatar_rl.learner.engine.WHOLE_BELOW = 0
     deepspeed.ops.adam.DeepSpeedCPUAdam = StandIn
-    found = {"unused": unused(folder, rank, ranks)}
+    found = {
+        "unused": unused(folder, rank, ranks),
+        "mixed_media": mixed_media(folder, rank, ranks),
+    }
     if ranks > 1:
-        found["visual_runs"] = visual_runs(folder, rank, ranks)
-        avatar_rl.learner.model.policy.LOGIT_CHUNK = 4
-        found["chunks"] = chunks(folder, rank, ranks)
+        avatar_rl.learner.model.head.TILE = 4
+        found["head_runs"] = head_runs(folder, rank, ranks)
     return found
 
 
@@ -151,27 +164,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ranks_that_need_unequally_many_logit_chunks_train_alike(folder: Path) -> None:
-    """Each chunk gathers the head's weights, forwards and again backwards: all ranks must run
-    equally many."""
-    found = rank_results(folder, "chunks", 2)
-    assert found["3"]["norms"] == pytest.approx(found["0"]["norms"], rel=1e-4)
-    assert difference(found["3"]["weights"], found["0"]["weights"]) < TOLERANCE * max(RATES)
-
-
-def test_an_image_here_and_a_video_there_are_one_run_of_the_encoder_each(folder: Path) -> None:
-    found = rank_results(folder, "visual_runs", 2)
-    for name in ("one-2", "one-3", "two-2"):
-        assert difference(found[name], found[f"{name[:3]}-0"]) < TOLERANCE * 0.01
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_zero_3_says_at_once_that_an_encoder_runs_twice_on_one_rank_only(
-    folder: Path, rank: int
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ranks_that_need_unequally_many_runs_of_the_head_train_alike(
+    folder: Path, wrapped: bool
 ) -> None:
-    found = rank_results(folder, "visual_runs", 2, rank)["two-3"]
-    assert "equally often (images and videos are two runs)" in found
-    assert "zero_stage 0" in found
+    """Each run gathers the head's weights, forwards and again backwards: all ranks must run equally
+    many."""
+    results = rank_results(folder, "head_runs", 2)
+    found, expected = results[f"3-{wrapped}"], results["0-False"]
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert difference(found["weights"], expected["weights"]) < TOLERANCE * max(RATES)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", MIXED)
+def test_two_ranks_with_other_media_and_packs_train_as_one(
+    folder: Path, name: str, stage: int
+) -> None:
+    """A rank without a medium, or without a pack, runs the encoder or the model all the same."""
+    alone = rank_results(folder, "mixed_media", 1)[f"{name}-0"]
+    for rank in (0, 1):
+        found = rank_results(folder, "mixed_media", 2, rank)[f"{name}-{stage}"]
+        assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert difference(found["weights"], alone["weights"]) < TOLERANCE * 0.01
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

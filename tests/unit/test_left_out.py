@@ -45,7 +45,7 @@ class Engine:
     """Notes the micro-batches that it is given."""
 
     def __init__(self) -> None:
-        self.policy, self.world_size = SimpleNamespace(share_prefix=True), 1
+        self.world_size = 1
         self.device = torch.device("cpu")
         self.given: list[list[str]] = []
         self.spare = ""

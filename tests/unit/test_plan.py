@@ -147,16 +147,13 @@ def test_ages_are_in_policy_versions() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_every_completion_is_in_one_micro_batch_of_one_rank(ranks: int, share_prefix: bool) -> None:
-    result = plan(
-        GROUPS, REPLAYS, BASELINES, ranks=ranks, micro_batch_tokens=30, share_prefix=share_prefix
-    )
+def test_every_completion_is_in_one_micro_batch_of_one_rank(ranks: int) -> None:
+    result = plan(GROUPS, REPLAYS, BASELINES, ranks=ranks, micro_batch_tokens=30)
     assert len(result.shares) == ranks
     assert Counter(i for share in result.shares for batch in share for i in batch) == Counter(
         range(8)
     )
-    alone = plan(GROUPS, REPLAYS, BASELINES, micro_batch_tokens=30, share_prefix=share_prefix)
+    alone = plan(GROUPS, REPLAYS, BASELINES, micro_batch_tokens=30)
     assert sorted(batch for share in result.shares for batch in share) == sorted(alone.shares[0])
     assert result.advantages.values.tolist() == alone.advantages.values.tolist()
     assert result.totals == alone.totals

@@ -254,7 +254,14 @@ def test_malformed_overrides_are_refused(arguments: list[str], message: str) -> 
             "--learner.optimizer.offload_optimizer=true",
             r"offload_optimizer needs zero_stage 1, 2 or 3",
         ),
-        ("--learner.gradient_checkpointing=true", r"set share_prefix false"),
+        (
+            "--learner.share_prefix=false",
+            r"learner\.share_prefix is no longer a key: .*delete",
+        ),
+        (
+            "--learner.micro_batch_tokens=300",
+            r"exceed learner\.micro_batch_tokens 300, .*raise micro_batch_tokens to 16384",
+        ),
         ("--data.train=x.jsonl", r"data: data has both `synthetic` and dataset files"),
         ("--rollout.max_sequences=2", r"rollout\.max_sequences 2 is below one group of 8"),
         ("--rewards.weights.acuracy=1", r"rewards\.weights: unknown reward 'acuracy'"),

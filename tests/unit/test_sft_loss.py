@@ -42,7 +42,6 @@ def test_ranks_add_their_losses_on_the_engines_device(monkeypatch: pytest.Monkey
     engine = SimpleNamespace(
         world_size=2,
         device=torch.device("meta"),
-        policy=SimpleNamespace(share_prefix=True),
         accumulate=nothing,
         step=nothing,
     )

@@ -1,0 +1,96 @@
+"""Which completions are computed together: packs under a token budget, and packs over ranks. Needs
+lengths only, so that no medium has to be decoded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from avatar_rl.common.errors import ConfigError
+
+
+class Size(NamedTuple):
+    """What packing needs to know of a completion."""
+
+    key: tuple[str, bool]  # equal for completions that share their prompt: prompt id, hinted
+    prompt_tokens: int
+    tokens: int  # of the completion
+
+
+def pack(sizes: Sequence[Size], budget: int, *, name: str = "learner") -> list[list[int]]:
+    """Split completions into packs of at most ``budget`` tokens; a pack counts each prompt once.
+
+    The completions of a prompt stay together where they fit one pack. Otherwise they are spread
+    over several, and each of these computes the prompt anew. Then the largest pieces first, each
+    into the first pack with room for it (first fit, decreasing). Deterministic: every rank packs
+    the whole step and finds the same packs.
+
+    Raises:
+        ConfigError: A prompt and one of its completions exceed the budget, which is the key
+            micro_batch_tokens of the config section ``name``.
+    """
+    pieces = [piece for run in _by_prompt(sizes) for piece in _pieces(run, sizes, budget, name)]
+    pieces.sort(key=lambda piece: (-_tokens(piece, sizes), piece[0]))
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for piece in pieces:
+        needed = _tokens(piece, sizes)
+        place = next((i for i, left in enumerate(room) if left >= needed), None)
+        if place is None:
+            packs.append([])
+            room.append(budget)
+            place = len(packs) - 1
+        packs[place] += piece
+        room[place] -= needed
+    return packs
+
+
+def _by_prompt(sizes: Sequence[Size]) -> list[list[int]]:
+    """Completions of each prompt, longest first."""
+    runs: dict[tuple[str, bool], list[int]] = {}
+    for i, size in enumerate(sizes):
+        runs.setdefault(size.key, []).append(i)
+    return [sorted(run, key=lambda i: (-sizes[i].tokens, i)) for run in runs.values()]
+
+
+def _pieces(run: list[int], sizes: Sequence[Size], budget: int, name: str) -> list[list[int]]:
+    """One prompt's completions, longest first, in as few packs as first fit finds."""
+    longest = sizes[run[0]]
+    if longest.prompt_tokens + longest.tokens > budget:
+        raise ConfigError(
+            f"prompt {longest.key[0]!r} of {longest.prompt_tokens} tokens and a completion of "
+            f"{longest.tokens} exceed {name}.micro_batch_tokens {budget}, and one completion is "
+            f"never split: raise it to at least {longest.prompt_tokens + longest.tokens}"
+        )
+    pieces: list[list[int]] = []
+    room: list[int] = []
+    for i in run:
+        place = next((p for p, left in enumerate(room) if left >= sizes[i].tokens), None)
+        if place is None:
+            pieces.append([])
+            room.append(budget - longest.prompt_tokens)
+            place = len(pieces) - 1
+        pieces[place].append(i)
+        room[place] -= sizes[i].tokens
+    return pieces
+
+
+def _tokens(indices: Sequence[int], sizes: Sequence[Size]) -> int:
+    """Tokens of these completions and of their distinct prompts."""
+    prompts = {sizes[i].key: sizes[i].prompt_tokens for i in indices}
+    return sum(prompts.values()) + sum(sizes[i].tokens for i in indices)
+
+
+def share_out(
+    packs: Sequence[list[int]], sizes: Sequence[Size], world_size: int
+) -> list[list[list[int]]]:
+    """Packs per rank, heaviest first onto the least loaded. Ranks may differ in count:
+    ``TrainEngine.accumulate`` evens that out."""
+    load = [0] * world_size
+    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+    weight = [_tokens(indices, sizes) for indices in packs]
+    for index in sorted(range(len(packs)), key=lambda i: (-weight[i], i)):
+        rank = min(range(world_size), key=lambda r: (load[r], r))
+        load[rank] += weight[index]
+        shares[rank].append(packs[index])
+    return shares
