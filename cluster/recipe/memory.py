@@ -19,7 +19,7 @@ BFLOAT16, FLOAT32 = 2, 4
 MOMENTS, MASTER = 8, 4
 BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the older goes
 #: Tokens whose logits are held at once by the log-prob head.
-LOGIT_TILE = 2048
+LOGIT_TILE = 512
 PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
 #: Words of learner.optimizer.freeze that freeze both towers.
 TOWERS = frozenset({"visual", "audio_tower"})

@@ -170,7 +170,7 @@ def _sections(
             "sampling": {"temperature": 1.0, "max_tokens": completion},
         },
     )
-    learner: JsonObject = {"ranks": split.ranks, "share_prefix": False}
+    learner: JsonObject = {"ranks": split.ranks}
     if not small:
         learner |= {"gradient_checkpointing": True, "micro_batch_tokens": prompt + completion}
     yield "learner", {**learner, "objective": {"beta": 0.04}, "optimizer": optimizer}
