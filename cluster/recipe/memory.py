@@ -104,6 +104,8 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
         model, tokens, number=number, checkpointing=setting.checkpointing
     )
     logits = 2.0 * min(tokens, LOGIT_TILE) * model.vocabulary * FLOAT32
+    if number < FLOAT32 and setting.adapter_rank is None:
+        logits += model.vocabulary * model.hidden * FLOAT32  # sum of the head's gradient over tiles
     # Publication gathers the whole model on every rank, when there are no activations any more.
     whole = model.parameters * number * (1 - setting.split(3))
     return {

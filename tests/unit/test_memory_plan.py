@@ -65,7 +65,7 @@ def test_a_pack_of_16k_tokens_of_the_7b_model() -> None:
     assert activation_bytes(OMNI, 16_384) == 28 * inside
     assert (inputs + inside) / GIB == pytest.approx(6.6, abs=0.1)
     found = learner_parts(OMNI, LearnerSetting(pack_tokens=16_384, checkpointing=True))
-    assert found["logits"] == 2 * 2048 * 152_064 * 4
+    assert found["logits"] == 2 * 512 * 152_064 * 4 + 152_064 * 3584 * 4
 
 
 def test_dry_run_doctor_and_plan_say_the_same() -> None:
