@@ -143,7 +143,7 @@ class Duel:
             )
             for rows in sizes.trl_rows
         }
-        self.budget = config.micro_batch_tokens
+        self.budget = config.pack_tokens()
         self.ours = BenchLearner(make_spec(policy, reference, config), FrozenPrompts(asked))
 
     def agree(self) -> Figure:

@@ -442,6 +442,12 @@ class RunConfig(Section):
                 f"{largest}{what}"
             )
 
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens that the learner computes at once."""
+        tokens = self.rollout.sampling.max_tokens
+        return self.learner.pack_tokens(self.data.template.max_prompt_tokens + tokens)
+
     def _lengths(self) -> Iterator[str]:
         """The longest prompt and a whole completion must fit into the engine and into a pack."""
         longest = self.rollout.engine.max_model_len
@@ -456,7 +462,7 @@ class RunConfig(Section):
                     f"rollout.engine.max_model_len {longest}: raise max_model_len to "
                     f"{prompt + tokens}, or lower one of the others"
                 )
-        budget, tokens = self.learner.micro_batch_tokens, self.rollout.sampling.max_tokens
+        budget, tokens = self.pack_tokens, self.rollout.sampling.max_tokens
         if prompt + tokens > budget:
             yield (
                 f"data.template.max_prompt_tokens {prompt} + rollout.sampling.max_tokens {tokens} "

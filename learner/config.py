@@ -31,6 +31,8 @@ OldRule = Literal["behaviour", "trainer", "current"]
 Rejection = Literal["none", "geometric", "k3"]
 #: Threshold of a rejection where none is given.
 REJECTION_THRESHOLD = {"geometric": 1.01, "k3": 0.01}
+#: Tokens of a pack where nothing longer has to fit.
+PACK_TOKENS = 16_384
 
 
 class ObjectiveConfig(Section):
@@ -258,11 +260,12 @@ class LearnerConfig(Section):
         "keeps the number it began with, also when loop.steps is raised.",
     )
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
-    micro_batch_tokens: int = Field(
-        16_384,
+    micro_batch_tokens: int | None = Field(
+        None,
         ge=16,
         description="Tokens computed at once, no padding among them: a pack of prompts, each once, "
-        "and their completions. Must hold the longest prompt with one completion.",
+        "and their completions. Must hold the longest prompt with one completion; null is 16,384, "
+        "or what these need.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
@@ -280,6 +283,10 @@ class LearnerConfig(Section):
         600, gt=0, description="Seconds until the groups of a silent learner are given away."
     )
     threads: int = Field(1, ge=1, description="CPU threads per rank; ignored on a GPU.")
+
+    def pack_tokens(self, longest: int = 0) -> int:
+        """Budget of a pack; ``longest`` is a prompt with one completion."""
+        return self.micro_batch_tokens or max(PACK_TOKENS, longest)
 
     def rising(self, steps: int) -> int:
         """Steps of a run of ``steps`` with a rising learning rate."""

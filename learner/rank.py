@@ -225,7 +225,7 @@ class LearnerRank:
             rows.append(Row(key, prompt, item["token_ids"], item["temperature"]))
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         answers: dict[int, ProbeScores] = {}
-        for indices in pack(sizes, self.spec.learner.micro_batch_tokens):
+        for indices in pack(sizes, self.spec.learner.pack_tokens()):
             output = self.engine.score(collate([rows[i] for i in indices]))
             for i, logprobs in zip(indices, output.logprobs, strict=True):
                 prompt = rows[i].prompt

@@ -54,7 +54,7 @@ class LearnerSetting:
             adapter_rank=None if lora is None else lora.rank,
             trains_towers=not frozen,
             number=number,
-            pack_tokens=learner.micro_batch_tokens,
+            pack_tokens=config.pack_tokens,
             checkpointing=learner.gradient_checkpointing,
         )
 

@@ -300,7 +300,7 @@ def learner_spec(
     """What every learner rank is told; ``cold_start``: as ranks of the supervised Stage 0,
     ``on_gpu``: rollout actors have GPUs unless the recipe says otherwise."""
     assert not cold_start or datasets.sft is not None
-    learner = config.learner
+    learner = config.learner.model_copy(update={"micro_batch_tokens": config.pack_tokens})
     if cold_start and config.cold_start is not None:
         sft = config.cold_start
         learner = learner.model_copy(

@@ -197,7 +197,7 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
         replay_sign=objective.replay_sign,
     )
     sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
-    batches = pack(sizes, config.micro_batch_tokens)
+    batches = pack(sizes, config.pack_tokens())
     return StepPlan(
         trajectories=trajectories,
         is_replay=is_replay,
