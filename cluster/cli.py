@@ -38,6 +38,7 @@ from avatar_rl.common.text import printable
 if TYPE_CHECKING:
     from avatar_rl.cluster.annotation.asking import EndpointOptions
     from avatar_rl.cluster.commands.buffer import BufferOptions
+    from avatar_rl.cluster.commands.public_sets import PublicSetWords
     from avatar_rl.prompts.record import Modality
 
 # Quiet before anything heavy is imported; workers get theirs from cluster.services.
@@ -142,20 +143,57 @@ def train(
 
 @avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("checkpoint", type=PATH)
-@click.option("--recipe", type=RECIPE, required=True, help="Data, template, engine and rewards.")
+@click.option("--recipe", type=RECIPE, help="Data, template, engine and rewards.")
 @click.option(
     "--without",
     multiple=True,
     type=click.Choice(["audio", "video", "image"]),
     help="Silence or black in its place; may be repeated.",
 )
+@click.option(
+    "--benchmark",
+    metavar="NAMES",
+    help="Public sets instead of the recipe's held-out prompts: worldsense,omnibench,... or list.",
+)
+@click.option("--sets", type=PATH, default=Path("sets"), help="Holds a folder for each public set.")
+@click.option("--out", type=PATH, help="Where answers are kept; start again there to go on.")
+@click.option(
+    "--wording",
+    type=click.Choice(["recipe", "official"]),
+    default="recipe",
+    help="Ask with the recipe's template, or in the words of the set's authors.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="The first N questions of each set.")
+@click.option("--skip-missing", is_flag=True, help="Leave out questions whose media are missing.")
+@click.option(
+    "--table",
+    is_flag=True,
+    help="Compare: CHECKPOINT and further words are --out folders of finished evaluations.",
+)
 @takes_overrides
 def evaluate(
-    checkpoint: Path, recipe: Path, without: tuple[Modality, ...], overrides: tuple[str, ...]
+    checkpoint: Path,
+    recipe: Path | None,
+    without: tuple[Modality, ...],
+    overrides: tuple[str, ...],
+    **options: Unpack[PublicSetWords],
 ) -> int:
-    """Held-out accuracy of a checkpoint, also without one of its modalities."""
+    """Accuracy of a checkpoint: held out, without a modality, or on public benchmarks.
+
+    avatar evaluate MODEL --recipe R | avatar evaluate MODEL --recipe R --benchmark omnibench |
+    avatar evaluate OUT1 OUT2 --table
+    """
+    from avatar_rl.cluster.commands.public_sets import evaluate_sets, list_sets, print_table
     from avatar_rl.cluster.commands.train import evaluate_checkpoint
 
+    if options["table"]:
+        return print_table([checkpoint, *map(Path, overrides)])
+    if options["benchmark"] == "list":
+        return list_sets()
+    if recipe is None:
+        raise click.UsageError("Missing option '--recipe'.")
+    if options["benchmark"] is not None:
+        return evaluate_sets(checkpoint, recipe, overrides, options)
     return evaluate_checkpoint(checkpoint, recipe, overrides, without=sorted(set(without)))
 
 

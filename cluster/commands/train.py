@@ -187,7 +187,7 @@ def evaluate_checkpoint(
     raw = read_recipe(recipe)
     common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
     config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
-    checkpoint = _policy_of(checkpoint)
+    checkpoint = policy_folder(checkpoint)
     model = config.model.model_copy(update={"path": str(checkpoint)})
     config = config.model_copy(update={"name": "evaluate", "cold_start": None, "model": model})
     if config.data.synthetic is None and config.data.heldout is None:
@@ -205,7 +205,7 @@ def evaluate_checkpoint(
     return 0
 
 
-def _policy_of(path: Path) -> Path:
+def policy_folder(path: Path) -> Path:
     """The model folder that is meant by ``path``: itself, or the export of a run."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a checkpoint folder")

@@ -35,6 +35,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "buffer": ("insert_ratio", "draw_ratio", "growth_insert", "bytes_per_trajectory"),
     "chaos": ("kills", "acknowledged_lost", "recovery_s_p50", "accuracy_chaos"),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
+    "evaluation": ("sets_ready", "coverage", "throughput_ratio", "resumed_kept"),
     "hints": ("solved_grpo", "solved_hint", "start_success"),
     "judge": ("silent_zeros", "crashes", "requests_per_s", "cache_hit_share"),
     "learner": (
@@ -65,6 +66,7 @@ EXACT = {
         "kills": 1,
         "unplanned_exits": 0,
     },
+    "evaluation": {"resumed_lost": 0, "resumed_twice": 0, "sets_ready": 21},
     "judge": {"silent_zeros": 0, "crashes": 0, "crashes_at_60": 0, "dead_masked_share": 1},
     "soak": {"acknowledged_lost": 0, "trained_twice": 0, "ledger_gap": 0, "unplanned_exits": 0},
 }

@@ -1,0 +1,126 @@
+"""Every answer to a public set, kept as it comes: what is there is not asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from avatar_rl.cluster.benchmarks.marks import mark
+from avatar_rl.cluster.benchmarks.record import Marked, Question
+from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.common.files import Appender, json_line, read_jsonl, replace_text, replaced_file
+from avatar_rl.common.types import Json
+
+_JOURNAL = "answers.jsonl"
+
+
+class AnswerStore:
+    """The answers of one checkpoint to one set, in a folder of their own.
+
+    answers.jsonl grows while questions are answered and survives a kill; ``finish`` writes
+    answers.parquet beside it. Only one process may write."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, Json]) -> None:
+        """Raises ConfigError where the folder holds answers that were asked otherwise, naming what
+        differs: its answers would be mixed with others."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.texts: dict[str, tuple[str, int]] = {}  # question id -> completion, tokens
+        for row in read_jsonl(folder / _JOURNAL):
+            self.texts.setdefault(str(row["id"]), (str(row["text"]), int(row["tokens"])))
+        self._trim()
+        _check_asked(folder / "asked.json", asked if self.texts else None)
+        replace_text(folder / "asked.json", json.dumps(dict(asked), indent=2) + "\n")
+        self._journal = Appender(folder / _JOURNAL, self._trouble)
+
+    def _trim(self) -> None:
+        """Cuts a line that a kill left half written: the next one would be joined to it."""
+        path = self.folder / _JOURNAL
+        data = path.read_bytes() if path.is_file() else b""
+        if data and not data.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+
+    @staticmethod
+    def _trouble(error: OSError) -> None:
+        raise DataError(
+            f"an answer cannot be written ({error}): free the disk and start again, what is "
+            "answered stays"
+        ) from error
+
+    def add(self, question_id: str, text: str, tokens: int) -> None:
+        """Keeps an answer; a second one to the same question is left out."""
+        if question_id not in self.texts:
+            self.texts[question_id] = (text, tokens)
+            self._journal.append(json_line({"id": question_id, "text": text, "tokens": tokens}))
+
+    def marked(self, questions: Sequence[Question]) -> list[Marked]:
+        """The answered ones of ``questions``, marked, in their order."""
+        return [
+            mark(question, text, tokens=tokens)
+            for question in questions
+            if (found := self.texts.get(question.id)) is not None
+            for text, tokens in [found]
+        ]
+
+    def finish(self, marked: Sequence[Marked], result: Mapping[str, Json]) -> None:
+        """answers.parquet with a row for each answer, and result.json."""
+        rows = [
+            {
+                "id": one.question.id,
+                "question": one.question.text,
+                "options": list(one.question.options),
+                "answer": one.question.answer,
+                "given": one.given,
+                "score": one.score,
+                "tokens": one.tokens,
+                "completion": self.texts[one.question.id][0],
+                "parts": json.dumps(dict(one.question.parts), ensure_ascii=False),
+            }
+            for one in marked
+        ]
+        with replaced_file(self.folder / "answers.parquet") as beside:
+            pq.write_table(pa.Table.from_pylist(rows), beside)
+        replace_text(
+            self.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        )
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+def _check_asked(path: Path, asked: Mapping[str, Json] | None) -> None:
+    """``asked`` None: nothing is answered yet, so nothing can be mixed."""
+    if asked is None or not path.is_file():
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(asked)
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if names:
+        what = "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise ConfigError(
+            f"{path.parent} holds answers that were asked otherwise ({what}): choose another "
+            "--out, or delete that folder"
+        )
+
+
+def _flat(tree: Mapping[str, Json], above: str = "") -> dict[str, Json]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Json] = {}
+    for name, value in tree.items():
+        found |= (
+            _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+        )
+    return found
+
+
+def read_scores(folder: Path) -> dict[str, float]:
+    """Question id -> score of a finished set. Raises DataError where there is none."""
+    path = folder / "answers.parquet"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished answers: evaluate that checkpoint first")
+    table = pq.read_table(path, columns=["id", "score"])
+    return dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))

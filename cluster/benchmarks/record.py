@@ -1,0 +1,61 @@
+"""A benchmark, its questions, and what became of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from avatar_rl.prompts.record import MediaItem, Modality
+
+if TYPE_CHECKING:
+    from avatar_rl.cluster.benchmarks.folder import SetFolder
+
+#: How an answer is marked (marks.py).
+Kind = Literal["choice", "choices", "yes_no", "count", "relative", "number", "text"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a set."""
+
+    id: str  # unique in its set, and the same each time that it is read
+    text: str
+    answer: str  # a letter, letters ("A,C"), a number or words, as ``kind`` says
+    kind: Kind
+    options: tuple[str, ...] = ()  # "A. red", "B. green"
+    media: tuple[MediaItem, ...] = ()
+    in_text: bool = False  # <video>, <audio> and <image> in ``text`` are the places of the media
+    official: str = ""  # the whole question as the set's authors ask it
+    #: What the accuracy is broken down by: {"task": "Hallucination"}. A list counts in each.
+    parts: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    decimals: int | None = None  # kind "number": compared after rounding to these, if any
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A question and the answer that was given to it."""
+
+    question: Question
+    given: str | None  # what was taken for the answer; None: there was none
+    score: float  # in [0, 1]
+    tokens: int = 0  # of the completion
+
+
+Metric = Callable[[Sequence[Marked]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class BenchmarkSet:
+    """How one public benchmark is read, asked and scored."""
+
+    name: str
+    title: str
+    paper: str  # its address
+    layout: str  # address of what the layout was read from
+    senses: tuple[Modality, ...]  # without which it is not this benchmark
+    read: Callable[[SetFolder], Iterator[Question]]
+    metric: Metric  # "accuracy" first, in [0, 1]; then its parts
+    #: What differs from the authors' scoring; empty where nothing does.
+    deviation: str = ""
+    listens: bool = False  # the sound of its videos belongs to it, where they have any

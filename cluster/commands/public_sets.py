@@ -1,0 +1,141 @@
+"""`avatar evaluate --benchmark`: public sets asked of a checkpoint, and their table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from avatar_rl.cluster.recipe.load import parse_overrides, read_recipe, resolve_recipe
+from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.types import JsonObject
+
+if TYPE_CHECKING:
+    from avatar_rl.cluster.benchmarks.convert import Wording
+    from avatar_rl.cluster.benchmarks.record import BenchmarkSet
+    from avatar_rl.cluster.config import RunConfig
+    from avatar_rl.prompts.record import Modality
+
+
+class PublicSetWords(TypedDict):
+    """The options of `avatar evaluate` that are for public sets, as they were typed."""
+
+    benchmark: str | None
+    sets: Path  # holds a folder for each set
+    out: Path | None
+    wording: Wording
+    limit: int | None
+    skip_missing: bool
+    table: bool
+
+
+def list_sets() -> int:
+    from avatar_rl.cluster.benchmarks.sets import benchmark_sets
+
+    for one in benchmark_sets().values():
+        print(f"{one.name:<20} {one.title:<20} {'+'.join(one.senses):<12} {one.paper}")
+    return 0
+
+
+def evaluate_sets(
+    model: Path, recipe: Path, overrides: Sequence[str], words: PublicSetWords
+) -> int:
+    """Answer the sets, print their figures. Every file is read before a process starts.
+
+    Raises ConfigError for an unknown set or a model that lacks a sense a set needs, InputError for
+    files that are not as published."""
+    from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, senses_of
+    from avatar_rl.cluster.benchmarks.run import SetToAsk, ask_sets
+    from avatar_rl.cluster.benchmarks.sets import benchmark_set
+    from avatar_rl.cluster.commands.doctor import preflight
+    from avatar_rl.cluster.commands.train import policy_folder
+    from avatar_rl.cluster.telemetry.live_view import open_screen
+
+    names = [name.strip() for name in (words["benchmark"] or "").split(",") if name.strip()]
+    chosen = [benchmark_set(name) for name in dict.fromkeys(names)]
+    out = words["out"] or Path("evaluations") / model.resolve().name
+    model = policy_folder(model)
+    config = _config(model, recipe, overrides)
+    senses = senses_of(model)
+    for one in chosen:
+        _check_senses(one, lacking(one, senses), model)
+    from avatar_rl.cluster.benchmarks.answers import AnswerStore
+
+    read = [
+        (
+            one,
+            *read_questions(
+                one,
+                words["sets"] / one.name,
+                out / "media" / one.name,
+                limit=words["limit"],
+                skip=words["skip_missing"],
+            ),
+        )
+        for one in chosen
+    ]
+    asked: JsonObject = {
+        "model": str(model.resolve()),
+        "wording": words["wording"],
+        "template": config.data.template.model_dump(mode="json"),
+        "max_tokens": config.evaluation.max_tokens or config.rollout.sampling.max_tokens,
+    }
+    sets = [
+        SetToAsk(one, questions, left_out, AnswerStore(out / one.name, asked))
+        for one, questions, left_out in read
+    ]
+    preflight({"": config})
+    with open_screen(config.screen, 1, title="evaluate") as screen:
+        results = ask_sets(
+            config, model, sets, screen, wording=words["wording"], hears="audio" in senses
+        )
+    for one, result in zip(chosen, results, strict=True):
+        low, high = result.interval.low, result.interval.high
+        accuracy = result.figures["accuracy"]
+        print(
+            f"{one.title:<20} {100 * accuracy:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  "
+            f"{result.answered} answers, {result.mean_tokens:.0f} tokens each"
+        )
+        for name, value in list(result.figures.items())[1:]:
+            print(f"  {name:<40} {value:.3f}")
+        if one.deviation:
+            print(f"  note: {one.deviation}")
+        if result.not_asked:
+            why = ", ".join(f"{count} x {reason}" for reason, count in result.reasons.items())
+            print(
+                f"  {result.not_asked} questions were not asked and are not counted "
+                f"({why or 'their media are missing'})",
+                file=sys.stderr,
+            )
+    print(f"every answer   {out}")
+    return 0
+
+
+def _config(model: Path, recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    from avatar_rl.cluster.commands.train import CURRICULUM_KEYS
+
+    raw = read_recipe(recipe)
+    common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
+    config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
+    # Answers are marked by the sets' own rules, so no judge is asked for a reward.
+    rewards = config.rewards.model_copy(update={"weights": {"accuracy": 1.0}})
+    policy = config.model.model_copy(update={"path": str(model)})
+    return config.model_copy(
+        update={"name": "evaluate", "cold_start": None, "model": policy, "rewards": rewards}
+    )
+
+
+def _check_senses(one: BenchmarkSet, lacks: Sequence[Modality], model: Path) -> None:
+    if lacks:
+        raise ConfigError(
+            f"{one.name} is about {' and '.join(one.senses)}, and {model} takes no "
+            f"{' and no '.join(lacks)}: its score would say nothing; leave the set out"
+        )
+
+
+def print_table(folders: Sequence[Path]) -> int:
+    from avatar_rl.cluster.benchmarks.table import comparison
+
+    print(comparison(folders))
+    return 0

@@ -1,0 +1,231 @@
+"""Public benchmarks: read as published, marked as published, refused where they are not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_scores
+from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, to_prompt, write_prompts
+from avatar_rl.cluster.benchmarks.intervals import bootstrap, paired, wilson
+from avatar_rl.cluster.benchmarks.marks import final_part, letter_in, mark, relative_accuracy
+from avatar_rl.cluster.benchmarks.record import Question
+from avatar_rl.cluster.benchmarks.run import by_length
+from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
+from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
+from avatar_rl.common.errors import ConfigError, DataError, InputError
+from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.datasets import load_prompts
+from tests.unit.published_sets import ABCD, PUBLISHED, write_json
+
+
+def test_all_22_sets_of_the_papers_are_there() -> None:
+    assert benchmark_sets().keys() == PUBLISHED.keys() and len(PUBLISHED) == 22
+    for one in benchmark_sets().values():
+        assert one.paper.startswith("https://arxiv.org/abs/") and one.layout.startswith("https://")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_set_is_read_and_scored_as_published(name: str, tmp_path: Path) -> None:
+    published, one = PUBLISHED[name], benchmark_set(name)
+    published.write(root := tmp_path / name)
+    questions, left_out = read_questions(one, root, tmp_path / "media")
+    assert left_out == 0 and [q.answer for q in questions] == list(published.answers)
+    assert [len(q.options) for q in questions] == list(published.options)
+    assert published.says in questions[0].official
+    for question, end in zip(questions, published.media, strict=True):
+        path = Path(question.media[0].uri)
+        assert path.is_file() and (path.name == end if end else path.parent == tmp_path / "media")
+        assert question.text and question.parts
+    marked = [mark(q, text) for q, text in zip(questions, published.completions, strict=True)]
+    figures = one.metric(marked)
+    assert next(iter(figures)) == "accuracy"
+    for figure, value in published.figures.items():
+        assert figures[figure] == pytest.approx(value), figure
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("wording", ["recipe", "official"])
+def test_questions_become_rows_that_our_reader_takes(
+    name: str, wording: str, tmp_path: Path
+) -> None:
+    one = benchmark_set(name)
+    PUBLISHED[name].write(root := tmp_path / name)
+    questions, _ = read_questions(one, root, tmp_path / "media")
+    prompts = [to_prompt(one, q, wording, hears=False) for q in questions]  # type: ignore[arg-type]
+    assert write_prompts(tmp_path / "q.jsonl", iter(prompts)) == len(questions)
+    assert load_prompts(tmp_path / "q.jsonl", DataConfig()) == prompts
+    assert all(p.options == () or wording == "recipe" for p in prompts)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_folder_without_the_file_says_which_it_wanted(name: str, tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(InputError, match=r"holds no .*(json|parquet).*readme\.txt.*download"):
+        read_questions(benchmark_set(name), tmp_path, tmp_path / "media")
+
+
+#: The pictures of the others are stored in their rows.
+WITH_FILES = [name for name, one in PUBLISHED.items() if any(one.media)]
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+def test_missing_media_are_named_before_anything_is_asked(name: str, tmp_path: Path) -> None:
+    PUBLISHED[name].write(root := tmp_path / name)
+    files = [p for p in root.rglob("*") if p.is_file() and p.read_bytes() == b"stand-in"]
+    for path in files:
+        path.unlink()
+    with pytest.raises(InputError, match=r"media files of .*\.(mp4|mp3|png|wav).*--skip-missing"):
+        read_questions(benchmark_set(name), root, tmp_path / "media")
+    with pytest.raises(InputError, match="no question is left"):
+        read_questions(benchmark_set(name), root, tmp_path / "media", skip=True)
+
+
+def test_a_row_of_another_layout_names_what_it_lacks(tmp_path: Path) -> None:
+    write_json(tmp_path / "qa.json", [{"question": "When?", "answer": "C"}])
+    with pytest.raises(InputError, match=r"qa\.json:1.*no 'Choice' \(there is answer, question\)"):
+        read_questions(benchmark_set("dailyomni"), tmp_path, tmp_path / "media")
+
+
+def test_a_gold_answer_that_nothing_can_reach_is_refused(tmp_path: Path) -> None:
+    PUBLISHED["dailyomni"].write(tmp_path)
+    rows = json.loads((tmp_path / "qa.json").read_text())
+    write_json(tmp_path / "qa.json", [rows[0] | {"Answer": "E"}])
+    with pytest.raises(InputError, match=r"gold answer 'E' is none of the options.*reach"):
+        read_questions(benchmark_set("dailyomni"), tmp_path, tmp_path / "media")
+
+
+def test_questions_without_their_media_can_be_left_out(tmp_path: Path) -> None:
+    PUBLISHED["omnibench"].write(tmp_path)
+    (tmp_path / "mm_data/image/b.png").unlink()
+    questions, left_out = read_questions(
+        benchmark_set("omnibench"), tmp_path, tmp_path / "media", skip=True
+    )
+    assert [q.id for q in questions] == ["0"] and left_out == 1
+
+
+def test_a_set_is_not_for_a_model_without_its_sense() -> None:
+    assert lacking(benchmark_set("worldsense"), {"video", "image"}) == ["audio"]
+    assert lacking(benchmark_set("mvbench"), {"video", "image"}) == []
+
+
+def test_an_unknown_set_lists_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'omnibench'.*worldsense"):
+        benchmark_set("Omni-Bench")
+
+
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        ("<think>B or C?</think><answer>C</answer>", "C"),
+        ("<think>it is A</think>\n\nThe correct option is (B).", "B"),
+        ("Looking at it, I first thought A. The final answer is: **D**", "D"),
+        ("Therefore the result is $\\boxed{B}$", "B"),
+        ("\\boxed{\\text{C}}", "C"),
+        ("It shows something green.", "B"),
+        ("A cat sits on B", "B"),
+        ("It could be A or B.", None),
+        ("red or green", None),
+        ("", None),
+        ("I do not know", None),
+    ],
+)
+def test_the_choice_is_taken_out_of_a_completion(completion: str, letter: str | None) -> None:
+    assert letter_in(final_part(completion), ABCD) == letter
+
+
+def test_relative_accuracy_by_hand() -> None:
+    assert relative_accuracy(2.0, 2.0) == 1.0
+    assert relative_accuracy(3.0, 2.0) == 0.1  # off by half: within 0.5 alone
+    assert relative_accuracy(2.1, 2.0) == 1.0  # off by 0.05
+    assert relative_accuracy(None, 2.0) == relative_accuracy(9.0, 2.0) == 0.0
+    assert relative_accuracy(0.0, 0.0) == 1.0 and relative_accuracy(1.0, 0.0) == 0.0
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Independent questions, graded scores and questions about a shared clip."""
+    rng = np.random.default_rng(5)
+    hits = []
+    for seed in range(120):
+        shared = rng.beta(3, 2, 30).repeat(4)
+        for scores, truth, of in (
+            ((rng.random(100) < 0.85).astype(float), 0.85, None),
+            (rng.choice([0, 0.3, 0.7, 1], 80, p=[0.5, 0.2, 0.2, 0.1]), 0.3, None),
+            ((rng.random(120) < shared).astype(float), 0.6, [str(i // 4) for i in range(120)]),
+        ):
+            found = bootstrap(scores, clusters=of, seed=seed, resamples=300)
+            hits.append(found.low <= truth <= found.high)
+    assert np.mean(hits) >= 0.92  # 360 of them: 0.95 less three standard errors
+
+
+def test_intervals_of_equal_scores_and_of_none() -> None:
+    assert bootstrap([1.0] * 50) == wilson(1.0, 50) and 0.92 < wilson(1.0, 50).low < 0.94
+    assert (bootstrap([]).low, bootstrap([]).high) == (0.0, 1.0)
+    assert bootstrap([0.0, 1.0] * 40, seed=3) == bootstrap([0.0, 1.0] * 40, seed=3)
+
+
+def test_two_checkpoints_differ_or_do_not() -> None:
+    rng = np.random.default_rng(0)
+    a = (rng.random(300) < 0.5).astype(float)
+    better = np.where(rng.random(300) < 0.3, 1.0, a)
+    assert paired(a, better).significant and paired(a, better).value > 0.1
+    assert not paired(a, a).significant and paired(a, a).p_value == 1.0
+    flips = [paired(a, (rng.random(300) < 0.5).astype(float)).significant for _ in range(60)]
+    assert np.mean(flips) < 0.2
+    with pytest.raises(ValueError, match="same"):
+        paired([1.0], [1.0, 0.0])
+
+
+def question(name: str) -> Question:
+    return Question(id=name, text="?", answer="A", kind="choice", options=tuple(ABCD))
+
+
+def test_answers_survive_a_kill_and_are_asked_once(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path, {"model": "m"})
+    store.add("1", "A", 3)
+    store.add("1", "B", 4)
+    with (tmp_path / "answers.jsonl").open("ab") as file:
+        file.write(b'{"id": "2", "te')  # killed half way
+    store = AnswerStore(tmp_path, {"model": "m"})
+    assert store.texts == {"1": ("A", 3)}
+    store.add("2", "C", 5)
+    assert AnswerStore(tmp_path, {"model": "m"}).texts == {"1": ("A", 3), "2": ("C", 5)}
+    marked = store.marked([question("1"), question("2"), question("3")])
+    assert [one.score for one in marked] == [1.0, 0.0]
+    store.finish(marked, {"figures": {"accuracy": 0.5}})
+    assert read_scores(tmp_path) == {"1": 1.0, "2": 0.0}
+    with pytest.raises(ConfigError, match=r"asked otherwise.*model 'm', now 'n'"):
+        AnswerStore(tmp_path, {"model": "n"})
+
+
+def finished(folder: Path, scores: list[float]) -> Path:
+    store = AnswerStore(folder / "mvbench", {})
+    questions = [question(str(i)) for i in range(len(scores))]
+    for one, score in zip(questions, scores, strict=True):
+        store.add(one.id, "A" if score else "B", 1)
+    share = sum(scores) / len(scores)
+    row = {"figures": {"accuracy": share}, "interval": [share - 0.1, share + 0.1]}
+    store.finish(store.marked(questions), row)
+    return folder
+
+
+def test_a_table_shows_changes_and_what_is_not_significant(tmp_path: Path) -> None:
+    base = finished(tmp_path / "base", [0.0, 1.0] * 50)
+    same = finished(tmp_path / "grpo", [1.0, 0.0] * 49 + [1.0, 1.0])
+    best = finished(tmp_path / "avatar", [1.0] * 90 + [0.0] * 10)
+    lines = comparison([base, same, best]).splitlines()
+    assert lines[0] == "| set | base | grpo | avatar |"
+    assert lines[2].startswith("| MVBench | 50.0 [40.0, 60.0] | 51.0 [41.0, 61.0] +1.0" + DAGGER)
+    assert "90.0 [80.0, 100.0] +40.0 |" in lines[2]
+    with pytest.raises(ConfigError, match="holds no results"):
+        comparison([base, tmp_path])
+    with pytest.raises(DataError, match="evaluate that checkpoint first"):
+        read_scores(tmp_path)
+
+
+def test_accuracy_by_length() -> None:
+    marked = [mark(question(str(n)), "A" if n < 3 else "B", tokens=n) for n in range(6)]
+    assert by_length(marked) == {"0-1 tokens": 1.0, "2-3 tokens": 0.5, "4-5 tokens": 0.0}
