@@ -157,29 +157,12 @@ def resolve(
         )
     plain = check(overridden(over_preset(common, preset_name), overrides), source=source)
     folder = plain.output.folder / plain.name
-    stages = []
-    for entry in entries:
-        hand = _by_hand(common, entry, source)
-        named = (preset_name if entry.kind == "rl" else None) or entry.preset
-        raw_stage = overridden(over_preset(hand, named), overrides)
-        if entry.kind == "rl":
-            raw_stage |= {"cold_start": None}
-        config = check(raw_stage, source=f"{source}, stage {entry.name}")
-        if entry.kind == "sft" and config.cold_start is None:
-            raise ConfigError(
-                f"recipe {source}, stage {entry.name}: kind sft needs a `cold_start` section"
-            )
-        output = config.output.model_copy(update={"folder": folder, "export": True})
-        config = config.model_copy(update={"name": entry.name, "output": output})
-        start = None if entry.start == "previous" else Path(entry.start)
-        if start is not None and not start.is_dir():
-            raise ConfigError(
-                f"recipe {source}, stage {entry.name}: start {start} is not a checkpoint folder"
-            )
-        shown = tuple(against_preset(overridden(hand, overrides), named))
-        stages.append(
-            Stage(entry.name, config, entry.kind == "sft", start, entry.replay == "keep", shown)
+    stages = [
+        _stage(
+            common, entry, overrides, preset_name, folder, source=f"{source}, stage {entry.name}"
         )
+        for entry in entries
+    ]
     if stages[0].keeps_replay:
         raise ConfigError(
             f"recipe {source}, stage {names[0]}: replay: keep needs a stage before it"
@@ -187,9 +170,39 @@ def resolve(
     return Curriculum(plain.name, folder, tuple(stages), modality_check)
 
 
+def _stage(
+    common: Overlay,
+    entry: StageConfig,
+    overrides: Sequence[tuple[str, str]],
+    preset_name: str | None,
+    folder: Path,
+    *,
+    source: str,
+) -> Stage:
+    """One checked stage, whose runs land in ``folder``."""
+    hand = _by_hand(common, entry, source)
+    named = (preset_name if entry.kind == "rl" else None) or entry.preset
+    raw = overridden(over_preset(hand, named), overrides)
+    config = check(raw | {"cold_start": None} if entry.kind == "rl" else raw, source=source)
+    if entry.kind == "sft" and config.cold_start is None:
+        raise ConfigError(f"recipe {source}: kind sft needs a `cold_start` section")
+    output = config.output.model_copy(update={"folder": folder, "export": True})
+    start = None if entry.start == "previous" else Path(entry.start)
+    if start is not None and not start.is_dir():
+        raise ConfigError(f"recipe {source}: start {start} is not a checkpoint folder")
+    return Stage(
+        entry.name,
+        config.model_copy(update={"name": entry.name, "output": output}),
+        entry.kind == "sft",
+        start,
+        entry.replay == "keep",
+        tuple(against_preset(overridden(hand, overrides), named)),
+    )
+
+
 def _by_hand(common: Overlay, entry: StageConfig, source: str) -> Overlay:
     """What recipe and stage give by hand."""
-    raw = lay(common, renamed(entry.overrides, f"{source}, stage {entry.name}"))
+    raw = lay(common, renamed(entry.overrides, source))
     given = entry.model_dump(mode="json", exclude_unset=True)
     raw = merge(raw, {"data": {"select": given["select"]}} if "select" in given else {})
     loop = {"steps": entry.steps, "target_accuracy": entry.target_accuracy}

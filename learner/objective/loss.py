@@ -151,10 +151,7 @@ def policy_loss(
         keep = keep & ~_truncated(truncated)[:, None]
     current = torch.where(keep, logprobs, 0)
     behaviour = torch.where(keep, behaviour_logprobs, 0)
-    old = behaviour
-    if old_logprobs is not None:
-        of_trainer = keep if config.old_logprobs == "current" else keep & ~replay[:, None]
-        old = torch.where(of_trainer, _computed(old_logprobs.detach(), of_trainer), behaviour)
+    old = _old(behaviour, old_logprobs, keep, replay, config)
     lengths = keep.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
 
     ratio = _ratio(current, old, lengths, config)
@@ -192,6 +189,21 @@ def _computed(logprobs: Tensor, keep: Tensor) -> Tensor:
     """Log-probabilities that a model has just computed, 0 where padded; NaN for infinite, which
     clamps would hide."""
     return torch.where(keep, logprobs.masked_fill(~logprobs.isfinite(), torch.nan), 0)
+
+
+def _old(
+    behaviour: Tensor,
+    old_logprobs: Tensor | None,
+    keep: Tensor,
+    replay: Tensor,
+    config: ObjectiveConfig,
+) -> Tensor:
+    """(B, T) what the ratio is taken against: the behaviour policy where the trainer has no ``old``
+    of its own (docs/method.md 1.1)."""
+    if old_logprobs is None:
+        return behaviour
+    of_trainer = keep if config.old_logprobs == "current" else keep & ~replay[:, None]
+    return torch.where(of_trainer, _computed(old_logprobs.detach(), of_trainer), behaviour)
 
 
 def _ratio(current: Tensor, old: Tensor, lengths: Tensor, config: ObjectiveConfig) -> Tensor:
