@@ -232,7 +232,7 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("mode", recipe("rewards: {format: ternary}"), ("rewards.format", "'signed' or 'binary'")),
     ("numeric", recipe("rewards: {numeric: fuzzy}"), ("rewards.numeric", "'rmae'")),
     ("managed", recipe(MANAGED), ("rewards.judge.kind is managed", "rewards.judge.managed.path")),
-    ("judge_key", recipe("rewards: {judge: {url: x}}"), ("rewards.judge.url", "known here")),
+    ("judge_key", recipe("rewards: {judge: {url: x}}"), ("rewards.judge.url", "base_url")),
     ("timeout_0", recipe("rewards: {custom_timeout_s: 0}"), ("custom_timeout_s", "greater than 0")),
     ("no_endpoint", suite(weights={"judge": 1.0}), ("rewards.judge.base_url is empty", "name the")),
     (

@@ -271,12 +271,13 @@ def data_digest(datasets: Datasets, *, named: bool = False) -> str:
     return digest.hexdigest()
 
 
-def check_assets(checkpoint: Checkpoint, model: Path, datasets: Datasets) -> None:
-    """Raises ConfigError when the model or the data are not those the run began with."""
+def check_assets(checkpoint: Checkpoint, model: Path | None, datasets: Datasets) -> None:
+    """Raises ConfigError when the model or the data are not those the run began with; None: the
+    data alone, before the model is known."""
     asked = ", ".join(map(str, datasets.asked))
     older = data_digest(datasets, named=True)
     for name, before, (now, *others), where in (
-        ("model", checkpoint.model, [model_digest(model)], model),
+        ("model", checkpoint.model, [model_digest(model) if model else checkpoint.model], model),
         ("dataset", checkpoint.data, [data_digest(datasets), older], asked),
     ):
         if before not in (now, *others):

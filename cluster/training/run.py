@@ -95,6 +95,8 @@ def execute(
     if config.output.upload is not None:
         open_target(config.output.upload)  # a wrong URL is said before the run, not after it
     inputs = read_inputs(config, screen)  # before there is a folder: a bad row leaves none
+    if resumption is not None and resumption.checkpoint is not None:
+        check_assets(resumption.checkpoint, None, inputs.datasets)
     lock = RunLock(path, on_warning=screen.event)
     with (
         run_folder(config, path, lock, resumption, screen) as folder,

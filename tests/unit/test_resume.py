@@ -160,7 +160,7 @@ def test_data_and_model_may_lie_elsewhere_but_not_be_others(tmp_path: Path) -> N
     check_assets(began, model, moved)
     after.write_text("other rows")
     with pytest.raises(ConfigError, match=r"another dataset: .*b\.jsonl has digest"):
-        check_assets(began, model, moved)
+        check_assets(began, None, moved)
 
 
 def test_every_harmless_key_is_a_key() -> None:
