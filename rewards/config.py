@@ -220,9 +220,10 @@ class RewardConfig(Section):
             strict, fusion = raw.pop("fusion_strict"), raw.get("fusion") or {}
             warn_once("rewards.fusion_strict", "rewards.fusion.strict")
             raw["fusion"] = {"strict": strict, **fusion} if isinstance(fusion, dict) else fusion
-        if not isinstance(raw, dict) or raw.get("stage") not in STAGE_WEIGHTS:
+        stage = raw.get("stage") if isinstance(raw, dict) else None
+        if not isinstance(raw, dict) or not isinstance(stage, int) or stage not in STAGE_WEIGHTS:
             return raw
-        of_stage = STAGE_WEIGHTS[raw["stage"]]
+        of_stage = STAGE_WEIGHTS[stage]
         if raw.get("weights") not in (None, of_stage):
             raise ConfigError(
                 "rewards.stage and rewards.weights both say what is paid: keep one of them"
