@@ -1,6 +1,6 @@
 """The command line: `avatar train`, `evaluate`, `scale`, `doctor`, `data ...`, `buffer ...`,
 `hints ...`, `captions ...`, `presets`, `runs`; those about recipes and their keys are in
-cli_keys.py.
+cli_keys.py, those about datasets in cli_data.py.
 
 Every command is declared here and does its work in commands/, which is imported when it runs:
 `avatar --help` starts at once.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 import click
 
-from avatar_rl.cluster import cli_keys
+from avatar_rl.cluster import cli_data, cli_keys
 from avatar_rl.cluster.cli_endpoint import asks_endpoint
 from avatar_rl.cluster.cli_types import (
     OVERRIDABLE,
@@ -288,37 +288,6 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> int:
 
 
 @avatar.group()
-def data() -> None:
-    """Datasets."""
-
-
-@data.command()
-@click.argument("dataset", type=PATH)
-@click.option(
-    "--recipe",
-    type=RECIPE,
-    help="Take data settings, context length and model from this recipe.",
-)
-@click.option("--no-decode", is_flag=True, help="Do not open the media files.")
-def validate(dataset: Path, recipe: Path | None, no_decode: bool) -> int:
-    """Check a dataset and its media."""
-    from avatar_rl.cluster.commands.data import validate_dataset
-
-    return validate_dataset(dataset, recipe=recipe, decode=not no_decode)
-
-
-@data.command()
-@click.argument("folder", type=PATH)
-@click.option("--recipe", type=RECIPE, help="Take data.synthetic from this recipe.")
-@click.option("--seed", type=int)
-def synthesize(folder: Path, recipe: Path | None, seed: int | None) -> int:
-    """Write the synthetic audio-visual world."""
-    from avatar_rl.cluster.commands.data import synthesize_world
-
-    return synthesize_world(folder, recipe=recipe, seed=seed)
-
-
-@avatar.group()
 def hints() -> None:
     """Hints for prompts that stay hard."""
 
@@ -417,7 +386,13 @@ for _name, _meaning, _words in BUFFER_COMMANDS:
     buffer.command(_name, help=_meaning)(_command)
 
 
-for _command in (cli_keys.explain, cli_keys.schema, cli_keys.init, cli_keys.completion):
+for _command in (
+    cli_data.data,
+    cli_keys.explain,
+    cli_keys.schema,
+    cli_keys.init,
+    cli_keys.completion,
+):
     avatar.add_command(_command)
 
 

@@ -1,2 +1,4 @@
-"""What other models write about a dataset before a run: hints and audio captions. asking.py goes
-over the prompts, and is read first; hints.py and captions.py say what is asked."""
+"""What other models write about a dataset before a run: hints, audio captions, scores and
+categories. asking.py goes over the prompts, and is read first; hints.py, captions.py, scores.py and
+categories.py say what is asked. funnel.py chooses by scores and categories, and reports what each
+step left."""

@@ -127,7 +127,7 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> tuple[Verdict, int]:
         text = text.partition("</think>")[2]
     if len(text) > _LONGEST_REPLY:
         raise ValueError(f"reply of {len(text)} characters is too long for {len(criteria)} scores")
-    found = [value for value in _objects(text) if any(key in value for key in criteria)]
+    found = [value for value in json_objects(text) if any(key in value for key in criteria)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} JSON objects with scores in the reply, expected one")
     (scores,) = found
@@ -146,7 +146,7 @@ def _score(key: str, value: Json) -> float:
     return score
 
 
-def _objects(text: str) -> list[JsonObject]:
+def json_objects(text: str) -> list[JsonObject]:
     """The outermost JSON objects in a text, in order."""
     decoder, found, position = json.JSONDecoder(), [], text.find("{")
     while position >= 0:
