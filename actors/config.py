@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from avatar_rl.common.config import Section
 
@@ -38,7 +38,7 @@ class SamplingConfig(Section):
     min_tokens: int = Field(
         0, ge=0, description="End of turn is suppressed before this many tokens."
     )
-    stop: tuple[str, ...] = Field(
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
         (),
         description="Strings that end a completion, beside the model's own end of turn: base "
         "models need them, e.g. ['</answer>'].",

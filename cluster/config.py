@@ -19,6 +19,10 @@ from avatar_rl.prompts.selection import SelectionConfig
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.rewards.config import RewardConfig
 
+#: Below these a completion is the likeliest one, but for ties.
+LEAST_TEMPERATURE = 0.01
+LEAST_TOP_P = 0.01
+
 
 class ModelSection(Section):
     """Which policy is trained."""
@@ -474,11 +478,21 @@ class RunConfig(Section):
     def _nothing_to_learn(self) -> Iterator[str]:
         """Something must give completions an advantage other than 0 (docs/method.md 1.1, 1.2)."""
         objective = self.learner.objective
-        if self.rollout.sampling.greedy:
-            yield (
-                "rollout.sampling.temperature 0 makes the completions of a prompt equal, and all "
-                "advantages 0: set it above 0 (evaluation is greedy by itself)"
-            )
+        sampling = self.rollout.sampling
+        alike = {
+            f"temperature {sampling.temperature:g}": (
+                sampling.temperature < LEAST_TEMPERATURE,
+                f"{LEAST_TEMPERATURE:g}",
+            ),
+            f"top_k {sampling.top_k}": (sampling.top_k == 1, "1"),
+            f"top_p {sampling.top_p:g}": (sampling.top_p < LEAST_TOP_P, f"{LEAST_TOP_P:g}"),
+        }
+        for what, (is_so, least) in alike.items():
+            if is_so:
+                yield (
+                    f"rollout.sampling.{what} makes the completions of a prompt equal, and all "
+                    f"advantages 0: set it above {least} (evaluation is greedy by itself)"
+                )
         if self.loop.dynamic_sampling.attempts > 1 and (
             objective.fresh_advantage == "vcrs" or self.loop.fresh == 1
         ):

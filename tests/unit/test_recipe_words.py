@@ -108,6 +108,13 @@ def test_a_recipe_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         ),
         (["--evaluation.max_tokens=4096"], r"evaluation\.max_tokens 4096 exceed"),
         (["--rollout.sampling.temperature=0"], r"rollout\.sampling\.temperature 0 .* above 0"),
+        (
+            ["--rollout.sampling.temperature=1e-9"],
+            r"temperature 1e-09 .* above 0\.01",
+        ),
+        (["--rollout.sampling.top_k=1"], r"rollout\.sampling\.top_k 1 .* above 1"),
+        (["--rollout.sampling.top_p=1e-6"], r"rollout\.sampling\.top_p 1e-06 .* above 0\.01"),
+        (["--rollout.sampling.stop=['']"], r"rollout\.sampling\.stop\.0: .* at least 1 character"),
         (["--loop.fresh=1", "--loop.replayed=0"], r"loop\.fresh 1 .* set loop\.fresh to 2"),
         (["--loop.fresh=1", "--learner.objective.alpha=0"], r"loop\.fresh 1 .*alpha above 0"),
     ],
