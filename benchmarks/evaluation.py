@@ -26,12 +26,14 @@ from avatar_rl.actors.engine.launch import engine_arguments, model_kind, prepare
 from avatar_rl.cluster.benchmarks.convert import read_questions, to_prompt
 from avatar_rl.cluster.benchmarks.intervals import bootstrap
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
+from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides
 from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.datasets import anchored
 from avatar_rl.prompts.encoding.template import PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.readers.build import with_defaults
+from avatar_rl.prompts.record import Prompt
 from benchmarks.harness import Figures, parser
 from tests.public_set import write_daily_omni
 
@@ -87,15 +89,20 @@ def bare_side(folder: Path) -> float:
     arguments = engine_arguments(MODEL, model_kind(MODEL), config.rollout.engine, "cpu")
     arguments = {k: v for k, v in arguments.items() if k != "worker_extension_cls"}
     llm = LLM(**arguments)
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    placed = [_placed(prompt, folder, config) for prompt in prompts]
+    llm.generate([encoder.engine_input(placed[0], hinted=False)], greedy, use_tqdm=False)  # warm
     begin = time.perf_counter()
-    inputs = []
-    for prompt in prompts:
-        items = tuple(with_defaults(item, config.data.reader) for item in prompt.media.items)
-        media = prompt.media.model_copy(update={"items": items})
-        placed = anchored(prompt.model_copy(update={"media": media}), folder)
-        inputs.append(encoder.engine_input(placed, hinted=False))
-    llm.generate(inputs, SamplingParams(temperature=0.0, max_tokens=TOKENS), use_tqdm=False)
+    inputs = [encoder.engine_input(prompt, hinted=False) for prompt in placed]
+    llm.generate(inputs, greedy, use_tqdm=False)
     return len(prompts) / (time.perf_counter() - begin)
+
+
+def _placed(prompt: Prompt, folder: Path, config: RunConfig) -> Prompt:
+    """The prompt as a rollout actor reads it: frames of the recipe, absolute paths."""
+    items = tuple(with_defaults(item, config.data.reader) for item in prompt.media.items)
+    media = prompt.media.model_copy(update={"items": items})
+    return anchored(prompt.model_copy(update={"media": media}), folder)
 
 
 def throughput(folder: Path, questions: int, rounds: int) -> Iterator[tuple[str, float]]:
