@@ -119,6 +119,13 @@ class RequestQueue:
         how many requests wait again. O(leases)."""
         return int(self._run("abandon", consumer))
 
+    def outstanding(self) -> list[RolloutRequest]:
+        """All requests that wait or are leased, in no order. O(requests); changes nothing."""
+        found = self._connection.attempt(
+            lambda: self._connection.client.hvals(self._connection.key("tickets"))
+        )
+        return [_stored(raw).request for raw in found]
+
     def _extend(
         self, verb: str, leases: Sequence[RequestLease], lease_s: float
     ) -> list[RequestLease]:

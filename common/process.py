@@ -71,6 +71,14 @@ def compact_heap() -> bool:
     )
 
 
+def trim_heap() -> None:
+    """Give what was freed back to the system at once, where the C library can."""
+    gc.collect()
+    release = _glibc("malloc_trim")
+    if release is not None:
+        release(0)
+
+
 @contextmanager
 def no_collections() -> Iterator[None]:
     """No garbage collections in this block, which is for imports and set-up. Do not nest it.

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from avatar_rl.common.config import Section
+from avatar_rl.common.config import Section, expanded
 from avatar_rl.learner.adapter.config import LoraConfig
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
@@ -228,6 +228,39 @@ class OptimizerConfig(Section):
         return self
 
 
+class EmbeddingsConfig(Section):
+    """Frozen towers run once per medium; what they made of it is kept on the node's disk."""
+
+    mode: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="auto stores embeddings where every vision and audio tower is frozen "
+        "(learner.optimizer.freeze), and says why where it cannot; on refuses such a run; off runs "
+        "the towers in every step.",
+    )
+    folder: Path | None = Field(
+        None,
+        description="Folder on the node's own disk, shared by the processes and runs of this user; "
+        "null is below TMPDIR.",
+    )
+    bytes: int = Field(
+        32 << 30,
+        ge=0,
+        description="Upper bound of that folder, in bytes; the least recently used leaves first.",
+    )
+    workers: int = Field(
+        1,
+        ge=0,
+        description="Processes per rank that decode and encode media ahead of the step, each with "
+        "its own copy of the towers; 0 does it in the rank, while the step waits.",
+    )
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: Path | None) -> Path | None:
+        """Workers start in other folders."""
+        return None if folder is None else Path(expanded(folder)).absolute()
+
+
 class LearnerConfig(Section):
     """The learner's rank group."""
 
@@ -270,6 +303,9 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    embeddings: EmbeddingsConfig = Field(
+        EmbeddingsConfig(), description="Media through frozen towers, once."
+    )
     reference_cache: int = Field(
         20_000, ge=0, description="Trajectories whose reference log-probs are remembered."
     )
@@ -288,9 +324,29 @@ class LearnerConfig(Section):
         """Budget of a pack; ``longest`` is a prompt with one completion."""
         return self.micro_batch_tokens or max(PACK_TOKENS, longest)
 
+    def _check_towers(self) -> None:
+        """What can be said of towers before the model is known; the rank looks at all names."""
+        if self.lora is not None and self.lora.encoder_targets:
+            raise ValueError(
+                f"embeddings.mode: on needs frozen towers, but lora.targets has "
+                f"{', '.join(self.lora.encoder_targets)}: leave them out, or set embeddings.mode "
+                "to auto or off"
+            )
+        if self.lora is None and not self.optimizer.freeze:
+            raise ValueError(
+                "embeddings.mode: on needs frozen towers, but optimizer.freeze is empty: add "
+                "visual and audio_tower to it, or set embeddings.mode to auto or off"
+            )
+
     def rising(self, steps: int) -> int:
         """Steps of a run of ``steps`` with a rising learning rate."""
         return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerConfig:
+        if self.embeddings.mode == "on":
+            self._check_towers()
+        return self
 
 
 class SftOptimizerConfig(OptimizerConfig):

@@ -115,6 +115,11 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> Js
     }
 
 
+def axes(parameter: Tensor) -> int:
+    """Dimensions of a parameter, also of one that ZeRO 3 has split already."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class TrainEngine:
     """A policy under DeepSpeed. Losses handed to ``accumulate`` are this rank's share of a sum over
     all ranks."""
@@ -181,14 +186,14 @@ class TrainEngine:
     def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW; no decay on vectors (norms, biases), as is usual."""
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2]
-        vectors = [p for p in trained if p.ndim < 2]
+        matrices = [p for p in trained if axes(p) >= 2]
+        vectors = [p for p in trained if axes(p) < 2]
         groups = [
             {"params": parameters, "weight_decay": decay}
             for parameters, decay in ((matrices, self.config.weight_decay), (vectors, 0.0))
             if parameters
         ]
-        make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
         if self.config.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 

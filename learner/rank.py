@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 import torch
@@ -27,18 +27,21 @@ from avatar_rl.common.process import (
 from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepSource
-from avatar_rl.learner.engine import TrainEngine, init_distributed
+from avatar_rl.learner.engine import TrainEngine, deepspeed_config, init_distributed
+from avatar_rl.learner.media.ahead import AheadEncoder, Lookahead
+from avatar_rl.learner.media.opening import MediaSetting, node_share, open_encoder
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.names import checkpoint_names, published_names
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.model.sharded_load import load_in_shares
 from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepReport, StepTrainer
 from avatar_rl.prompts.datasets import PromptIndex
-from avatar_rl.prompts.encoding.template import PromptEncoder
+from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class SetupReport(TypedDict):
     dtype: str
     parameters: int
     warnings: list[str]  # what is probably wrong with the model's prompts
+    why_pixels: str  # why media do not go through the embedding store; empty where they do
 
 
 class ProbeCompletion(TypedDict):
@@ -88,6 +92,7 @@ class LearnerRank:
     engine: TrainEngine  # this and what follows are there after ``setup``
     replicator: StateReplicator
     heap: HeapTrimmer
+    lookahead: Lookahead  # only with the embedding store
 
     def __init__(
         self,
@@ -100,7 +105,7 @@ class LearnerRank:
         self.spec, self.rank, self.ranks = spec, rank, ranks
         self.state_replica = state_replica
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
-        self.encoder = PromptEncoder(
+        self.encoder: PromptEncoder | AheadEncoder = PromptEncoder(
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
         )
         self.outbox = Outbox(weight_store)
@@ -143,6 +148,7 @@ class LearnerRank:
         )
         policy = self._load_policy(dtype)
         self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
+        why_pixels = self._take_embeddings(policy, dtype)
         self.replicator = StateReplicator(
             self.engine, self.rank, self.state_replica, max_bytes=spec.replica_bytes
         )
@@ -161,19 +167,50 @@ class LearnerRank:
         else:
             self.trainer = self.make_trainer(dtype)
         self.heap = HeapTrimmer(active=not on_gpu)
-        parameters = sum(p.numel() for p in policy.parameters())
+        # Under ZeRO 3 a parameter itself holds nothing between two forwards.
+        parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in policy.parameters())
         return {
             "rank": self.rank,
             "dtype": dtype,
             "parameters": parameters,
             "warnings": self.encoder.warnings,
+            "why_pixels": why_pixels,
         }
+
+    def _take_embeddings(self, policy: Policy, dtype: str) -> str:
+        """Media through the embedding store from now on; why not where they cannot."""
+        spec, encoder = self.spec, cast("PromptEncoder", self.encoder)
+        has_reference = spec.sft is None and spec.learner.objective.beta > 0
+        setting = MediaSetting(
+            model=spec.model,
+            reference=spec.reference if has_reference else None,
+            trained=[name for name, p in policy.named_parameters() if p.requires_grad],
+            dtype=dtype,
+            device=self.engine.device,
+            media=spec.media,
+            template=spec.template,
+            threads=spec.learner.threads,
+        )
+        self.encoder, why = open_encoder(encoder, spec.learner.embeddings, setting)
+        share = node_share(self.rank, self.ranks)
+        if isinstance(self.encoder, AheadEncoder) and spec.sft is None:
+            buffer = ReplayBuffer.connect(
+                spec.buffer, spec.run_id, url=spec.redis_url, create=False
+            )
+            outstanding = buffer.requests.outstanding
+            self.lookahead = Lookahead(outstanding, self.prompts, self.encoder, share)
+        return why
 
     def _load_policy(self, dtype: str) -> Policy:
         spec = self.spec
         if (spec.sft or spec.learner).lora is not None:
             raise ConfigError("learner.lora cannot be trained yet: leave it out")
-        model = load_model(spec.model, dtype=dtype)
+        optimizer = spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
+        if optimizer.zero_stage == 3 and self.ranks > 1:
+            config = deepspeed_config(optimizer, self.ranks, dtype)
+            model = load_in_shares(spec.model, dtype=dtype, deepspeed_config=config)
+        else:
+            model = load_model(spec.model, dtype=dtype)
         if spec.learner.gradient_checkpointing:
             recompute_activations(model)
         return Policy(model)
@@ -222,7 +259,7 @@ class LearnerRank:
         for item in completions:
             prompt = self.encoder.encode(self.prompts[item["prompt_id"]], hinted=False)
             key = (item["prompt_id"], False)
-            rows.append(Row(key, prompt, item["token_ids"], item["temperature"]))
+            rows.append(Row(key, prompt, item["token_ids"], item["temperature"], prompt.media))
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         answers: dict[int, ProbeScores] = {}
         for indices in pack(sizes, self.spec.learner.pack_tokens()):
@@ -231,7 +268,7 @@ class LearnerRank:
                 prompt = rows[i].prompt
                 answers[i] = {
                     "prompt_token_ids": prompt.input_ids.numpy(),
-                    "placeholders": {n: list(value.shape) for n, value in prompt.features.items()},
+                    "placeholders": _media_shapes(prompt),
                     "logprobs": logprobs[: sizes[i].tokens].cpu().numpy(),
                 }
         return [answers[i] for i in range(len(rows))]
@@ -262,3 +299,8 @@ class LearnerRank:
             if self.sender is not None:
                 self.sender.publish(version, weights)
         return version
+
+
+def _media_shapes(prompt: EncodedPrompt) -> dict[str, list[int]]:
+    shapes = {name: list(value.shape) for name, value in prompt.features.items()}
+    return shapes | ({"embeddings": list(prompt.media.values.shape)} if prompt.media else {})

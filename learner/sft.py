@@ -16,6 +16,7 @@ from avatar_rl.common.errors import DataError
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.engine import lr_at
+from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.prompts.record import Prompt
 
@@ -57,7 +58,7 @@ class ColdStart:
     def __init__(
         self,
         engine: TrainEngine,
-        encoder: PromptEncoder,
+        encoder: PromptEncoder | AheadEncoder,
         prompts: Sequence[Prompt],
         config: SftConfig,
         *,
@@ -102,11 +103,18 @@ class ColdStart:
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
         return order[position * size : (position + 1) * size].tolist()
 
+    def _share(self, batch: list[int]) -> list[int]:
+        """This rank's part of a batch. By row number: so a rank meets mostly its own part of the
+        dataset, and decodes only that."""
+        return np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
+
     def _update(self, update: int) -> tuple[float, int]:
         batch = self._batch(update)
         total = sum(len(self.targets[i]) for i in batch)
-        # By row number: so a rank meets mostly its own part of the dataset, and decodes only that.
-        share = np.array_split(np.sort(batch), self.engine.world_size)[self.rank].tolist()
+        share = self._share(batch)
+        if isinstance(self.encoder, AheadEncoder):
+            coming = [self.prompts[i] for i in [*share, *self._share(self._batch(update + 1))]]
+            self.encoder.ahead((prompt, _hinted(prompt)) for prompt in coming)
         rows = [row for i in share if (row := self._row(i)) is not None]
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
         micro_batches = [
@@ -157,7 +165,7 @@ class ColdStart:
                     f"encoded, last: {error}; run `avatar data validate` on the dataset"
                 ) from error
             return None
-        return Row((prompt.id, hinted), encoded, self.targets[index])
+        return Row((prompt.id, hinted), encoded, self.targets[index], media=encoded.media)
 
     def _any_row(self, batch: Sequence[int]) -> Row:
         """Any of the batch that can be encoded. Raises DataError where none can."""

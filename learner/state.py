@@ -11,10 +11,11 @@ import io
 import pickle
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from avatar_rl.learner.engine import TrainEngine
 
+T = TypeVar("T")
+
 
 def state_bytes(engine: TrainEngine) -> int:
     """Upper bound of the state over all ranks: the weights, and a float32 master copy and two
@@ -44,9 +47,28 @@ def state_bytes(engine: TrainEngine) -> int:
 def capture(engine: TrainEngine, rank: int) -> Files:
     """This rank's part of the state as files in memory. Collective: call it on every rank, between
     two steps."""
+    return _caught(engine, rank, _serialised)
+
+
+def snapshot(engine: TrainEngine, rank: int) -> dict[str, Any]:
+    """The same, not yet made into files: what pauses training is a copy of the tensors to host
+    memory, pinned where they come from a GPU. ``serialise`` does the rest beside it."""
+    held = _caught(engine, rank, _HostCopy())
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)  # one wait for all copies
+    return held
+
+
+def serialise(held: dict[str, Any]) -> Files:
+    """The files of a ``snapshot``."""
+    return {name: _serialised(value) for name, value in held.items()}
+
+
+def _caught(engine: TrainEngine, rank: int, take: Callable[[Any], T]) -> dict[str, T]:
+    """What ``take`` makes of each value that DeepSpeed would save, by file name."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-    files: Files = {}
+    files: dict[str, T] = {}
 
     class Memory(TorchCheckpointEngine):
         """Catches each file that DeepSpeed saves."""
@@ -57,7 +79,7 @@ def capture(engine: TrainEngine, rank: int) -> Files:
         def create(self, info: CheckpointCommitInfo) -> None: ...
 
         def save(self, state_dict: Any, path: str) -> None:
-            files[Path(path).name] = _serialised(state_dict)
+            files[Path(path).name] = take(state_dict)
 
     usual = engine.engine.checkpoint_engine
     engine.engine.checkpoint_engine = Memory()
@@ -67,7 +89,7 @@ def capture(engine: TrainEngine, rank: int) -> Files:
             engine.save(Path(scratch), TAG)
     finally:
         engine.engine.checkpoint_engine = usual
-    files[f"random_{rank}.pt"] = _serialised(
+    files[f"random_{rank}.pt"] = take(
         {
             "torch": torch.get_rng_state(),
             "numpy": np.random.get_state(),
@@ -75,6 +97,40 @@ def capture(engine: TrainEngine, rank: int) -> Files:
         }
     )
     return files
+
+
+class _HostCopy:
+    """Copies nested values with their tensors to host memory. What shares its memory does so in the
+    copy, too: a tied weight is kept once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            # Of its own type, since an ordered one is read back as such.
+            copied = copy(value)
+            for key, item in value.items():
+                copied[key] = self(item)
+            return copied
+        if isinstance(value, list):
+            return [self(item) for item in value]
+        if type(value) is tuple:
+            return tuple(self(item) for item in value)
+        return copy(value)
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in self._made or not tensor.numel():
+            on_gpu = tensor.is_cuda
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            host.copy_(tensor.detach(), non_blocking=on_gpu)
+            if isinstance(tensor, torch.nn.Parameter):
+                host = torch.nn.Parameter(host, requires_grad=tensor.requires_grad)
+            self._made[place] = host
+        return self._made[place]
 
 
 def restore(engine: TrainEngine, rank: int, folder: Path) -> None:
@@ -161,7 +217,7 @@ class StateReplicator:
     ) -> None:
         self.engine, self.rank, self.state_replica = engine, rank, state_replica
         self.max_bytes = max_bytes  # a larger state is written into checkpoints only
-        self._captured: Files | None = None
+        self._captured: dict[str, Any] | None = None
 
     def replicate(self, version: int) -> None:
         """Leave a copy of the state that is about to become ``version`` with the state replica.
@@ -181,17 +237,17 @@ class StateReplicator:
     def capture(self) -> None:
         """Copy the state into this process's memory; training may continue while ``write`` writes
         it."""
-        self._captured = capture(self.engine, self.rank)
+        self._captured = snapshot(self.engine, self.rank)
 
     def write(self, folder: Path) -> dict[str, FileProof]:
         """Write what ``capture`` copied below ``folder``; runs beside a training step. Once for
         each copy: raises ModelError when there is none."""
-        files, self._captured = self._captured, None
-        if files is None:
+        held, self._captured = self._captured, None
+        if held is None:
             raise ModelError(
                 f"learner rank {self.rank} has captured no state to write: it is a new one"
             )
-        return write_files(files, folder)
+        return write_files(serialise(held), folder)
 
     def restore(self, folder: Path) -> None:
         """Resume from a state that was written below ``folder``."""

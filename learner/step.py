@@ -25,6 +25,7 @@ from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, padded
 from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork, plan_step, truncated
 from avatar_rl.learner.engine import TrainEngine, lr_at
+from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.learner.model.reference import ReferencePolicy
 from avatar_rl.learner.objective.loss import policy_loss
@@ -72,7 +73,7 @@ class StepTrainer:
     ranks: int
     engine: TrainEngine
     prompts: PromptIndex
-    encoder: PromptEncoder
+    encoder: PromptEncoder | AheadEncoder
     replicator: StateReplicator
     reference: ReferencePolicy | None = None
     source: StepSource | None = None
@@ -180,7 +181,13 @@ class StepTrainer:
         """This rank's completions by number, without those whose prompt cannot be encoded any more
         (a file is gone, say): the run continues without them."""
         rows = {}
-        for i in (i for indices in plan.shares[self.rank] for i in indices):
+        mine = [i for indices in plan.shares[self.rank] for i in indices]
+        if isinstance(self.encoder, AheadEncoder):
+            wanted = dict.fromkeys(
+                (t.prompt_id, t.hinted) for t in map(plan.trajectories.__getitem__, mine)
+            )
+            self.encoder.ahead((self.prompts[name], hinted) for name, hinted in wanted)
+        for i in mine:
             try:
                 rows[i] = self.encode(plan.trajectories[i])
             except DataError as error:
@@ -213,6 +220,7 @@ class StepTrainer:
             encoded,
             trajectory.token_ids,
             trajectory.temperature,
+            encoded.media,
         )
 
     def loss(
@@ -347,6 +355,8 @@ class StepTrainer:
         busy = sum(value for name, value in seconds.items() if name != "learner_wait")
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
         metrics["learner/skipped"] = float(self.skipped + self.unreadable)
+        if isinstance(self.encoder, AheadEncoder):
+            metrics |= self.encoder.metrics()
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
     def _lr(self, step: int) -> float:

@@ -33,6 +33,7 @@ learner:
   micro_batch_tokens: 1500
   objective: {beta: 0.05}
   optimizer: {lr: 1.0e-4, zero_stage: 2, freeze: [visual, audio_tower]}
+  embeddings: {workers: 0}  # a process a rank more would be felt on two cores
 buffer: {warm_up: 8}
 evaluation: {every: 2}
 output: {samples_every: 1}

@@ -3,6 +3,7 @@ compare with."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ class ArrayLoader(MediaLoader):
     def load(self, item: MediaItem) -> Decoded:
         self.loads += 1
         return self.media[item.uri]
+
+    def address(self, item: MediaItem) -> str:
+        medium = self.media[item.uri]
+        array = getattr(medium, {"video": "frames", "audio": "samples"}.get(item.kind, "pixels"))
+        return hashlib.sha256(array.tobytes()).hexdigest()
 
     def load_plan(self, plan: MediaPlan) -> DecodedMedia:
         found = [self.load(item) for item in plan.items]

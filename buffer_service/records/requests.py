@@ -72,9 +72,9 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             spares=request.spares,
         )
 
-    def lease(self, hinted: bool) -> RequestLease:
-        """The newest lease of it."""
-        request = RolloutRequest(
+    @property
+    def request(self) -> RolloutRequest:
+        return RolloutRequest(
             seq=self.seq,
             prompt_id=self.prompt_id,
             step=self.step,
@@ -85,8 +85,11 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             min_version=self.min_version,
             spares=self.spares,
         )
+
+    def lease(self, hinted: bool) -> RequestLease:
+        """The newest lease of it."""
         return RequestLease(
-            request=request, attempt=self.attempt, consumer=self.consumer, hinted=hinted
+            request=self.request, attempt=self.attempt, consumer=self.consumer, hinted=hinted
         )
 
 

@@ -57,6 +57,7 @@ HARMLESS = (
     "rewards.judge.base_url",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
+    "learner.embeddings",
     "learner.lease_s",
     "learner.threads",
     "learner.warmup_steps",

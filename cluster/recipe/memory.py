@@ -18,9 +18,11 @@ BFLOAT16, FLOAT32 = 2, 4
 #: that are bfloat16.
 MOMENTS, MASTER = 8, 4
 BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the older goes
-#: Tokens whose logits are held at once by the log-prob head.
+#: Tokens whose logits are held at once; the log-prob head's own tile (a test compares them).
 LOGIT_TILE = 512
 PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
+#: A media worker beside its towers: on the host, and of a GPU the CUDA context.
+WORKER_BYTES, CONTEXT_BYTES = GIB, GIB >> 1
 #: Words of learner.optimizer.freeze that freeze both towers.
 TOWERS = frozenset({"visual", "audio_tower"})
 
@@ -40,12 +42,15 @@ class LearnerSetting:
     number: int = BFLOAT16  # bytes of a weight
     pack_tokens: int = 0
     checkpointing: bool = False
+    workers: int = 0  # media worker processes with towers of their own
 
     @classmethod
     def of(cls, config: RunConfig, *, number: int) -> LearnerSetting:
         learner, optimizer = config.learner, config.learner.optimizer
         lora = learner.lora
         frozen = lora is not None or set(optimizer.freeze) >= TOWERS
+        adapted = lora is not None and bool(lora.encoder_targets)
+        stored = frozen and not adapted and learner.embeddings.mode != "off"
         return cls(
             ranks=learner.ranks,
             zero_stage=optimizer.zero_stage,
@@ -56,6 +61,7 @@ class LearnerSetting:
             number=number,
             pack_tokens=config.pack_tokens,
             checkpointing=learner.gradient_checkpointing,
+            workers=learner.embeddings.workers if stored else 0,
         )
 
     def split(self, stage: int) -> float:
@@ -106,8 +112,10 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
     logits = 2.0 * min(tokens, LOGIT_TILE) * model.vocabulary * FLOAT32
     if number < FLOAT32 and setting.adapter_rank is None:
         logits += model.vocabulary * model.hidden * FLOAT32  # sum of the head's gradient over tiles
+    embeddings = float(tokens * model.hidden * number) if setting.workers else 0.0
     # Publication gathers the whole model on every rank, when there are no activations any more.
     whole = model.parameters * number * (1 - setting.split(3))
+    towers = model.encoders * number + CONTEXT_BYTES
     return {
         "weights": model.parameters * number * setting.split(3),
         "gradients": setting.trained(model) * number * setting.split(2),
@@ -115,7 +123,9 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
         "reference": model.parameters * number if setting.reference else 0.0,
         "activations": activations,
         "logits": logits,
-        "publication beyond these": max(0.0, whole - activations - logits),
+        "embeddings": embeddings,
+        "publication beyond these": max(0.0, whole - activations - logits - embeddings),
+        "media workers": setting.workers * towers if number == BFLOAT16 else 0.0,
     }
 
 
@@ -169,11 +179,15 @@ class MemoryPlan:
         config, setting = self.config, self.setting
         optimizer = optimizer_bytes(self.model, setting) * setting.split(1)
         caches = config.data.template.cache_bytes + config.data.media.memory_cache_bytes
+        # A reference is loaded whole, and so are experts that the model packs in another way.
+        whole = setting.reference or self.model.experts > 1
+        loading = self.weights * (1.0 if whole else setting.split(3))
         return {
             "process": PROCESS_BYTES,
-            "weights while loading": self.weights,
+            "weights while loading": loading,
             "optimiser": optimizer if setting.offload else 0.0,
             "prompts and media": caches,
+            "media workers": setting.workers * WORKER_BYTES,
         }
 
     @property
@@ -211,12 +225,15 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, str]]:
         """For the dry run: place, and its parts in words."""
         learner, engine = self.config.learner, self.config.rollout.engine
+        store = self.config.learner.embeddings
+        disk = f"up to {_gib(store.bytes)} of embeddings" if self.setting.workers else "none"
         return [
             (f"learner GPU, each of {learner.ranks}", _words(self.learner_parts)),
             (f"rollout GPU, {engine.tensor_parallel_size} per actor", _words(self.rollout_parts)),
             ("host, each learner rank", _words(self.learner_host)),
             ("host, rank 0 besides", f"{_gib(self.published)}: two versions"),
             ("host, object store", f"{_gib(self.object_store)}: {BOARD_VERSIONS} versions"),
+            ("node's disk", disk),
             ("checkpoint", _gib(self.checkpoint)),
         ]
 

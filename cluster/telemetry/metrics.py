@@ -225,6 +225,13 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Time the rollout actors waited for admission in this step, mean over actors.",
         ),
         ("time/encode", "s", "Time spent on templates and media before the forward pass."),
+        ("time/media", "s", "Time that worker processes spent decoding and encoding media."),
+        ("media/hidden_share", "", "Share of that time that no step waited for."),
+        (
+            "media/store_hit_share",
+            "",
+            "Share of the prompts with media whose embeddings were there when asked for.",
+        ),
         ("time/forward_backward", "s", "Time of the forward and backward passes."),
         ("time/optimizer", "s", "Time of the optimiser's updates, clipping included."),
         (

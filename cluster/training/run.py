@@ -346,6 +346,8 @@ def _start_actors(system: System, fleet: RolloutFleet, learner: LearnerGroup) ->
     [first, *_] = learner.await_ready(setup)
     for warning in first["warnings"]:
         system.report("model", warning)
+    if first["why_pixels"]:
+        system.folder.event("embedding store off", first["why_pixels"])
     pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
     system.folder.event(
         "actors started",

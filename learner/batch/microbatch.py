@@ -17,52 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import FEATURES, EncodedPrompt
 
 #: The feature that runs an encoder, and what the encoder makes embeddings of.
 ENCODERS = {"pixel_values": "image", "pixel_values_videos": "video", "input_features": "audio"}
-
-
-@dataclass(frozen=True)
-class MediaEmbeddings:
-    """What the encoders make of a prompt's media, in the place of its pixels and sounds.
-
-    ``places`` count from the prompt's first token, in a pack from its first position."""
-
-    places: Tensor  # (M,) int64, where the media placeholders are
-    values: Tensor  # (M, H), the embeddings there
-    #: Deepstack features of Qwen3 models: added to the states after each of the first D layers.
-    visual_places: Tensor | None = None  # (K,) int64, ascending
-    deepstack: Tensor | None = None  # (D, K, H)
-
-    def moved(self, offset: int) -> MediaEmbeddings:
-        """The same for a prompt that begins at position ``offset``."""
-        visual = None if self.visual_places is None else self.visual_places + offset
-        return replace(self, places=self.places + offset, visual_places=visual)
-
-    def to(self, device: torch.device) -> MediaEmbeddings:
-        moved = {
-            entry.name: None if value is None else value.to(device)
-            for entry in fields(self)
-            for value in [getattr(self, entry.name)]
-        }
-        return MediaEmbeddings(**moved)
-
-    @classmethod
-    def merged(cls, parts: Sequence[MediaEmbeddings]) -> MediaEmbeddings | None:
-        """All of a pack, None where there are none. Parts without deepstack features have no visual
-        places."""
-        if not parts:
-            return None
-        deep = [part for part in parts if part.deepstack is not None]
-        visual = [part.visual_places for part in deep if part.visual_places is not None]
-        features = [part.deepstack for part in deep if part.deepstack is not None]
-        return cls(
-            torch.cat([part.places for part in parts]),
-            torch.cat([part.values for part in parts]),
-            torch.cat(visual) if visual else None,
-            torch.cat(features, 1) if features else None,
-        )
 
 
 @dataclass(frozen=True)

@@ -24,33 +24,8 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
     """
     import transformers
 
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise ModelError(
-            f"model folder {path} has no config.json: give a Hugging Face checkpoint folder"
-        )
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ModelError(
-            f"{config_file} is not readable JSON ({error}): copy the checkpoint again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_file} holds no JSON object: copy the checkpoint again")
-    kind = config.get("model_type", "")
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"model folder {path} (model_type {kind!r}) is quantised, which cannot be trained: "
-            "use the checkpoint it was made from"
-        )
-    classes = {
-        "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
-        "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    }
-    vision_language = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}
-    name = classes.get(kind) or (
-        "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
-    )
+    kind = read_config(path)
+    name = class_name(kind)
     try:
         model, loaded = getattr(transformers, name).from_pretrained(
             loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
@@ -70,6 +45,31 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
     return model
 
 
+def read_config(path: Path) -> str:
+    """The model type of a folder. Raises ModelError where its config.json says of no model that can
+    be trained."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelError(
+            f"model folder {path} has no config.json: give a Hugging Face checkpoint folder"
+        )
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ModelError(
+            f"{config_file} is not readable JSON ({error}): copy the checkpoint again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} holds no JSON object: copy the checkpoint again")
+    kind = config.get("model_type", "")
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"model folder {path} (model_type {kind!r}) is quantised, which cannot be trained: "
+            "use the checkpoint it was made from"
+        )
+    return str(kind)
+
+
 def recompute_activations(model: nn.Module) -> None:
     """Keep only what each layer reads; its backward pass computes the rest again.
 
@@ -82,3 +82,15 @@ def recompute_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def class_name(kind: str) -> str:
+    """transformers' class for checkpoints of model type ``kind``; the thinker's of an omni one."""
+    thinkers = {
+        "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+        "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    }
+    vision_language = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}
+    return thinkers.get(kind) or (
+        "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
+    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from avatar_rl.common.errors import ModelError
-from avatar_rl.learner.batch.microbatch import ENCODERS, MediaEmbeddings, MicroBatch
+from avatar_rl.learner.batch.microbatch import ENCODERS, MicroBatch
+from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 
 #: Sound frames of a blank sound; the encoders shorten them eightfold at most.
 BLANK_FRAMES = 16

@@ -28,6 +28,7 @@ from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.chat_format import ChatFormat, blame
 from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.processor import (
     EngineInput,
     EngineMedium,
@@ -71,12 +72,12 @@ class EncodedPrompt:
         default_factory=dict
     )  # media tensors of the forward, named as in transformers
     digest: int = 0  # prompt_digest(input_ids)
+    media: MediaEmbeddings | None = None  # in the place of ``features``, where they are stored
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes for tensor in (self.input_ids, self.position_ids, *self.features.values())
-        )
+        tensors = (self.input_ids, self.position_ids, *self.features.values())
+        return sum(t.nbytes for t in tensors) + (self.media.nbytes if self.media else 0)
 
 
 class PromptEncoder:
@@ -177,7 +178,7 @@ class PromptEncoder:
         if cached is not None:
             self._cache.move_to_end(key)
             return cached
-        encoded = self._shared(self._encode(prompt, hinted), prompt, hinted)
+        encoded = self._shared(self.process(prompt, hinted)[0], prompt, hinted)
         if encoded.nbytes <= self.config.cache_bytes:
             self._cache[key] = encoded
             self._cached_bytes += encoded.nbytes
@@ -199,7 +200,8 @@ class PromptEncoder:
             return encoded
         return replace(encoded, features=twin.features)
 
-    def _encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
+    def process(self, prompt: Prompt, hinted: bool) -> tuple[EncodedPrompt, ProcessorSettings]:
+        """What ``encode`` gives, not cached, and the settings that the processor was given."""
         prepared = self._prepare(prompt, hinted)
         if prompt.media.items:
             output: Mapping[str, Tensor] = blame(
@@ -223,7 +225,8 @@ class PromptEncoder:
                 ids, features, seconds_per_grid=seconds, audio_in_video=prompt.media.audio_in_video
             ),
         )
-        return EncodedPrompt(ids, positions.ids, positions.next, features, prompt_digest(ids))
+        encoded = EncodedPrompt(ids, positions.ids, positions.next, features, prompt_digest(ids))
+        return encoded, prepared.settings
 
     def _token_ids(self, prompt: Prompt, text: str) -> list[int]:
         return blame(

@@ -130,6 +130,14 @@ class MediaLoader:
             return DecodedAudio(array, int(entry.rate))
         return DecodedImage(array)
 
+    def address(self, item: MediaItem) -> str:
+        """Content address of what ``load`` returns, without decoding: equal addresses mean equal
+        values. Raises DataError where the file is missing, empty or changed."""
+        path = resolve_uri(item.uri, self.base)
+        check_roots(path, self.config.roots)
+        key = self._key(self._digest(path, item), item)
+        return f"{key}-blank" if item.kind in self.config.blank else key
+
     def load_plan(self, plan: MediaPlan) -> DecodedMedia:
         """Every item of ``plan``. Raises DataError as ``load`` does."""
         loaded = [self.load(item) for item in plan.items]

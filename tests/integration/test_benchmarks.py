@@ -23,6 +23,7 @@ CACHE = "CACHE"
 OPTIONS: dict[str, tuple[str, ...]] = {
     "chaos": ("--output.cache", CACHE),
     "footprint": ("--output.cache", CACHE),
+    "embeddings": ("--cache", CACHE),
     "hints": ("--cache", CACHE),
     "orchestration": ("--cache", CACHE),
     "soak": ("--output.cache", CACHE),
@@ -34,6 +35,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "bad_input": ("tried", "named_errors", "median_s", "faults", "recovered", "stopped_by_name"),
     "buffer": ("insert_ratio", "draw_ratio", "growth_insert", "bytes_per_trajectory"),
     "chaos": ("kills", "acknowledged_lost", "recovery_s_p50", "accuracy_chaos"),
+    "embeddings": ("embeddings_vs_pixels", "embeddings_vs_pixels_decoding", "decode_hidden_share"),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
     "evaluation": ("sets_ready", "coverage", "throughput_ratio", "resumed_kept"),
     "hints": ("solved_grpo", "solved_hint", "start_success"),
@@ -46,6 +48,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "vs_trl_image",
         "padding_share",
     ),
+    "loading": ("host_share_ratio", "whole_load_ratio"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),

@@ -88,6 +88,17 @@ def test_evaluation_requests_come_first_once_their_version_is_out(buffer: Replay
     assert buffer.requests.push(rounds) == 0 and not buffer.requests.eval_results(1).payloads
 
 
+def test_outstanding_requests_are_those_that_wait_or_are_worked_on(buffer: ReplayBuffer) -> None:
+    pushed = [RolloutRequest(seq=s, prompt_id=f"p{s}", step=s // 2, n=2, epoch=1) for s in range(4)]
+    buffer.requests.push(pushed)
+    [lease] = buffer.requests.lease("a", 1, max_staleness=5)
+    assert sorted(buffer.requests.outstanding(), key=lambda r: r.seq) == pushed
+    buffer.requests.drop(lease, "test")
+    assert {r.seq for r in buffer.requests.outstanding()} == {1, 2, 3}
+    again = buffer.requests.lease("b", 4, max_staleness=5)
+    assert [one.request.seq for one in again] == [1, 2, 3]  # looking took nothing
+
+
 def test_expired_leases_go_back_lowest_seq_first(buffer: ReplayBuffer) -> None:
     buffer.requests.push(requests(0, 4))
     dead = buffer.requests.lease("dead", 3, lease_s=0.05)

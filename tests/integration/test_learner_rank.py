@@ -99,6 +99,7 @@ class Numbers:
 
 class Encoder:
     warnings: tuple[str, ...] = ()
+    kind = "qwen3"
 
     def encode(self, prompt: int, hinted: bool) -> EncodedPrompt:
         return encoded(prompt)

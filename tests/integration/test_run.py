@@ -21,7 +21,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and output of a run with two rollout actors and two learner ranks."""
     folder = tmp_path_factory.mktemp("run")
     before = set(os.listdir("/dev/shm"))
-    process = start(folder)
+    embeddings = ["--learner.embeddings.folder", str(folder / "embeddings")]
+    process = start(folder, *embeddings, "--learner.embeddings.workers", "1")
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     until_freed(before)
@@ -41,6 +42,18 @@ def test_a_run_trains_and_says_what_came_of_it(finished: tuple[Path, str]) -> No
     assert max(row["staleness/max"] for row in rows) <= 1
     # 4 prompts a step: 8 completions each while the buffer is cold, then 4
     assert rows[-1]["completions/generated"] == 4 * 8 + 2 * 4 * 4
+
+
+def test_media_come_from_the_embedding_store(finished: tuple[Path, str]) -> None:
+    """The towers are frozen: worker processes of the ranks encoded every prompt that was asked."""
+    run, _ = finished
+    rows = [row for row in read_metrics(run) if row["step"]]
+    assert any(row.get("media/hidden_share") is not None for row in rows)
+    assert all(row["media/store_hit_share"] is not None for row in rows)
+    stored = list((run.parents[1] / "embeddings").glob("*.embedding"))
+    assert len(stored) >= 2 * 4  # a layout and a video at least of each prompt
+    events = (run / "events.jsonl").read_text()
+    assert "embedding store off" not in events and "a media worker" not in events
 
 
 def test_a_run_leaves_everything_one_looks_for(finished: tuple[Path, str]) -> None:

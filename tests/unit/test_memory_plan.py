@@ -64,8 +64,10 @@ def test_a_pack_of_16k_tokens_of_the_7b_model() -> None:
     assert activation_bytes(OMNI, 16_384, checkpointing=True) == inputs + inside
     assert activation_bytes(OMNI, 16_384) == 28 * inside
     assert (inputs + inside) / GIB == pytest.approx(6.6, abs=0.1)
-    found = learner_parts(OMNI, LearnerSetting(pack_tokens=16_384, checkpointing=True))
+    found = learner_parts(OMNI, LearnerSetting(pack_tokens=16_384, checkpointing=True, workers=1))
     assert found["logits"] == 2 * 512 * 152_064 * 4 + 152_064 * 3584 * 4
+    assert found["embeddings"] == 16_384 * 3584 * 2
+    assert found["media workers"] == OMNI.encoders * 2 + GIB / 2
 
 
 def test_dry_run_doctor_and_plan_say_the_same() -> None:
@@ -84,10 +86,17 @@ def test_the_plan_follows_what_the_recipe_trains() -> None:
         assert plan is not None
         return plan
 
+    assert of().setting.workers == 1
+    assert of(("learner.embeddings.mode", "off")).setting.workers == 0
     trained = of(("learner.optimizer.freeze", "[]"))
-    assert trained.setting.trains_towers
+    assert trained.setting.trains_towers and trained.setting.workers == 0
     assert trained.learner_parts["gradients"] > of().learner_parts["gradients"]
     lora = of(("learner.lora", "{rank: 32}"))
     assert lora.learner_parts["reference"] == 0 and lora.checkpoint < of().checkpoint
+    towers = of(("learner.lora", "{rank: 32, targets: [llm, vision]}"))
+    assert towers.setting.workers == 0
     without = of(("learner.objective.beta", "0"))
     assert without.learner_parts["reference"] == 0
+    # ZeRO 3 loads in shares, a reference whole.
+    assert without.learner_host["weights while loading"] == OMNI.parameters * 2 / 8
+    assert of().learner_host["weights while loading"] == OMNI.parameters * 2

@@ -1,0 +1,132 @@
+"""The towers of a checkpoint alone: vision and audio encoders with their projectors, frozen.
+
+They are loaded without the language model, so that a worker process stays small. The code that runs
+them is the model's own (``get_image_features`` and its kin)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from avatar_rl.common.errors import ModelError
+from avatar_rl.common.weight_files import WeightFiles
+from avatar_rl.learner.model.load import DTYPES, class_name
+from avatar_rl.prompts.record import Modality
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Words of a parameter's name that say it belongs to a tower.
+TOWERS = ("visual", "audio_tower")
+
+
+def tower_suffix(name: str) -> str | None:
+    """A tensor's name from its tower on; None for one of the language model."""
+    parts = name.split(".")
+    return next(
+        (".".join(parts[place:]) for place, part in enumerate(parts) if part in TOWERS), None
+    )
+
+
+def tower_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name from the tower on, tensor) of a checkpoint's towers, in the order of their names."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[str, Path]] = {}
+    for name, file in WeightFiles.find(folder).tensors.items():
+        suffix = tower_suffix(name)
+        # An omni checkpoint also holds a talker and a vocoder.
+        if suffix is not None and not name.startswith(("talker.", "token2wav.", "code2wav.")):
+            found[suffix] = (name, file)
+    for suffix in sorted(found):
+        name, file = found[suffix]
+        with safe_open(file, framework="pt") as tensors:
+            yield suffix, tensors.get_tensor(name)
+
+
+def tower_revision(folder: Path) -> str:
+    """sha256 of the towers' weights, names and types; empty where a checkpoint has no tower. Reads
+    all their bytes, about 1 s per GB."""
+    digest, towers = hashlib.sha256(), 0
+    for name, tensor in tower_tensors(folder):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(values)  # type: ignore[arg-type]  # an array is a buffer
+        towers += 1
+    return digest.hexdigest() if towers else ""
+
+
+def revision_of(words: Iterable[str]) -> str:
+    """One name for towers and all that their embeddings depend on."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+class Towers:
+    """Runs a checkpoint's frozen towers on one medium at a time.
+
+    Raises ModelError where the checkpoint lacks one of their tensors.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, device: torch.device) -> None:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, class_name(config.model_type))
+        make = getattr(kind, "_from_config", None) or kind.from_config  # of an Auto class
+        with torch.device("meta"):
+            self._shell: Any = make(getattr(config, "thinker_config", config))
+        places = [
+            name for name, _ in self._shell.named_modules() if name.rpartition(".")[2] in TOWERS
+        ]
+        tensors = dict(tower_tensors(folder))
+        for place in places:
+            parent, _, word = place.rpartition(".")
+            owner = self._shell.get_submodule(parent)
+            tower = _filled(owner.get_submodule(word), word, tensors, folder, DTYPES[dtype])
+            setattr(owner, word, tower.eval().requires_grad_(False).to(device))
+        self.device = device
+
+    @torch.no_grad()
+    def embed(self, kind: Modality, features: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings of one medium, (N, 1 + D, H): N placeholder tokens, D deepstack layers (0 but
+        for Qwen3), H the language model's width. ``features`` are the processor's, of this medium
+        alone."""
+        given = {name: tensor.to(self.device) for name, tensor in features.items()}
+        if kind == "audio":
+            found = self._shell.get_audio_features(**given, return_dict=True).last_hidden_state
+            return found[:, None].cpu()
+        run = self._shell.get_image_features if kind == "image" else self._shell.get_video_features
+        output = run(**given, return_dict=True)
+        layers = [torch.cat(list(output.pooler_output))]
+        for layer in getattr(output, "deepstack_features", None) or ():
+            layers.append(torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer)
+        return torch.stack(layers, 1).cpu()
+
+
+def _filled(
+    blank: nn.Module, word: str, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+) -> nn.Module:
+    """The tower ``blank`` (on the meta device) with the checkpoint's weights."""
+    from transformers.initialization import no_init_weights
+
+    config = cast("PretrainedConfig", blank.config)
+    # Made for real: buffers that no checkpoint holds (rotary frequencies) are computed.
+    with no_init_weights():
+        tower = cast("type[PreTrainedModel]", type(blank))._from_config(config, dtype=dtype)
+    state = {
+        name.partition(".")[2]: tensor.to(dtype)
+        for name, tensor in tensors.items()
+        if name.startswith(f"{word}.")
+    }
+    missing, unknown = tower.load_state_dict(state, strict=False)
+    if missing or unknown:
+        raise ModelError(
+            f"model folder {folder}: its {word} lacks {missing[:3]} and has {unknown[:3]} besides: "
+            "copy the checkpoint again, or set learner.embeddings.mode to off"
+        )
+    return tower
