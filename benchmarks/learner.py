@@ -153,7 +153,7 @@ class Duel:
 
         with compact_head():
             sides = [side.first_step() for side in self.trl.values()]
-        sides.append(self.ours.update(self.works[0]))
+        sides.append(self.ours.update(self.works[0], exact=True))
         for name, values in zip(("loss", "grad_norm"), zip(*sides, strict=True), strict=True):
             # The loss sums terms of about 1 that cancel: it compares absolutely, the norm
             # relatively.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from avatar_rl.learner.config import LearnerConfig
+from benchmarks.learner_side import exact_norm
 
 
 class _Stopwatch(TrainerCallback):  # type: ignore[misc]
@@ -119,11 +121,20 @@ class TrlSide:
         return list(self.watch.steps)
 
     def first_step(self) -> tuple[float, float]:
-        """Loss and gradient norm before clipping of one update on the first batch."""
+        """Loss and exact gradient norm before clipping of one update on the first batch."""
         self.trainer.turn = 0
-        self.run(1)
+        accelerator, norms = self.trainer.accelerator, []
+        plain = accelerator.clip_grad_norm_
+
+        def noted(parameters: Iterable[torch.Tensor], *limits: float) -> torch.Tensor:
+            whole = list(parameters)
+            norms.append(exact_norm(whole))
+            return plain(whole, *limits)
+
+        with patch.object(accelerator, "clip_grad_norm_", noted):
+            self.run(1)
         row = next(row for row in self.trainer.state.log_history if "grad_norm" in row)
-        return float(row["loss"]), float(row["grad_norm"])
+        return float(row["loss"]), norms[0]
 
 
 @contextlib.contextmanager
