@@ -8,7 +8,7 @@ and has none."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +60,18 @@ class MicroBatch:
     temperature: Tensor  # (B,) float
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = {
-            entry.name: value.to(device)
-            for entry in fields(self)
-            if isinstance(value := getattr(self, entry.name), Tensor | MediaEmbeddings)
-        }
-        features = {name: value.to(device) for name, value in self.features.items()}
-        return replace(self, features=features, **tensors)
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            positions=self.positions.to(device),
+            trees=self.trees,
+            features={name: value.to(device) for name, value in self.features.items()},
+            encoded=self.encoded.to(device),
+            media=None if self.media is None else self.media.to(device),
+            predicts=self.predicts.to(device),
+            token_ids=self.token_ids.to(device),
+            mask=self.mask.to(device),
+            temperature=self.temperature.to(device),
+        )
 
     @property
     def tokens(self) -> int:

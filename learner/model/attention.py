@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,9 +146,7 @@ def _runs(tree: Tree) -> list[list[int]]:
     return runs
 
 
-def _mask(
-    *, mask_function: Rule, device: torch.device, **others: object
-) -> PackMask | Tensor | None:
+def _mask(*, mask_function: Rule, device: torch.device, **others: Any) -> PackMask | Tensor | None:
     """What a model's layers get as attention mask: the pack's, or outside ``packed`` an ordinary
     one."""
     from transformers import masking_utils
@@ -170,7 +168,7 @@ def _attention(
     dropout: float = 0.0,  # none: it would break the ratio of policies
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: object,
+    **others: Any,  # what a model passes on to transformers
 ) -> tuple[Tensor, None]:
     """(1, N, heads, d) of a pack; transformers' own outside ``packed``."""
     from transformers.integrations import flex_attention, sdpa_attention

@@ -26,7 +26,7 @@ class TiledHead(nn.Module):
     """A plain linear head, its parameters under their own names. One call scores all tokens, so
     ranks under ZeRO 3 gather its weight equally often."""
 
-    weight: nn.Parameter  # (V, H)
+    weight: Tensor  # (V, H), a parameter
 
     def __init__(self, head: nn.Linear, softcap: float | None) -> None:
         super().__init__()

@@ -47,9 +47,10 @@ class Policy(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         if self.softcap is not None:
             config.final_logit_softcapping = None
+        self.lm_head: nn.Module = head
         # Only of what is a linear layer and nothing more does the weight tell all.
-        is_plain = type(head) is nn.Linear
-        self.lm_head: nn.Module = TiledHead(head, self.softcap) if is_plain else head
+        if isinstance(head, nn.Linear) and type(head) is nn.Linear:
+            self.lm_head = TiledHead(head, self.softcap)
         model.lm_head = nn.Identity()
         attention.register()
         self._own_attention = config._attn_implementation
