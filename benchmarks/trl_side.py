@@ -82,6 +82,7 @@ class TrlSide:
             max_completion_length=longest,
             loss_type="grpo",
             beta=objective.beta,
+            use_bias_correction_kl=False,  # on by default: KL times the ratio, another objective
             epsilon=objective.epsilon,
             learning_rate=optimizer.lr,
             lr_scheduler_type="constant",
