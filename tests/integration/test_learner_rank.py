@@ -311,7 +311,7 @@ def test_every_rank_stops_at_the_same_step_and_names_the_trajectories(
 def test_media_are_collated_one_micro_batch_at_a_time(folder: Path, ranks: int) -> None:
     events = rank_results(folder, "patience-10", ranks)["events"]
     assert events == ["collate", "loss"] * (len(events) // 2)
-    assert len(events) > 2
+    assert len(events) > (2 if ranks == 1 else 0)  # one rank alone has several packs
 
 
 def test_encoding_counts_as_progress(folder: Path) -> None:

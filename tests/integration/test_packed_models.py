@@ -72,7 +72,10 @@ def stage_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stage]
                 "audio": audio(number, 1.0 + number),
             }
             prompt = make_prompt(
-                loader, f"p{number}", [every[name] for name in names], question="why " * number
+                loader,
+                f"p{number}",
+                [every[name] for name in names],
+                question="why " * (number + 1),
             )
             encoded = encoder.encode(prompt, hinted=False)
             rows += [
