@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avatar_rl.learner.batch.microbatch import MediaEmbeddings, Row, collate
+from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.policy import Policy
+from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import EncodedPrompt
 
 WIDTH = 192

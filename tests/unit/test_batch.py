@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avatar_rl.common.errors import ConfigError
-from avatar_rl.learner.batch.microbatch import MediaEmbeddings, Pending, Row, Tree, collate, padded
+from avatar_rl.learner.batch.microbatch import Pending, Row, Tree, collate, padded
 from avatar_rl.learner.batch.packing import Size, pack, share_out
+from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import EncodedPrompt
 
 PROMPTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)  # prompt tokens by prompt number
