@@ -22,7 +22,7 @@ from avatar_rl.actors.scoring_loop import ScoringLoop
 from avatar_rl.actors.shared_state import SharedState
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.actors.update_policy import WeightUpdatePolicy
-from avatar_rl.common.process import HeapTrimmer, no_collections
+from avatar_rl.common.process import HeapTrimmer, name_log, no_collections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,6 +57,7 @@ class RolloutActor:
         from avatar_rl.buffer_service.control import StartBeats
         from avatar_rl.buffer_service.store import ReplayBuffer
 
+        name_log(name)
         self.name, self.spec, self.scorer, self.weight_store = name, spec, scorer, weight_store
         self.buffer = ReplayBuffer.connect(
             spec.buffer, spec.run_id, url=spec.redis_url, create=False

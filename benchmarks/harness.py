@@ -32,7 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def smoke_recipe(folder: Path) -> Path:
     """The tests' recipe of a few clips, in ``folder``, with one actor of each kind. With one cache
-    its world, tiny model and cold start are made once for all."""
+    its world is made once for all."""
     recipe = yaml.safe_load(RECIPE)
     recipe["rollout"]["workers"] = recipe["learner"]["ranks"] = 1
     folder.mkdir(parents=True, exist_ok=True)

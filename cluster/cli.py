@@ -1,6 +1,6 @@
 """The command line: `avatar train`, `evaluate`, `scale`, `doctor`, `data ...`, `buffer ...`,
-`hints ...`, `captions ...`, `presets`, `runs`; those about recipes and their keys are in
-cli_keys.py, those about datasets in cli_data.py.
+`hints ...`, `captions ...`, `presets`; those about keys of recipes are in cli_keys.py, those about
+runs in cli_runs.py, those about datasets in cli_data.py.
 
 Every command is declared here and does its work in commands/, which is imported when it runs:
 `avatar --help` starts at once.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 import click
 
-from avatar_rl.cluster import cli_data, cli_keys
+from avatar_rl.cluster import cli_data, cli_keys, cli_runs
 from avatar_rl.cluster.cli_endpoint import asks_endpoint
 from avatar_rl.cluster.cli_types import (
     OVERRIDABLE,
@@ -206,19 +206,6 @@ def presets(name: str | None) -> int:
     return show_presets(name)
 
 
-@avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
-@click.argument("words", metavar="[list|show|resume] [RUN]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
-def runs(words: tuple[str, ...], folder: Path) -> int:
-    """List runs, show one, resume one.
-
-    runs [list] [FOLDER] | runs show RUN | runs resume RUN [--loop.steps 200 ...]
-    """
-    from avatar_rl.cluster.commands.runs import run
-
-    return run(words, folder)
-
-
 @avatar.command()
 @click.argument("runs", metavar="[RUN]...", nargs=-1)
 @click.option("--folder", type=PATH, default=Path("runs"), help="Parent of the run folders.")
@@ -388,10 +375,8 @@ for _name, _meaning, _words in BUFFER_COMMANDS:
 
 for _command in (
     cli_data.data,
-    cli_keys.explain,
-    cli_keys.schema,
-    cli_keys.init,
-    cli_keys.completion,
+    *(cli_keys.explain, cli_keys.schema, cli_keys.init, cli_keys.completion),
+    *(cli_runs.runs, cli_runs.logs, cli_runs.compare),
 ):
     avatar.add_command(_command)
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from avatar_rl.common.errors import ResourceError
 
 EVERY_S = 30.0
+#: Begins the line by which a worker's log says whose it is.
+ROLE_MARK = ":avatar_role:"
 #: mallopt(3): option and value. One arena, not one per thread. Blocks from 64 KiB on are pages of
 #: their own (by itself glibc raises that bound as large blocks are freed). Memory that is free at
 #: the heap's end goes back at once.
@@ -48,6 +50,12 @@ def sees_gpu() -> bool:
             "CPU start it with CUDA_VISIBLE_DEVICES="
         )
     return False
+
+
+def name_log(role: str) -> None:
+    """Say in this worker's two log files whose they are: `rollout-0`, `learner-1`."""
+    for stream in (sys.stdout, sys.stderr):
+        print(f"{ROLE_MARK}{role}", file=stream, flush=True)
 
 
 def _glibc(name: str) -> Callable[..., int] | None:

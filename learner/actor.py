@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avatar_rl.common.process import no_collections
+from avatar_rl.common.process import name_log, no_collections
 from avatar_rl.learner.spec import LearnerSpec
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class LearnerRankActor:
     ) -> None:
         from avatar_rl.buffer_service.control import RunControl, StartBeats
 
+        name_log(f"{'cold-start' if spec.sft is not None else 'learner'}-{rank}")
         self._starting: StartBeats | None = None
         if spec.redis_url:  # a cold start comes before Redis
             control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)

@@ -15,28 +15,30 @@ import pytest
 from avatar_rl.cluster.checkpoints.checkpoint import newest_checkpoint
 from avatar_rl.cluster.telemetry.run_files import read_status
 
-RECIPE = """
+#: The cold-started tiny model that comes along: what trains one is in test_curriculum_run.py.
+MODEL = Path(__file__).parents[1] / "recipes" / "assets" / "tiny_omni"
+RECIPE = f"""
 name: small
 preset: avatar
+model: {{path: {MODEL}}}
 data:
-  synthetic: {n_train: 12, n_heldout: 6, n_sft: 16}
-  template: {min_pixels: 784, max_pixels: 50176, max_prompt_tokens: 256}
-cold_start: {steps: 2, batch_size: 8, ranks: 1, optimizer: {lr: 1.0e-3}}
-loop: {steps: 3, prompts_per_step: 4, max_staleness: 1}
+  synthetic: {{n_train: 12, n_heldout: 6, n_sft: 0}}
+  template: {{min_pixels: 784, max_pixels: 50176, max_prompt_tokens: 256}}
+loop: {{steps: 3, prompts_per_step: 4, max_staleness: 1}}
 rollout:
   workers: 2
   max_sequences: 16
-  engine: {max_model_len: 320, max_num_seqs: 16, kv_cache_memory_bytes: 67108864}
-  sampling: {max_tokens: 16}
+  engine: {{max_model_len: 320, max_num_seqs: 16, kv_cache_memory_bytes: 67108864}}
+  sampling: {{max_tokens: 16}}
 learner:
   ranks: 2
   micro_batch_tokens: 1500
-  objective: {beta: 0.05}
-  optimizer: {lr: 1.0e-4, zero_stage: 2, freeze: [visual, audio_tower]}
-  embeddings: {workers: 0}  # a process a rank more would be felt on two cores
-buffer: {warm_up: 8}
-evaluation: {every: 2}
-output: {samples_every: 1}
+  objective: {{beta: 0.05}}
+  optimizer: {{lr: 1.0e-4, zero_stage: 2, freeze: [visual, audio_tower]}}
+  embeddings: {{workers: 0}}  # a process a rank more would be felt on two cores
+buffer: {{warm_up: 8}}
+evaluation: {{every: 2}}
+output: {{samples_every: 1}}
 screen: plain
 """
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 ACTIONS = ("list", "show", "resume")
 
 
-def run(words: Sequence[str], folder: Path) -> int:
+def run(words: Sequence[str], folder: Path, list_all: Callable[[Path], int]) -> int:
     """`avatar runs` and `avatar runs FOLDER` list; what follows `resume RUN` are overrides.
 
-    Exit code as the command's. Raises ConfigError for words that make no sense."""
+    Exit code as the command's; ``list_all`` lists the runs of a folder. Raises ConfigError
+    for words that make no sense."""
     words = list(words)
     action = words.pop(0) if words and words[0] in ACTIONS else "list"
     if action == "list":
@@ -37,26 +38,6 @@ def run(words: Sequence[str], folder: Path) -> int:
     if found is None:
         raise ConfigError(f"there is no unfinished run below {folder}")
     return show(found) if action == "show" else resume(found, words[1:])
-
-
-def list_all(folder: Path) -> int:
-    from avatar_rl.cluster.telemetry.run_files import list_runs
-
-    damaged: list[str] = []
-    found = list_runs(folder, damaged.append)
-    if not found and not damaged:
-        print(f"there are no runs below {folder} (--folder says where to look)")
-    for status in found:
-        now = "-" if status.accuracy_now is None else f"{status.accuracy_now:.3f}"
-        before = "-" if status.accuracy_before is None else f"{status.accuracy_before:.3f}"
-        state = "lost" if status.lost else status.state
-        print(
-            f"{printable(status.run_id):<43} {state:<12} step {status.step}/{status.total_steps}  "
-            f"held-out {before} -> {now}"
-        )
-    for message in damaged:
-        print(printable(message))
-    return 0
 
 
 def show(run: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import socket
 from pathlib import Path
@@ -18,6 +17,7 @@ from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.resources import OVERSUBSCRIPTION, Needs, cluster_address, needs_of
 from avatar_rl.cluster.services.allocator import jemalloc
 from avatar_rl.cluster.services.judge_server import JudgeServer
+from avatar_rl.cluster.services.log_mirror import LogMirror
 from avatar_rl.cluster.services.orphans import OrphanReaper
 from avatar_rl.cluster.services.placement import live_nodes
 from avatar_rl.cluster.services.private_node import PrivateNode
@@ -79,8 +79,7 @@ class Services:
         self.on_gpu = False
         self.judge: JudgeServer | None = None
         self._ray_started = False
-        self._session: Path | None = None
-        self._workers = "*"  # of this run, by the names of their logs: worker id, job, pid
+        self._mirror: LogMirror | None = None
         self._orphan_reaper: OrphanReaper | None = None
         self._private = PrivateNode()
 
@@ -177,9 +176,10 @@ class Services:
         signal.signal(signal.SIGTERM, on_term if callable(on_term) else signal.default_int_handler)
         node: Node | None = ray._private.worker._global_node
         assert node is not None  # of a driver that is connected
-        self._session = Path(node.get_session_dir_path())
-        if address:  # the node has had other jobs
-            self._workers = f"*-{ray.get_runtime_context().get_job_id()}-*"
+        logs = Path(node.get_session_dir_path()) / "logs"
+        # by the names of their logs: worker id, job, pid; a cluster's node has had other jobs
+        workers = f"*-{ray.get_runtime_context().get_job_id()}-*" if address else "*"
+        self._mirror = LogMirror(logs, workers, self.data_dir / "logs").__enter__()
         have = ray.cluster_resources()
         self.on_gpu = have.get("GPU", 0) > 0
         if address:
@@ -219,6 +219,9 @@ class Services:
 
             ray.shutdown()
             self._ray_started = False
+        if self._mirror is not None:
+            self._mirror.stop()  # with the last words of those that were just ended
+            self._mirror = None
         self._private.stop()
         if self._orphan_reaper is not None:
             self._orphan_reaper.close()
@@ -226,23 +229,6 @@ class Services:
         if self.redis is not None:
             self.redis.stop()
             self.redis = None
-
-    def save_logs(self, folder: Path) -> None:
-        """Copy the workers' logs beside the run's own files; what cannot be copied is named, not
-        hidden."""
-        source = self._session / "logs" if self._session is not None else None
-        if source is None or not source.is_dir():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [
-            *source.glob(f"worker-{self._workers}.err"),
-            *source.glob(f"worker-{self._workers}.out"),
-        ]:
-            try:
-                if file.stat().st_size > 0:
-                    shutil.copy2(file, folder / file.name)
-            except OSError as error:
-                log.warning("worker log %s not copied: %s", file, error)
 
 
 def _join(address: str, **options: Any) -> None:

@@ -66,7 +66,7 @@ def running_system(
     *,
     needs: Needs | None = None,
 ) -> Iterator[System]:
-    """Services and actors of ``config``; at the end the workers' logs are copied to the run folder.
+    """Services and actors of ``config``; the workers' logs are written to the run folder.
 
     ``needs`` replaces what the recipe's training needs. Raises ConfigError and ResourceError as
     ``Services`` does.
@@ -74,7 +74,6 @@ def running_system(
     with ExitStack() as stack:
         screen.phase("starting Redis and Ray")
         services = stack.enter_context(Services(config, folder.path, needs))
-        stack.callback(services.save_logs, folder.path / "logs")
         yield System(config, folder, screen, datasets, services, Pool(config, services))
 
 

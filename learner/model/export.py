@@ -34,7 +34,13 @@ COMPANIONS = (
     "spk_dict.pt",
 )
 #: JSON files that describe another run or another set of weights.
-FOREIGN = ("*.index.json", "adapter_config.json", "trainer_state.json", "params.json")
+FOREIGN = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "params.json",
+    "made.json",
+)
 SHARD_BYTES = 4 << 30
 
 

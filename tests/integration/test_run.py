@@ -13,7 +13,7 @@ import torch
 from avatar_rl.cluster.services.run_buffer import open_buffer
 from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from avatar_rl.learner.model.load import load_model
-from tests.small_run import start, until_freed
+from tests.small_run import MODEL, start, until_freed
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,8 @@ def test_saved_samples_say_what_the_loss_saw(finished: tuple[Path, str]) -> None
 
 def test_the_exported_policy_is_not_the_one_it_started_from(finished: tuple[Path, str]) -> None:
     run, _ = finished
-    [base] = (run.parents[1] / "cache").glob("cold-start-*")
     trained, start_policy = (
-        dict(load_model(path).named_parameters()) for path in (run / "checkpoint", base)
+        dict(load_model(path).named_parameters()) for path in (run / "checkpoint", MODEL)
     )
     moved = {
         name for name, tensor in trained.items() if not torch.equal(tensor, start_policy[name])
