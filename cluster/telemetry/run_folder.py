@@ -229,6 +229,10 @@ class RunFolder:
             self._guarded(self.path / "status.json", self._status.model_dump_json(indent=1))
             return self._status.model_copy()
 
+    def phase(self, name: str) -> None:
+        """What the run does now, for `avatar runs`."""
+        self.status(phase=name)
+
     def close(self) -> None:
         """Close all files; records that never fitted on the disk are named in a warning."""
         with self._lock:

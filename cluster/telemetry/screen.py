@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import TextIOWrapper
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -80,6 +81,8 @@ class Screen:
         self.total_steps = total_steps
         self.title = title
         self.times = times or PhaseTimes()
+        #: Hears the name of every phase that begins: a run's folder keeps it for others to see.
+        self.on_phase: Callable[[str], None] = lambda name: None
         self.console = console or Console(highlight=False)
         self.metrics: dict[str, float] = {}
         self.first_accuracy: float | None = None
@@ -119,6 +122,11 @@ class Screen:
     ) -> None:
         self.stop()
 
+    def run(self, path: Path) -> None:
+        """The run's folder is known, though it may not be there yet: the screen bears its name."""
+        self.title = printable(path.name)
+        self._plain(f"run {self.title} (avatar runs show {printable(str(path))})")
+
     # -- news --------------------------------------------------------------------------------------
 
     def phase(self, name: str, detail: str = "") -> None:
@@ -136,6 +144,7 @@ class Screen:
             phase = Phase(name, detail, now, expected=self.times.expected(name))
             self.phases.append(phase)
             self._last_plain = now
+        self.on_phase(name)
         about = "" if phase.expected is None else f" (about {duration(phase.expected)})"
         self._plain((f"{name}: {detail}" if detail else name) + about)
 

@@ -51,6 +51,7 @@ def run_to_end(
             else config.output.folder / new_run_id(config.name)
         )
         on_begin(path.name)
+        screen.run(path)
         try:
             return execute(config, screen, path, resumption)
         except StateLostError as error:

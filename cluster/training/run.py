@@ -136,6 +136,7 @@ def run_folder(
         samples_bytes=config.output.samples_mib << 20,
     )
     folder.config(config.model_dump(mode="json"))
+    screen.on_phase = folder.phase
     try:
         with recorded(folder):
             yield folder

@@ -15,6 +15,7 @@ from avatar_rl.cluster.recipe.ready_start import ready_start, why_not_ready
 from avatar_rl.cluster.recipe.resources import Needs
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.run_logs import farewell
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.coldstart import cold_start
 from avatar_rl.cluster.workers.pool import Pool, rollout_spec
@@ -88,7 +89,5 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         )
         folder.event(state, str(error) or type(error).__name__)
         folder.status(state=state, error=str(error))
-        error.add_note(
-            f"run folder {folder.path}: see events.jsonl there, and logs/ for what workers said"
-        )
+        error.add_note(farewell(folder.path, error))
         raise

@@ -35,8 +35,8 @@ def test_one_damaged_status_does_not_hide_the_other_runs(
     (tmp_path / "b" / "status.json").write_text(damage, encoding="latin-1")
     assert main(["runs", "list", str(tmp_path)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("a ") and "failed" in out[0]
-    assert len(out) == 2 and f"{tmp_path}/b/status.json is not a run's status" in out[1]
+    assert out[1].startswith("a ") and "failed" in out[1]
+    assert len(out) == 3 and f"{tmp_path}/b/status.json is not a run's status" in out[2]
     assert main(["runs", "show", "b", "--folder", str(tmp_path)]) == 1
     assert "b/status.json" in capsys.readouterr().err
 
@@ -47,7 +47,7 @@ def test_fields_of_a_newer_version_are_passed_over(
     status = finished(tmp_path / "a") / "status.json"
     status.write_text(json.dumps({**json.loads(status.read_text()), "mood": "good"}))
     assert main(["runs", "list", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("a ")
+    assert "\na  " in capsys.readouterr().out
 
 
 def test_text_of_a_dataset_cannot_drive_the_terminal(

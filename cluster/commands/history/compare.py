@@ -81,11 +81,7 @@ def compare(paths: Sequence[Path], *, as_json: bool = False) -> int:
         "settings": differing([run.config for run in runs]),
         "result": _results(runs),
         "held-out accuracy by type": _by_type(runs),
-        f"training, mean of the last {LAST} steps": {
-            label: values
-            for name, label in TRAINING
-            if any(values := [run.recent(name) for run in runs])
-        },
+        f"training, mean of the last {LAST} steps": _training(runs),
     }
     if as_json:
         print(json.dumps({"runs": [run.name for run in runs], **parts}, indent=1))
@@ -165,6 +161,15 @@ def _print(runs: Sequence[Run], parts: Mapping[str, Mapping[str, Sequence[ReadOn
             print(f"\n{part}")
         for label, cells in rows.items():
             print(_row(f"  {label}", cells, first, widths))
+
+
+def _training(runs: Sequence[Run]) -> dict[str, list[ReadOnlyJson]]:
+    found: dict[str, list[ReadOnlyJson]] = {}
+    for name, label in TRAINING:
+        values: list[ReadOnlyJson] = [run.recent(name) for run in runs]
+        if any(value is not None for value in values):
+            found[label] = values
+    return found
 
 
 def _row(label: str, cells: Sequence[str], first: int, widths: Sequence[int]) -> str:

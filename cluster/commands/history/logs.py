@@ -5,45 +5,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from avatar_rl.cluster.telemetry.run_files import ENDED, read_status
+from avatar_rl.cluster.telemetry.run_logs import EVENTS, Tail, roles_of
 from avatar_rl.common.errors import ConfigError, DataError
 from avatar_rl.common.text import printable
 
-EVENTS = "events"
-#: Roles whose logs lie elsewhere in the run folder.
-ELSEWHERE = {"redis": Path("redis") / "redis.log", "judge": Path("judge.log")}
 LOOK_S = 0.5
-
-
-@dataclass
-class _Tail:
-    """A file that may grow: ``read`` gives its new whole lines."""
-
-    path: Path
-    offset: int = 0
-    torn: str = field(default="")
-
-    def read(self) -> list[str]:
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        self.offset += len(new)
-        *lines, self.torn = (self.torn + new.decode(errors="replace")).split("\n")
-        return lines
-
-
-def roles_of(run: Path) -> dict[str, Path]:
-    """The run's logs by role, events first; those that are empty are left out."""
-    found = {EVENTS: run / "events.jsonl"}
-    found |= {file.stem: file for file in sorted((run / "logs").glob("*.log"))}
-    found |= {role: run / path for role, path in ELSEWHERE.items()}
-    return {role: path for role, path in found.items() if path.is_file() and path.stat().st_size}
 
 
 def logs(run: Path, role: str | None, *, lines: int, follow: bool) -> int:
@@ -56,9 +25,9 @@ def logs(run: Path, role: str | None, *, lines: int, follow: bool) -> int:
     chosen = _chosen(run, role)
     if not chosen and not (follow and _is_going(run)):
         raise ConfigError(_no_log(run, role))
-    tails: dict[str, _Tail] = {}
+    tails: dict[str, Tail] = {}
     for name, path in chosen.items():
-        tails[name] = _Tail(path)
+        tails[name] = Tail(path)
         new = tails[name].read()
         if len(chosen) > 1:
             print(f"==> {name} <==")
@@ -67,21 +36,13 @@ def logs(run: Path, role: str | None, *, lines: int, follow: bool) -> int:
     while follow:
         going = _is_going(run)
         for name, path in _chosen(run, role).items():
-            tail = tails.setdefault(name, _Tail(path))
+            tail = tails.setdefault(name, Tail(path))
             for line in tail.read():
                 print(f"{name}  {_line(name, line)}", flush=True)
         if not going:
             return 0
         time.sleep(LOOK_S)
     return 0
-
-
-def last_lines(run: Path, count: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """(role, line) of the end of each worker's log whose role is ``wanted``."""
-    for role, path in roles_of(run).items():
-        if role != EVENTS and wanted(role):
-            for line in _Tail(path).read()[-count:]:
-                yield role, line
 
 
 def _chosen(run: Path, role: str | None) -> dict[str, Path]:

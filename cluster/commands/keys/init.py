@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 
 from avatar_rl.cluster.commands.doctor import shortcomings
-from avatar_rl.cluster.commands.doctor_plan import local_gpus
 from avatar_rl.cluster.commands.keys.schema import modeline
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import Architecture, architecture_of, decoder_of
+from avatar_rl.cluster.recipe.gpus import local_gpus
 from avatar_rl.cluster.recipe.load import find_recipe, load_recipe
 from avatar_rl.cluster.recipe.memory import (
     BFLOAT16,
