@@ -297,6 +297,17 @@ class OutputConfig(Section):
         description="fsspec URL (s3://bucket/path, file:///mnt/x) the run folder is copied to at "
         "the end.",
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"], ...] = Field(
+        ("tensorboard",),
+        description="Where metrics, settings and samples go beside the run folder, whose "
+        "TensorBoard files are always there. Each needs its package, avatar-rl[wandb] and so on; "
+        "one that cannot be reached costs a warning.",
+    )
+    project: str = Field("avatar-rl", description="Project or experiment of the trackers.")
+    metric_names: Literal["ours", "trl", "verl"] = Field(
+        "ours",
+        description="Trackers also get the metrics under TRL's or verl's names (docs/output.md).",
+    )
     prometheus_port: int | None = Field(
         None,
         ge=1,

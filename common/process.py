@@ -58,6 +58,17 @@ def name_log(role: str) -> None:
         print(f"{ROLE_MARK}{role}", file=stream, flush=True)
 
 
+def memory_metrics() -> dict[str, float]:
+    """Memory of this process, and the most that its GPU has held, in GiB."""
+    import psutil
+
+    found = {"memory/learner": psutil.Process().memory_info().rss / (1 << 30)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["memory/learner_gpu"] = torch.cuda.max_memory_allocated() / (1 << 30)
+    return found
+
+
 def _glibc(name: str) -> Callable[..., int] | None:
     """A function of glibc's own, where the C library has it."""
     try:

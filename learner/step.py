@@ -21,6 +21,7 @@ from torch import Tensor
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.buffer_service.weights.sender import WeightSender
 from avatar_rl.common.errors import DataError, ModelError
+from avatar_rl.common.process import memory_metrics
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, padded
 from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork, plan_step, truncated
@@ -354,6 +355,7 @@ class StepTrainer:
         metrics["tokens/trained"] = tokens
         busy = sum(value for name, value in seconds.items() if name != "learner_wait")
         metrics["learner/tokens_per_s"] = tokens / max(busy, 1e-9)
+        metrics |= memory_metrics()
         metrics["learner/skipped"] = float(self.skipped + self.unreadable)
         if isinstance(self.encoder, AheadEncoder):
             metrics |= self.encoder.metrics()

@@ -60,6 +60,11 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "",
             "Mean of one reward component over the fresh completions in which it is not masked.",
         ),
+        (
+            "reward_std/<component>",
+            "",
+            "Standard deviation of one reward component over the same completions.",
+        ),
         ("accuracy/train", "share", "Mean accuracy reward of the step's fresh completions."),
         ("accuracy/moving", "share", "Moving average of accuracy/train over the last 8 steps."),
         ("eval/accuracy", "share", "Held-out accuracy, mean over prompts."),
@@ -196,6 +201,8 @@ CATALOGUE: tuple[Metric, ...] = tuple(
         ),
         ("completions/truncated_share", "share", "Fresh completions cut off by the token limit."),
         ("completion/length_mean", "tokens", "Length of the fresh completions, mean."),
+        ("completion/length_min", "tokens", "Length of the shortest fresh completion."),
+        ("completion/length_max", "tokens", "Length of the longest fresh completion."),
         ("tokens/generated", "tokens", "Completion tokens generated so far."),
         (
             "tokens/trained",
@@ -240,6 +247,14 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Time to leave a copy of the learner's state outside the learner.",
         ),
         ("time/publish", "s", "Time to write and announce the new weights."),
+        ("prompts/seen", "prompts", "Prompts asked for training so far, repeats counted."),
+        ("memory/host", "GiB", "Memory in use on the driver's host, by all processes."),
+        ("memory/learner", "GiB", "Resident memory of the first learner rank."),
+        (
+            "memory/learner_gpu",
+            "GiB",
+            "Most memory that the first learner rank's GPU has held for tensors; on a GPU only.",
+        ),
         # judges, hints, bad prompts
         (
             "masked/<component>",

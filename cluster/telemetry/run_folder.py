@@ -218,6 +218,8 @@ class RunFolder:
                 rotate(path.parent, self.samples_bytes)
             except OSError as error:
                 self._trouble(error)
+        for sink in self._sinks:
+            sink.samples(step, kind, rows)
         return path
 
     def status(self, **changes: Unpack[StatusChanges]) -> RunStatus:
@@ -228,6 +230,10 @@ class RunFolder:
             self._status.updated = round(time.time(), 3)
             self._guarded(self.path / "status.json", self._status.model_dump_json(indent=1))
             return self._status.model_copy()
+
+    def send_to(self, sinks: Sequence[Sink]) -> None:
+        """Further sinks, from now on; they may write into the folder."""
+        self._sinks += sinks
 
     def phase(self, name: str) -> None:
         """What the run does now, for `avatar runs`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from avatar_rl.cluster.telemetry.metrics import describe
 from avatar_rl.common.errors import ResourceError
@@ -17,6 +17,9 @@ class Sink(Protocol):
     """Anything that wants each step's metrics as well (Prometheus, a user's tracker)."""
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+    def samples(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled completions (``Sample``); ``name`` is rollout or eval."""
 
     def close(self) -> None: ...
 
@@ -56,6 +59,9 @@ class PrometheusSink:
                     label, meaning, ["run"], registry=self._registry
                 ).labels(run=self.run_id)
             self._gauges[label].set(value)
+
+    def samples(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Prometheus takes numbers only."""
 
     def close(self) -> None:
         self._server.shutdown()

@@ -36,7 +36,8 @@ from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
-from avatar_rl.cluster.telemetry.sinks import PrometheusSink
+from avatar_rl.cluster.telemetry.sinks import PrometheusSink, Sink
+from avatar_rl.cluster.telemetry.trackers import Tracked, open_trackers
 from avatar_rl.cluster.telemetry.upload import open_target, upload
 from avatar_rl.cluster.training.evaluation import Evaluation, EvaluationRounds
 from avatar_rl.cluster.training.learning_watch import LearningWatch
@@ -123,7 +124,7 @@ def run_folder(
     config: RunConfig, path: Path, lock: RunLock, resumption: Resumption | None, screen: Screen
 ) -> Iterator[RunFolder]:
     """The locked run folder; at the end it says how the run ended, and holds the report."""
-    output, sinks = config.output, []
+    output, sinks = config.output, list[Sink]()
     if output.prometheus_port is not None:
         sinks.append(PrometheusSink(path.name, output.prometheus_port, output.prometheus_host))
     folder = open_folder(
@@ -135,6 +136,9 @@ def run_folder(
         sinks=sinks,
         samples_bytes=config.output.samples_mib << 20,
     )
+    told = Tracked.of(config, path)
+    names = output.metric_names
+    folder.send_to(open_trackers(output.trackers, told, metric_names=names, tell=screen.event))
     folder.config(config.model_dump(mode="json"))
     screen.on_phase = folder.phase
     try:

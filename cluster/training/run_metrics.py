@@ -6,6 +6,8 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
+import psutil
+
 from avatar_rl.buffer_service.stats import Stats
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.telemetry.metrics import under_old_names
@@ -42,6 +44,7 @@ class RunMetrics:
         self.stats = self.buffer.stats.checked()  # lost keys end the run here
         metrics |= self._buffer_metrics(self.stats) | self._rollout_metrics(seconds)
         metrics |= {"time/step": seconds, "step": float(step)}
+        metrics["memory/host"] = psutil.virtual_memory().used / (1 << 30)
         metrics |= under_old_names(metrics)
         self.last = metrics
         return metrics
@@ -68,6 +71,7 @@ class RunMetrics:
             "quarantined/prompts": float(stats.quarantined_prompts),
             "completions/generated": float(ledger.completions),
             "tokens/generated": float(ledger.tokens),
+            "prompts/seen": float(ledger.generated),
             "ledger/generated": float(ledger.generated),
             "ledger/trained_fresh": float(ledger.trained_fresh),
             "ledger/replay_only": float(ledger.replay_only),

@@ -324,9 +324,12 @@ def reward_metrics(fresh: Sequence[Trajectory]) -> dict[str, float]:
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        **{f"reward_std/{name}": float(np.std(values)) for name, values in parts.items() if values},
         **{f"masked/{name}": share for name, share in masked.items()},
         "accuracy/train": float(np.mean(parts["accuracy"])) if parts["accuracy"] else float("nan"),
         "completion/length_mean": float(lengths.mean()),
+        "completion/length_min": float(lengths.min()),
+        "completion/length_max": float(lengths.max()),
         "completions/truncated_share": float(np.mean([t.finish_reason == "length" for t in fresh])),
         "hints/visits": float(sum(trajectory.hinted for trajectory in fresh)),
     }
