@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -19,6 +19,14 @@ from avatar_rl.cluster.telemetry.screen import TRAINING, Screen, duration, numbe
 
 #: Wider terminals gain nothing from longer bars.
 MAX_WIDTH = 120
+#: Lines of a terminal with room for more than the essentials.
+TALL = 24
+#: Why a tier may be empty (docs/method.md 1.3).
+EMPTY = {
+    "easy": "Easy is empty: no prompt stands above the others yet, or is always solved",
+    "medium": "Medium is empty: prompts are always or never solved, nothing between",
+    "hard": "Hard is empty: no prompt stands below the others any more, or is never solved",
+}
 
 
 def open_screen(
@@ -43,7 +51,8 @@ class LiveScreen(Screen):
     def start(self) -> None:
         super().start()
         if self._live is None:
-            self._live = Live(View(self), console=self.console, refresh_per_second=4)
+            # a buffer of its own: a window that changes its size leaves no torn frames behind
+            self._live = Live(View(self), console=self.console, refresh_per_second=4, screen=True)
             self._live.start()
             atexit.register(self.stop)
 
@@ -57,6 +66,7 @@ class LiveScreen(Screen):
         if live is not None:
             live.stop()
             atexit.unregister(self.stop)
+            self.console.print(View(self))  # what stays on the terminal
 
     def _plain(self, line: str) -> None:
         """Nothing: the view shows it."""
@@ -79,6 +89,7 @@ class View:
                     Text(""),
                     self._facts(inner, glyphs, options.ascii_only),
                     *self._tiers(inner, glyphs),
+                    *([_facts_line(self.screen.metrics)] if console.height >= TALL else []),
                 ]
             room = max(0, min(5, console.height - 15 - 2 * len(body)))
             recent = list(self.screen.events)[-room:] if room else []
@@ -227,7 +238,27 @@ class View:
         for index, colour in enumerate(("green", "yellow", "magenta")):
             bar.append(glyphs[index] * (edges[index + 1] - edges[index]), style=f"not dim {colour}")
         bar.append(f"  {legend}", style="not dim")
-        return [Text(""), bar]
+        empty = [name for name, count in zip(names, known, strict=True) if not count]
+        reasons = [Text(f"             {EMPTY[name]}", style="dim") for name in empty[:1]]
+        return [Text(""), bar, *reasons]
+
+
+def _facts_line(metrics: Mapping[str, float]) -> Text:
+    """What an expert looks at first, where a line is left for it."""
+    parts = [
+        f"{label} {number(metrics.get(name), spec)}{unit}"
+        for name, label, spec, unit in (
+            ("lr", "lr", ".2g", ""),
+            ("grad_norm", "grad", ".2g", ""),
+            ("entropy", "entropy", ".2f", ""),
+            ("completion/length_mean", "length", ".0f", ""),
+            ("memory/learner_gpu", "GPU", ".1f", " GiB"),
+            ("memory/learner", "learner", ".1f", " GiB"),
+            ("memory/host", "host", ".1f", " GiB"),
+        )
+        if metrics.get(name) is not None
+    ]
+    return Text("  ".join(parts), style="dim", overflow="ellipsis", no_wrap=True)
 
 
 def held_up_by(learner_wait: float | None, rollout_wait: float | None) -> str:

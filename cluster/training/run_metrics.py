@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from avatar_rl.learner.step import StepReport
 
 MOVING = 8  # steps in accuracy/moving
+RATE_S = 5.0  # seconds over which rates are measured, at least
+TOTALS = ("tokens", "busy_s", "wait_s")
 
 
 class RunMetrics:
@@ -32,7 +35,10 @@ class RunMetrics:
         self.last: dict[str, float] = {}
         self.stats: Stats | None = None  # of the buffer, at the last step
         self._quarantined: set[str] = set()  # already in the events
-        self._rollout_totals = dict.fromkeys(("tokens", "busy_s", "wait_s"), 0.0)
+        #: Running totals of the rollout actors with their time, over the last seconds.
+        self._totals: deque[tuple[float, dict[str, float]]] = deque(
+            [(time.monotonic(), dict.fromkeys(TOTALS, 0.0))]
+        )
 
     def measure(self, step: int, report: StepReport, seconds: float) -> dict[str, float]:
         """The metrics of ``step`` (counted from 1), from rank 0's report and the buffer."""
@@ -86,15 +92,23 @@ class RunMetrics:
                 self._quarantined.add(name)
                 self.folder.event("prompt quarantined", f"{name}: {why}")
 
+    def _since(self, totals: dict[str, float]) -> dict[str, float]:
+        """The totals of ``RATE_S`` ago, or of the step before where that is longer ago; ``totals``
+        are those of now. Actors tell theirs once a second, so a short step alone may show none."""
+        now = time.monotonic()
+        while len(self._totals) > 1 and now - self._totals[1][0] >= RATE_S:
+            self._totals.popleft()
+        self._totals.append((now, totals))
+        return self._totals[0][1]
+
     def _rollout_metrics(self, seconds: float) -> dict[str, float]:
         """Rates since the last step, from the actors' own running totals."""
         values = [
             self.buffer.control.get_value(f"rollout/{name}") for name in self.fleet.pool.rollouts
         ]
         known = [value for value in values if value]
-        before = self._rollout_totals
-        totals = {name: float(sum(value[name] for value in known)) for name in before}
-        self._rollout_totals = totals
+        totals = {name: float(sum(value[name] for value in known)) for name in TOTALS}
+        before = self._since(totals)
         gained = {name: max(0.0, totals[name] - before[name]) for name in totals}
         busy = gained["busy_s"] + gained["wait_s"]
         if busy <= 0:

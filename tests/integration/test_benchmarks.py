@@ -49,6 +49,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "padding_share",
     ),
     "loading": ("host_share_ratio", "whole_load_ratio"),
+    "mistakes": ("tried", "named", "slow", "longest_s", "median_s"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),

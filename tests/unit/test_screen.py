@@ -197,6 +197,35 @@ def test_interrupt_gives_the_terminal_back() -> None:
     assert screen.phases[-1].ended is not None
 
 
+def test_the_live_view_has_a_buffer_of_its_own_and_leaves_its_last_frame() -> None:
+    screen, file, clock = make(live=True)
+    with screen:
+        train(screen, clock)
+    text = shown(file)
+    opened, closed = text.index("\x1b[?1049h"), text.rindex("\x1b[?1049l")
+    assert opened < closed and "step 12/120" in text[closed:]
+
+
+def test_the_run_is_named_before_anything_else() -> None:
+    for live in (False, True):
+        screen, file, _ = make(live=live)
+        screen.run(Path("runs/toy-20260101-000000-000000"))
+        said = view(screen) if live else shown(file)
+        assert "toy-20260101-000000-000000" in said
+
+
+def test_an_empty_tier_is_explained_and_more_is_shown_where_there_is_room() -> None:
+    screen, _, clock = make(live=True)
+    train(screen, clock)
+    assert "is empty" not in view(screen)
+    screen.update({"tiers/hard": 0.0, "lr": 2e-4, "grad_norm": 1.5, "memory/host": 3.25})
+    text = view(screen)
+    assert "Hard is empty: no prompt stands below" in text
+    assert "lr 0.0002  grad 1.5  host 3.2 GiB" in text
+    screen.console.height = 20
+    assert "grad 1.5" not in view(screen)
+
+
 def test_markup_in_events_is_text() -> None:
     screen, file, _ = make()
     screen.event("prompt [bold]x[/nothing] failed")
