@@ -66,7 +66,7 @@ class Services:
 
     Args:
         config: The recipe.
-        data_dir: Where an embedded Redis and a judge's server write.
+        data_dir: Where an embedded Redis, a judge's server and the logs of workers are written.
         needs: CPUs and GPUs of the actors; those of the recipe's training unless given.
     """
 
