@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
+from avatar_rl.actors.vllm_arguments import check_arguments
 from avatar_rl.common.config import Section
 
 
@@ -147,6 +148,17 @@ class EngineConfig(Section):
         "prefilled again); drain: new weights wait until the engine is idle.",
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine; ignored on a GPU.")
+    vllm: dict[str, JsonValue] = Field(
+        {},
+        description="Further arguments of vLLM's EngineArgs, such as `enable_expert_parallel: "
+        "true`. Those that this project decides are refused.",
+    )
+
+    @field_validator("vllm")
+    @classmethod
+    def _check_arguments(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        check_arguments(given)
+        return given
 
     def dtype_on(self, device: str) -> str:
         """``dtype``, resolved for "cpu" or "cuda"."""

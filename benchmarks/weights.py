@@ -24,13 +24,14 @@ import torch
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
-from avatar_rl.buffer_service.weights.receiver import WeightReceiver
+from avatar_rl.buffer_service.weights.receiver import WeightReceiver, is_finite
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightStore
 from benchmarks.harness import Figures, parser
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
+CHECKED_BYTES = 128 << 20  # beyond any cache
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
@@ -47,9 +48,7 @@ class Source:
         torch.set_num_threads(1)
         self.weights = {f"w{i}": torch.rand(size // 4 // TENSORS) for i in range(TENSORS)}
         self.outbox = Outbox(weight_store)
-        self.sender = WeightSender(
-            {name: name for name in self.weights}, self.outbox, dtype="float32"
-        )
+        self.sender = WeightSender(self.weights, self.outbox, dtype="float32")
         self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
 
     def publish(self, version: int) -> tuple[float, float]:
@@ -57,7 +56,7 @@ class Source:
         for tensor in self.weights.values():
             tensor[0] = float(version)
         start = time.monotonic()
-        self.sender.publish(version, self.weights)
+        self.sender.publish(version, [self.weights])
         self.buffer.replay.publish_version(version)
         return start, time.monotonic() - start
 
@@ -151,6 +150,27 @@ def measure(name: str, size: int, readers: int, rounds: int, url: str, figures: 
     )
 
 
+def measure_check(size: int, rounds: int, figures: Figures) -> None:
+    """The check of an update for NaN and infinity against one reading of the same bytes, by
+    turns."""
+    torch.set_num_threads(1)
+    weights = torch.randn(size // 2).to(torch.bfloat16)
+    seconds: dict[str, list[float]] = {"check": [], "aminmax": []}
+    for turn in range(1 + 2 * rounds):
+        for name, read in (("check", is_finite), ("aminmax", torch.aminmax)):
+            start = time.perf_counter()
+            read(weights)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    check, floor = (min(values) for values in seconds.values())
+    figures.add(
+        {
+            "finite_check_ratio": floor / check,
+            "finite_check_gb_per_s": size / 1e9 / check,
+        }
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--rounds", type=int, default=5)
@@ -161,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.rounds, options.only, readers_of, store_bytes = 1, "400kb", (2,), 128 << 20
     os.environ.setdefault("RAY_worker_niceness", "0")
     figures = Figures("weights", options.out)
+    measure_check(CHECKED_BYTES, options.rounds, figures)
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as redis:
         ray.init(
             num_cpus=2,

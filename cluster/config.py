@@ -381,12 +381,14 @@ class ProbeConfig(Section):
     """The parity probe: rollout and learner must agree about tokens and log-probabilities before
     training."""
 
-    prompts: int = Field(4, ge=0, description="Prompts probed at start; 0 switches the probe off.")
+    prompts: int = Field(
+        4, ge=0, description="Prompts probed at start; 0: neither then nor after each step."
+    )
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest allowed log-probability difference; null: 1e-4 in float32, 0.3 in "
-        "bfloat16.",
+        description="Allowed log-probability difference of 99 in 100 tokens; any prompt's average "
+        "may be a quarter of it; null: 1e-4 in float32, 0.3 in bfloat16.",
     )
 
 
@@ -439,7 +441,7 @@ class RunConfig(Section):
         if self.loop.target_accuracy is not None and self.evaluation.every == 0:
             yield "loop.target_accuracy is checked at evaluations: set evaluation.every above 0"
         split, gpus = self.rollout.engine.tensor_parallel_size, self.resources.rollout_gpus
-        if split > 1 and gpus != split:
+        if split > 1 and gpus != split and self.rollout.engine.device != "cpu":
             yield (
                 f"rollout.engine.tensor_parallel_size {split} needs resources.rollout_gpus "
                 f"{split}, which is {gpus}"

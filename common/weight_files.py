@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from avatar_rl.common.errors import ModelError
 
@@ -21,6 +23,21 @@ SINGLE = "model.safetensors"
 #: Weights that are no checkpoint of a model.
 _OTHERS = re.compile(r"(adapter|optimizer|scheduler|ema|consolidated).*", re.IGNORECASE)
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
+
+
+class TensorHeader(NamedTuple):
+    """A tensor of a checkpoint, as its file describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: F32, BF16, I64
+
+    @property
+    def floats(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,18 @@ class WeightFiles:
         found: dict[Path, list[str]] = {file: [] for file in self.files}
         for name, file in self.tensors.items():
             found[file].append(name)
+        return found
+
+    def headers(self) -> dict[str, TensorHeader]:
+        """Shapes and types of all tensors; no values are read."""
+        from safetensors import safe_open
+
+        found: dict[str, TensorHeader] = {}
+        for file, names in self.by_file().items():
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    header = tensors.get_slice(name)
+                    found[name] = TensorHeader(tuple(header.get_shape()), header.get_dtype())
         return found
 
 

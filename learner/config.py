@@ -23,6 +23,7 @@ TasShape = Literal["parabolic", "uniform", "linear_decay", "linear_incline", "in
 TasNormalize = Literal["none", "unit_mean"]
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16"]
+RouterMode = Literal["frozen", "trained", "balanced"]
 MismatchCorrection = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
 ]
@@ -305,6 +306,14 @@ class LearnerConfig(Section):
     )
     embeddings: EmbeddingsConfig = Field(
         EmbeddingsConfig(), description="Media through frozen towers, once."
+    )
+    router: RouterMode = Field(
+        "frozen",
+        description="Of mixtures of experts: frozen keeps the routers' weights, trained lets them "
+        "learn, balanced does so with an auxiliary loss that spreads tokens over the experts.",
+    )
+    router_balance: float = Field(
+        1e-3, ge=0, description="Weight of that loss; read with `router: balanced` only."
     )
     reference_cache: int = Field(
         20_000, ge=0, description="Trajectories whose reference log-probs are remembered."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
@@ -326,27 +326,37 @@ class TrainEngine:
     def score(self, batch: MicroBatch) -> PolicyOutput:
         return self.engine(batch.to(self.device))
 
-    @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The parameters themselves, whole, by our names, inside the ``with``. A head that is tied
-        to the embeddings is there under both names. Collective under ZeRO-3."""
-        with contextlib.ExitStack() as stack:
-            if self.config.zero_stage >= 3:
-                import deepspeed
+    def whole_weights(
+        self, parts: Sequence[Sequence[str]] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The policy's own tensors, whole, by our names: those of one part, and then of the next.
 
-                stack.enter_context(
-                    deepspeed.zero.GatheredParameters(list(self.policy.parameters()))
-                )
-            yield {
-                name.removeprefix("model."): p.detach()
-                for name, p in self.policy.named_parameters(remove_duplicate=False)
-            }
+        Without ``parts`` all come at once. Parameters and persistent buffers; a head that is tied
+        to the embeddings is there under both names. Collective under ZeRO 3, where a part is
+        gathered for as long as it is looked at: every rank must go through all parts.
+        """
+        tensors = {
+            name.removeprefix("model."): tensor
+            for name, tensor in self.policy.state_dict(keep_vars=True).items()
+        }
+        for part in [list(tensors)] if parts is None else parts:
+            with contextlib.ExitStack() as stack:
+                if self.config.zero_stage >= 3:
+                    import deepspeed
+
+                    gathered = {id(tensors[name]): tensors[name] for name in part}
+                    parameters = [t for t in gathered.values() if isinstance(t, nn.Parameter)]
+                    stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+                yield {name: tensors[name].detach() for name in part}
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
         """A copy of all weights on the CPU, by our names. Collective under ZeRO-3: call it on every
         rank, with ``keep`` where the copy is wanted; it is empty on the others."""
-        with self.whole_weights() as weights:
-            return {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
+        found: dict[str, Tensor] = {}
+        for weights in self.whole_weights():
+            if keep:
+                found |= {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        return found
 
     def save(self, folder: Path, tag: str) -> None:
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"updates": self.updates})

@@ -30,12 +30,13 @@ from avatar_rl.learner.batch.plan import StepSource
 from avatar_rl.learner.engine import TrainEngine, deepspeed_config, init_distributed
 from avatar_rl.learner.media.ahead import AheadEncoder, Lookahead
 from avatar_rl.learner.media.opening import MediaSetting, node_share, open_encoder
-from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model, recompute_activations
-from avatar_rl.learner.model.names import checkpoint_names, published_names
+from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sharded_load import load_in_shares
+from avatar_rl.learner.publication import Publication
 from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
@@ -91,6 +92,9 @@ class LearnerRank:
 
     engine: TrainEngine  # this and what follows are there after ``setup``
     replicator: StateReplicator
+    names: NameMap
+    routers: Routers
+    publication: Publication
     heap: HeapTrimmer
     lookahead: Lookahead  # only with the embedding store
 
@@ -109,7 +113,6 @@ class LearnerRank:
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
         )
         self.outbox = Outbox(weight_store)
-        self.sender: WeightSender | None = None  # rank 0's
         self.cold_start: ColdStart | None = None
         self.trainer: StepTrainer | None = None  # of a rank that is no cold start
 
@@ -152,13 +155,8 @@ class LearnerRank:
         self.replicator = StateReplicator(
             self.engine, self.rank, self.state_replica, max_bytes=spec.replica_bytes
         )
-        names = [
-            name.removeprefix("model.")
-            for name, _ in policy.named_parameters(remove_duplicate=False)
-        ]
-        if self.rank == 0:
-            published = published_names(names, checkpoint_names(spec.model))
-            self.sender = WeightSender(published, self.outbox, dtype=dtype)
+        sender = WeightSender(self.names.layout, self.outbox, dtype=dtype)
+        self.publication = Publication(self.engine, self.names, sender if self.rank == 0 else None)
         if spec.sft is not None:
             prompts = list(self.prompts)
             self.cold_start = ColdStart(
@@ -211,6 +209,8 @@ class LearnerRank:
             model = load_in_shares(spec.model, dtype=dtype, deepspeed_config=config)
         else:
             model = load_model(spec.model, dtype=dtype)
+        self.names = NameMap.of(model, spec.model)
+        self.routers = Routers(model, spec.learner.router, spec.learner.router_balance)
         if spec.learner.gradient_checkpointing:
             recompute_activations(model)
         return Policy(model)
@@ -242,7 +242,8 @@ class LearnerRank:
             self.replicator,
             reference=reference,
             source=source,
-            sender=self.sender,
+            publication=self.publication,
+            routers=self.routers,
         )
 
     def sft(self, first: int, count: int) -> SftReport:
@@ -282,9 +283,7 @@ class LearnerRank:
 
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
-        weights = self.engine.state_dict(keep=self.rank == 0)
-        if self.sender is not None:
-            export_checkpoint(self.sender.rename(weights), self.spec.model, path)
+        self.publication.export(self.spec.model, path)
         return str(path)
 
     def publish_again(self, version: int | None = None) -> int:
@@ -294,10 +293,8 @@ class LearnerRank:
         this number. Returns the version.
         """
         if version is None:
-            return self.sender.put_again() if self.sender is not None else 0
-        with self.engine.whole_weights() as weights:
-            if self.sender is not None:
-                self.sender.publish(version, weights)
+            return self.publication.put_again()
+        self.publication.publish(version)
         return version
 
 

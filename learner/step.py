@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avatar_rl.buffer_service.records.trajectory import Trajectory
-from avatar_rl.buffer_service.weights.sender import WeightSender
 from avatar_rl.common.errors import DataError, ModelError
 from avatar_rl.common.process import memory_metrics
 from avatar_rl.common.types import JsonObject
@@ -29,10 +28,12 @@ from avatar_rl.learner.engine import TrainEngine, lr_at
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.objective.loss import policy_loss
 from avatar_rl.learner.objective.shaping import tas_weights
 from avatar_rl.learner.objective.step_metrics import StepMetrics, reward_metrics
 from avatar_rl.learner.old_logprobs import OldLogprobs
+from avatar_rl.learner.publication import Publication
 from avatar_rl.learner.samples import SampleRecorder
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
@@ -67,7 +68,7 @@ class PhaseTimer:
 
 @dataclass
 class StepTrainer:
-    """Trains one rank's share of every step. ``source`` and ``sender`` are rank 0's."""
+    """Trains one rank's share of every step. ``source`` is rank 0's."""
 
     spec: LearnerSpec
     rank: int
@@ -78,11 +79,14 @@ class StepTrainer:
     replicator: StateReplicator
     reference: ReferencePolicy | None = None
     source: StepSource | None = None
-    sender: WeightSender | None = None
     recorder: SampleRecorder | None = None  # of a step whose completions are shown
+    publication: Publication | None = None  # None: steps are trained by hand, one by one
+    routers: Routers | None = None
     moves: int = 0  # grows whenever this rank gets somewhere
     skipped: int = 0  # micro-batches and updates of all ranks and steps that were left out
     unreadable: int = 0  # completions likewise, see ``StepMetrics``
+    #: The policy version that is trained, where its weights came to the engines by an update.
+    generating: int | None = None
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     _old: OldLogprobs | None = None  # of the step that is trained
 
@@ -114,14 +118,16 @@ class StepTrainer:
         standing = self.source.standing(work) if self.source and self.recorder else {}
         for number in range(updates):
             plan = self.plan(work.update(number, updates))
+            # Version 0 is what the parity probe compares; a second update has moved the weights.
+            self.generating = work.version if number == 0 and work.version > 0 else None
             self.forward_backward(plan, step_metrics)
             self.old.share()
             grad_norm = self._optimizer_step(plan, lr, step_metrics)
         with self.timer("replicate"):
             self.replicator.replicate(work.version + 1)
         self._move()
-        with self.timer("publish"), self.engine.whole_weights() as weights:
-            self._publish_and_commit(work, weights)
+        with self.timer("publish"):
+            self._publish_and_commit(work)
         gathered = self._gather(step_metrics)
         self._gather_samples()
         self._count_skipped(gathered)
@@ -260,12 +266,36 @@ class StepTrainer:
         )
         if torch.isfinite(result.loss):
             step_metrics.add(result, output.entropy, [t.prompt_id for t in chosen])
+            self._compare(chosen, plan.is_replay[indices], output.logprobs, step_metrics)
         else:
             finite = torch.isfinite(result.rows).tolist()
             culprits = [t.id for t, fine in zip(chosen, finite, strict=True) if not fine]
             log.warning("micro-batch skipped: the loss of trajectories %s is not finite", culprits)
             step_metrics.skip(culprits)
-        return result.loss
+        if self.routers is None:
+            return result.loss
+        # The mean of the routers' loss over the step's completions.
+        return result.loss + self.routers.loss() * (len(indices) / len(plan.trajectories))
+
+    def _compare(
+        self,
+        chosen: Sequence[Trajectory],
+        is_replay: Tensor,
+        logprobs: Tensor,
+        step_metrics: StepMetrics,
+    ) -> None:
+        """Engine against learner where both had the same weights."""
+        version = self.generating
+        rows = [
+            i
+            for i, trajectory in enumerate(chosen)
+            if not is_replay[i] and any(v == version for v, _ in trajectory.versions)
+        ]
+        if version is not None and rows:
+            ours = logprobs[rows].detach().float().cpu().numpy()
+            fresh = [chosen[i] for i in rows]
+            cut = [row[: len(t.token_ids)] for row, t in zip(ours, fresh, strict=True)]
+            step_metrics.add_on_policy(fresh, cut, version)
 
     def _optimizer_step(self, plan: StepPlan, lr: float, step_metrics: StepMetrics) -> float:
         """Update the weights; the gradient's norm before clipping, inf where it was not finite.
@@ -288,11 +318,12 @@ class StepTrainer:
         self._move()
         return grad_norm
 
-    def _publish_and_commit(self, work: StepWork, weights: dict[str, Tensor]) -> None:
+    def _publish_and_commit(self, work: StepWork) -> None:
         """Weights first, then the version that announces them: a rollout actor that sees the number
         has only to wait for a copy."""
-        if self.source is not None and self.sender is not None:
-            self.sender.publish(work.version + 1, weights)
+        assert self.publication is not None
+        self.publication.publish(work.version + 1)
+        if self.source is not None:
             self.source.commit(work)
 
     def _gather(self, step_metrics: StepMetrics) -> StepMetrics:

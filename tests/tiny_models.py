@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def build_vision_language(out: Path, kind: str) -> Path:
     checkpoint."""
     import transformers as hf
 
-    tokenizer = _tokenizer(kind)
+    tokenizer = byte_tokenizer({} if kind == "qwen3" else VISION)
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in VISION.items()}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
     text = {
@@ -211,20 +212,20 @@ def build_vision_language(out: Path, kind: str) -> Path:
     return out
 
 
-def _tokenizer(kind: str) -> Any:
-    """One token per byte, and the special tokens."""
+def byte_tokenizer(named: Mapping[str, str]) -> Any:
+    """One token per byte, the usual special tokens and those of media, ``named`` as processors
+    look for them."""
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    named = {} if kind == "qwen3" else VISION
     tokenizer = Qwen2Tokenizer(
         vocab={byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))},
         merges=[],
         eos_token=END,
         pad_token=PAD,
         unk_token=PAD,
-        extra_special_tokens=named or None,
+        extra_special_tokens=dict(named) or None,
     )
     special = [PAD, "<|im_start|>", END, *named.values()]
     tokenizer.add_tokens(
@@ -241,7 +242,9 @@ def load_reference(folder: Path) -> Any:
     kind = hf.AutoConfig.from_pretrained(folder).model_type
     classes = {
         "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+        "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
         "qwen3": "AutoModelForCausalLM",
+        "gemma3_text": "AutoModelForCausalLM",
     }
     name = classes.get(kind, "AutoModelForImageTextToText")
     return getattr(hf, name).from_pretrained(folder, dtype=torch.float32).eval()

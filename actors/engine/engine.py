@@ -24,6 +24,7 @@ from torch import Tensor
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.launch import (
+    check_heads,
     engine_arguments,
     forbidden_token_ids,
     model_kind,
@@ -85,6 +86,7 @@ class RolloutEngine:
         path = Path(model_path)
         kind = model_kind(path)
         self.device = pick_device(config)
+        check_heads(path, config.tensor_parallel_size)
         self._contract = WeightContract(path)
         if RolloutEngine._occupied:
             raise ResourceError(
@@ -271,7 +273,7 @@ class RolloutEngine:
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.reset_encoder_cache()
         try:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            self._engine.collective_rpc("adopt_weights", args=(checked,))
         except Exception as error:
             self._broken = f"loading policy version {version} failed half-way: {error}"
             raise ModelError(f"{self._broken}; close this engine and start a new one") from error

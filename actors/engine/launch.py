@@ -38,11 +38,30 @@ def pick_device(config: EngineConfig) -> str:
             "engine.device is cuda but torch sees no GPU: check the driver, or set device to cpu"
         )
     device = config.device if config.device != "auto" else ("cuda" if sees_gpu() else "cpu")
-    if device == "cpu" and config.tensor_parallel_size > 1:
+    if device == "cuda" and config.tensor_parallel_size > torch.cuda.device_count():
         raise ResourceError(
-            f"tensor_parallel_size {config.tensor_parallel_size} needs GPUs: set it to 1 on a CPU"
+            f"tensor_parallel_size {config.tensor_parallel_size} needs as many GPUs in the actor, "
+            f"which sees {torch.cuda.device_count()}: lower it, or raise resources.rollout_gpus"
         )
     return device
+
+
+def check_heads(model_path: Path, shares: int) -> None:
+    """Raises ModelError when the attention heads of a model do not divide by ``shares``."""
+    settings = json.loads((model_path / "config.json").read_text())
+    while "text_config" in settings or "thinker_config" in settings:
+        settings = settings.get("thinker_config") or settings["text_config"]
+    heads = settings.get("num_attention_heads")
+    if not isinstance(heads, int):
+        return
+    pairs = settings.get("num_key_value_heads") or heads  # of keys and values; may be copied, too
+    fitting = [n for n in range(1, heads + 1) if not heads % n and (not pairs % n or not n % pairs)]
+    if shares not in fitting:
+        raise ModelError(
+            f"model folder {model_path}: {heads} attention heads ({pairs} of keys and values) do "
+            f"not divide by tensor_parallel_size {shares}: set it to one of "
+            f"{', '.join(map(str, fitting))}"
+        )
 
 
 def prepare_environment(config: EngineConfig, device: str) -> None:
@@ -121,7 +140,8 @@ def engine_arguments(
         arguments |= {"enable_chunked_prefill": False, "skip_mm_profiling": True}
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
-    return arguments | {name: size for name, size in sizes.items() if size is not None}
+    arguments |= {name: size for name, size in sizes.items() if size is not None}
+    return arguments | config.vllm
 
 
 def model_kind(model_path: Path) -> str:

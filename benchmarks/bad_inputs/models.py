@@ -18,7 +18,7 @@ from torch import nn
 from avatar_rl.buffer_service.weights.receiver import WeightContract
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.model.load import load_model
-from avatar_rl.learner.model.names import checkpoint_names, published_names
+from avatar_rl.learner.model.names import NameMap
 from avatar_rl.prompts.config import MediaConfig, TemplateConfig
 from avatar_rl.prompts.encoding.template import PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
@@ -200,7 +200,7 @@ def other_checkpoint(folder: Path) -> str:
     """Names of one model against the checkpoint of another."""
     with torch.device("meta"):
         model: nn.Module = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=32, n_head=2))
-    published_names([n for n, _ in model.named_parameters()], checkpoint_names(kept(text_model)))
+    NameMap.of(model, kept(text_model))
     return ""
 
 

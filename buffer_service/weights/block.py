@@ -31,8 +31,8 @@ class WeightBlock:
     """Host memory for one version of some weights, laid out once and filled again and again."""
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-        """Room for tensors like ``weights``, those of a floating type as ``dtype`` if one is
-        given."""
+        """Room for tensors like ``weights``, which may be on the meta device; those of a floating
+        type as ``dtype`` if one is given."""
         self._manifest: Manifest = {
             name: (
                 tuple(tensor.shape),
@@ -42,13 +42,13 @@ class WeightBlock:
         }
         offsets, size = _layout(self._manifest)
         self._data: NDArray[np.uint8] = np.zeros(size, dtype=np.uint8)
-        self._places = list(_views(self._manifest, offsets, self._data).values())
+        self._places = _views(self._manifest, offsets, self._data)
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies and casts ``weights``, of the same names and shapes and from any device, over what
-        was here."""
-        torch._foreach_copy_(self._places, [weights[name] for name in self._manifest])
+        """Copies and casts ``weights``, some or all, from any device, over what was here. Their
+        shapes are those of the block."""
+        torch._foreach_copy_([self._places[name] for name in weights], list(weights.values()))
 
     def message(self, version: int) -> WeightMessage:
         """What is here as ``version``, ready to travel. Nothing is copied: fill the block again

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from avatar_rl.buffer_service.store import ReplayBuffer
@@ -169,14 +168,7 @@ class WeightContract:
     """
 
     def __init__(self, model_path: Path) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.floats: dict[str, bool] = {}
-        for file, names in WeightFiles.find(model_path).by_file().items():
-            with safe_open(file, framework="pt") as tensors:
-                for name in names:
-                    header = tensors.get_slice(name)
-                    self.shapes[name] = tuple(header.get_shape())
-                    self.floats[name] = header.get_dtype().startswith(("F", "BF"))
+        self.headers = WeightFiles.find(model_path).headers()
 
     def check(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
         """The update as a list, proven complete; one that is proven already as it is. Reads every
@@ -191,8 +183,8 @@ class WeightContract:
             if name in given:
                 raise ModelError(f"weight update refused: tensor {name!r} comes twice")
             given[name] = tensor
-        missing = [name for name in self.shapes if name not in given and is_trained(name)]
-        unknown = [name for name in given if name not in self.shapes]
+        missing = [name for name in self.headers if name not in given and is_trained(name)]
+        unknown = [name for name in given if name not in self.headers]
         if missing or unknown:
             raise ModelError(
                 f"weight update refused: {len(missing)} tensors missing (first "
@@ -202,19 +194,19 @@ class WeightContract:
                 "publish every tensor under its published name"
             )
         for name, tensor in given.items():
-            if tuple(tensor.shape) != self.shapes[name]:
+            shape, floats = self.headers[name].shape, self.headers[name].floats
+            if tuple(tensor.shape) != shape:
                 raise ModelError(
                     f"weight update refused: {name!r} has shape {tuple(tensor.shape)}, the "
-                    "checkpoint "
-                    f"{self.shapes[name]}; was another model published?"
+                    f"checkpoint {shape}; was another model published?"
                 )
-            if tensor.is_floating_point() != self.floats[name]:
-                kind = "a float" if self.floats[name] else "an integer"
+            if tensor.is_floating_point() != floats:
+                kind = "a float" if floats else "an integer"
                 raise ModelError(
                     f"weight update refused: {name!r} is {tensor.dtype}, the checkpoint has "
                     f"{kind} type"
                 )
-            if self.floats[name] and not _finite(tensor):
+            if floats and not is_finite(tensor):
                 raise ModelError(
                     f"weight update refused: {name!r} holds NaN or infinity; look at the "
                     "learner's loss"
@@ -222,9 +214,10 @@ class WeightContract:
         return ProvenWeights(given.items())
 
 
-def _finite(tensor: Tensor) -> bool:
-    # NaN and infinity survive a sum, which reads once and writes nothing; the exact test only
-    # settles an overflow.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(
-        torch.isfinite(tensor).all()
-    )
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinity; reads it once, writes nothing."""
+    if tensor.numel() == 0:
+        return True
+    # Both survive in the extremes, which torch finds at the memory's speed in every type; a sum
+    # in float32 of bfloat16 takes 20 times as long.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

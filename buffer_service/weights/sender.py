@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -100,53 +100,55 @@ class Outbox:
 
 
 class WeightSender:
-    """Names, casts, copies, checksums and hands over one full set of weights per version. Runs on
-    rank 0.
+    """Casts, copies, checksums and hands over one full set of weights per version. Runs on rank 0.
 
-    ``names`` maps our parameter names to published ones (``published_names``); others are left out.
+    ``layout``: tensors like those that will be published, on the meta device, by their published
+    names.
     """
 
-    def __init__(self, names: Mapping[str, str], outbox: Outbox | None, *, dtype: str) -> None:
-        self.names = names
+    def __init__(self, layout: Mapping[str, Tensor], outbox: Outbox, *, dtype: str) -> None:
+        self.layout = layout
         self.outbox = outbox
         self.dtype = DTYPES[dtype]
         # Two: one to write to, and one that the weight store may still read, or read again.
         self._blocks: list[WeightBlock] = []
         self._turn = threading.Lock()
 
-    def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors under their published names, in the serving dtype."""
-        return {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self._published(weights).items()
-        }
+    def publish(self, version: int, parts: Iterable[Mapping[str, Tensor]]) -> int:
+        """Offer ``version`` to the weight store and return its bytes. ``parts`` are published
+        tensors, all of them in any portions. They may be the parameters themselves: they are copied
+        here, and may change as soon as this returns.
 
-    def publish(self, version: int, weights: Mapping[str, Tensor]) -> int:
-        """Offer ``version`` to the weight store and return its bytes. ``weights`` may be the
-        parameters themselves: they are copied here, and may change as soon as this returns.
-
-        Raises ModelError when the weight store does not take the version before.
+        Raises ModelError when tensors are missing or unknown, or the weight store does not take the
+        version before.
         """
-        assert self.outbox is not None
         with self._turn:
             self.outbox.await_taken()  # so nobody reads the version before the last
-            block = self._other_block(published := self._published(weights))
-            block.fill(published)
+            block, left = self._other_block(), set(self.layout)
+            for part in parts:
+                if strangers := part.keys() - left:
+                    raise ModelError(
+                        f"version {version}: {min(strangers)!r} is not in the published "
+                        "checkpoint, or comes twice"
+                    )
+                block.fill(part)
+                left -= part.keys()
+            if left:
+                raise ModelError(
+                    f"version {version} lacks {len(left)} tensors, first {min(left)!r}"
+                )
             self.outbox.put(block.message(version))
         return block.nbytes
 
     def put_again(self) -> int:
         """Offer the last published version to a weight store that lost it; its number, 0 where
         there is none."""
-        return self.outbox.put_again() if self.outbox is not None else 0
+        return self.outbox.put_again()
 
-    def _published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.names[name]: tensor for name, tensor in weights.items() if name in self.names}
-
-    def _other_block(self, weights: Mapping[str, Tensor]) -> WeightBlock:
+    def _other_block(self) -> WeightBlock:
         """The block that was not filled last."""
         if len(self._blocks) < 2:
-            self._blocks.append(WeightBlock(weights, self.dtype))
+            self._blocks.append(WeightBlock(self.layout, self.dtype))
         else:
             self._blocks.reverse()
         return self._blocks[-1]

@@ -175,6 +175,13 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Groups of the step that taught nothing and gave way to another prompt's "
             "(loop.dynamic_sampling). Rewards and lengths count them, losses do not.",
         ),
+        (
+            "mismatch/on_policy",
+            "nats",
+            "Engine against learner on tokens generated with the very weights that are trained: "
+            "mean difference of a log-probability. Rounding, unless an update went wrong.",
+        ),
+        ("mismatch/on_policy_tokens", "tokens", "How many such tokens the step had."),
         ("replay/share", "share", "Replayed trajectories among all that were trained."),
         ("age/replay/mean", "versions", "Age of the replayed trajectories, mean."),
         ("age/replay/max", "versions", "Age of the oldest replayed trajectory."),

@@ -12,6 +12,7 @@ from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluation import EvaluationRounds
 from avatar_rl.cluster.training.learning_watch import LearningWatch
+from avatar_rl.cluster.training.parity import check_adopted
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Supervisor
@@ -36,6 +37,7 @@ class TrainingRun:
     train_pool: EvaluationRounds  # of the training prompts
     supervisor: Supervisor  # looks after all processes, takes the checkpoints
     metrics: RunMetrics
+    tolerance: float | None  # of log-probabilities between engine and learner; None: any
     learning: LearningWatch  # ends a run that trains on nothing
     folder: RunFolder
     screen: Screen
@@ -96,11 +98,14 @@ def train_step(run: TrainingRun, step: int) -> tuple[StepReport, float]:
 def log(run: TrainingRun, step: int, report: StepReport, seconds: float) -> None:
     """Metrics of a finished step to run folder and screen; the fleet's size follows them.
 
-    Raises NothingLearntError where they show a run that cannot learn.
+    Raises NothingLearntError where they show a run that cannot learn, and ModelError where rollouts
+    do not sample from what is trained.
     """
     metrics = run.metrics.measure(step, report, seconds)
     run.fleet.autoscale(metrics)
     run.metrics.write(step, metrics, report)
+    if run.tolerance is not None:
+        check_adopted(metrics, run.tolerance)
     if run.metrics.stats is not None:
         run.learning.look(metrics, run.metrics.stats)
 

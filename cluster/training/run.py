@@ -42,7 +42,7 @@ from avatar_rl.cluster.telemetry.upload import open_target, upload
 from avatar_rl.cluster.training.evaluation import Evaluation, EvaluationRounds
 from avatar_rl.cluster.training.learning_watch import LearningWatch
 from avatar_rl.cluster.training.loop import TrainingRun, train
-from avatar_rl.cluster.training.parity import probe_parity
+from avatar_rl.cluster.training.parity import parity_tolerance, probe_parity
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
 from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.run_metrics import RunMetrics
@@ -232,6 +232,7 @@ def training_run(
             train_pool=train_pool,
             supervisor=supervisor,
             metrics=metrics,
+            tolerance=parity_tolerance(config, dtype),
             learning=LearningWatch(config, buffer, system.report),
             folder=system.folder,
             screen=system.screen,

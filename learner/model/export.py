@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from avatar_rl.common.errors import ModelError
 from avatar_rl.common.types import JsonObject
@@ -44,27 +46,34 @@ FOREIGN = (
 SHARD_BYTES = 4 << 30
 
 
-def export_checkpoint(weights: Mapping[str, Tensor], base: Path, out: Path) -> Path:
-    """Write ``weights`` (published names) as a checkpoint folder with the companions of ``base``,
-    by rename. Whoever loads it with default settings has the policy that was trained.
+def export_checkpoint(
+    weights: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]], base: Path, out: Path
+) -> Path:
+    """Write ``weights`` (published names), all at once or part by part, as a checkpoint folder with
+    the companions of ``base``, by rename. Whoever loads it with default settings has the policy
+    that was trained.
 
     Tensors of ``base`` that are not among ``weights`` (a talker, say) are copied, so the folder is
-    complete. Its config names the dtype of ``weights``, in which loaders hold the model. Raises
-    ModelError when a tensor reads back different from what was written."""
+    complete. Its config names the dtype of ``weights``, in which loaders hold the model. No more
+    than one shard is held at a time. Raises ModelError when a tensor reads back different from what
+    was written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.parent / f".{out.name}.{os.getpid()}-{uuid4().hex[:8]}"
     scratch.mkdir()  # not mkdtemp, which shuts everybody else out of the export
     try:
         _copy_companions(base, scratch)
-        _write_dtype(scratch / "config.json", weights)
-        complete = dict(weights)
+        shards = _Shards(scratch)
+        for part in [weights] if isinstance(weights, Mapping) else weights:
+            for name in sorted(part):
+                shards.add(name, part[name])
+        _write_dtype(scratch / "config.json", shards.floats)
         for file, names in WeightFiles.find(base).by_file().items():
             with safe_open(file, framework="pt") as tensors:
-                complete.update(
-                    {name: tensors.get_tensor(name) for name in names if name not in complete}
-                )
-        _write_shards(complete, scratch)
-        _verify(complete, scratch)
+                for name in names:
+                    if name not in shards.written:
+                        shards.add(name, tensors.get_tensor(name))
+        shards.finish()
+        _verify(shards.written, scratch)
         if out.exists():
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
             out.rename(old)
@@ -87,12 +96,9 @@ def _copy_companions(base: Path, folder: Path) -> None:
                 shutil.copyfile(file, place)  # contents only: the base may be private, read-only
 
 
-def _write_dtype(config: Path, weights: Mapping[str, Tensor]) -> None:
-    """State the weights' dtype wherever a config states one: loaders cast to it."""
-    numbers = Counter[torch.dtype]()
-    for tensor in weights.values():
-        if tensor.is_floating_point():
-            numbers[tensor.dtype] += tensor.numel()
+def _write_dtype(config: Path, numbers: Counter[torch.dtype]) -> None:
+    """State the weights' dtype wherever a config states one: loaders cast to it. ``numbers``: of
+    values in each floating type."""
     if not numbers or not config.is_file():
         return
     [(most, _)] = numbers.most_common(1)
@@ -113,57 +119,84 @@ def _write_dtype(config: Path, weights: Mapping[str, Tensor]) -> None:
     config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in sorted(weights.items()):
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        # A head tied to the embeddings shares their memory, which a file cannot.
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in shards[-1].values())
-        shards[-1][name] = tensor.clone() if shared and tensor.nbytes else tensor.contiguous()
-        size += tensor.nbytes
-    # safetensors makes private files; the folder, made anew, has the modes that the umask gives.
-    mode = folder.stat().st_mode & 0o666
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(mode)
-        return
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)
-        index.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in weights.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-    (folder / "model.safetensors.index.json").write_text(text)
+class _Print(NamedTuple):
+    """What a tensor must be when it is read back."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    checksum: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Print:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        return cls(tensor.dtype, tensor.shape, xxh3_64_intdigest(flat.numpy().data))
 
 
-def _verify(weights: Mapping[str, Tensor], folder: Path) -> None:
+class _Shards:
+    """Writes tensors to files of at most ``SHARD_BYTES``, in the order in which they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: dict[str, _Print] = {}
+        self.floats = Counter[torch.dtype]()  # values in each type
+        self._shard: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []  # tensors of each file
+        self._size = self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Part of the current shard from now on; its memory may change afterwards."""
+        if self._shard and self._size + tensor.nbytes > SHARD_BYTES:
+            self._write()
+        # A copy: a file cannot share memory (a tied head), and parameters change.
+        self._shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.written[name] = _Print.of(self._shard[name])
+        if tensor.is_floating_point():
+            self.floats[tensor.dtype] += tensor.numel()
+        self._size += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write the last shard and, where there are several, the index."""
+        self._write()
+        count = len(self._files)
+        if count == 1:
+            self._scratch(1).rename(self.folder / "model.safetensors")
+            return
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._files, 1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._scratch(number).rename(self.folder / file)
+            index |= dict.fromkeys(names, file)
+        text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=1)
+        (self.folder / "model.safetensors.index.json").write_text(text)
+
+    def _write(self) -> None:
+        self._files.append(list(self._shard))
+        file = self._scratch(len(self._files))
+        save_file(self._shard, file, metadata={"format": "pt"})
+        # safetensors makes private files; the folder, made anew, has the modes that the umask
+        # gives.
+        file.chmod(self.folder.stat().st_mode & 0o666)
+        self._shard, self._size = {}, 0
+
+    def _scratch(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+
+def _verify(written: Mapping[str, _Print], folder: Path) -> None:
     seen = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 seen.add(name)
-                if not _same_bits(tensors.get_tensor(name), weights[name]):
+                if _Print.of(tensors.get_tensor(name)) != written[name]:
                     raise ModelError(
                         f"tensor {name!r} in {file} reads back different from what was written: "
                         "check the disk"
                     )
-    missing = set(weights) - seen
+    missing = set(written) - seen
     if missing:
         raise ModelError(
             f"{len(missing)} tensors are missing from {folder}, first {sorted(missing)[0]!r}: "
             "check the disk"
         )
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    """Stricter than torch.equal, which lets another dtype pass; and a NaN equals itself."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(
-        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right))
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from avatar_rl.common.errors import ModelError
 from avatar_rl.common.weight_files import loadable_folder
 from avatar_rl.learner.model.check import check_layers, check_scores
+from avatar_rl.learner.model.names import NameMap, checkpoint_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,8 +28,10 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
 
     kind = read_config(path)
     name = class_name(kind)
+    model_class = getattr(transformers, name)
     try:
-        model, loaded = getattr(transformers, name).from_pretrained(
+        check_experts(model_class, path)
+        model, loaded = model_class.from_pretrained(
             loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -94,3 +98,17 @@ def class_name(kind: str) -> str:
     return thinkers.get(kind) or (
         "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
     )
+
+
+def check_experts(model_class: Any, path: Path) -> None:
+    """Raises ModelError for experts in an unknown layout, before gigabytes of them are read."""
+    from transformers import AutoConfig
+
+    if not any("expert" in name for name in checkpoint_names(path)):
+        return
+    with torch.device("meta"):
+        if hasattr(model_class, "from_config"):  # one of the Auto classes
+            model = model_class.from_config(AutoConfig.from_pretrained(path))
+        else:
+            model = model_class._from_config(model_class.config_class.from_pretrained(path))
+    NameMap.of(model, path)

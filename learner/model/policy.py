@@ -120,7 +120,8 @@ def freeze(policy: nn.Module, fragments: tuple[str, ...]) -> int:
     still train."""
     trainable = 0
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(not any(fragment in name for fragment in fragments))
+        if any(fragment in name for fragment in fragments):
+            parameter.requires_grad_(False)
         # Under ZeRO 3 a parameter may be split already and hold nothing itself.
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
         trainable += size if parameter.requires_grad else 0

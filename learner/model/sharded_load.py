@@ -22,7 +22,7 @@ from avatar_rl.common.types import JsonObject
 from avatar_rl.common.weight_files import WeightFiles
 from avatar_rl.learner.model.check import check_layers, check_scores
 from avatar_rl.learner.model.load import DTYPES, class_name, load_model, read_config
-from avatar_rl.learner.model.names import published_names
+from avatar_rl.learner.model.names import NameMap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,11 +48,9 @@ def load_in_shares(path: Path, *, dtype: str, deepspeed_config: JsonObject) -> n
     config = getattr(config, "thinker_config", config)
     files = WeightFiles.find(path)
     model = _blank(kind, config, dtype)
-    ours = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    try:
-        names = published_names(ours, set(files.tensors))
-    except ModelError as error:
-        log.info("%s; every rank loads the whole model at first", error)
+    names = NameMap.of(model, path).renames
+    if names is None:
+        log.info("%s packs tensors in another way: every rank loads the whole model at first", path)
         return load_model(path, dtype=dtype)
     check_layers(model.config, kind)
     _try_small(kind, config, dtype)

@@ -96,6 +96,8 @@ class StepMetrics:
     replays: int = 0
     age: float = 0.0  # sum over the replays, in policy versions
     age_max: int = 0
+    on_policy_gap: float = 0.0  # sum over ``on_policy_tokens``, see ``add_on_policy``
+    on_policy_tokens: int = 0
     skipped: int = 0  # micro-batches and updates that were left out, see ``skip``
     unreadable: int = 0  # completions left out since their prompt cannot be encoded
     culprits: list[str] = field(default_factory=list)  # ids of trajectories
@@ -143,6 +145,21 @@ class StepMetrics:
             if tokens
         ]
 
+    def add_on_policy(
+        self, fresh: Sequence[Trajectory], logprobs: Sequence[NDArray[np.float32]], version: int
+    ) -> None:
+        """Add how far the engine's log-probabilities are from ours on the tokens that it generated
+        with the very weights, ``version``, that are trained.
+
+        Both sides have computed the same, unless an update in place has left something as it was.
+        """
+        for trajectory, ours in zip(fresh, logprobs, strict=True):
+            versions, tokens = zip(*trajectory.versions, strict=True)
+            same = np.repeat(versions, tokens) == version
+            gap = np.abs(ours[same].astype(np.float64) - trajectory.logprobs[same])
+            self.on_policy_gap += float(gap.sum())
+            self.on_policy_tokens += gap.size
+
     def skip(self, culprits: Sequence[str], count: int = 1) -> None:
         """Note what was left out because of a loss or gradient that is not finite, and its
         trajectories."""
@@ -179,6 +196,8 @@ class StepMetrics:
         self.replays += other.replays
         self.age += other.age
         self.age_max = max(self.age_max, other.age_max)
+        self.on_policy_gap += other.on_policy_gap
+        self.on_policy_tokens += other.on_policy_tokens
         self.skipped += other.skipped
         self.unreadable += other.unreadable
         self.culprits += other.culprits
@@ -214,6 +233,9 @@ class StepMetrics:
         if self.groups:
             found["groups/dead_before"] = self.dead_before / self.groups
             found["groups/dead_after"] = self.dead_after / self.groups
+        if self.on_policy_tokens:
+            found["mismatch/on_policy"] = self.on_policy_gap / self.on_policy_tokens
+            found["mismatch/on_policy_tokens"] = float(self.on_policy_tokens)
         if self.replays:
             found["age/replay/mean"] = self.age / self.replays
             found["age/replay/max"] = float(self.age_max)

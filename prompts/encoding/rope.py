@@ -180,6 +180,7 @@ def _omni_namespace(kind: str, config: PretrainedConfig) -> tuple[Any, SimpleNam
         "audio_start_token_id",
         "position_id_per_seconds",
         "seconds_per_chunk",
+        "audio_config",  # Qwen3-Omni counts a sound's tokens by its windows
     )
     # Published configs spell them *_token_index; transformers maps the names, Qwen3-Omni has no
     # seconds_per_chunk.

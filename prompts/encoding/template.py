@@ -40,7 +40,7 @@ from avatar_rl.prompts.encoding.processor import (
     load_processor,
 )
 from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI, PositionRule
-from avatar_rl.prompts.media.loader import DecodedMedia, MediaLoader
+from avatar_rl.prompts.media.loader import DecodedAudio, DecodedMedia, MediaLoader
 from avatar_rl.prompts.record import Modality, Prompt
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class PromptEncoder:
         if media.images:
             data["image"] = [prepared_image(image.pixels) for image in media.images]
         settings = prepared.settings.copy()
-        if self.kind in OMNI and media.videos:
+        if self.kind == "qwen2_5_omni" and media.videos:  # later ones derive it from fps
             settings["second_per_grid_ts"] = prepared.seconds
         arrays: dict[Modality, list[np.ndarray]] = {
             "video": prepared.frames,
@@ -277,6 +277,9 @@ class PromptEncoder:
             )
         media = self.loader.load_plan(prompt.media)
         self._check_audio(prompt, media)
+        if self.kind == "qwen3_omni_moe" and media.audios:
+            hop = self.processor.feature_extractor.hop_length
+            media = replace(media, audios=tuple(_whole(audio, hop) for audio in media.audios))
         seconds = [_seconds_per_grid(video.fps) for video in media.videos]
         if self.kind in OMNI and len(set(seconds)) > 1:
             raise DataError(
@@ -429,6 +432,18 @@ def prepared_image(pixels: np.ndarray) -> Image:
 
 def _unsampled(metadata: VideoMetadata) -> EngineVideoMetadata:
     return {**metadata, "do_sample_frames": False}
+
+
+def _whole(audio: DecodedAudio, hop: int) -> DecodedAudio:
+    """With silence up to whole hops of the spectrum and to one second.
+
+    Qwen3-Omni's processors part otherwise: transformers drops what is no whole hop, vLLM fills it
+    up; and both encode less than a second differently beside a longer sound."""
+    size = audio.samples.size
+    missing = max(-size % hop, audio.sample_rate - size)
+    if not missing:
+        return audio
+    return replace(audio, samples=np.pad(audio.samples, (0, missing)))
 
 
 def _seconds_per_grid(fps: float) -> float:

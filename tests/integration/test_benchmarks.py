@@ -51,13 +51,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "loading": ("host_share_ratio", "whole_load_ratio"),
     "mistakes": ("tried", "named", "slow", "longest_s", "median_s"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
+    "parity": ("logprob_worst", "logprob_fresh_qwen3_vl_moe", "families"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
     "validate": ("rows_per_s", "peak_mib", "longest_line"),
-    "weights": ("ratio_400kb_2reader", "learner_pause_ms_400kb_2reader"),
+    "weights": ("ratio_400kb_2reader", "learner_pause_ms_400kb_2reader", "finite_check_ratio"),
 }
 MARKS = {"view": needs_chromium}
 #: What must be so on any machine, however loaded.
@@ -72,6 +73,7 @@ EXACT = {
     },
     "evaluation": {"resumed_lost": 0, "resumed_twice": 0, "sets_ready": 21},
     "judge": {"silent_zeros": 0, "crashes": 0, "crashes_at_60": 0, "dead_masked_share": 1},
+    "parity": {"greedy_other_tied": 0, "greedy_other_qwen3_vl_moe": 0},
     "soak": {"acknowledged_lost": 0, "trained_twice": 0, "ledger_gap": 0, "unplanned_exits": 0},
 }
 

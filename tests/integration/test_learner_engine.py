@@ -10,22 +10,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import avatar_rl.learner.engine
-from avatar_rl.buffer_service.weights.sender import WeightSender
+import avatar_rl.learner.model.names as names_module
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
 from avatar_rl.learner.config import OptimizerConfig
 from avatar_rl.learner.engine import TrainEngine
-from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model, recompute_activations
-from avatar_rl.learner.model.names import checkpoint_names, published_names
+from avatar_rl.learner.model.names import NameMap, checkpoint_names
 from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.publication import Publication
 from avatar_rl.learner.state import capture, restore
 from avatar_rl.learner.state_replica import write_files
 from avatar_rl.prompts.config import TemplateConfig
@@ -206,11 +208,14 @@ def omni(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     engine = make_engine(folder / "omni", settings(3, freeze=ENCODERS), ranks)
     norms = train(engine, rows, rank, ranks)
     weights = engine.state_dict()
+    names_module.PART_BYTES = 1 << 20
+    names, sender = NameMap.of(load_model(folder / "omni"), folder / "omni"), None
+    assert len(names.parts) > 2
     if rank == 0:
-        sender = WeightSender(
-            published_names(weights, checkpoint_names(folder / "omni")), None, dtype="float32"
-        )
-        export_checkpoint(sender.rename(weights), folder / "omni", folder / f"export-{ranks}")
+        sender = WeightSender(names.layout, cast("Outbox", None), dtype="float32")
+    # Streamed, each part gathered from all ranks.
+    publication = Publication(engine, names, sender)
+    publication.export(folder / "omni", folder / f"export-{ranks}")
     found["float32"] = {"norms": norms, "weights": weights}
     for stage in STAGES:
         engine = make_engine(folder / "omni", settings(stage, dtype="bfloat16"), ranks, "bfloat16")
@@ -405,9 +410,10 @@ def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_names_map_to_the_published_checkpoint(folder: Path, ranks: int) -> None:
     weights = rank_results(folder, "omni", ranks)["float32"]["weights"]
-    published = checkpoint_names(folder / "omni")
-    assert published_names(weights, published) == {name: f"thinker.{name}" for name in weights}
-    assert {f"thinker.{name}" for name in weights} == published
+    exported = load_file(folder / f"export-{ranks}" / "model.safetensors")
+    assert exported.keys() == checkpoint_names(folder / "omni")
+    assert exported.keys() == {f"thinker.{name}" for name in weights}
+    assert all(torch.equal(exported[f"thinker.{name}"], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

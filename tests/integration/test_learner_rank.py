@@ -21,13 +21,14 @@ import avatar_rl.learner.batch.microbatch
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
-from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
+from avatar_rl.buffer_service.weights.sender import Outbox
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.batch.microbatch import MicroBatch, Row, collate
 from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from avatar_rl.learner.model.policy import PolicyOutput
 from avatar_rl.learner.objective.step_metrics import StepMetrics
+from avatar_rl.learner.publication import Publication
 from avatar_rl.learner.rank import LearnerRank
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.step import StepTrainer
@@ -170,7 +171,7 @@ class UnluckyRank(LearnerRank):
             cast("PromptEncoder", Encoder()),
         )
         self.outbox = cast("Outbox", None)
-        self.sender = self.cold_start = self.state_replica = None
+        self.cold_start = self.state_replica = None
         self.events: list[str] = []
         self.steps = Steps(self.events)
 
@@ -184,7 +185,8 @@ class UnluckyRank(LearnerRank):
             self.encoder,
             self.replicator,
             source=cast("StepSource", self.steps) if self.rank == 0 else None,
-            sender=mock.create_autospec(WeightSender, instance=True) if self.rank == 0 else None,
+            publication=mock.create_autospec(Publication, instance=True),
+            routers=self.routers,
         )
         trainer.events, trainer.encoded_at = self.events, []
         return trainer

@@ -17,13 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from avatar_rl.buffer_service.weights.receiver import WeightContract
-from avatar_rl.buffer_service.weights.sender import WeightSender
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.model import check
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model, recompute_activations
-from avatar_rl.learner.model.names import checkpoint_names, published_names
+from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.prompts.encoding.template import EncodedPrompt
 
@@ -223,7 +222,8 @@ def test_models_without_a_head_or_with_a_hole_are_refused(tmp_path: Path) -> Non
 
 def train_and_export(base: Path, out: Path, dtype: str) -> nn.Module:
     """As a rank does: load in ``dtype``, change the weights, export; returns the policy's model."""
-    policy = Policy(load_model(base, dtype=dtype))
+    model = load_model(base, dtype=dtype)
+    names, policy = NameMap.of(model, base), Policy(model)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -231,8 +231,8 @@ def train_and_export(base: Path, out: Path, dtype: str) -> nn.Module:
         name.removeprefix("model."): parameter.detach()
         for name, parameter in policy.named_parameters(remove_duplicate=False)
     }
-    sender = WeightSender(published_names(weights, checkpoint_names(base)), None, dtype=dtype)
-    published = sender.rename(weights)
+    [part] = names.parts
+    [published] = names.publish([{name: weights[name] for name in part}])
     WeightContract(base).check(published.items())
     export_checkpoint(published, base, out)
     policy.release()

@@ -32,10 +32,12 @@ class Source:
 
     def __init__(self, weight_store: Any) -> None:
         self.outbox = Outbox(weight_store)
-        self.sender = WeightSender({"w": "w"}, self.outbox, dtype="float32")
+        self.sender = WeightSender(
+            {"w": torch.empty(SIZE, device="meta")}, self.outbox, dtype="float32"
+        )
 
     def publish(self, version: int) -> int:
-        return self.sender.publish(version, {"w": torch.full((SIZE,), float(version))})
+        return self.sender.publish(version, [{"w": torch.full((SIZE,), float(version))}])
 
     def again(self) -> int:
         return self.sender.put_again()

@@ -14,7 +14,7 @@ from torch import Tensor
 import avatar_rl.learner.model.export
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.model.export import export_checkpoint
-from avatar_rl.learner.model.names import checkpoint_names, published_names
+from avatar_rl.learner.model.names import checkpoint_names
 
 NAN = float("nan")
 WEIGHTS = {
@@ -85,15 +85,19 @@ def test_large_checkpoints_are_sharded_with_an_index(
 ) -> None:
     monkeypatch.setattr(
         avatar_rl.learner.model.export, "SHARD_BYTES", 50
-    )  # sorted: talker 8, b 4, transposed 24; w 48 bytes
-    out = export_checkpoint(WEIGHTS, base, tmp_path / "out")
+    )  # the first part: b 4, transposed 24; then w 48 bytes and talker 8
+    parts = [
+        {"thinker.b": WEIGHTS["thinker.b"], "thinker.transposed": WEIGHTS["thinker.transposed"]}
+    ]
+    parts.append({"thinker.w": WEIGHTS["thinker.w"]})
+    out = export_checkpoint(iter(parts), base, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    first, second, third = (f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
     assert index["weight_map"] == {
-        "talker.w": first,
         "thinker.b": first,
         "thinker.transposed": first,
         "thinker.w": second,
+        "talker.w": third,
     }
     assert index["metadata"]["total_size"] == 48 + 4 + 24 + 8
     for name, file in index["weight_map"].items():
@@ -145,25 +149,6 @@ def test_a_corrupt_write_is_caught_and_the_earlier_export_kept(
         export_checkpoint({name: value + 1 for name, value in WEIGHTS.items()}, base, out)
     assert (out / "model.safetensors").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "out"]
-
-
-def test_names_of_published_checkpoints() -> None:
-    # Omni: the thinker inside; VL before transformers 4.52; text and newer VL unchanged.
-    ours = ["model.layers.0.w", "visual.p", "lm_head.weight"]
-    omni = {"thinker.model.layers.0.w", "thinker.visual.p", "thinker.lm_head.weight", "talker.w"}
-    assert published_names(ours, omni) == {name: f"thinker.{name}" for name in ours}
-    vision = ["model.language_model.layers.0.w", "model.visual.p"]
-    assert published_names(vision, {"model.layers.0.w", "visual.p"}) == {
-        "model.language_model.layers.0.w": "model.layers.0.w",
-        "model.visual.p": "visual.p",
-    }
-    assert published_names(vision, set(vision)) == {name: name for name in vision}
-    # A head tied to the embedding is in no published file.
-    assert published_names(["model.embed.w", "lm_head.weight"], {"model.embed.w"}) == {
-        "model.embed.w": "model.embed.w"
-    }
-    with pytest.raises(ModelError, match=r"'model\.stranger' has no counterpart"):
-        published_names(["model.stranger"], omni)
 
 
 def test_a_folder_without_tensors_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
             checkpoints=SimpleNamespace(wait=lambda: said.append("written")),
         ),
         metrics=SimpleNamespace(measure=lambda *step: {}, write=lambda *step: None, stats=None),
+        tolerance=None,
         folder=SimpleNamespace(event=lambda kind, message: said.append(kind), status=lambda **_: 0),
         screen=SimpleNamespace(phase=lambda name: None),
     )

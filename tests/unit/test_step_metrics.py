@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +239,20 @@ def test_what_was_left_out_is_counted_over_ranks() -> None:
     second.skip(["b.1", "b.2"], count=0)
     first.merge(pickle.loads(pickle.dumps(second)))
     assert (first.skipped, first.culprits) == (1, ["a.0", "b.1", "b.2"])
+
+
+def test_only_tokens_of_the_trained_version_are_compared_and_ranks_merge() -> None:
+    def trajectory(*versions: tuple[int, int]) -> Any:
+        tokens = sum(count for _, count in versions)
+        return SimpleNamespace(versions=versions, logprobs=np.full(tokens, -1.0, np.float32))
+
+    first, second = StepMetrics(), StepMetrics()
+    assert "mismatch/on_policy" not in first.metrics()
+    # Two tokens of version 4, then three of 5, which are 0.5 off; the others are further off.
+    ours = np.array([-9.0, -9.0, -1.5, -0.5, -1.5], np.float32)
+    first.add_on_policy([trajectory((4, 2), (5, 3))], [ours], 5)
+    second.add_on_policy([trajectory((5, 1))], [np.array([-1.0], np.float32)], 5)
+    first.merge(second)
+    found = first.metrics()
+    assert found["mismatch/on_policy_tokens"] == 4
+    assert found["mismatch/on_policy"] == pytest.approx(1.5 / 4)

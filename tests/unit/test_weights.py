@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar_rl.buffer_service.weights.block import WeightBlock, pack_weights, unpack_weights
+from avatar_rl.buffer_service.weights.receiver import is_finite
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import Manifest, WeightMessage, WeightStore
 from avatar_rl.common.errors import ModelError
@@ -166,21 +167,59 @@ class Offered:
 
 def test_a_version_stays_as_it_was_published_until_the_one_after_was_taken() -> None:
     outbox = Offered()
-    sender = WeightSender({"ours": "published"}, cast("Outbox", outbox), dtype="bfloat16")
+    sender = WeightSender(
+        {"w": torch.empty(3, device="meta"), "ids": torch.empty(2, dtype=torch.int64)},
+        cast("Outbox", outbox),
+        dtype="bfloat16",
+    )
     weight = torch.nn.Parameter(torch.zeros(3))
     for version in (1, 2, 3):
         with torch.no_grad():
             weight += 1
-        assert sender.publish(version, {"ours": weight, "head": torch.zeros(9)}) == 64
+        ids = torch.tensor([version, 2**40])
+        assert sender.publish(version, iter([{"w": weight}, {"ids": ids}])) == 128
         for message in outbox.messages[-2:]:
             found = unpack_weights(message)
             assert (
-                list(found) == ["published"]
-                and found["published"].tolist() == [message.version] * 3
+                list(found) == ["w", "ids"]
+                and found["w"].tolist() == [message.version] * 3
+                and found["ids"].tolist() == [message.version, 2**40]
             )
-            assert found["published"].dtype == torch.bfloat16
+            assert found["w"].dtype == torch.bfloat16
     where = [np.frombuffer(message.block, np.uint8).ctypes.data for message in outbox.messages]
     assert where[0] == where[2] != where[1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"w": torch.zeros(3)}], r"version 1 lacks 1 tensors, first 'b'"),
+        ([{"w": torch.zeros(3)}, {"w": torch.zeros(3)}], r"'w' is not in .* or comes twice"),
+        ([{"x": torch.zeros(3)}], r"'x' is not in the published checkpoint"),
+    ],
+)
+def test_an_incomplete_version_is_not_offered(
+    parts: list[dict[str, torch.Tensor]], message: str
+) -> None:
+    outbox = Offered()
+    layout = {"w": torch.empty(3), "b": torch.empty(1)}
+    sender = WeightSender(layout, cast("Outbox", outbox), dtype="float32")
+    with pytest.raises(ModelError, match=message):
+        sender.publish(1, parts)
+    assert outbox.messages == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_only_nan_and_infinity_are_not_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    assert is_finite(torch.full((4096,), most, dtype=dtype))  # their sum is infinite
+    assert is_finite(torch.zeros(0, 3, dtype=dtype))
+    assert is_finite(torch.tensor(-most, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 31, 4095):
+            tensor = torch.ones(64, 64, dtype=dtype)
+            tensor.view(-1)[place] = bad
+            assert not is_finite(tensor) and not is_finite(tensor.T)
 
 
 @pytest.fixture

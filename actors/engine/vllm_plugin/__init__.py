@@ -2,8 +2,8 @@
 forward.
 
 Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
-``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py: media after a
-weight update; worker.py: log-probabilities.
+``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py and experts.py:
+media and fused experts after a weight update; worker.py: log-probabilities.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def register() -> bool:
             CHECKED[0],
         )
         return False
-    from avatar_rl.actors.engine.vllm_plugin import media, omni, seconds
+    from avatar_rl.actors.engine.vllm_plugin import experts, media, omni, seconds
 
+    experts.install()
     omni.install()
     seconds.install()
     media.install()

@@ -3,6 +3,7 @@ learner's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,28 @@ class WorkerExtension:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
     model_runner: GPUModelRunner  # of which the CPU's is a kind
+    reload_weights: Callable[..., None]  # the worker's own
+
+    def adopt_weights(self, weights: list[tuple[str, Tensor]]) -> None:
+        """Load ``weights`` (published names, all of them) in place, and leave no packed copy of
+        what was there before.
+
+        On a CPU vLLM multiplies with packed copies of its matrices. An update packs again what it
+        has loaded: not a head that is tied to the embeddings, for which no tensor comes. Raises
+        RuntimeError naming a layer that would go on with the weights of before.
+        """
+        packed = {
+            name: (module, module.cpu_linear)
+            for name, module in self.model_runner.get_model().named_modules()
+            if hasattr(module, "cpu_linear")
+        }
+        self.reload_weights(weights_iterator=weights)
+        for name, (module, before) in packed.items():
+            if module.cpu_linear is not before:
+                continue
+            if module.weight.numel() == 0:  # it has its packed copy only
+                raise RuntimeError(f"layer {name!r} kept the weights of before the update")
+            module.quant_method.process_weights_after_loading(module)
 
     def install_rollout_sampler(self, forbidden: list[int]) -> None:
         """Sample with ``RolloutSampler``. Raises RuntimeError where vLLM's sampler is unknown."""

@@ -1,0 +1,70 @@
+"""The policy out of the learner under its published names: to rollout actors, and to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avatar_rl.buffer_service.weights.sender import WeightSender
+from avatar_rl.learner.engine import TrainEngine
+from avatar_rl.learner.model.export import export_checkpoint
+from avatar_rl.learner.model.names import NameMap
+
+
+class Publication:
+    """Streams the policy by layers, so that no rank holds a second copy of it.
+
+    Its methods are collective under ZeRO 3. ``sender`` is rank 0's, which alone does something with
+    the tensors."""
+
+    def __init__(
+        self, engine: TrainEngine, names: NameMap, sender: WeightSender | None = None
+    ) -> None:
+        self.engine, self.names, self.sender = engine, names, sender
+
+    def publish(self, version: int) -> None:
+        """Offer ``version`` to the weight store. Raises ModelError when it does not take the
+        version before."""
+        sender = self.sender
+
+        def send(parts: Iterator[dict[str, Tensor]]) -> None:
+            if sender is not None:
+                sender.publish(version, parts)
+
+        self._stream(send)
+
+    def export(self, base: Path, out: Path) -> None:
+        """Write the checkpoint ``out`` with the companions of ``base``, in the serving dtype."""
+        sender = self.sender
+
+        def write(parts: Iterator[dict[str, Tensor]]) -> None:
+            if sender is not None:
+                export_checkpoint((_cast(part, sender.dtype) for part in parts), base, out)
+
+        self._stream(write)
+
+    def _stream(self, take: Callable[[Iterator[dict[str, Tensor]]], None]) -> None:
+        """Hand published tensors to ``take``, part by part: the parameters themselves, or views of
+        them, valid until the next is asked for."""
+        weights = self.engine.whole_weights(self.names.parts)
+        try:
+            take(self.names.publish(weights))
+        finally:
+            for _ in weights:  # a rank that takes none, or fails, still gathers with the others
+                pass
+
+    def put_again(self) -> int:
+        """Offer the last version to a weight store that lost it; its number, 0 where there is
+        none."""
+        return self.sender.put_again() if self.sender is not None else 0
+
+
+def _cast(part: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """On the host, floats in ``dtype``."""
+    return {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        for name, tensor in part.items()
+    }

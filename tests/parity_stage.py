@@ -1,0 +1,200 @@
+"""An engine and the learner's model on one tiny checkpoint: every layout of media a family takes,
+compared token by token, before and after weights that come by the board."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from avatar_rl.actors.config import EngineConfig, RequestSampling
+from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.buffer_service.weights.block import unpack_weights
+from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
+from avatar_rl.buffer_service.weights.store import WeightMessage
+from avatar_rl.learner.model.export import export_checkpoint
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.names import NameMap
+from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.template import PromptEncoder
+from avatar_rl.prompts.record import Prompt
+from tests.tiny_families import FAMILIES
+from tests.tiny_models import (
+    ArrayLoader,
+    allowed_token_ids,
+    audio,
+    image,
+    logits_of,
+    make_prompt,
+    respawn,
+    video,
+)
+
+ENGINE = EngineConfig(device="cpu", max_model_len=1024, max_num_seqs=32)
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
+TEXT = ("tied", "gemma3", "qwen3")
+Layouts = dict[str, tuple[list[Any], bool]]  # name: media, sound interleaved with video
+
+
+class Gap(NamedTuple):
+    """What engine and learner disagree on, over some completions."""
+
+    logprob: float  # largest difference of a token, in nats
+    greedy: float  # share of greedy tokens that are not the learner's most likely ones
+
+
+class Board:
+    """What the weight store hands on: one version's bytes."""
+
+    def __init__(self) -> None:
+        self.message: WeightMessage | None = None
+
+    def await_taken(self) -> None:
+        pass
+
+    def put(self, message: WeightMessage) -> None:
+        self.message = message
+
+
+class Stage:
+    """A family's tiny checkpoint, ``folder / "model"``, an engine on it and the learner's model."""
+
+    def __init__(self, folder: Path, family: str, config: EngineConfig = ENGINE) -> None:
+        self.family, self.config = family, config
+        self.folder = folder / "model"
+        respawn(FAMILIES[family](folder / "base"), self.folder, seed=1)
+        self.loader = ArrayLoader()
+        self.encoder = PromptEncoder(self.folder, self.loader, TemplateConfig())
+        self.allowed = allowed_token_ids(self.encoder.tokenizer)
+        self.model = load_model(self.folder).eval()
+        self.names, self.board = NameMap.of(self.model, self.folder), Board()
+        self.sender = WeightSender(self.names.layout, cast("Outbox", self.board), dtype="float32")
+        self.engine = RolloutEngine(self.folder, config)
+
+    def prompts(self, layouts: Layouts | None = None) -> list[Prompt]:
+        """One for each layout."""
+        chosen = layouts_of(self.family) if layouts is None else layouts
+        return [
+            make_prompt(self.loader, name, media, audio_in_video=interleaved)
+            for name, (media, interleaved) in chosen.items()
+        ]
+
+    def run(
+        self, prompts: Sequence[Prompt], sampling: RequestSampling, *, hinted: bool = False
+    ) -> list[FinishedRequest]:
+        """All prompts at once through the engine."""
+        return run(self.engine, self.encoder, prompts, sampling, hinted=hinted)
+
+    @torch.no_grad()
+    def gap(
+        self,
+        prompt: Prompt,
+        done: FinishedRequest,
+        temperature: float = 1.0,
+        *,
+        hinted: bool = False,
+    ) -> Gap:
+        """Over all completions of a prompt; fails when the prompt tokens differ."""
+        encoded = self.encoder.encode(prompt, hinted)
+        np.testing.assert_array_equal(done.prompt_token_ids, encoded.input_ids.numpy())
+        assert prompt_digest(done.prompt_token_ids) == encoded.digest
+        worst, other, tokens = 0.0, 0, 0
+        for part in done.completions:
+            logits = logits_of(self.model, encoded, part.token_ids) / temperature
+            ids = torch.from_numpy(part.token_ids).long()[:, None]
+            found = logits.log_softmax(-1).gather(1, ids)[:, 0].numpy()
+            worst = max(worst, float(np.abs(found - part.logprobs).max()))
+            best = logits[:, self.allowed].max(-1).values
+            other += int((logits.gather(1, ids)[:, 0] < best - 1e-5).sum())
+            tokens += len(ids)
+        return Gap(worst, other / tokens)
+
+    def gaps(self, prompts: Sequence[Prompt], sampling: RequestSampling) -> dict[str, Gap]:
+        """By prompt."""
+        done = self.run(prompts, sampling)
+        return {
+            prompt.id: self.gap(prompt, finished, sampling.temperature or 1.0)
+            for prompt, finished in zip(prompts, done, strict=True)
+        }
+
+    @torch.no_grad()
+    def train(self, seed: int) -> None:
+        """Every parameter moves a little."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            size = parameter.std().nan_to_num() if parameter.numel() > 1 else 0.0
+            parameter += 0.2 * size * torch.randn(parameter.shape, generator=generator)
+
+    def publish(self) -> None:
+        """The learner's weights to the engine, by the board."""
+        state, version = self.model.state_dict(), self.engine.version + 1
+        parts = ({name: state[name] for name in part} for part in self.names.parts)
+        self.sender.publish(version, self.names.publish(parts))
+        assert self.board.message is not None
+        self.engine.adopt(version, unpack_weights(self.board.message).items())
+
+    def export(self, out: Path) -> Path:
+        """The learner's weights as a checkpoint."""
+        state = self.model.state_dict()
+        parts = ({name: state[name] for name in part} for part in self.names.parts)
+        return export_checkpoint(self.names.publish(parts), self.folder, out)
+
+
+def run(
+    engine: RolloutEngine,
+    encoder: PromptEncoder,
+    prompts: Sequence[Prompt],
+    sampling: RequestSampling,
+    *,
+    hinted: bool = False,
+) -> list[FinishedRequest]:
+    """All prompts at once, in their order."""
+    for seed, prompt in enumerate(prompts):
+        engine.submit(prompt.id, encoder.engine_input(prompt, hinted), sampling, seed=seed)
+    finished: dict[str, FinishedRequest] = {}
+    while engine.in_flight:
+        finished |= {done.request_id: done for done in engine.step()}
+    return [finished[prompt.id] for prompt in prompts]
+
+
+def layouts_of(family: str) -> Layouts:
+    """Every kind and arrangement of media the family takes; frame rates off the default and clips
+    longer than wide."""
+    found: Layouts = {"text": ([], False)}
+    if family not in TEXT:
+        found |= {
+            "image": ([image(1)], False),
+            "two images": ([image(2), image(3)], False),
+            "video, 1 fps": ([video(4, 8, 1.0)], False),
+            "video, 2 fps": ([video(4, 4, 2.0)], False),
+            "video, 4 fps": ([video(4, 16, 4.0)], False),
+            "long video then image": ([video(5, 16, 3.3), image(6)], False),
+            "two videos": ([video(7, 8, 1.7), video(8, 8, 1.7)], False),
+        }
+    if family in OMNI:
+        found |= {
+            f"sound of {seconds} s": ([audio(9, seconds)], False)
+            for seconds in (0.3, 0.5, 1.0, 2.005, 2.0653, 3.3)
+        }
+        found |= {
+            "short and long sound": ([audio(9, 0.4), audio(10, 3.0)], False),
+            "video and audio": ([video(10, 8, 2.0), audio(11, 3.0)], False),
+            "audio then video": ([audio(12, 1.2), video(13, 4, 10 / 3)], False),
+            "all, apart": ([image(10), video(10, 4, 4.0), audio(11, 0.7)], False),
+            "interleaved, 1 fps": ([video(18, 4, 1.0), audio(19, 3.9)], True),
+            "interleaved, 2 fps": ([video(14, 8, 2.0), audio(15, 3.9)], True),
+            "interleaved, 4 fps": ([video(14, 12, 4.0), audio(15, 3.0)], True),
+            "interleaved, other rate": ([video(16, 4, 10 / 3), audio(17, 1.2)], True),
+            "interleaved, odd length": ([video(14, 8, 2.0), audio(15, 3.9037)], True),
+            "interleaved, sound ends early": ([video(20, 16, 2.0), audio(21, 2.5)], True),
+            "interleaved, wide": ([video(14, 4, 2.0, 32, 640), audio(15, 1.1)], True),
+            "interleaved twice and image": (
+                [video(22, 8, 4.55), audio(23, 1.5), video(24, 4, 4.55), audio(25, 2.5), image(26)],
+                True,
+            ),
+        }
+    return found
