@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from avatar_rl.cluster.cli import main
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.curriculum.stages import resolve
 from avatar_rl.cluster.recipe.architecture import ARCHITECTURES
-from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides
+from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides, read_recipe
 from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, memory_table
 from avatar_rl.cluster.telemetry.metrics import CATALOGUE, describe
 from avatar_rl.cluster.telemetry.sinks import prometheus_name
@@ -113,8 +115,9 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     weight_store = json.loads((DEPLOY / "grafana" / "avatar.json").read_text())
     assert weight_store["title"] and weight_store["uid"] and len(weight_store["panels"]) >= 12
     known = {prometheus_name(metric.name) for metric in CATALOGUE if not metric.is_family}
-    known |= {"avatar_reward_accuracy"}
-    assert describe("reward/accuracy") is not None
+    for name in ("reward/accuracy", "masked/judge"):  # of families
+        assert describe(name) is not None
+        known.add(prometheus_name(name))
     places = [tuple(panel["gridPos"].values()) for panel in weight_store["panels"]]
     assert len(set(places)) == len(places)
     for panel in weight_store["panels"]:
@@ -132,14 +135,22 @@ def test_recipes_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_cluster_recipes_name_what_a_cluster_needs() -> None:
     for recipe in ROOT.glob("recipes/*b.yaml"):  # named after their size
-        config = load_recipe(recipe)
-        assert (
-            config.resources.address == "auto" and config.buffer.url and config.buffer.password_env
-        )
-        assert config.output.folder.is_absolute() and config.output.cache.is_absolute()
-        assert config.rollout.engine.max_model_len >= (
-            config.data.template.max_prompt_tokens + config.rollout.sampling.max_tokens
-        )
+        for config in _configs(recipe):
+            assert config.resources.address == "auto"
+            assert config.buffer.url and config.buffer.password_env
+            assert config.output.folder.is_absolute() and config.output.cache.is_absolute()
+            assert config.rollout.engine.max_model_len >= (
+                config.data.template.max_prompt_tokens + config.rollout.sampling.max_tokens
+            )
+
+
+def _configs(recipe: Path) -> list[RunConfig]:
+    """The recipe's, or that of each of its stages."""
+    raw = read_recipe(recipe)
+    if "stages" not in raw:
+        return [load_recipe(recipe)]
+    curriculum = resolve(raw, (), preset_name=None, source=recipe.name)
+    return [stage.config for stage in curriculum.stages]
 
 
 def test_memory_plans_count_the_published_parameters_and_stand_in_the_docs() -> None:

@@ -233,7 +233,7 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
     state, engine = SharedState(), SimpleNamespace(prepared=kept.get, prepare=prepare)
     feeder = Feeder(
         "a",
-        SimpleNamespace(unimodal=False),  # type: ignore[arg-type]
+        SimpleNamespace(unimodal=False, confidence=False),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         prompts,
         strict,
@@ -480,7 +480,7 @@ def test_a_prompt_that_the_template_refuses_is_named_on_every_path(
     engine = SimpleNamespace(prepared=lambda key: None, prepare=lambda given, name, key: given)
     feeder = Feeder(
         "a",
-        SimpleNamespace(unimodal=False),  # type: ignore[arg-type]
+        SimpleNamespace(unimodal=False, confidence=False),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         {"p": prompt, "q": fine},  # type: ignore[arg-type]
         parts,
