@@ -15,9 +15,10 @@ from pathlib import Path
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import check_model_folder
+from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.cluster.recipe.resources import cluster_address
 from avatar_rl.cluster.telemetry.run_folder import MIN_FREE_BYTES
-from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.errors import AvatarError, ConfigError
 from avatar_rl.rewards.config import BUILTIN
 from avatar_rl.rewards.judges.template import JudgeTemplate
 
@@ -174,3 +175,12 @@ def folders(config: RunConfig) -> Iterator[Finding]:
         level: Level = "fail" if free < MIN_FREE_BYTES else "warn" if free < ROOMY_BYTES else "ok"
         remedy = "" if level == "ok" else f"free some space or set {subject}"
         yield Finding(subject, level, f"{path}: writable, {gib(free)} free", remedy)
+
+
+def cold_start(config: RunConfig) -> Iterator[Finding]:
+    """The finished cold start that a recipe brings along is there and whole."""
+    try:
+        ready_start(config)
+    except ConfigError as error:
+        found, _, remedy = str(error).removeprefix("cold_start.ready ").partition("; ")
+        yield Finding("cold_start.ready", "fail", found, remedy)
