@@ -92,6 +92,8 @@ class Generation:
     # -- new weights -------------------------------------------------------------------------------
 
     def _update_is_due(self) -> bool:
+        if self.engine.adopts_free:
+            return True
         following = self.state.ready[0] if self.state.ready else None
         room = (
             following is not None
@@ -112,7 +114,8 @@ class Generation:
         start = time.perf_counter()
         self.engine.adopt(version, weights)
         self.state.totals.adopt_s += time.perf_counter() - start
-        self.update_policy.prefill_follows()
+        if not self.engine.adopts_free:
+            self.update_policy.prefill_follows()
 
     # -- new requests ------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ class RolloutActor:
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
-        self.engine = RolloutEngine(spec.model, spec.engine)
+        self.engine = RolloutEngine(spec.model, spec.engine, adapter=spec.adapter)
         self.receiver = WeightReceiver(self.weight_store, self.engine.version)
         self.state = SharedState()
         self.update_policy = WeightUpdatePolicy()

@@ -8,6 +8,7 @@ from pathlib import Path
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import DeadBy
 from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.common.adapter import AdapterShape
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 
@@ -36,3 +37,4 @@ class RolloutSpec:
     unimodal: bool
     confidence: bool = False  # rewards compare the log-probabilities of answers
     dead_by: DeadBy = "accuracy"  # of groups that are replaced (loop.dynamic_sampling)
+    adapter: AdapterShape | None = None  # set: versions are adapters on ``model``

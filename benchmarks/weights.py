@@ -10,6 +10,7 @@ docs/benchmarks.md says how to read the figures."""
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -27,11 +28,14 @@ from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.receiver import WeightReceiver, is_finite
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightStore
+from avatar_rl.common.weight_files import WeightFiles
+from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from benchmarks.harness import Figures, parser
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
 CHECKED_BYTES = 128 << 20  # beyond any cache
+RANK = 8  # of the adapter
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
@@ -171,6 +175,81 @@ def measure_check(size: int, rounds: int, figures: Figures) -> None:
     )
 
 
+def layers(hidden: int, mlp: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of one decoder layer."""
+    return dict.fromkeys("qkvo", (hidden, hidden)) | {
+        "gate": (mlp, hidden),
+        "up": (mlp, hidden),
+        "down": (hidden, mlp),
+    }
+
+
+class AdapterSource:
+    """Rank 0 of a run with LoRA: publishes all weights of a 10 MB decoder, or its adapter of rank
+    8."""
+
+    def __init__(self, weight_store: Any, url: str) -> None:
+        torch.set_num_threads(1)
+        whole: dict[str, torch.Tensor] = {"embed": torch.rand(2048, 192)}
+        adapter: dict[str, torch.Tensor] = {}
+        for number in range(5):
+            for name, (rows, columns) in layers(192, 512).items():
+                whole[f"{number}.{name}"] = torch.rand(rows, columns)
+                adapter[f"{number}.{name}.A"] = torch.rand(RANK, columns)
+                adapter[f"{number}.{name}.B"] = torch.rand(rows, RANK)
+        self.weights = {"full": whole, "adapter": adapter}
+        self.outbox = Outbox(weight_store)
+        self.senders = {
+            kind: WeightSender(weights, self.outbox, dtype="float32")
+            for kind, weights in self.weights.items()
+        }
+        self.buffer = ReplayBuffer.connect(BufferConfig(), "bench", url)
+
+    def publish(self, version: int, kind: str) -> float:
+        """Seconds the learner stands still."""
+        start = time.monotonic()
+        self.senders[kind].publish(version, [self.weights[kind]])
+        self.buffer.replay.publish_version(version)
+        return time.monotonic() - start
+
+
+def measure_adapter(rounds: int, url: str, figures: Figures) -> None:
+    """An adapter as a version against all weights: pause of the learner by turns in one run, and
+    bytes on the tiny Omni."""
+    weight_store = ray.remote(WeightStore).options(num_cpus=0).remote()
+    source = (
+        ray.remote(AdapterSource).options(num_cpus=0, max_concurrency=2).remote(weight_store, url)
+    )
+    version = ray.get(
+        source.__ray_call__.remote(lambda self: self.buffer.replay.version()), timeout=DEADLINE_S
+    )
+    pauses: dict[str, list[float]] = {"full": [], "adapter": []}
+    for turn in range(WARM_UP + 4 * rounds):
+        for kind, seen in pauses.items():
+            version += 1
+            time.sleep(STEP_S / 4)
+            pause = ray.get(source.publish.remote(version, kind), timeout=DEADLINE_S)
+            if turn >= WARM_UP:
+                seen.append(pause)
+    for actor in (source, weight_store):
+        ray.kill(actor)
+    full, adapter = (statistics.median(pauses[kind]) for kind in ("full", "adapter"))
+    with tempfile.TemporaryDirectory() as folder:
+        build_tiny_omni(Path(folder) / "omni")
+        headers = WeightFiles.find(Path(folder) / "omni").headers()
+        shapes = {name: header.shape for name, header in headers.items()}
+    text = [s for n, s in shapes.items() if n.startswith("thinker.model.layers") and len(s) == 2]
+    adapted = sum(RANK * sum(shape) for shape in text)
+    figures.add(
+        {
+            "adapter_bytes_share": adapted / sum(math.prod(s) for s in shapes.values()),
+            "adapter_pause_ratio": adapter / full,
+            "adapter_pause_ms": 1000 * adapter,
+            "full_pause_ms": 1000 * full,
+        }
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--rounds", type=int, default=5)
@@ -191,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
         try:
+            if options.only in (None, "10mb") or options.smoke:
+                measure_adapter(options.rounds, redis.url, figures)
             for name, size in SIZES.items():
                 for readers in readers_of if options.only in (None, name) else ():
                     measure(name, size, readers, options.rounds, redis.url, figures)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from avatar_rl.actors.config import EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import MAX_PARTS, DeadBy
 from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.cluster.model_config import ModelSection
 from avatar_rl.cluster.upkeep_config import (
     CheckpointConfig as CheckpointConfig,
 )
@@ -27,7 +28,7 @@ from avatar_rl.cluster.upkeep_config import (
 from avatar_rl.cluster.upkeep_config import (
     SupervisionConfig as SupervisionConfig,
 )
-from avatar_rl.common.config import Section, expanded
+from avatar_rl.common.config import Section
 from avatar_rl.learner.config import LearnerConfig, SftConfig
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.selection import SelectionConfig
@@ -37,25 +38,6 @@ from avatar_rl.rewards.config import RewardConfig
 #: Below these a completion is the likeliest one, but for ties.
 LEAST_TEMPERATURE = 0.01
 LEAST_TOP_P = 0.01
-
-
-class ModelSection(Section):
-    """Which policy is trained."""
-
-    path: str = Field(
-        "tiny",
-        description="Hugging Face checkpoint folder, or 'tiny' to build the toy Qwen2.5-Omni.",
-    )
-    reference: Path | None = Field(
-        None,
-        description="Checkpoint of the KL reference policy; null takes the weights the run starts "
-        "from.",
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _expand(cls, path: str) -> str:
-        return str(expanded(path))
 
 
 class DataSection(Section):
@@ -220,6 +202,13 @@ class RolloutSection(Section):
     )
     drain_s: float = Field(
         60, gt=0, description="Seconds a leaving actor may take to finish what it has begun."
+    )
+    lora: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="What rollouts take of a version when learner.lora is set. adapter: the "
+        "adapter itself, a few percent of the bytes; completions under way end with the one they "
+        "began with, and nothing is prefilled again. merged: whole weights. Adapters on towers or "
+        "projectors are always merged, which the run says.",
     )
     engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")

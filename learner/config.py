@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from avatar_rl.common.config import Section, expanded
-from avatar_rl.learner.adapter.config import LoraConfig
+from avatar_rl.learner.lora_config import LoraConfig
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_plain"]
@@ -355,6 +355,11 @@ class LearnerConfig(Section):
     def _check(self) -> LearnerConfig:
         if self.embeddings.mode == "on":
             self._check_towers()
+        if self.gradient_checkpointing and self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                "lora.dropout above 0 and gradient_checkpointing exclude each other: what is "
+                "computed again would drop other numbers; set lora.dropout to 0"
+            )
         return self
 
 

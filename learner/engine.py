@@ -7,9 +7,10 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
+from avatar_rl.learner.adapter.lora import Adapter, base_name, merged_name
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending
 from avatar_rl.learner.model.media import TOWERS
 from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze
@@ -125,13 +127,23 @@ class TrainEngine:
     all ranks."""
 
     def __init__(
-        self, policy: Policy, config: OptimizerConfig, *, world_size: int, dtype: str
+        self,
+        policy: Policy,
+        config: OptimizerConfig,
+        *,
+        world_size: int,
+        dtype: str,
+        adapter: Adapter | None = None,
     ) -> None:
         import deepspeed
 
         self.config = config
         self.world_size = world_size
-        if freeze(policy, config.freeze) == 0:
+        self.adapter = adapter  # of the policy's model: then nothing else is trained
+        trained = freeze(policy, config.freeze)
+        if adapter is not None:
+            trained = adapter.freeze_base(policy)
+        if trained == 0:
             raise ConfigError(
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is "
                 "left to train"
@@ -224,6 +236,8 @@ class TrainEngine:
         for the encoders: one that another rank has media for runs on a blank one. A loss that is
         not finite adds nothing. What is ``Pending`` is collated in its turn."""
         self._flags = []
+        if self.adapter is not None:
+            self.adapter.drop(active=True)
         # Before the first backward: ranks must meet in one order.
         plan = self._agree(micro_batches, spare)
         for number, needs in enumerate(plan):
@@ -237,6 +251,40 @@ class TrainEngine:
             value = loss(number, micro_batch, output)
             self._backward(value)
             self._flags.append(self._bad & torch.isfinite(value.detach()))
+        if self.adapter is not None:
+            self.adapter.drop(active=False)
+
+    @torch.no_grad()
+    def score_base(
+        self,
+        micro_batches: Sequence[MicroBatch | Pending],
+        spare: MicroBatch | Pending,
+        wanted: Sequence[bool],
+    ) -> Iterator[tuple[int, PolicyOutput]]:
+        """(Number, scores) of the ``wanted`` micro-batches with the adapter off.
+
+        Under ZeRO 3 ranks gather weights together: all ranks call it, and each runs what any of
+        them wants. The numbers are this rank's own.
+        """
+        assert self.adapter is not None
+        runs = list(wanted)
+        if self.world_size > 1 and self.config.zero_stage == 3:
+            plan = self._agree(micro_batches, spare)
+            of_ranks: list[list[bool]] = [[]] * self.world_size
+            dist.all_gather_object(of_ranks, runs)
+            runs = [any(flags) for flags in zip_longest(*of_ranks, fillvalue=False)]
+            runs += [False] * (len(plan) - len(runs))
+        else:
+            plan = [self._needs(batch) for batch in micro_batches]
+        for number, (needs, runs_it) in enumerate(zip(plan, runs, strict=False)):
+            if not runs_it:
+                continue
+            pending = micro_batches[number] if number < len(micro_batches) else spare
+            batch = pending.collate() if isinstance(pending, Pending) else pending
+            with self.adapter.off():
+                output = self.forward(batch, needs)
+            if number < len(micro_batches):
+                yield number, output
 
     def _agree(
         self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending
@@ -330,6 +378,7 @@ class TrainEngine:
         self, parts: Sequence[Sequence[str]] | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """The policy's own tensors, whole, by our names: those of one part, and then of the next.
+        A layer with an adapter is merged, by a copy.
 
         Without ``parts`` all come at once. Parameters and persistent buffers; a head that is tied
         to the embeddings is there under both names. Collective under ZeRO 3, where a part is
@@ -339,7 +388,41 @@ class TrainEngine:
             name.removeprefix("model."): tensor
             for name, tensor in self.policy.state_dict(keep_vars=True).items()
         }
-        for part in [list(tensors)] if parts is None else parts:
+        if self.adapter is None:
+            yield from self._gathered(tensors, [list(tensors)] if parts is None else parts)
+            return
+        raw: dict[str, list[str]] = {}  # a tensor's name without adapters: all it is made of
+        for name in tensors:
+            raw.setdefault(merged_name(name), []).append(name)
+        needed = [[n for name in part for n in raw[name]] for part in (parts or [list(raw)])]
+        for found in self._gathered(tensors, needed):
+            yield dict(self.adapter.merged(found))
+
+    def adapter_weights(self) -> Iterator[dict[str, Tensor]]:
+        """The adapter's own tensors in one part, ``<layer>.lora_A.weight`` and B. Collective as
+        ``whole_weights``."""
+        assert self.adapter is not None
+        tensors = {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.policy.named_parameters()
+            if base_name(name) is None
+        }
+        for found in self._gathered(tensors, [list(tensors)]):
+            yield self.adapter.tensors(found)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """A copy of them on the CPU. Collective under ZeRO 3."""
+        [found] = [
+            {name: tensor.to("cpu", copy=True) for name, tensor in part.items()}
+            for part in self.adapter_weights()
+        ]
+        return found
+
+    def _gathered(
+        self, tensors: Mapping[str, Tensor], parts: Sequence[Sequence[str]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """``tensors`` part by part, whole for as long as a part is looked at."""
+        for part in parts:
             with contextlib.ExitStack() as stack:
                 if self.config.zero_stage >= 3:
                     import deepspeed
@@ -359,13 +442,36 @@ class TrainEngine:
         return found
 
     def save(self, folder: Path, tag: str) -> None:
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"updates": self.updates})
+        """Write what is trained, its optimiser's state and the counters. What is frozen is the
+        model's that the run began with, and is not written."""
+        self.engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state={"updates": self.updates},
+            exclude_frozen_parameters=True,
+        )
 
     def load(self, folder: Path, tag: str) -> None:
-        path, client = self.engine.load_checkpoint(str(folder), tag=tag)
+        """Load what ``save`` wrote. Raises ConfigError for what another setup wrote."""
+        path, client = self.engine.load_checkpoint(
+            str(folder), tag=tag, custom_load_fn=self._load_trained
+        )
         if path is None:
             raise ConfigError(
                 f"checkpoint {folder}/{tag} cannot be loaded: it is missing or was written by "
                 "another setup"
             )
         self.updates = int(client["updates"])
+
+    def _load_trained(self, src: Mapping[str, Tensor], dst: nn.Module) -> None:
+        """Everything that trains must be there; older checkpoints hold the frozen weights, too."""
+        found = dst.load_state_dict(src, strict=False)
+        trained = {name for name, p in dst.named_parameters() if p.requires_grad}
+        missing = sorted(trained & set(found.missing_keys))
+        if missing or found.unexpected_keys:
+            wrong = missing or sorted(found.unexpected_keys)
+            raise ConfigError(
+                f"the saved learner state trains other weights than this recipe: "
+                f"{'without' if missing else 'with'} {wrong[0]!r} and {len(wrong) - 1} more; put "
+                "learner.lora and learner.optimizer.freeze back as they were"
+            )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from avatar_rl.buffer_service.weights.sender import WeightSender
+from avatar_rl.learner.adapter.base import BaseRecord
+from avatar_rl.learner.adapter.files import ADAPTER, export_adapter
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.names import NameMap
@@ -60,6 +62,54 @@ class Publication:
         """Offer the last version to a weight store that lost it; its number, 0 where there is
         none."""
         return self.sender.put_again() if self.sender is not None else 0
+
+
+class AdapterPublication(Publication):
+    """The policy of a LoRA run: merged to rollout actors, or with ``adapter_only`` the adapter
+    itself; merged and as an adapter of ``base`` to a folder."""
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        names: NameMap,
+        sender: WeightSender | None,
+        *,
+        base: BaseRecord,
+        adapter_only: bool,
+    ) -> None:
+        super().__init__(engine, names, sender)
+        self.base, self.adapter_only = base, adapter_only
+
+    def publish(self, version: int) -> None:
+        """As ``Publication.publish``."""
+        if not self.adapter_only:
+            super().publish(version)
+            return
+        parts = self.engine.adapter_weights()
+        try:
+            if self.sender is not None:
+                self.sender.publish(version, (published_adapter(p, self.names) for p in parts))
+        finally:
+            for _ in parts:
+                pass
+
+    def export(self, base: Path, out: Path) -> None:
+        """As ``Publication.export``; below it the adapter as PEFT reads it."""
+        super().export(base, out)
+        tensors, adapter = self.engine.adapter_state(), self.engine.adapter
+        if self.sender is not None and adapter is not None:
+            cast = _cast(tensors, self.sender.dtype)
+            export_adapter(cast, adapter.settings, self.base, out / ADAPTER)
+
+
+def published_adapter(tensors: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
+    """An adapter's tensors under the published names of their layers."""
+    found = {}
+    for name, tensor in tensors.items():
+        layer, _, side = name.partition(".lora_")
+        published = names.published_name(f"{layer}.weight").removesuffix(".weight")
+        found[f"{published}.lora_{side}"] = tensor
+    return found
 
 
 def _cast(part: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from avatar_rl.common.process import (
     sees_gpu,
     set_aside_imports,
 )
+from avatar_rl.learner.adapter.base import BaseRecord
+from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepSource
@@ -33,10 +35,10 @@ from avatar_rl.learner.media.opening import MediaSetting, node_share, open_encod
 from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
-from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.model.reference import BaseReference, ReferencePolicy
 from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sharded_load import load_in_shares
-from avatar_rl.learner.publication import Publication
+from avatar_rl.learner.publication import AdapterPublication, Publication, published_adapter
 from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
@@ -67,6 +69,7 @@ class SetupReport(TypedDict):
     dtype: str
     parameters: int
     warnings: list[str]  # what is probably wrong with the model's prompts
+    lora: str  # what of the model its adapter trains; empty without one
     why_pixels: str  # why media do not go through the embedding store; empty where they do
 
 
@@ -149,14 +152,16 @@ class LearnerRank:
         dtype = (
             optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
         )
-        policy = self._load_policy(dtype)
-        self.engine = TrainEngine(policy, optimizer, world_size=self.ranks, dtype=dtype)
-        why_pixels = self._take_embeddings(policy, dtype)
-        self.replicator = StateReplicator(
-            self.engine, self.rank, self.state_replica, max_bytes=spec.replica_bytes
+        policy, adapter = self._load_policy(dtype)
+        self.engine = TrainEngine(
+            policy, optimizer, world_size=self.ranks, dtype=dtype, adapter=adapter
         )
-        sender = WeightSender(self.names.layout, self.outbox, dtype=dtype)
-        self.publication = Publication(self.engine, self.names, sender if self.rank == 0 else None)
+        why_pixels = self._take_embeddings(policy, dtype)
+        base = BaseRecord.of(spec.model, spec.lora)
+        self.replicator = StateReplicator(
+            self.engine, self.rank, self.state_replica, max_bytes=spec.replica_bytes, base=base
+        )
+        self.publication = self._publication(base, dtype)
         if spec.sft is not None:
             prompts = list(self.prompts)
             self.cold_start = ColdStart(
@@ -173,7 +178,22 @@ class LearnerRank:
             "parameters": parameters,
             "warnings": self.encoder.warnings,
             "why_pixels": why_pixels,
+            "lora": adapter.summary() if adapter is not None else "",
         }
+
+    def _publication(self, base: BaseRecord, dtype: str) -> Publication:
+        """The way out of the policy, or of its adapter."""
+        layout, only = self.names.layout, self.spec.publishes_adapter
+        if self.engine.adapter is not None and only:
+            [own] = self.engine.adapter_weights()
+            layout = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                for name, tensor in published_adapter(own, self.names).items()
+            }
+        sender = WeightSender(layout, self.outbox, dtype=dtype) if self.rank == 0 else None
+        if self.engine.adapter is None:
+            return Publication(self.engine, self.names, sender)
+        return AdapterPublication(self.engine, self.names, sender, base=base, adapter_only=only)
 
     def _take_embeddings(self, policy: Policy, dtype: str) -> str:
         """Media through the embedding store from now on; why not where they cannot."""
@@ -199,28 +219,44 @@ class LearnerRank:
             self.lookahead = Lookahead(outstanding, self.prompts, self.encoder, share)
         return why
 
-    def _load_policy(self, dtype: str) -> Policy:
+    def _load_policy(self, dtype: str) -> tuple[Policy, Adapter | None]:
         spec = self.spec
-        if (spec.sft or spec.learner).lora is not None:
-            raise ConfigError("learner.lora cannot be trained yet: leave it out")
         optimizer = spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
-        if optimizer.zero_stage == 3 and self.ranks > 1:
+        if optimizer.zero_stage == 3 and self.ranks > 1 and spec.lora is None:
             config = deepspeed_config(optimizer, self.ranks, dtype)
             model = load_in_shares(spec.model, dtype=dtype, deepspeed_config=config)
         else:
             model = load_model(spec.model, dtype=dtype)
         self.names = NameMap.of(model, spec.model)
         self.routers = Routers(model, spec.learner.router, spec.learner.router_balance)
+        adapter = None
+        if spec.lora is not None:
+            key = "learner.lora" if spec.sft is None else "cold_start.lora"
+            adapter = Adapter.attach(model, spec.lora, seed=spec.seed, key=key)
         if spec.learner.gradient_checkpointing:
+            if spec.lora is not None and spec.lora.dropout:
+                raise ConfigError(
+                    "lora.dropout above 0 and learner.gradient_checkpointing exclude each other: "
+                    "what is computed again would drop other numbers; set dropout to 0"
+                )
             recompute_activations(model)
-        return Policy(model)
+        if adapter is not None:
+            adapter.drop(active=False)
+        return Policy(model), adapter
 
     def make_trainer(self, dtype: str) -> StepTrainer:
         """What trains the steps: with the reference policy where the loss has a KL term, and on
         rank 0 with the buffer."""
         spec = self.spec
-        reference = source = None
-        if spec.learner.objective.beta > 0:
+        reference: ReferencePolicy | None = None
+        source = None
+        if spec.learner.objective.beta > 0 and spec.lora and spec.reference == spec.model:
+            reference = BaseReference(
+                self.engine.score_base,
+                device=self.engine.device,
+                cached=spec.learner.reference_cache,
+            )
+        elif spec.learner.objective.beta > 0:
             reference = ReferencePolicy(
                 spec.reference,
                 dtype=dtype,
@@ -282,7 +318,8 @@ class LearnerRank:
         return report
 
     def export(self, path: Path) -> str:
-        """Write the policy as a Hugging Face checkpoint (rank 0 writes, all ranks gather)."""
+        """Write the policy as a Hugging Face checkpoint, an adapter below it (rank 0 writes, all
+        ranks gather)."""
         self.publication.export(self.spec.model, path)
         return str(path)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.learner.config import LearnerConfig, SftConfig
+from avatar_rl.learner.lora_config import LoraConfig
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 
@@ -32,4 +33,10 @@ class LearnerSpec:
     step_timeout_s: float
     attempts: int = 1  # seqs of a group, of which the last that came is trained
     engine_dtype: str = "float32"  # of the rollouts, whose log-probabilities are stored
+    publishes_adapter: bool = False  # rollouts take the adapter itself, not merged weights
     replica_bytes: int = 0  # state up to this size is replicated at every step
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter that this group trains; None: it trains the model."""
+        return self.sft.lora if self.sft is not None else self.learner.lora

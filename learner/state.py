@@ -1,9 +1,10 @@
 """The learner's state outside the learner: copied to host memory, replicated to another process,
 written to a checkpoint.
 
-What DeepSpeed would write into files (weights, optimiser moments, its counters) is caught on its
-way there. So a training step pauses for the serialisation alone. Checkpoints and the copy that
-outlives a rank are made the same way."""
+What DeepSpeed would write into files (trained weights, optimiser moments, its counters) is caught
+on its way there. Frozen weights stay out: they are those of the model that the run began with. So a
+training step pauses for the serialisation alone. Checkpoints and the copy that outlives a rank are
+made the same way."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from avatar_rl.common.errors import ModelError
+from avatar_rl.learner.adapter.base import FILE, BaseRecord
 from avatar_rl.learner.state_replica import TAG, FileProof, Files, write_files
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ T = TypeVar("T")
 
 
 def state_bytes(engine: TrainEngine) -> int:
-    """Upper bound of the state over all ranks: the weights, and a float32 master copy and two
-    moments of what is trained. The same on every rank, whatever ZeRO has partitioned."""
+    """Upper bound of the state over all ranks: of what is trained the weights, a float32 master
+    copy and two moments. The same on every rank, whatever ZeRO has partitioned."""
     total = 0
     for parameter in engine.policy.parameters():
-        count = int(getattr(parameter, "ds_numel", parameter.numel()))
-        total += count * parameter.element_size() + (12 * count if parameter.requires_grad else 0)
+        if parameter.requires_grad:
+            count = int(getattr(parameter, "ds_numel", parameter.numel()))
+            total += count * (parameter.element_size() + 12)
     return total
 
 
@@ -69,6 +72,9 @@ def _caught(engine: TrainEngine, rank: int, take: Callable[[Any], T]) -> dict[st
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     files: dict[str, T] = {}
+    # Under both names where two share a weight: DeepSpeed leaves out only one of them.
+    named = engine.policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
 
     class Memory(TorchCheckpointEngine):
         """Catches each file that DeepSpeed saves."""
@@ -79,6 +85,9 @@ def _caught(engine: TrainEngine, rank: int, take: Callable[[Any], T]) -> dict[st
         def create(self, info: CheckpointCommitInfo) -> None: ...
 
         def save(self, state_dict: Any, path: str) -> None:
+            if isinstance(module := state_dict.get("module"), dict):
+                kept = {name: value for name, value in module.items() if name not in frozen}
+                state_dict = {**state_dict, "module": kept}
             files[Path(path).name] = take(state_dict)
 
     usual = engine.engine.checkpoint_engine
@@ -214,8 +223,10 @@ class StateReplicator:
         state_replica: ActorHandle | None,
         *,
         max_bytes: int,
+        base: BaseRecord | None = None,
     ) -> None:
         self.engine, self.rank, self.state_replica = engine, rank, state_replica
+        self.base = base  # that the state belongs to: frozen weights are not in it
         self.max_bytes = max_bytes  # a larger state is written into checkpoints only
         self._captured: dict[str, Any] | None = None
 
@@ -229,7 +240,7 @@ class StateReplicator:
 
         if self.state_replica is None or state_bytes(self.engine) > self.max_bytes:
             return
-        files = capture(self.engine, self.rank)
+        files = self._with_base(capture(self.engine, self.rank))
         ray.get(self.state_replica.store.remote(version, self.rank, files))
         if self.engine.world_size > 1:
             dist.barrier()
@@ -239,6 +250,11 @@ class StateReplicator:
         it."""
         self._captured = snapshot(self.engine, self.rank)
 
+    def _with_base(self, files: Files) -> Files:
+        if self.base is not None and self.rank == 0:
+            files[FILE] = np.frombuffer(self.base.content(), dtype=np.uint8)
+        return files
+
     def write(self, folder: Path) -> dict[str, FileProof]:
         """Write what ``capture`` copied below ``folder``; runs beside a training step. Once for
         each copy: raises ModelError when there is none."""
@@ -247,8 +263,11 @@ class StateReplicator:
             raise ModelError(
                 f"learner rank {self.rank} has captured no state to write: it is a new one"
             )
-        return write_files(serialise(held), folder)
+        return write_files(self._with_base(serialise(held)), folder)
 
     def restore(self, folder: Path) -> None:
-        """Resume from a state that was written below ``folder``."""
+        """Resume from a state that was written below ``folder``. Raises ModelError for one of
+        another base, and as the function of that name does."""
+        if self.base is not None:
+            self.base.check(BaseRecord.read(folder / TAG), folder)
         restore(self.engine, self.rank, folder)

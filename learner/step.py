@@ -181,6 +181,10 @@ class StepTrainer:
                 plan, indices, [rows[i] for i in indices], micro_batch, output, step_metrics
             )
 
+        if self.reference is not None:
+            with self.timer("reference"):
+                ids = [[plan.trajectories[i].id for i in indices] for indices in share]
+                self.reference.prepare(ids, micro_batches, spare)
         with self.timer("forward_backward"):
             self.engine.accumulate(micro_batches, loss, spare)
 

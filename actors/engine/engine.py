@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
+from avatar_rl.actors.engine.adapters import Adapters, adapter_arguments
 from avatar_rl.actors.engine.launch import (
     check_heads,
     engine_arguments,
@@ -34,7 +35,9 @@ from avatar_rl.actors.engine.launch import (
     stop_token_ids,
 )
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
+from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
 from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
+from avatar_rl.common.adapter import AdapterShape
 from avatar_rl.common.errors import DataError, ModelError, ResourceError
 from avatar_rl.common.process import set_aside_imports
 
@@ -80,14 +83,23 @@ class RolloutEngine:
 
     _occupied: ClassVar[bool] = False
 
-    def __init__(self, model_path: Path, config: EngineConfig, *, version: int = 0) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        config: EngineConfig,
+        *,
+        version: int = 0,
+        adapter: AdapterShape | None = None,
+    ) -> None:
         self.config = config
         self.version = version
         path = Path(model_path)
         kind = model_kind(path)
         self.device = pick_device(config)
         check_heads(path, config.tensor_parallel_size)
-        self._contract = WeightContract(path)
+        # With an adapter, versions are adapters on the weights it was started from.
+        self._contract: WeightContract | AdapterContract
+        self._contract = WeightContract(path) if adapter is None else AdapterContract(path, adapter)
         if RolloutEngine._occupied:
             raise ResourceError(
                 "this process already runs a rollout engine: close it first, or start another "
@@ -102,8 +114,9 @@ class RolloutEngine:
         quieten()
         set_aside_imports()
         try:
-            arguments = EngineArgs(**engine_arguments(path, kind, config, self.device))
-            self._engine = LLMEngine.from_engine_args(arguments)
+            arguments = engine_arguments(path, kind, config, self.device)
+            arguments |= adapter_arguments(adapter) if adapter is not None else {}
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
         RolloutEngine._occupied = True
@@ -117,6 +130,7 @@ class RolloutEngine:
         self._engine.collective_rpc("install_rollout_sampler", args=(forbidden,))
         self._engine.set_weight_version(str(version))
         self._prompts = PromptCache(config.prompt_cache_bytes)
+        self._adapters = Adapters(self._engine, adapter) if adapter is not None else None
         self._pending: dict[str, RequestSampling] = {}
         self._broken: str | None = None
         self._warned = False
@@ -166,9 +180,12 @@ class RolloutEngine:
                 "shorten the prompt or raise max_model_len"
             )
         self._warn_truncation(sampling)
+        lora = self._adapters.begin(request_id, self.version) if self._adapters else None
         try:
-            self._engine.add_request(request_id, rendered, self._parameters(sampling, seed))
+            parameters = self._parameters(sampling, seed)
+            self._engine.add_request(request_id, rendered, parameters, lora_request=lora)
         except (ValueError, VLLMClientError) as error:
+            self._forget(request_id)
             raise DataError(f"request {request_id!r}: vLLM refuses the prompt: {error}") from error
         self._pending[request_id] = sampling
 
@@ -216,8 +233,10 @@ class RolloutEngine:
         for output in self._engine.step():
             assert isinstance(output, RequestOutput)
             if output.finished and self._pending.pop(output.request_id, None) is not None:
+                version = self._forget(output.request_id)
                 completions = tuple(
-                    self._completion(part) for part in sorted(output.outputs, key=lambda o: o.index)
+                    self._completion(part, version)
+                    for part in sorted(output.outputs, key=lambda o: o.index)
                 )
                 prompt = np.asarray(output.prompt_token_ids, dtype=np.int32)
                 finished.append(FinishedRequest(output.request_id, prompt, completions))
@@ -226,7 +245,12 @@ class RolloutEngine:
     @property
     def adopts_in_flight(self) -> bool:
         """Requests in flight continue when weights change (EngineConfig.weight_update)."""
-        return self.config.weight_update == "keep"
+        return self.config.weight_update == "keep" or self.adopts_free
+
+    @property
+    def adopts_free(self) -> bool:
+        """New versions cost nothing that is in flight: they are adapters."""
+        return self._adapters is not None
 
     @property
     def can_adopt(self) -> bool:
@@ -251,6 +275,9 @@ class RolloutEngine:
         ``GeneratedCompletion.versions`` tells the parts. To continue with the old keys and values
         would sample from a policy that never existed, and is not offered.
 
+        With an adapter ``weights`` are an adapter's. Nothing is dropped or prefilled then: requests
+        in flight end with the version they began with.
+
         Raises:
             ModelError: The version is not newer, the update is incomplete or corrupt, or requests
                 are in flight under ``drain``; the engine is untouched. Or vLLM failed while
@@ -268,6 +295,10 @@ class RolloutEngine:
                 "until idle, or set weight_update to keep"
             )
         checked = self._contract.check(weights)
+        if self._adapters is not None:
+            self._adapters.take(version, checked)
+            self.version = version
+            return
         # Preempt before the caches are emptied: a running request would otherwise look for encoder
         # outputs that are gone.
         self._engine.reset_prefix_cache(reset_running_requests=True)
@@ -290,6 +321,7 @@ class RolloutEngine:
         self._engine.abort_request(chosen)
         for request_id in chosen:
             del self._pending[request_id]
+            self._forget(request_id)
         return chosen
 
     def close(self) -> None:
@@ -324,7 +356,11 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: CompletionOutput) -> GeneratedCompletion:
+    def _forget(self, request_id: str) -> int | None:
+        """The adapter's version of a request that is over; None without adapters."""
+        return self._adapters.end(request_id) if self._adapters is not None else None
+
+    def _completion(self, output: CompletionOutput, version: int | None) -> GeneratedCompletion:
         reason, spans = output.finish_reason, output.weight_versions
         if reason not in ("stop", "length"):
             raise ModelError(f"vLLM ended a completion with {reason!r}; see its log for the cause")
@@ -338,7 +374,9 @@ class RolloutEngine:
             token_ids=token_ids,
             logprobs=np.asarray(sampled.logprobs, dtype=np.float32),
             finish_reason=reason,
-            versions=tuple((int(span.version), span.end - span.start) for span in spans),
+            versions=tuple((int(span.version), span.end - span.start) for span in spans)
+            if version is None
+            else ((version, len(token_ids)),),
             text=cast("str", self._tokenizer.decode(body.tolist(), skip_special_tokens=False)),
         )
 

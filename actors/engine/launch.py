@@ -90,8 +90,8 @@ def prepare_environment(config: EngineConfig, device: str) -> None:
 
 
 def quieten() -> None:
-    """Silence two vLLM warnings that say nothing: one per prompt with media, three per weight
-    update.
+    """Silence three vLLM warnings that say nothing: one per prompt with media, three per weight
+    update, one per layer of a tower.
 
     Call it after vLLM's import and again after its start: both reset the levels of its loggers.
     """
@@ -100,6 +100,8 @@ def quieten() -> None:
     # "RotaryEmbedding: Failed to load weights": of modules that have none in a checkpoint;
     # WeightContract has checked that none is missing.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+    # "visual.blocks.0.attn.qkv will be ignored": a tower's adapter is merged (recipe/adapter_road).
+    logging.getLogger("vllm.lora.model_manager").setLevel(logging.ERROR)
 
 
 def engine_arguments(

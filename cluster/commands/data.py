@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import checkpoint_folder
 from avatar_rl.cluster.recipe.load import load_recipe
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 
@@ -48,6 +49,4 @@ def synthesize_world(folder: Path, *, recipe: Path | None, seed: int | None) -> 
 
 def _processor(config: RunConfig | None) -> Path | None:
     """Model folder whose processor counts tokens; the tiny model is not built just for that."""
-    if config is None or config.model.path == "tiny":
-        return None
-    return Path(config.model.path)
+    return None if config is None else checkpoint_folder(config)

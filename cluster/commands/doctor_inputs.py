@@ -14,7 +14,11 @@ from pathlib import Path
 
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.assets import check_model_folder
+from avatar_rl.cluster.recipe.assets import (
+    check_lora,
+    check_model_folder,
+    checkpoint_folder,
+)
 from avatar_rl.cluster.recipe.ready_start import ready_start
 from avatar_rl.cluster.recipe.resources import cluster_address
 from avatar_rl.cluster.telemetry.run_folder import MIN_FREE_BYTES
@@ -55,7 +59,11 @@ def model(config: RunConfig) -> Iterator[Finding]:
         try:
             if not path.is_dir():
                 raise AvatarError(f"{path} is not a folder")
+            if subject == "model":
+                path = checkpoint_folder(config) or path
             check_model_folder(path)
+            if subject == "model":
+                check_lora(config, path)
             json.loads((path / "config.json").read_bytes())
             yield Finding(subject, "ok", str(path))
         except AvatarError as error:

@@ -23,6 +23,7 @@ from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.common.errors import ConfigError
+from avatar_rl.learner.adapter.files import is_adapter
 
 if TYPE_CHECKING:
     from avatar_rl.cluster.config import RunConfig
@@ -201,13 +202,14 @@ def evaluate_checkpoint(
     common = {name: value for name, value in raw.items() if name not in CURRICULUM_KEYS}
     config = resolve_recipe(common, parse_overrides(overrides), source=str(recipe))
     checkpoint = policy_folder(checkpoint)
-    model = config.model.model_copy(update={"path": str(checkpoint)})
+    base = config.model.base if is_adapter(checkpoint) else None
+    model = config.model.model_copy(update={"path": str(checkpoint), "base": base})
     config = config.model_copy(update={"name": "evaluate", "cold_start": None, "model": model})
     if config.data.synthetic is None and config.data.heldout is None:
         raise ConfigError(f"recipe {recipe} has no held-out prompts: set data.heldout")
     preflight({"": config})
     with open_screen(config.screen, 1, title="evaluate", times=times_of(config)) as screen:
-        result = evaluate(config, screen, model=checkpoint, without=[tuple(without)])
+        result = evaluate(config, screen, without=[tuple(without)])
     [evaluation] = result.evaluations
     missing = f" without {' and '.join(without)}" if without else ""
     print(f"held-out accuracy{missing} {evaluation.accuracy:.3f} on {evaluation.prompts} prompts")

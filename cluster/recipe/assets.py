@@ -21,6 +21,13 @@ from avatar_rl.cluster.recipe.ready_start import (
 )
 from avatar_rl.common.errors import ConfigError, DataError, InputError, ModelError
 from avatar_rl.common.types import ReadOnlyObject
+from avatar_rl.common.weight_files import fingerprint
+from avatar_rl.learner.adapter.files import (
+    AdapterFolder,
+    check_targets,
+    is_adapter,
+    merge_adapter,
+)
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.record import check_roots
 from avatar_rl.prompts.synthetic.config import WorldConfig
@@ -117,6 +124,13 @@ def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
                 f"model.path {path} is not a folder: give a Hugging Face checkpoint folder, or "
                 "'tiny'"
             )
+        if is_adapter(path):
+            return _merged(AdapterFolder.open(path), config, progress)
+        if config.model.base is not None:
+            raise ConfigError(
+                f"model.base {config.model.base} is for an adapter, and model.path {path} holds "
+                "none: set model.base to null"
+            )
         check_model_folder(path)
         return path.resolve()
     folder = config.output.cache / f"tiny-omni-{key(config.seed)}"
@@ -126,6 +140,37 @@ def prepare_base_model(config: RunConfig, progress: Progress) -> Path:
 
             progress("building the tiny model", "Qwen2.5-Omni, 1M parameters")
             build_tiny_omni(folder, seed=config.seed)
+    return folder.resolve()
+
+
+def checkpoint_folder(config: RunConfig) -> Path | None:
+    """The checkpoint that ``model.path`` names: itself, or the base of its adapter; None for the
+    tiny model, which is built. Raises what ``AdapterFolder.open`` and ``base`` do."""
+    if config.model.path == "tiny":
+        return None
+    path = Path(config.model.path)
+    return AdapterFolder.open(path).base(config.model.base) if is_adapter(path) else path
+
+
+def check_lora(config: RunConfig, base: Path) -> None:
+    """The recipe's adapters fit the model ``base``. Raises what ``check_targets`` does."""
+    if config.cold_start is not None and config.cold_start.lora is not None:
+        check_targets(base, config.cold_start.lora, "cold_start.lora")
+    if config.learner.lora is not None:
+        check_targets(base, config.learner.lora, "learner.lora")
+
+
+def _merged(adapter: AdapterFolder, config: RunConfig, progress: Progress) -> Path:
+    """The adapter's base with the adapter in it, from the cache: everything after this reads one
+    plain checkpoint. Raises what ``AdapterFolder.base`` and ``merge_adapter`` do."""
+    base = adapter.base(config.model.base)
+    check_model_folder(base)
+    digests = {"adapter": model_digest(adapter.path), "base": fingerprint(base)}
+    folder = config.output.cache / f"merged-{key(digests)}"
+    with made_once(folder, lambda why: progress("waiting for the merged model", why)) as missing:
+        if missing:
+            progress("merging the adapter", f"{adapter.path} into {base}")
+            merge_adapter(adapter, base, folder)
     return folder.resolve()
 
 

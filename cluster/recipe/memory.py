@@ -6,10 +6,13 @@ and the allocator's gaps come on top: leave 10 GiB per GPU."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import ARCHITECTURES, Architecture, architecture_of
+from avatar_rl.cluster.recipe.assets import checkpoint_folder
+from avatar_rl.common.errors import AvatarError
 
 GIB = 1 << 30
 #: Bytes of a parameter, or of a number of its activations.
@@ -55,7 +58,8 @@ class LearnerSetting:
             ranks=learner.ranks,
             zero_stage=optimizer.zero_stage,
             offload=optimizer.offload_optimizer,
-            reference=learner.objective.beta > 0 and lora is None,
+            reference=learner.objective.beta > 0
+            and (lora is None or config.model.reference is not None),
             adapter_rank=None if lora is None else lora.rank,
             trains_towers=not frozen,
             number=number,
@@ -139,7 +143,10 @@ class MemoryPlan:
     @classmethod
     def of(cls, config: RunConfig | None) -> MemoryPlan | None:
         """None for the tiny model and for one whose size is not known."""
-        model = architecture_of(config.model.path) if config is not None else None
+        path = None
+        with suppress(AvatarError):  # an adapter without its base: the model's own finding says it
+            path = checkpoint_folder(config) if config is not None else None
+        model = architecture_of(str(path)) if path is not None else None
         return cls(config, model) if config is not None and model is not None else None
 
     @property
@@ -209,8 +216,9 @@ class MemoryPlan:
 
     @property
     def checkpoint(self) -> float:
-        """One checkpoint of the learner: master copies and moments, and the weights."""
-        return optimizer_bytes(self.model, self.setting) + self.weights
+        """One checkpoint of the learner: weights, master copies and moments of what trains."""
+        trained = self.setting.trained(self.model)
+        return optimizer_bytes(self.model, self.setting) + trained * BFLOAT16
 
     @property
     def without_gpus(self) -> float:

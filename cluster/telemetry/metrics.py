@@ -246,6 +246,7 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "",
             "Share of the prompts with media whose embeddings were there when asked for.",
         ),
+        ("time/reference", "s", "Time to score the step with the adapter off (LoRA), 0 otherwise."),
         ("time/forward_backward", "s", "Time of the forward and backward passes."),
         ("time/optimizer", "s", "Time of the optimiser's updates, clipping included."),
         (

@@ -83,7 +83,8 @@ def _answer(system: System, kinds: Kinds, model: Path, heldout: PromptIndex) -> 
     run_id = "-".join((folder.path.name, *(("without", *kinds) if kinds else ())))[-64:]
     media = config.data.media.model_copy(update={"blank": kinds})
     data = config.data.model_copy(update={"media": media})
-    blanked = config.model_copy(update={"data": data})
+    learner = config.learner.model_copy(update={"lora": None})  # nothing is trained here
+    blanked = config.model_copy(update={"data": data, "learner": learner})
     what = f"without {' and '.join(kinds)}" if kinds else ""
     with ReplayBuffer.connect(config.buffer, run_id, url=system.services.redis_url) as buffer:
         rounds = EvaluationRounds(

@@ -22,10 +22,12 @@ from avatar_rl.cluster.checkpoints.resume import (
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.adapter_road import adapter_road
 from avatar_rl.cluster.recipe.assets import (
     Datasets,
     check_fusion,
     check_hints,
+    check_lora,
     check_media,
     prepare_base_model,
     prepare_datasets,
@@ -176,6 +178,7 @@ def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
     if datasets.sft is not None and config.data.sft is not None:
         check_media(read_prompts(datasets.sft, config), config.data.media.roots)
     base = prepare_base_model(config, screen.phase)
+    check_lora(config, base)
     return Inputs(datasets, base, train_ids, heldout, selected)
 
 
@@ -204,7 +207,7 @@ def training_run(
         fleet = system.rollout_fleet(config, lock.run_id, model, buffer)
         stack.callback(fleet.stop)
         learner = _learner(system, lock.run_id, model, replica, buffer)
-        dtype = _start_actors(system, fleet, learner)
+        dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
         metrics = RunMetrics(buffer, fleet, system.folder, system.screen)
         supervisor = Supervisor(
             config,
@@ -342,9 +345,11 @@ def _learner(
     )
 
 
-def _start_actors(system: System, fleet: RolloutFleet, learner: LearnerGroup) -> str:
+def _start_actors(
+    system: System, fleet: RolloutFleet, learner: LearnerGroup, why_merged: str
+) -> str:
     """Start all actors together and wait until they are ready; the data type the learner computes
-    in."""
+    in. ``why_merged``: see ``adapter_road``."""
     config, pool = system.config, system.pool
     fleet.start(config.rollout.workers)
     setup = learner.start()
@@ -354,6 +359,9 @@ def _start_actors(system: System, fleet: RolloutFleet, learner: LearnerGroup) ->
         system.report("model", warning)
     if first["why_pixels"]:
         system.folder.event("embedding store off", first["why_pixels"])
+    if config.learner.lora is not None:
+        road = f"merged weights: {why_merged}" if why_merged else "the adapter"
+        system.report("lora", f"{first['lora']}; rollouts take {road}")
     pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
     system.folder.event(
         "actors started",

@@ -14,6 +14,7 @@ from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.adapter_road import adapter_road
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
@@ -284,6 +285,7 @@ def rollout_spec(
         unimodal=config.rewards.asks_unimodal,
         confidence=config.rewards.asks_confidence,
         dead_by=config.loop.dynamic_sampling.by,
+        adapter=adapter_road(config, model)[0],
     )
 
 
@@ -325,6 +327,7 @@ def learner_spec(
         step_timeout_s=config.loop.step_timeout_s,
         attempts=config.loop.dynamic_sampling.attempts,
         engine_dtype=config.rollout.engine.dtype_on(_engine_device(config, on_gpu)),
+        publishes_adapter=not cold_start and adapter_road(config, model)[0] is not None,
         replica_bytes=0 if cold_start else config.checkpoint.replica_bytes,
     )
 

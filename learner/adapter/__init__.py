@@ -1,4 +1,7 @@
 """LoRA: a small adapter is trained beside frozen base weights, by PEFT's layers.
 
-config.py is the section of a recipe. Read first: config.py.
+targets.py chooses the layers, lora.py puts the adapter into a model and merges it, base.py records
+which model it belongs to, files.py is PEFT's layout on disk. The recipe's section is
+learner/lora_config.py.
+Read first: ``Adapter`` in lora.py.
 """

@@ -92,6 +92,13 @@ class NameMap:
             return None
         return {group.ours[0]: next(iter(group.published)) for group in groups}
 
+    def published_name(self, ours: str) -> str:
+        """The one published name of a tensor. Raises ModelError where several make it."""
+        for group in (group for part in self._by_part for group in part):
+            if ours in group.ours and group.convert is None:
+                return next(iter(group.published))
+        raise ModelError(f"{ours!r} has no published tensor of its own: it cannot have an adapter")
+
     @torch.no_grad()
     def publish(self, weights: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Published tensors, part by part, of ``weights``: our tensors in the order of

@@ -4,7 +4,7 @@ computed only once."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avatar_rl.learner.batch.microbatch import Row, collate, padded
+from avatar_rl.learner.batch.microbatch import Pending, Row, collate, padded
 from avatar_rl.learner.model.load import load_model
-from avatar_rl.learner.model.policy import Policy
+from avatar_rl.learner.model.policy import Policy, PolicyOutput
 from avatar_rl.prompts.encoding.digest import prompt_digest
+
+#: ``TrainEngine.score_base``.
+ScoreBase = Callable[
+    [Sequence[Pending], Pending, Sequence[bool]], Iterator[tuple[int, PolicyOutput]]
+]
 
 _Key = tuple[str, int, int]
 
@@ -40,6 +45,12 @@ class ReferencePolicy:
         self.cached = cached
         self._cache: OrderedDict[_Key, NDArray[np.float32]] = OrderedDict()
 
+    def prepare(
+        self, ids: Sequence[Sequence[str]], plan: Sequence[Pending], spare: Pending
+    ) -> None:
+        """Told of an update's micro-batches, and of the ids of their trajectories, before its first
+        backward. Collective; ``spare`` stands in for a micro-batch that a rank lacks."""
+
     @torch.no_grad()
     def logprobs(self, ids: Sequence[str], rows: Sequence[Row]) -> Tensor:
         """(B, T) reference log-probabilities of a micro-batch's tokens, 0 where padded."""
@@ -56,6 +67,50 @@ class ReferencePolicy:
         for key in {keys[i] for i in missing}:
             if not np.isfinite(self._cache[key]).all():
                 del self._cache[key]  # the next computation may be finite
-        while len(self._cache) > max(self.cached, len(keys)):
-            self._cache.popitem(last=False)
+        self._evict(len(keys))
         return result.to(self.device)
+
+    def _evict(self, needed: int) -> None:
+        while len(self._cache) > max(self.cached, needed):
+            self._cache.popitem(last=False)
+
+
+class BaseReference(ReferencePolicy):
+    """The trained policy with its adapter off: no second model.
+
+    All that an update needs is computed before its first backward, since the policy cannot be its
+    own base between a forward and its backward.
+    """
+
+    def __init__(self, score_base: ScoreBase, *, device: torch.device, cached: int) -> None:
+        self.score_base, self.device, self.cached = score_base, device, cached
+        self._cache = OrderedDict()
+        self._needed = 0  # entries of the update that is trained
+
+    def prepare(
+        self, ids: Sequence[Sequence[str]], plan: Sequence[Pending], spare: Pending
+    ) -> None:
+        """Compute what the cache lacks. Collective under ZeRO 3."""
+        for key in [key for key, found in self._cache.items() if not np.isfinite(found).all()]:
+            del self._cache[key]  # the next computation may be finite
+        keys = [
+            [_key(name, row) for name, row in zip(names, batch.rows, strict=True)]
+            for names, batch in zip(ids, plan, strict=True)
+        ]
+        self._needed = sum(map(len, keys))
+        wanted = [any(key not in self._cache for key in some) for some in keys]
+        for number, output in self.score_base(plan, spare, wanted):
+            rows = plan[number].rows
+            for key, row, scores in zip(
+                keys[number], rows, output.logprobs.cpu().numpy(), strict=True
+            ):
+                self._cache[key] = scores[: len(row.token_ids)].copy()
+        for some in keys:
+            for key in some:
+                self._cache.move_to_end(key)
+        self._evict(self._needed)
+
+    def logprobs(self, ids: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """(B, T) of what ``prepare`` was told of, 0 where padded."""
+        keys = [_key(name, row) for name, row in zip(ids, rows, strict=True)]
+        return padded([self._cache[key] for key in keys]).to(self.device)

@@ -58,7 +58,13 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
     "validate": ("rows_per_s", "peak_mib", "longest_line"),
-    "weights": ("ratio_400kb_2reader", "learner_pause_ms_400kb_2reader", "finite_check_ratio"),
+    "weights": (
+        "ratio_400kb_2reader",
+        "learner_pause_ms_400kb_2reader",
+        "finite_check_ratio",
+        "adapter_bytes_share",
+        "adapter_pause_ratio",
+    ),
 }
 MARKS = {"view": needs_chromium}
 #: What must be so on any machine, however loaded.

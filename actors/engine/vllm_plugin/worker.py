@@ -4,7 +4,8 @@ learner's."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from vllm.v1.sample.sampler import Sampler
 
 if TYPE_CHECKING:
     from vllm.config.model import LogprobsMode
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.outputs import SamplerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -60,6 +63,27 @@ class RolloutSampler(Sampler):
         return logits.index_fill_(1, self.forbidden, float("-inf"))
 
 
+def _lora_model(
+    manager: WorkerLoRAManager, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> LoRAModel:
+    """What vLLM makes of an adapter's folder, from its tensors. Anew for each call: vLLM changes
+    it when it takes it in."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    model = manager._adapter_manager.model
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return manager._lora_model_cls.from_lora_tensors(
+        version,
+        tensors,
+        PEFTHelper.from_dict(settings),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+    )
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
@@ -86,6 +110,32 @@ class WorkerExtension:
             if module.weight.numel() == 0:  # it has its packed copy only
                 raise RuntimeError(f"layer {name!r} kept the weights of before the update")
             module.quant_method.process_weights_after_loading(module)
+
+    def hold_adapter(
+        self,
+        version: int,
+        tensors: dict[str, Tensor],
+        settings: dict[str, Any],
+        needed: list[int],
+    ) -> list[str]:
+        """Keep a policy version's adapter for the requests that ask for it; of older ones, those
+        that are ``needed``. Returns layers of it that vLLM does not adapt."""
+        manager = self.model_runner.lora_manager
+        held: dict[int, Callable[[], LoRAModel]]
+        held = self.__dict__.setdefault("_adapters", {})
+        held[version] = partial(_lora_model, manager, version, tensors, settings)
+        for old in set(held) - set(needed):
+            del held[old]
+        # vLLM would read a folder; our adapters come as tensors.
+        manager._load_adapter = lambda request: held[request.lora_int_id]()
+        places = manager._adapter_manager
+        packed = {
+            f"{name.rpartition('.')[0]}.{part.rpartition('.')[2]}": name
+            for name, parts in places.packed_modules.items()
+            for part in parts
+        }
+        found = held[version]().loras
+        return [name for name in found if name not in places.modules and name not in packed]
 
     def install_rollout_sampler(self, forbidden: list[int]) -> None:
         """Sample with ``RolloutSampler``. Raises RuntimeError where vLLM's sampler is unknown."""
