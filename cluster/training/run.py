@@ -22,7 +22,6 @@ from avatar_rl.cluster.checkpoints.resume import (
 )
 from avatar_rl.cluster.checkpoints.runlock import RunLock
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.adapter_road import adapter_road
 from avatar_rl.cluster.recipe.assets import (
     Datasets,
     check_fusion,
@@ -50,6 +49,7 @@ from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Origin, Supervisor
 from avatar_rl.cluster.training.system import System, recorded, running_system
+from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet

@@ -14,10 +14,10 @@ from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.adapter_road import adapter_road
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
+from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.cluster.workers.supervision import StartWatch
 from avatar_rl.common import errors
 from avatar_rl.common.errors import AvatarError, ResourceError
