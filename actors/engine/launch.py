@@ -100,7 +100,7 @@ def quieten() -> None:
     # "RotaryEmbedding: Failed to load weights": of modules that have none in a checkpoint;
     # WeightContract has checked that none is missing.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-    # "visual.blocks.0.attn.qkv will be ignored": a tower's adapter is merged (workers/adapter_road).
+    # "visual.blocks.0.attn.qkv will be ignored": a tower's adapter is merged.
     logging.getLogger("vllm.lora.model_manager").setLevel(logging.ERROR)
 
 
