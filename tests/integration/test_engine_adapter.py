@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avatar_rl.actors.config import RequestSampling
-from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.actors.engine.engine import FinishedRequest, GeneratedCompletion, RolloutEngine
 from avatar_rl.common.adapter import AdapterShape
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.adapter.lora import merge
@@ -91,6 +91,16 @@ class Stage:
         self.engine.adopt(version, self.adapters[version - 1].items())
 
 
+def same_but_for_ties(found: GeneratedCompletion, right: GeneratedCompletion) -> None:
+    """Greedy tokens are equal up to a place where two are equally likely: another batch rounds in
+    another way."""
+    differ = np.flatnonzero(found.token_ids != right.token_ids)
+    end = differ[0] if len(differ) else len(right.token_ids)
+    np.testing.assert_allclose(found.logprobs[:end], right.logprobs[:end], atol=1e-5)
+    if len(differ):
+        assert abs(found.logprobs[end] - right.logprobs[end]) < 2e-5
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage = Stage(tmp_path_factory.mktemp("adapters"))
@@ -141,7 +151,7 @@ def test_adapters_are_versions(stage: Stage, monkeypatch: pytest.MonkeyPatch) ->
             [found] = finished[f"{version}-{prompt.id}"].completions
             [right] = stage.expected[version % VERSIONS + 1][prompt.id].completions
             assert found.versions[0][0] == version
-            assert found.token_ids.tolist() == right.token_ids.tolist()
+            same_but_for_ties(found, right)
     held = engine._engine.collective_rpc(lambda worker: sorted(worker._adapters))
     assert held == [[*range(first, first + 6)]]  # those in flight when the last came
 
