@@ -118,9 +118,15 @@ class AdapterFolder:
 
     def scaling(self, layer: str) -> float:
         """The factor of a layer's product, by PEFT's rules."""
-        rank = _pattern(self.settings.get("rank_pattern"), layer, self.settings["r"])
-        alpha = _pattern(self.settings.get("alpha_pattern"), layer, self.settings["lora_alpha"])
+        rank = _pattern(self.settings.get("rank_pattern"), layer, self._number("r"))
+        alpha = _pattern(self.settings.get("alpha_pattern"), layer, self._number("lora_alpha"))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _number(self, key: str) -> float:
+        value = self.settings.get(key)
+        if not isinstance(value, int | float):
+            raise ModelError(f"adapter {self.path}: {key} in {CONFIG} is {value}, a number is due")
+        return value
 
 
 def _pattern(patterns: object, layer: str, usual: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def _lora_model(
         tensors,
         PEFTHelper.from_dict(settings),
         device="cpu",
-        dtype=manager.lora_config.lora_dtype,
+        dtype=cast("torch.dtype", manager.lora_config.lora_dtype),
         model_vocab_size=manager.vocab_size,
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
         skip_prefixes=getattr(model, "lora_skip_prefixes", None),
@@ -127,7 +127,7 @@ class WorkerExtension:
         for old in set(held) - set(needed):
             del held[old]
         # vLLM would read a folder; our adapters come as tensors.
-        manager._load_adapter = lambda request: held[request.lora_int_id]()
+        vars(manager)["_load_adapter"] = lambda lora_request: held[lora_request.lora_int_id]()
         places = manager._adapter_manager
         packed = {
             f"{name.rpartition('.')[0]}.{part.rpartition('.')[2]}": name
