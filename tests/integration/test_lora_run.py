@@ -31,7 +31,7 @@ def test_a_run_with_lora_trains_resumes_and_exports(tmp_path: Path) -> None:
     [said] = [event["message"] for event in events if event["kind"] == "lora"]
     assert said.startswith("rank 4 on 21 llm layers: 24,576 parameters train")
     assert said.endswith("rollouts take the adapter")
-    assert "tokens agree within" in output
+    assert "tokens agree" in output
 
     [base] = (tmp_path / "cache").glob("cold-start-*")
     # The cold start was trained by an adapter of its own.

@@ -66,15 +66,15 @@ class RolloutSampler(Sampler):
 def _lora_model(
     manager: WorkerLoRAManager, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> LoRAModel:
-    """What vLLM makes of an adapter's folder, from its tensors. Anew for each call: vLLM changes
-    it when it takes it in."""
+    """What vLLM makes of an adapter's folder, from its tensors. Anew for each call, with copies of
+    its own: vLLM multiplies them by their scale in place when it takes them in."""
     from vllm.lora.peft_helper import PEFTHelper
 
     model = manager._adapter_manager.model
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     return manager._lora_model_cls.from_lora_tensors(
         version,
-        tensors,
+        {name: tensor.clone() for name, tensor in tensors.items()},
         PEFTHelper.from_dict(settings),
         device="cpu",
         dtype=cast("torch.dtype", manager.lora_config.lora_dtype),
