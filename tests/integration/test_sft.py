@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avatar_rl.common.errors import DataError
-from avatar_rl.learner.config import OptimizerConfig, SftConfig
+from avatar_rl.learner.config import SftOptimizerConfig, SftConfig
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy
@@ -32,8 +32,8 @@ WORDS = ("red", "blue", "green", "two", "left")
 RATES = (5e-3, 1e-2, 1e-2)  # lr 1e-2: two updates of warm-up, then the only one of the decay
 
 
-def optimizer() -> OptimizerConfig:
-    return OptimizerConfig(lr=1e-2, eps=1e-5, dtype="float32")
+def optimizer() -> SftOptimizerConfig:
+    return SftOptimizerConfig(lr=1e-2, eps=1e-5, dtype="float32")
 
 
 SHORT = SftConfig(steps=3, batch_size=4, warmup=2, lr_floor=0.1, seed=9, optimizer=optimizer())
