@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avatar_rl.common.errors import DataError
-from avatar_rl.learner.config import SftOptimizerConfig, SftConfig
+from avatar_rl.learner.config import SftConfig, SftOptimizerConfig
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy
