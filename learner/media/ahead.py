@@ -7,12 +7,11 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.learner.media.encoder import StoredEncoder
-from avatar_rl.learner.media.workers import MediaWorkers
+from avatar_rl.learner.media.workers import MediaWorkers, WorkerGoneError
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.record import Prompt
 
@@ -112,7 +111,7 @@ class AheadEncoder:
                 return None
             try:
                 made = self._workers.ask(prompt, hinted, first=True).result()
-            except BrokenProcessPool:
+            except WorkerGoneError:
                 log.warning("a media worker died (of too little memory?): it is replaced")
                 continue
             except AvatarError:

@@ -10,11 +10,11 @@ import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt
 
-#: A pool that broke this often in a row is not started again.
+#: After so many deaths of workers in a row none is started again.
 MAX_BROKEN = 3
 
 
@@ -76,24 +76,38 @@ def make_encoder(spec: WorkerSpec, prompts: PromptEncoder | None = None) -> Stor
     return StoredEncoder(prompts, EmbeddingStore(spec.folder, spec.bytes), spec.revision, towers)
 
 
+class WorkerGoneError(Exception):
+    """A worker died over what it was asked."""
+
+
 class MediaWorkers:
-    """``count`` worker processes. ``ask`` may be called from several threads."""
+    """``count`` worker processes. ``ask`` may be called from several threads.
+
+    A thread of the rank's belongs to each and talks to it through a pipe. The pools of the standard
+    library would need named semaphores, which stay in shared memory when a rank is killed."""
 
     def __init__(self, spec: WorkerSpec, count: int) -> None:
         self._spec, self._count = spec, count
-        self._lock = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+        self._changed = threading.Condition()
+        self._processes: dict[int, BaseProcess] = {}  # by the number of their thread
+        self._threads: list[threading.Thread] = []
         self._broken = 0
-        #: Asked and not done; those in ``_waiting`` are in no pool yet.
+        self._closed = False
+        #: Asked and not done; those in ``_waiting`` are with no worker yet.
         self._asked: dict[_Name, Future[Made]] = {}
         self._waiting: deque[tuple[Prompt, bool]] = deque()
-        self._running = 0
         self.busy_s = 0.0  # all workers, since the start
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers that run."""
+        with self._changed:
+            return [one.pid for one in self._processes.values() if one.pid and one.is_alive()]
 
     def ask(self, prompt: Prompt, hinted: bool, *, first: bool = False) -> Future[Made]:
         """The prompt, in its turn, or before all that waits. Asking twice is asking once."""
         name = (prompt.id, hinted)
-        with self._lock:
+        with self._changed:
             future = self._asked.get(name)
             if future is None:
                 future = self._asked[name] = Future()
@@ -101,66 +115,76 @@ class MediaWorkers:
             elif first and (prompt, hinted) in self._waiting:
                 self._waiting.remove((prompt, hinted))
                 self._waiting.appendleft((prompt, hinted))
-        self._pump()
+            while len(self._threads) < self._count and not self._closed:
+                thread = threading.Thread(target=self._serve, args=(len(self._threads),))
+                thread.daemon = True
+                self._threads.append(thread)
+                thread.start()
+            self._changed.notify()
         return future
 
     def close(self) -> None:
         """End the workers; what they work on is lost."""
-        with self._lock:
-            pool, self._pool = self._pool, None
+        with self._changed:
+            self._closed = True
             self._waiting.clear()
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+            processes = list(self._processes.values())
+            self._changed.notify_all()
+        for process in processes:
+            process.kill()
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            lost, self._asked = list(self._asked.values()), {}
+        for future in lost:
+            future.set_exception(WorkerGoneError("the workers were ended"))
 
-    def _pump(self) -> None:
-        """Give the pool as much as keeps it busy; the rest waits, where it can be overtaken."""
-        while True:
-            with self._lock:
-                if not self._waiting or self._running > self._count:
-                    return
-                prompt, hinted = self._waiting.popleft()
-                if self._pool is None:
-                    self._pool = ProcessPoolExecutor(
-                        self._count,
-                        mp_context=get_context("spawn"),
-                        initializer=_start,
-                        initargs=(self._spec,),
-                    )
-                self._running += 1
-                pool = self._pool
-            name = (prompt.id, hinted)
+    def _serve(self, number: int) -> None:
+        """A thread: asks its worker one prompt after the other, and starts it anew when it dies."""
+        pipe: Connection | None = None
+        while (asked := self._next()) is not None:
+            made: Made | None = None
+            error: Exception | None = None
             try:
-                work = pool.submit(_make, prompt, hinted)
-            except (BrokenProcessPool, RuntimeError) as error:
-                self._settle(name, pool, error=error)
-                continue
-            work.add_done_callback(self._done(name, pool))
+                pipe = pipe or self._start(number)
+                pipe.send(asked)
+                answer = pipe.recv()
+                made, error = (answer, None) if isinstance(answer, Made) else (None, answer)
+            except (EOFError, OSError) as gone:
+                error = WorkerGoneError(f"a worker died ({gone or type(gone).__name__})")
+                if pipe is not None:
+                    pipe.close()
+                pipe = None
+            except Exception as unreadable:  # an error that does not survive the pipe, say
+                error = unreadable
+            self._settle((asked[0].id, asked[1]), made, error)
+        if pipe is not None:
+            pipe.close()
 
-    def _done(self, name: _Name, pool: ProcessPoolExecutor) -> Callable[[Future[Made]], None]:
-        def done(work: Future[Made]) -> None:
-            if work.cancelled():
-                self._settle(name, pool, error=RuntimeError("the workers were ended"))
-            elif (error := work.exception()) is not None:
-                self._settle(name, pool, error=error)
-            else:
-                self._settle(name, pool, made=work.result())
-            self._pump()
+    def _next(self) -> tuple[Prompt, bool] | None:
+        """What waits first; None once there is nothing to do any more."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            return None if self._closed else self._waiting.popleft()
 
-        return done
+    def _start(self, number: int) -> Connection:
+        context = get_context("spawn")
+        ours, its = context.Pipe()
+        process = context.Process(target=_work, args=(its, self._spec), daemon=True)
+        process.start()
+        its.close()
+        with self._changed:
+            self._processes[number] = process
+            if self._closed:
+                process.kill()
+        return ours
 
-    def _settle(
-        self,
-        name: _Name,
-        pool: ProcessPoolExecutor,
-        *,
-        made: Made | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        with self._lock:
-            self._running -= 1
+    def _settle(self, name: _Name, made: Made | None, error: Exception | None) -> None:
+        with self._changed:
             future = self._asked.pop(name, None)
-            if isinstance(error, BrokenProcessPool) and self._pool is pool:
-                self._pool, self._broken = None, self._broken + 1
+            if isinstance(error, WorkerGoneError):
+                self._broken += 1
             elif made is not None:
                 self._broken = 0
                 self.busy_s += made.seconds
@@ -169,7 +193,7 @@ class MediaWorkers:
         if made is not None:
             future.set_result(made)
         else:
-            future.set_exception(error or RuntimeError("a worker ended"))
+            future.set_exception(error or WorkerGoneError("a worker ended"))
 
     @property
     def alive(self) -> bool:
@@ -180,13 +204,22 @@ class MediaWorkers:
 _encoder: StoredEncoder | None = None  # a worker's
 
 
-def _start(spec: WorkerSpec) -> None:
-    """In a worker: get ready, and end when the rank does, however it ends."""
+def _work(pipe: Connection, spec: WorkerSpec) -> None:
+    """A worker: makes what it is asked, and ends when the rank does, however it ends."""
     global _encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(5)  # the step goes first
     torch.set_num_threads(spec.threads)
     _encoder = make_encoder(spec)
+    while True:
+        try:
+            prompt, hinted = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_make(prompt, hinted))
+        except Exception as error:  # the rank raises it
+            pipe.send(error)
 
 
 def _end_with_parent() -> None:

@@ -349,8 +349,8 @@ def test_a_store_without_room_and_a_killed_worker_cost_time_only(vl: Path, tmp_p
     try:
         first = encoder.encode(prompt, False)  # comes through the pipe
         assert first.media is not None and not list((tmp_path / "store").glob("*.embedding"))
-        assert encoder._workers is not None and encoder._workers._pool is not None
-        for pid in list(encoder._workers._pool._processes):
+        assert encoder._workers is not None and encoder._workers.pids
+        for pid in encoder._workers.pids:
             os.kill(pid, signal.SIGKILL)
         assert encoder.encode(other, False).media is not None
         took = encoder.seconds()

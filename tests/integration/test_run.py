@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_trains_and_says_what_came_of_it(finished: tuple[Path, str]) -> None:
     run, output = finished
-    assert "tokens agree within" in output and "held-out accuracy" in output
+    assert "tokens agree: mean" in output and "held-out accuracy" in output
     assert read_status(run).state == "finished"
     rows = [row for row in read_metrics(run) if row["step"]]
     assert [row["step"] for row in rows] == [1, 2, 3]
