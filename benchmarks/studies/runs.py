@@ -68,7 +68,8 @@ def base_recipe(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) ->
     start = _cold_start(local, base, datasets, folder)
     assert datasets.heldout is not None
     raw: Overlay = yaml.safe_load(recipe.read_text())
-    del raw["preset"], raw["cold_start"]
+    for name in ("preset", "cold_start"):
+        raw.pop(name, None)
     return merge(
         raw,
         {
@@ -99,6 +100,8 @@ def base_recipe(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) ->
 def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) -> Path:
     """The recipe's own where it is ready; else from the cache, trained first (about 5 minutes)
     where it has none."""
+    if local.cold_start is None:  # the model that it names has one behind it
+        return base
     if (ready := ready_start(local)) is not None:
         return ready
     assert datasets.sft is not None

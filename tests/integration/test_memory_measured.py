@@ -105,7 +105,8 @@ def test_the_logits_tile_is_that_of_the_head(stage: tuple[Any, Architecture]) ->
     _, architecture = stage
     assert LOGIT_TILE == TILE
     planned = learner_parts(architecture, LearnerSetting(pack_tokens=10_000))
-    assert planned["logits"] == 2 * TILE * VOCABULARY * FLOAT32
+    of_weight = VOCABULARY * HIDDEN * FLOAT32  # the head's gradient, summed over tiles
+    assert planned["logits"] == 2 * TILE * VOCABULARY * FLOAT32 + of_weight
 
 
 def test_stored_embeddings_of_a_pack(tmp_path: Path, stage: tuple[Any, Architecture]) -> None:

@@ -50,7 +50,9 @@ def lose_states(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> list[int]:
 
 def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 60, 80])
-    result: Any = restarts.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+    result: Any = restarts.run_to_end(
+        CONFIG, SimpleNamespace(event=lambda message: None, run=lambda path: None)
+    )  # type: ignore[arg-type]
     assert result == "finished"
     assert began == [0, 20, 60, 80]
 
@@ -58,7 +60,9 @@ def test_it_goes_on_as_long_as_it_gets_further(monkeypatch: pytest.MonkeyPatch) 
 def test_it_ends_when_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     began = lose_states(monkeypatch, [20, 20, 20])
     with pytest.raises(ResourceError, match="learner states died 2 times"):
-        restarts.run_to_end(CONFIG, SimpleNamespace(event=lambda message: None))  # type: ignore[arg-type]
+        restarts.run_to_end(
+            CONFIG, SimpleNamespace(event=lambda message: None, run=lambda path: None)
+        )  # type: ignore[arg-type]
     assert began == [0, 20]
 
 
