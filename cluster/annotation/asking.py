@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeAlias, TypedDict
+from typing import IO, Protocol, TypeAlias, TypedDict
 
 from rich.console import Console
 
@@ -29,6 +29,22 @@ HOPELESS = 16
 Ask: TypeAlias = Callable[
     [ChatClient, Prompt, Sequence[ContentPart], Counter[str]], Awaitable[Prompt | None]
 ]
+
+
+class Annotator(Protocol):
+    """Writes what it made of a dataset's prompts to a file; see ``Asking.run``."""
+
+    def __call__(
+        self,
+        dataset: Path,
+        out: Path,
+        endpoint: EndpointConfig,
+        reader: DataConfig,
+        /,
+        *,
+        progress: Callable[[int, int], None],
+        budget: Budget | None,
+    ) -> TeacherReport: ...
 
 
 class EndpointOptions(TypedDict):
@@ -224,6 +240,33 @@ class Asking:
         most, counts = self.budget.most, client.counts
         cost = self.budget.cost(counts["prompt_tokens"], counts["completion_tokens"])
         return most is not None and cost >= most
+
+
+def annotate(
+    options: EndpointOptions,
+    annotator: Annotator,
+    *,
+    doing: str,
+    temperature: float = 0.0,
+    said: Callable[[Counter[str]], str],
+) -> int:
+    """Runs ``annotator`` as the options say, with its progress on the terminal; then prints what
+    ``said`` makes of the counts, and the cost.
+
+    Exit code 1 when a prompt got no reply or was not asked: run it again."""
+    budget = Budget.of(options)
+    console = Console(highlight=False)
+    with console.status(doing) as status:
+        report = annotator(
+            options["dataset"],
+            options["out"],
+            endpoint_of(options, temperature=temperature),
+            reader_of(options),
+            progress=lambda done, total: status.update(f"{done}/{total} prompts"),
+            budget=budget,
+        )
+    console.print(said(report.counts))
+    return report.print_cost(console, budget)
 
 
 def endpoint_of(options: EndpointOptions, *, temperature: float) -> EndpointConfig:

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from avatar_rl.cluster.annotation.asking import (
     Asking,
     Budget,
     EndpointOptions,
     TeacherReport,
-    endpoint_of,
-    reader_of,
+    annotate,
 )
 from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
 from avatar_rl.common.endpoint_config import EndpointConfig
@@ -34,30 +32,23 @@ REMINDER = f"Reply with the description alone, at most {LONGEST} characters."
 
 
 def generate(options: EndpointOptions, *, again: bool) -> int:
-    """Exit code 1 when a prompt got no reply or was not asked: run it again."""
-    budget = Budget.of(options)
-    console = Console(highlight=False)
-    with console.status("listening") as status:
-        report = generate_captions(
-            options["dataset"],
-            options["out"],
-            endpoint_of(options, temperature=0.0),
-            reader_of(options),
-            progress=lambda done, total: status.update(f"{done}/{total} prompts"),
-            budget=budget,
-            again=again,
-        )
-    counts = report.counts
-    console.print(
-        f"{counts['written']} captions written, {counts['kept']} kept, {counts['silent']} prompts "
-        f"without sound, {counts['done_before']} done before, {counts['failed']} without a reply"
-    )
-    if counts["tells_answer"]:
-        console.print(
-            f"{counts['tells_answer']} captions hold their prompt's answer (extra.tells_answer): "
-            "the captioner knew neither question nor answer, so the sound says it"
-        )
-    return report.print_cost(console, budget)
+    """Exit code as of ``annotate``."""
+
+    def said(counts: Counter[str]) -> str:
+        lines = [
+            f"{counts['written']} captions written, {counts['kept']} kept, {counts['silent']} "
+            f"prompts without sound, {counts['done_before']} done before, {counts['failed']} "
+            "without a reply"
+        ]
+        if counts["tells_answer"]:
+            lines.append(
+                f"{counts['tells_answer']} captions hold their prompt's answer "
+                "(extra.tells_answer): the captioner knew neither question nor answer, so the "
+                "sound says it"
+            )
+        return "\n".join(lines)
+
+    return annotate(options, partial(generate_captions, again=again), doing="listening", said=said)
 
 
 def generate_captions(

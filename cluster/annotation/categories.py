@@ -7,17 +7,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from avatar_rl.cluster.annotation.asking import (
     Asking,
     Budget,
     EndpointOptions,
     TeacherReport,
-    endpoint_of,
-    reader_of,
+    annotate,
 )
 from avatar_rl.cluster.annotation.funnel import NONE, TAXONOMY, write_step
 from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
@@ -74,26 +72,18 @@ def read_categories(file: Path | None) -> dict[str, str]:
 
 
 def classify(options: EndpointOptions, categories: Path | None) -> int:
-    """Exit code 1 when a sample got no usable reply or was not asked: run it again."""
-    budget = Budget.of(options)
-    known = read_categories(categories)
-    console = Console(highlight=False)
-    with console.status("classifying") as status:
-        report = classify_dataset(
-            options["dataset"],
-            options["out"],
-            endpoint_of(options, temperature=0.0),
-            reader_of(options),
-            progress=lambda done, total: status.update(f"{done}/{total} samples"),
-            categories=known,
-            budget=budget,
+    """Exit code as of ``annotate``."""
+
+    def said(counts: Counter[str]) -> str:
+        return (
+            f"{counts['written']} samples classified, {counts['kept']} had a category, "
+            f"{counts['done_before']} done before, {counts['failed']} without a usable reply"
         )
-    counts = report.counts
-    console.print(
-        f"{counts['written']} samples classified, {counts['kept']} had a category, "
-        f"{counts['done_before']} done before, {counts['failed']} without a usable reply"
+
+    known = read_categories(categories)
+    return annotate(
+        options, partial(classify_dataset, categories=known), doing="classifying", said=said
     )
-    return report.print_cost(console, budget)
 
 
 def classify_dataset(

@@ -6,17 +6,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from avatar_rl.cluster.annotation.asking import (
     Asking,
     Budget,
     EndpointOptions,
     TeacherReport,
-    endpoint_of,
-    reader_of,
+    annotate,
 )
 from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
 from avatar_rl.common.endpoint_config import EndpointConfig
@@ -41,27 +39,17 @@ REMINDER = f"Reply with one sentence of at most {LONGEST} characters and nothing
 
 
 def generate(options: EndpointOptions, attach: tuple[Modality, ...], frames: int) -> int:
-    """Exit code 1 when a prompt got no reply or was not asked: run it again."""
-    budget = Budget.of(options)
-    console = Console(highlight=False)
-    with console.status("asking the teacher") as status:
-        report = generate_hints(
-            options["dataset"],
-            options["out"],
-            endpoint_of(options, temperature=0.7),
-            reader_of(options),
-            progress=lambda done, total: status.update(f"{done}/{total} prompts"),
-            attach=attach,
-            frames=frames,
-            budget=budget,
+    """Exit code as of ``annotate``."""
+
+    def said(counts: Counter[str]) -> str:
+        return (
+            f"{counts['written']} hints written, {counts['kept']} kept, {counts['done_before']} "
+            f"done before, {counts['refused']} refused (the answer was in them twice), "
+            f"{counts['failed']} without a reply"
         )
-    counts = report.counts
-    console.print(
-        f"{counts['written']} hints written, {counts['kept']} kept, {counts['done_before']} done "
-        f"before, {counts['refused']} refused (the answer was in them twice), "
-        f"{counts['failed']} without a reply"
-    )
-    return report.print_cost(console, budget)
+
+    hinted = partial(generate_hints, attach=attach, frames=frames)
+    return annotate(options, hinted, doing="asking the teacher", temperature=0.7, said=said)
 
 
 def generate_hints(

@@ -6,17 +6,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from avatar_rl.cluster.annotation.asking import (
     Asking,
     Budget,
     EndpointOptions,
     TeacherReport,
-    endpoint_of,
-    reader_of,
+    annotate,
 )
 from avatar_rl.cluster.annotation.funnel import write_step
 from avatar_rl.common.chat_client import ChatClient, Messages, NoReply
@@ -53,26 +51,16 @@ REMINDER = (
 
 
 def score(options: EndpointOptions, attach: tuple[Modality, ...], frames: int) -> int:
-    """Exit code 1 when a sample got no usable reply or was not asked: run it again."""
-    budget = Budget.of(options)
-    console = Console(highlight=False)
-    with console.status("scoring") as status:
-        report = score_dataset(
-            options["dataset"],
-            options["out"],
-            endpoint_of(options, temperature=0.0),
-            reader_of(options),
-            progress=lambda done, total: status.update(f"{done}/{total} samples"),
-            attach=attach,
-            frames=frames,
-            budget=budget,
+    """Exit code as of ``annotate``."""
+
+    def said(counts: Counter[str]) -> str:
+        return (
+            f"{counts['written']} samples scored, {counts['kept']} had scores, "
+            f"{counts['done_before']} done before, {counts['failed']} without a usable reply"
         )
-    counts = report.counts
-    console.print(
-        f"{counts['written']} samples scored, {counts['kept']} had scores, "
-        f"{counts['done_before']} done before, {counts['failed']} without a usable reply"
-    )
-    return report.print_cost(console, budget)
+
+    scored = partial(score_dataset, attach=attach, frames=frames)
+    return annotate(options, scored, doing="scoring", said=said)
 
 
 def score_dataset(

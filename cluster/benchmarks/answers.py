@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from avatar_rl.cluster.benchmarks.marks import mark
 from avatar_rl.cluster.benchmarks.record import Marked, Question
+from avatar_rl.cluster.checkpoints.resume import flatten
 from avatar_rl.common.errors import ConfigError, DataError
 from avatar_rl.common.files import Appender, json_line, read_jsonl, replace_text, replaced_file
 from avatar_rl.common.types import Json
@@ -97,7 +98,7 @@ def _check_asked(path: Path, asked: Mapping[str, Json] | None) -> None:
     """``asked`` None: nothing is answered yet, so nothing can be mixed."""
     if asked is None or not path.is_file():
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(asked)
+    before, now = dict(flatten(json.loads(path.read_text()))), dict(flatten(dict(asked)))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
         what = "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
@@ -105,16 +106,6 @@ def _check_asked(path: Path, asked: Mapping[str, Json] | None) -> None:
             f"{path.parent} holds answers that were asked otherwise ({what}): choose another "
             "--out, or delete that folder"
         )
-
-
-def _flat(tree: Mapping[str, Json], above: str = "") -> dict[str, Json]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    found: dict[str, Json] = {}
-    for name, value in tree.items():
-        found |= (
-            _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-        )
-    return found
 
 
 def read_scores(folder: Path) -> dict[str, float]:
