@@ -13,7 +13,7 @@ UNUSED := /transformers/models/(?!auto|qwen|whisper)[a-z0-9_]*/(modeling|modular
 # What is compiled while something runs is kept, or each of a run's dozen processes would compile it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo cold-start test test-unit test-chaos lint bench clean
+.PHONY: setup demo cold-start test test-unit test-chaos lint bench docs clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,15 @@ bench:  # its name is looked at before anything is installed
 	@test -n "$(NAME)" || { echo "usage: make bench NAME=orchestration   (one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v -e __init__ -e harness -e _side | xargs))"; exit 2; }
 	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+docs: setup $(VENV)/.setup-docs  # build/site, strictly: a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "open build/site/index.html"
+
+$(VENV)/.setup-docs: pyproject.toml | setup
+	@echo "Installing what builds the documentation, once"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c deploy/constraints/$(EXTRA).txt
+	@touch $@
 
 clean:
 	rm -rf build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -117,8 +117,9 @@ def render(report: ValidationReport, console: Console) -> None:
     if report.ok:
         console.print("[green]no problems[/]")
         return
+    count = len(report.problems)
     table = Table(
-        title=f"{len(report.problems)} problems", title_style="bold red", show_lines=False
+        title=f"{count} problem{'s' if count > 1 else ''}", title_style="bold red", show_lines=False
     )
     for header in ("where", "id", "what is wrong", "what to do"):
         table.add_column(header, overflow="fold")

@@ -155,6 +155,11 @@ def overridden(raw: Overlay, overrides: Sequence[tuple[str, str]]) -> Overlay:
 def explain(item: ErrorDetails, root: type[BaseModel] = RunConfig) -> str:
     """One readable line per pydantic error of a ``root``."""
     location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "model_type" and (keys := _fields(item["loc"], root)):
+        return (
+            f"{location}: a section of keys ({', '.join(keys)}) cannot be {item['input']!r}; "
+            f"--{location}.{keys[0]} sets one of them"
+        )
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         given = (

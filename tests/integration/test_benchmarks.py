@@ -57,6 +57,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
+    "walk": ("pages", "blocks", "commands", "lines_found", "not_run"),
     "validate": ("rows_per_s", "peak_mib", "longest_line"),
     "weights": (
         "ratio_400kb_2reader",
@@ -80,6 +81,7 @@ EXACT = {
     "evaluation": {"resumed_lost": 0, "resumed_twice": 0, "sets_ready": 21},
     "judge": {"silent_zeros": 0, "crashes": 0, "crashes_at_60": 0, "dead_masked_share": 1},
     "parity": {"greedy_other_tied": 0, "greedy_other_qwen3_vl_moe": 0},
+    "walk": {"faults": 0, "pages": 7},
     "soak": {"acknowledged_lost": 0, "trained_twice": 0, "ledger_gap": 0, "unplanned_exits": 0},
 }
 
