@@ -12,11 +12,29 @@ from pydantic import Field
 from avatar_rl.common.config import Section
 
 
+class MachineConfig(Section):
+    """The machine that a recipe is written for, by node. The dry run and the start hold the plan
+    of processes and memory against it."""
+
+    nodes: int = Field(1, ge=1, description="Nodes, alike.")
+    gpus: int = Field(8, ge=0, description="GPUs of a node.")
+    gpu_gib: float = Field(79.6, gt=0, description="Memory of a GPU as nvidia-smi tells, in GiB.")
+    cpus: int = Field(64, ge=1, description="Cores of a node.")
+    memory_gib: float = Field(900, gt=0, description="Memory of a node, in GiB.")
+    shm_gib: float = Field(
+        100, gt=0, description="/dev/shm of a node, in GiB: Ray's object store lies there."
+    )
+
+
 class ResourceConfig(Section):
     """What is asked of Ray."""
 
     address: str | None = Field(
         None, description="Ray cluster to join ('auto' or host:port); null runs on this machine."
+    )
+    machine: MachineConfig | None = Field(
+        None,
+        description="The machine that the recipe is written for; null: whatever the run finds.",
     )
     rollout_cpus: float = Field(1, gt=0, description="CPUs per rollout actor.")
     rollout_gpus: float | None = Field(

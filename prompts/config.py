@@ -38,6 +38,11 @@ class MediaConfig(Section):
         description="Kinds replaced by silence or black, placeholders kept: what a model does "
         "without them.",
     )
+    missing_sound: Literal["refuse", "silence"] = Field(
+        "refuse",
+        description="A video without a sound track whose sound is asked for: its prompt is set "
+        "aside, or hears silence of the clip's length.",
+    )
     roots: tuple[Path, ...] = Field(
         (),
         description="Folders that media must lie in, links followed; empty: a row may name any "
@@ -144,6 +149,13 @@ class TemplateConfig(Section):
         ge=1,
         description="Upper bound of pixels per frame or image where the prompt sets none.",
     )
+    total_video_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens that all videos of one prompt take together: their frames are "
+        "scaled down to it, below min_pixels too. null: no such bound, and a prompt that is too "
+        "long is set aside.",
+    )
     max_prompt_tokens: int = Field(
         14_336, ge=1, description="Longest accepted prompt, media tokens included."
     )
@@ -155,4 +167,13 @@ class TemplateConfig(Section):
     def _check(self) -> TemplateConfig:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if (
+            self.total_video_tokens is not None
+            and self.total_video_tokens >= self.max_prompt_tokens
+        ):
+            raise ValueError(
+                f"total_video_tokens {self.total_video_tokens} leaves no room for text and sound "
+                f"in max_prompt_tokens {self.max_prompt_tokens}: lower it (sound takes 25 tokens a "
+                "second)"
+            )
         return self

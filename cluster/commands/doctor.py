@@ -79,6 +79,19 @@ def shortcomings(config: RunConfig) -> list[str]:
     ]
 
 
+def missing_inputs(config: RunConfig) -> list[str]:
+    """What a recipe names and this machine does not have: model, data, secrets. Nothing is opened,
+    so that a login node may ask."""
+    checks: list[Check] = [lambda: inputs.files(config), lambda: inputs.secrets(config)]
+    path = config.model.path
+    absent = [] if path == "tiny" or Path(path).is_dir() else [f"model: {path} is not a folder"]
+    return [f"{line}; set model.path" for line in absent] + [
+        f"{item.subject}: {item.found}; {item.remedy}"
+        for item in _found(checks)
+        if item.level == "fail"
+    ]
+
+
 def _fast(config: RunConfig | None) -> list[Check]:
     """Milliseconds each, unless a network must be asked."""
     of_recipe: list[Check] = []
@@ -94,6 +107,7 @@ def _fast(config: RunConfig | None) -> list[Check]:
         ]
     return [
         *of_recipe,
+        lambda: plan.machine(config),
         lambda: plan.cpus(config),
         lambda: plan.gpu(config),
         lambda: plan.memory(config),

@@ -12,6 +12,7 @@ import psutil
 
 from avatar_rl.cluster.commands.doctor_machine import flavour
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
+from avatar_rl.cluster.commands.machine_fit import demands
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.gpus import Gpu, local_gpus
 from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, PROCESS_BYTES, MemoryPlan
@@ -34,6 +35,19 @@ def gpus_asked(plan: MemoryPlan, needs: Needs) -> str:
         f"{gib(plan.learner_gpu)} each at least, {needs.rollouts} rollout actors x "
         f"{needs.rollout_gpus:g} with {gib(plan.rollout_gpu)} ({plan.model.name})"
     )
+
+
+def machine(config: RunConfig | None) -> Iterator[Finding]:
+    """What does not fit the machine that the recipe is written for."""
+    for demand in demands(config) if config is not None else ():
+        if not demand.fits:
+            yield Finding(
+                "resources.machine",
+                "fail",
+                f"{demand.what}: {demand.needed:.1f} {demand.unit} needed, it has "
+                f"{demand.has:.1f}".replace("  ", " "),
+                f"change {demand.key}, or correct resources.machine",
+            )
 
 
 def cpus(config: RunConfig | None) -> Iterator[Finding]:

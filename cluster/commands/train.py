@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avatar_rl.cluster.commands.doctor import missing_inputs
+from avatar_rl.cluster.commands.machine_fit import demands, machine_words
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
 from avatar_rl.cluster.recipe.load import (
     against_preset,
@@ -21,7 +23,7 @@ from avatar_rl.cluster.recipe.load import (
 )
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
-from avatar_rl.cluster.recipe.resources import needs_of
+from avatar_rl.cluster.recipe.resources import asked_by
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.adapter.files import is_adapter
 
@@ -68,14 +70,22 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
 
 def _show_needs(config: RunConfig) -> None:
     """Processes, and memory by part where the model's size is known."""
-    for name, amount in needs_of(config).rows():
+    for name, amount in asked_by(config).rows():
         print(f"#   {name:<34} {amount}")
     plan = MemoryPlan.of(config)
-    if plan is None:
-        return
-    print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
-    for name, amount in plan.rows():
-        print(f"#   {name:<34} {amount}")
+    if plan is not None:
+        print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
+        for name, amount in plan.rows():
+            print(f"#   {name:<34} {amount}")
+    machine = config.resources.machine
+    if machine is not None:
+        print(f"# the machine it is written for: {machine_words(machine)}")
+        for demand in demands(config):
+            print(f"#   {demand.what:<34} {demand.words()}")
+    if absent := missing_inputs(config):
+        print("# missing here")
+        for line in absent:
+            print(f"#   {line}")
 
 
 def _show_by_hand(lines: Sequence[str]) -> None:

@@ -30,14 +30,25 @@ class Architecture:
     experts: int = 1
     active_experts: int = 1  # of a token
     tied: bool = False
+    hears: bool = False  # has an audio tower
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer, biases and norms (below 0.1 %) left out."""
+        attention = self.hidden * (2 * self.queries + 2 * self.keys)
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + router + self.experts * 3 * self.hidden * self.mlp
 
     @property
     def decoder(self) -> int:
-        """Parameters of the language model, biases and norms (below 0.1 %) left out."""
-        attention = self.hidden * (2 * self.queries + 2 * self.keys)
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        layer = attention + router + self.experts * 3 * self.hidden * self.mlp
-        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
+        """Parameters of the language model."""
+        table = self.vocabulary * self.hidden
+        return self.layers * self.layer + table * (1 if self.tied else 2)
+
+    @property
+    def largest_part(self) -> int:
+        """Parameters that are gathered at once when a version is published."""
+        return max(self.layer, self.vocabulary * self.hidden)
 
     @property
     def parameters(self) -> float:
@@ -63,6 +74,16 @@ def _vision(depth: int, hidden: int, mlp_matrices: float, out: int) -> float:
 
 
 VISION_2_5 = {"depth": 32, "hidden": 1280, "mlp_matrices": 3 * 1280 * 3420}
+
+
+def _vision_3(out: int) -> float:
+    """Blocks, patch embedding of 2 x 16 x 16 x 3, positions, and four 2 x 2 mergers, three of them
+    for the decoder's first layers."""
+    hidden, merged = 1152, 4 * 1152
+    blocks = 27 * (4 * hidden**2 + 2 * hidden * 4304)
+    return blocks + 1536 * hidden + 2304 * hidden + 4 * merged * (merged + out)
+
+
 AUDIO = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 3 * 1280 * (128 + 1280)  # Whisper large's encoder
 
 ARCHITECTURES = (
@@ -75,6 +96,7 @@ ARCHITECTURES = (
         256,
         11_008,
         _vision(**VISION_2_5, out=2048) + AUDIO + 1280 * 2048,
+        hears=True,
     ),
     Architecture(
         "Qwen2.5-Omni-7B",
@@ -85,10 +107,25 @@ ARCHITECTURES = (
         512,
         18_944,
         _vision(**VISION_2_5, out=3584) + AUDIO + 1280 * 3584,
+        hears=True,
     ),
     Architecture(
         "Qwen2.5-VL-7B", 152_064, 3584, 28, 3584, 512, 18_944, _vision(**VISION_2_5, out=3584)
     ),
+    Architecture("Qwen3-VL-8B", 151_936, 4096, 36, 4096, 1024, 12_288, _vision_3(out=4096)),
+    Architecture(
+        "Qwen3-VL-30B-A3B",
+        151_936,
+        2048,
+        48,
+        4096,
+        512,
+        768,
+        _vision_3(out=2048),
+        experts=128,
+        active_experts=8,
+    ),
+    Architecture("Qwen3-8B", 151_936, 4096, 36, 4096, 1024, 12_288, 0.0),
     Architecture(
         "Qwen3-Omni-30B-A3B",
         152_064,
@@ -100,6 +137,7 @@ ARCHITECTURES = (
         0.54e9 + 0.65e9,
         experts=128,
         active_experts=8,
+        hears=True,
     ),  # towers as published, rounded
 )
 
@@ -141,6 +179,7 @@ def _of_config(folder: Path, config: JsonObject) -> Architecture:
         experts=experts,
         active_experts=_number(text, "num_experts_per_tok", default=1),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        hears="audio_config" in _outer(config),
     )
 
 
@@ -160,6 +199,12 @@ def decoder_of(config: JsonObject) -> JsonObject:
         if isinstance(inner := config.get(name), dict):
             return decoder_of(inner)
     return config
+
+
+def _outer(config: JsonObject) -> JsonObject:
+    """The section that holds those of the towers."""
+    thinker = config.get("thinker_config")
+    return thinker if isinstance(thinker, dict) else config
 
 
 def _encoder_sizes(folder: Path) -> Iterator[int]:

@@ -26,8 +26,8 @@ LOGIT_TILE = 512
 PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
 #: A media worker beside its towers: on the host, and of a GPU the CUDA context.
 WORKER_BYTES, CONTEXT_BYTES = GIB, GIB >> 1
-#: Words of learner.optimizer.freeze that freeze both towers.
-TOWERS = frozenset({"visual", "audio_tower"})
+#: Words of learner.optimizer.freeze that freeze a model's towers.
+SIGHT, SOUND = "visual", "audio_tower"
 
 Parts = Mapping[str, float]  # bytes by what holds them
 
@@ -48,12 +48,14 @@ class LearnerSetting:
     workers: int = 0  # media worker processes with towers of their own
 
     @classmethod
-    def of(cls, config: RunConfig, *, number: int) -> LearnerSetting:
+    def of(cls, config: RunConfig, model: Architecture, *, number: int) -> LearnerSetting:
         learner, optimizer = config.learner, config.learner.optimizer
         lora = learner.lora
-        frozen = lora is not None or set(optimizer.freeze) >= TOWERS
+        towers = {SIGHT, SOUND} if model.hears else {SIGHT}
+        frozen = lora is not None or not model.encoders or set(optimizer.freeze) >= towers
         adapted = lora is not None and bool(lora.encoder_targets)
         stored = frozen and not adapted and learner.embeddings.mode != "off"
+        stored = stored and model.encoders > 0
         return cls(
             ranks=learner.ranks,
             zero_stage=optimizer.zero_stage,
@@ -117,8 +119,8 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
     if number < FLOAT32 and setting.adapter_rank is None:
         logits += model.vocabulary * model.hidden * FLOAT32  # sum of the head's gradient over tiles
     embeddings = float(tokens * model.hidden * number) if setting.workers else 0.0
-    # Publication gathers the whole model on every rank, when there are no activations any more.
-    whole = model.parameters * number * (1 - setting.split(3))
+    # Publication gathers a layer, or the table of words, when there are no activations any more.
+    part = model.largest_part * number * (1 - setting.split(3))
     towers = model.encoders * number + CONTEXT_BYTES
     return {
         "weights": model.parameters * number * setting.split(3),
@@ -128,7 +130,7 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
         "activations": activations,
         "logits": logits,
         "embeddings": embeddings,
-        "publication beyond these": max(0.0, whole - activations - logits - embeddings),
+        "publication beyond these": max(0.0, part - activations - logits - embeddings),
         "media workers": setting.workers * towers if number == BFLOAT16 else 0.0,
     }
 
@@ -152,7 +154,7 @@ class MemoryPlan:
     @property
     def setting(self) -> LearnerSetting:
         """Of a learner with GPUs."""
-        return LearnerSetting.of(self.config, number=BFLOAT16)
+        return LearnerSetting.of(self.config, self.model, number=BFLOAT16)
 
     @property
     def weights(self) -> float:
@@ -198,10 +200,31 @@ class MemoryPlan:
         }
 
     @property
+    def version(self) -> float:
+        """What rollouts get of a version: the adapter alone, or all weights."""
+        lora = self.config.learner.lora
+        if lora is None or self.config.rollout.lora == "merged" or lora.encoder_targets:
+            return self.weights
+        return float(self.model.adapter(lora.rank) * BFLOAT16)
+
+    @property
     def published(self) -> float:
         """Of rank 0's host besides: the version that was published last, and the one being
         written."""
-        return 2 * self.weights
+        return 2 * self.version
+
+    @property
+    def rollout_host(self) -> dict[str, float]:
+        """Of the host of one rollout actor."""
+        data, engine = self.config.data, self.config.rollout.engine
+        return {
+            "process": float(PROCESS_BYTES * engine.tensor_parallel_size),
+            "prompts and media": float(
+                engine.prompt_cache_bytes
+                + data.media.memory_cache_bytes
+                + data.template.cache_bytes
+            ),
+        }
 
     @property
     def host(self) -> float:
@@ -212,7 +235,7 @@ class MemoryPlan:
     @property
     def object_store(self) -> float:
         """Versions of the weights in Ray's object store."""
-        return BOARD_VERSIONS * self.weights
+        return BOARD_VERSIONS * self.version
 
     @property
     def checkpoint(self) -> float:
@@ -223,7 +246,7 @@ class MemoryPlan:
     @property
     def without_gpus(self) -> float:
         """All memory of a run on CPUs, in float32: actors, ranks and the weight store."""
-        setting = LearnerSetting.of(self.config, number=FLOAT32)
+        setting = LearnerSetting.of(self.config, self.model, number=FLOAT32)
         weights = self.model.parameters * FLOAT32
         held = learner_parts(self.model, setting)
         rank = sum(held[name] for name in ("weights", "gradients", "optimiser", "reference"))
@@ -240,6 +263,7 @@ class MemoryPlan:
             (f"rollout GPU, {engine.tensor_parallel_size} per actor", _words(self.rollout_parts)),
             ("host, each learner rank", _words(self.learner_host)),
             ("host, rank 0 besides", f"{_gib(self.published)}: two versions"),
+            ("host, each rollout actor", _words(self.rollout_host)),
             ("host, object store", f"{_gib(self.object_store)}: {BOARD_VERSIONS} versions"),
             ("node's disk", disk),
             ("checkpoint", _gib(self.checkpoint)),

@@ -71,7 +71,7 @@ class StoredEncoder:
             str(prompt.media.audio_in_video),
             *(loader.address(item) for item in prompt.media.items),
             *(f"{item.kind} {item.min_pixels} {item.max_pixels}" for item in prompt.media.items),
-            f"{config.min_pixels} {config.max_pixels}",
+            f"{config.min_pixels} {config.max_pixels} {config.total_video_tokens}",
         )
 
     def is_stored(self, key: str) -> bool:

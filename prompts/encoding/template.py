@@ -26,6 +26,7 @@ from torch import Tensor
 
 from avatar_rl.common.errors import DataError
 from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.encoding.budget import FrameGrain, VideoShape, frame_bounds, video_bounds
 from avatar_rl.prompts.encoding.chat_format import ChatFormat, blame
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
@@ -93,6 +94,8 @@ class PromptEncoder:
         self.processor, model_config = load_processor(Path(model_path))
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.kind: str = model_config.model_type
+        #: Pixel bounds of videos are those of a frame; Qwen3-VL's are of the whole video.
+        self._bounds_frames = self.kind in OMNI or self.kind == "qwen2_5_vl"
         self.positions = PositionRule(model_config)
         self.chat = ChatFormat(
             self.processor,
@@ -314,15 +317,14 @@ class PromptEncoder:
             settings["images_kwargs"] = {"size": self._bounds(prompt, "image")}
         if media.videos:
             size = self._bounds(prompt, "video")
-            if self.kind not in OMNI and self.kind != "qwen2_5_vl":
-                # Qwen3-VL bounds the whole video, and one setting serves all videos of the prompt.
+            if not self._bounds_frames:  # and one setting serves all videos of the prompt
                 most = max(len(video.frames) for video in media.videos)
                 size = {
                     "shortest_edge": size["shortest_edge"] * most,
                     "longest_edge": size["longest_edge"] * most,
                 }
             videos: VideoSettings = {
-                "size": size,
+                "size": self._within_total(prompt, media, size),
                 "do_sample_frames": False,
                 "cap_pixels_per_frame": False,
             }
@@ -332,6 +334,19 @@ class PromptEncoder:
         if prompt.media.audio_in_video:
             settings["use_audio_in_video"] = True
         return settings
+
+    def _within_total(self, prompt: Prompt, media: DecodedMedia, size: PixelBounds) -> PixelBounds:
+        """``size`` of the videos, lowered where total_video_tokens asks for it."""
+        total = self.config.total_video_tokens
+        if total is None:
+            return size
+        shapes = [VideoShape(*video.frames.shape[:3]) for video in media.videos]
+        grain = FrameGrain.of(self.processor.video_processor)
+        share = frame_bounds if self._bounds_frames else video_bounds
+        try:
+            return share(size, shapes, grain, total)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.id!r}: {error}") from error
 
     def _bounds(self, prompt: Prompt, kind: Modality) -> PixelBounds:
         found = {(item.min_pixels, item.max_pixels) for item in prompt.media.of(kind)}
@@ -374,7 +389,8 @@ class PromptEncoder:
             raise DataError(
                 f"prompt {prompt.id!r} has {tokens} tokens, max_prompt_tokens is "
                 f"{self.config.max_prompt_tokens}: "
-                "lower its frames or max_pixels, or raise the limit"
+                "lower its frames or max_pixels, set data.template.total_video_tokens, or raise "
+                "the limit"
             )
 
     def _user_text(self, prompt: Prompt, hinted: bool) -> str:

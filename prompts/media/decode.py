@@ -46,6 +46,10 @@ class PastEndError(InputError):
     before it."""
 
 
+class NoSoundError(InputError):
+    """A file without a sound track."""
+
+
 class Sampling(NamedTuple):
     """How many frames of a clip are taken."""
 
@@ -130,6 +134,18 @@ def decode_audio(
             "re-encode it (ffmpeg -i IN -c:a flac)",
         )
     samples = resample(samples, rate, sample_rate)
+    return samples, samples.size / sample_rate
+
+
+def silence(
+    path: Path, *, clip: tuple[float, float] | None, sample_rate: int, slack: float
+) -> tuple[NDArray[np.float32], float]:
+    """In the place of the sound that a video lacks: samples and seconds of its clip. Raises as
+    ``decode_video`` does."""
+    with _open(path) as container:
+        line = _timeline(container, path)
+    start, end = window(path, clip, line.duration, slack)
+    samples = np.zeros(max(1, round((end - start) * sample_rate)), np.float32)
     return samples, samples.size / sample_rate
 
 
@@ -240,10 +256,11 @@ def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
 def _audio_stream(container: InputContainer, path: Path) -> av.AudioStream:
     """The one that players play: the default track, else that of most channels, else the first."""
     if not container.streams.audio:
-        raise InputError(
+        raise NoSoundError(
             path,
             "has no audio stream",
-            "drop the audio item (or audio_in_video), or mux sound in",
+            "drop the audio item (or audio_in_video), mux sound in, or set "
+            "data.media.missing_sound: silence",
         )
     return max(
         container.streams.audio,

@@ -23,7 +23,13 @@ from avatar_rl.common.errors import AvatarError, InputError
 from avatar_rl.common.files import sha256_of
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
-from avatar_rl.prompts.media.decode import Sampling, decode_audio, decode_video
+from avatar_rl.prompts.media.decode import (
+    NoSoundError,
+    Sampling,
+    decode_audio,
+    decode_video,
+    silence,
+)
 from avatar_rl.prompts.media.image import decode_image
 from avatar_rl.prompts.record import MediaItem, MediaPlan, check_roots, resolve_uri
 
@@ -184,6 +190,8 @@ class MediaLoader:
         """Content address: the file's bytes and everything that the decoded values depend on."""
         plan = item.model_dump(mode="json", exclude={"uri", "digest"})
         limits = self.config.model_dump(include={"fps", "max_frames", "max_pixels", "window_slack"})
+        if item.kind == "audio" and self.config.missing_sound == "silence":
+            limits["missing_sound"] = "silence"
         text = json.dumps([_DECODER_VERSION, digest, plan, limits], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -196,10 +204,7 @@ class MediaLoader:
         if item.kind == "image":
             entry = Entry(decode_image(path, max_pixels=pixels), 0.0, 0.0)
         elif item.kind == "audio":
-            samples, duration = decode_audio(
-                path, clip=item.clip, sample_rate=item.sample_rate, slack=config.window_slack
-            )
-            entry = Entry(samples, float(item.sample_rate), duration)
+            entry = Entry(*self._sound(path, item))
         else:
             sampling = Sampling(item.frames, item.fps or config.fps, config.max_frames)
             entry = Entry(
@@ -214,6 +219,18 @@ class MediaLoader:
             )
         entry.array.setflags(write=False)
         return entry
+
+    def _sound(self, path: Path, item: MediaItem) -> tuple[NDArray[np.float32], float, float]:
+        """Samples, their rate and seconds."""
+        rate, slack = item.sample_rate, self.config.window_slack
+        try:
+            found = decode_audio(path, clip=item.clip, sample_rate=rate, slack=slack)
+        except NoSoundError:
+            if self.config.missing_sound == "refuse":
+                raise
+            found = silence(path, clip=item.clip, sample_rate=rate, slack=slack)
+        samples, duration = found
+        return samples, float(rate), duration
 
     def _write(self, disk: DiskCache, key: str, entry: Entry) -> None:
         """Offer ``entry`` to the disk level, which is an aid: a full disk slows a run down, it does

@@ -17,12 +17,13 @@ from torch import nn
 from avatar_rl.actors.config import RequestSampling
 from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.model.policy import Policy
-from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.config import MediaConfig, TemplateConfig
+from avatar_rl.prompts.encoding.template import PromptEncoder
 from avatar_rl.prompts.media.loader import DecodedImage, MediaLoader
 from avatar_rl.prompts.record import MediaItem
-from tests.parity_stage import Stage
+from tests.parity_stage import OMNI, TEXT, Layouts, Stage
 from tests.tiny_families import FAMILIES
-from tests.tiny_models import make_prompt
+from tests.tiny_models import audio, make_prompt, video
 
 TOLERANCE = 1e-5  # float32; measured 3e-6
 
@@ -68,6 +69,34 @@ def test_logprobs_are_those_of_the_whole_distribution_when_top_k_truncates(
     prompt = make_prompt(stage.loader, "text", [])
     [done] = stage.run([prompt], RequestSampling(n=2, top_k=3, max_tokens=24))
     assert stage.gap(prompt, done).logprob <= TOLERANCE
+
+
+def test_videos_within_a_total_are_the_same_tokens_on_both_sides(stage: Stage) -> None:
+    """Prompt tokens are compared one by one, log-probabilities as elsewhere."""
+    if stage.family in TEXT:
+        return
+    media: Layouts = {
+        "long": ([video(30, 16, 2.0, 160, 224)], False),
+        "two": ([video(31, 16, 3.3, 160, 224), video(32, 8, 3.3, 160, 224)], False),
+    }
+    if stage.family in OMNI:
+        media["heard"] = ([video(33, 16, 2.0, 160, 224), audio(34, 7.3)], True)
+    whole, total = stage.encoder, 120
+    stage.encoder = PromptEncoder(
+        stage.folder, stage.loader, TemplateConfig(total_video_tokens=total)
+    )
+    try:
+        prompts = stage.prompts(media)
+        gaps = stage.gaps(prompts, RequestSampling(temperature=0, max_tokens=8))
+        token = whole.positions.config.video_token_id
+        counts = [
+            [int((side.encode(prompt, False).input_ids == token).sum()) for prompt in prompts]
+            for side in (whole, stage.encoder)
+        ]
+    finally:
+        stage.encoder = whole
+    assert max(gap.logprob for gap in gaps.values()) <= TOLERANCE, gaps
+    assert min(counts[0]) > total >= max(counts[1]) >= total // 2, counts
 
 
 @torch.no_grad()

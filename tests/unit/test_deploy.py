@@ -29,6 +29,9 @@ PUBLISHED = {
     "Qwen2.5-Omni-3B": 4.7e9,
     "Qwen2.5-Omni-7B": 8.9e9,
     "Qwen2.5-VL-7B": 8.29e9,
+    "Qwen3-VL-8B": 8.77e9,
+    "Qwen3-VL-30B-A3B": 31.1e9,
+    "Qwen3-8B": 8.19e9,
     "Qwen3-Omni-30B-A3B": 31.7e9,
 }
 
@@ -134,7 +137,8 @@ def test_recipes_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_cluster_recipes_name_what_a_cluster_needs() -> None:
-    for recipe in ROOT.glob("recipes/*b.yaml"):  # named after their size
+    # named after their size, or after their nodes
+    for recipe in [*ROOT.glob("recipes/*b.yaml"), *ROOT.glob("recipes/gpu/*x8.yaml")]:
         for config in _configs(recipe):
             assert config.resources.address == "auto"
             assert config.buffer.url and config.buffer.password_env

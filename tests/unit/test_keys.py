@@ -213,9 +213,10 @@ def test_the_schema_is_sound_and_every_recipe_names_it() -> None:
     written = json.loads((ROOT / "recipes" / "schema.json").read_text())
     assert written == schema(), "avatar schema > recipes/schema.json"
     jsonschema.Draft202012Validator.check_schema(written)
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, *(ROOT / "recipes" / "gpu").glob("*.yaml")]:
         first = recipe.read_text().splitlines()[0]
-        assert first == "# yaml-language-server: $schema=schema.json"
+        up = "" if recipe in RECIPES else "../"
+        assert first == f"# yaml-language-server: $schema={up}schema.json"
         jsonschema.validate(read_recipe(recipe), written)
 
 

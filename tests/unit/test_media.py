@@ -252,6 +252,22 @@ def test_bad_media_name_the_file_and_the_remedy(
         loader(tmp_path).load(MediaItem.model_validate(item))
 
 
+def test_a_clip_without_a_sound_track_hears_silence_where_that_is_asked_for(folder: Path) -> None:
+    quiet = MediaLoader(MediaConfig(missing_sound="silence"), folder)
+    item = MediaItem(kind="audio", uri="silent.mp4", clip=(0.1, 0.4))
+    sound = quiet.load(item)
+    assert isinstance(sound, DecodedAudio)
+    assert sound.samples.shape == (4_800,) and not sound.samples.any()
+    assert quiet.address(item) != loader(folder).address(item)
+    with pytest.raises(DataError, match=r"runs past the end .*window_slack"):
+        quiet.load(item.model_copy(update={"clip": (0.1, 9.0)}))
+    heard = MediaItem(kind="audio", uri="clip.mp4")
+    np.testing.assert_array_equal(
+        quiet.load(heard).samples,  # type: ignore[union-attr]
+        loader(folder).load(heard).samples,  # type: ignore[union-attr]
+    )
+
+
 def test_a_video_cut_short_or_damaged_is_an_error(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "silent.mp4").read_bytes()
     (tmp_path / "clip.mp4").write_bytes(whole[: len(whole) // 2])  # the index at its end is gone

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
 from avatar_rl.actors.feeder import Feeder
 from avatar_rl.actors.shared_state import SharedState
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.common.errors import DataError, ModelError
 from avatar_rl.prompts.config import MediaConfig
+from avatar_rl.prompts.encoding.budget import FrameGrain, VideoShape, frame_bounds
 from avatar_rl.prompts.encoding.digest import prompt_digest
+from avatar_rl.prompts.encoding.processor import PixelBounds
 from avatar_rl.prompts.encoding.rope import PositionRule
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig, _seconds_per_grid
 from avatar_rl.prompts.media.loader import DecodedAudio, MediaLoader
@@ -127,6 +130,64 @@ def test_encoded_video_has_the_size_its_bounds_ask_for(folder: Path) -> None:
         .features["video_grid_thw"]
     )
     assert 100_000 <= int(grid[0, 1] * grid[0, 2]) * 14 * 14 <= 200_000
+
+
+CLIP = (60, 720, 1280)  # frames, height, width of 30 s of 720p at 2 frames a second
+
+
+def test_thirty_seconds_of_720p_fit_the_total_and_were_too_long_without_it() -> None:
+    config, grain = TemplateConfig(), FrameGrain(2, 28)
+    bounds: PixelBounds = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+
+    def tokens(size: PixelBounds, clip: tuple[int, int, int]) -> int:
+        low, high = size["shortest_edge"], size["longest_edge"]
+        height, width = smart_resize(*clip[1:], factor=28, min_pixels=low, max_pixels=high)
+        return clip[0] // 2 * height * width // 28**2
+
+    assert tokens(bounds, CLIP) > config.max_prompt_tokens
+    for total in (12_288, 4_096, 500, 30):
+        for clips in ([CLIP], [CLIP, (20, 1280, 720)], [CLIP, CLIP, (8, 240, 320)]):
+            steps = sum(clip[0] // 2 for clip in clips)
+            shapes = [VideoShape(*clip) for clip in clips]
+            if steps > total:
+                with pytest.raises(DataError, match=f"{steps} temporal steps.*{total} tokens"):
+                    frame_bounds(bounds, shapes, grain, total)
+                continue
+            size = frame_bounds(bounds, shapes, grain, total)
+            used = sum(tokens(size, clip) for clip in clips)
+            assert used <= total
+            # Rounding to whole tokens wastes some; several videos share what there is.
+            assert used >= 0.75 * min(total, sum(tokens(bounds, clip) for clip in clips)) or (
+                total // steps < 16
+            )
+    # What fits is left alone.
+    assert frame_bounds(bounds, [VideoShape(8, 240, 320)], grain, 12_288) == bounds
+
+
+def test_videos_of_a_prompt_share_the_total_and_keep_their_place_in_time(folder: Path) -> None:
+    loader = ArrayLoader()
+    clips = [video(1, 16, 2.0, 112, 168), video(2, 8, 2.0, 112, 168)]
+    prompt = make_prompt(loader, "p", clips)
+    free = encoder(folder, loader).encode(prompt, False)
+    parts = encoder(folder, loader, total_video_tokens=96)
+    bound, settings = parts.process(prompt, False)
+    grids = bound.features["video_grid_thw"]
+    assert int(free.features["video_grid_thw"].prod(-1).sum()) // 4 == 12 * 24
+    assert grids[:, 0].tolist() == [8, 4] and int(grids.prod(-1).sum()) // 4 <= 96
+    given = parts.engine_input(prompt, False)
+    assert given["mm_processor_kwargs"]["videos_kwargs"] == settings["videos_kwargs"]
+    # The same seconds a step: the first token of each is as late as without the bound.
+    token = parts.positions.config.video_token_id
+    times = [p.position_ids[0, p.input_ids == token].unique() for p in (free, bound)]
+    assert len(times[0]) == len(times[1]) == 12
+    assert torch.equal(times[0][:8].diff(), times[1][:8].diff())
+    with pytest.raises(DataError, match=r"'p': its videos have 12 .* leaves 8 tokens"):
+        encoder(folder, loader, total_video_tokens=8).encode(prompt, False)
+
+
+def test_a_total_that_leaves_no_room_for_the_rest_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"total_video_tokens 900 leaves no room .* 900: lower it"):
+        TemplateConfig(total_video_tokens=900, max_prompt_tokens=900)
 
 
 def test_encodes_are_cached_within_bounds(folder: Path) -> None:
