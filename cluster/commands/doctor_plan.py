@@ -12,8 +12,8 @@ import psutil
 
 from avatar_rl.cluster.commands.doctor_machine import flavour
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
-from avatar_rl.cluster.commands.machine_fit import demands
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.machine.fit import demands
 from avatar_rl.cluster.recipe.gpus import Gpu, local_gpus
 from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, PROCESS_BYTES, MemoryPlan
 from avatar_rl.cluster.recipe.resources import Needs, asked_by, cluster_address, needs_of

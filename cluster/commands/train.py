@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avatar_rl.cluster.commands.doctor import missing_inputs
-from avatar_rl.cluster.commands.machine_fit import demands, machine_words
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
+from avatar_rl.cluster.machine.fit import demands, machine_words
 from avatar_rl.cluster.recipe.load import (
     against_preset,
     load_recipe,

@@ -9,7 +9,7 @@ import pytest
 
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.commands.doctor import preflight, shortcomings
-from avatar_rl.cluster.commands.machine_fit import RESERVE, demands, learner_nodes
+from avatar_rl.cluster.machine.fit import RESERVE, demands, learner_nodes
 from avatar_rl.cluster.recipe.load import load_recipe
 from avatar_rl.cluster.recipe.memory import GIB, MemoryPlan
 from avatar_rl.common.errors import ConfigError
