@@ -157,16 +157,10 @@ def coverage(sets: int, resamples: int) -> float:
     return hits / sets
 
 
-#: Their layout is known from a reader that others published, not from the authors.
-SECOND_HAND = ("r1_onevision_bench",)
-
-
 def ready() -> int:
     """Sets whose reader, wording and metric tests/unit/test_public_sets.py holds against the
     layout that they name by address."""
-    return sum(
-        bool(one.layout) for name, one in benchmark_sets().items() if name not in SECOND_HAND
-    )
+    return sum(bool(one.layout) for one in benchmark_sets().values())
 
 
 def main() -> None:

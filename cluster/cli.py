@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if sys.argv[1:3] != ["data", "fetch"]:  # the one command that asks a hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -47,6 +47,23 @@ def synthesize(folder: Path, recipe: Path | None, seed: int | None) -> int:
 
 
 @data.command()
+@click.argument("name")
+@click.option(
+    "--revision", default="main", help="Branch, tag or commit of the dataset (default main)."
+)
+@click.option("--out", type=PATH, help="Folder to fetch to (default data/NAME).")
+@click.option("--only", multiple=True, help="Only files of this pattern; may be repeated.")
+def fetch(name: str, revision: str, out: Path | None, only: tuple[str, ...]) -> int:
+    """Fetch a public dataset from the hub and convert its rows ("list" shows them).
+
+    Files are compared with the hub's checksums. A second start fetches what is missing.
+    """
+    from avatar_rl.cluster.hub.fetch import fetch, list_datasets
+
+    return list_datasets() if name == "list" else fetch(name, revision, out, only)
+
+
+@data.command()
 @asks_endpoint
 @click.option(
     "--attach",

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ from avatar_rl.cluster.telemetry.live_view import open_screen
 from avatar_rl.cluster.telemetry.run_files import read_distributions, read_metrics
 from avatar_rl.cluster.training.evaluate import evaluate
 from avatar_rl.common.errors import AvatarError, ResourceError
+from avatar_rl.common.files import read_jsonl
+from avatar_rl.rewards.answers.accuracy import SOLVED
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 #: Finished runs, in the repository: what a fresh clone reports.
@@ -48,6 +50,7 @@ class Arm:
 
     preset: str
     over: Overlay = field(default_factory=dict)
+    untrained: bool = False  # begins from the model before its cold start
 
 
 @dataclass(frozen=True)
@@ -60,32 +63,53 @@ class Pool:
     heldout: int
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What every run of a study begins with; all exist on disk."""
+
+    raw: Overlay  # its recipe
+    start: Path  # the cold-started policy
+    untrained: Path  # the model before its cold start
+    train: Path
+    heldout: Path
+    media: Path  # folder that the prompts' media are relative to
+
+
 def base_recipe(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) -> Overlay:
     """The study's recipe: from its cold start, on the pool, generation and learning in turn."""
+    return on_ground(prepare_ground(pool, cache, folder, recipe), cache)
+
+
+def prepare_ground(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE) -> Ground:
+    """Makes what is not there yet: world, pool, cold start."""
     local = load_recipe(recipe, [("output.cache", str(cache))])
     datasets, base = prepare_datasets(local, print), prepare_base_model(local, print)
     folder.mkdir(parents=True, exist_ok=True)
     start = _cold_start(local, base, datasets, folder)
     assert datasets.heldout is not None
-    raw: Overlay = yaml.safe_load(recipe.read_text())
-    for name in ("preset", "cold_start"):
-        raw.pop(name, None)
+    return Ground(
+        raw=yaml.safe_load(recipe.read_text()),
+        start=start,
+        untrained=base,
+        train=_select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train),
+        heldout=_select(datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout),
+        media=datasets.train.parent.resolve(),
+    )
+
+
+def on_ground(ground: Ground, cache: Path) -> Overlay:
+    """The recipe of every run on ``ground``, without what an arm sets."""
+    kept = {k: v for k, v in ground.raw.items() if k not in ("preset", "cold_start")}
     return merge(
-        raw,
+        kept,
         {
             "name": "study",
-            "model": {"path": str(start)},
+            "model": {"path": str(ground.start)},
             "data": {
                 "synthetic": None,
-                "train": str(
-                    _select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train)
-                ),
-                "heldout": str(
-                    _select(
-                        datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout
-                    )
-                ),
-                "reader": {"media_root": str(datasets.train.parent.resolve())},
+                "train": str(ground.train),
+                "heldout": str(ground.heldout),
+                "reader": {"media_root": str(ground.media)},
             },
             "loop": {"max_staleness": 0},
             "learner": {"schedule": "constant", "warmup": 0.0},
@@ -184,18 +208,25 @@ def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
                 f"study run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
             )
         [run] = (folder / "runs").iterdir()
-        return boil_down(read_metrics(run), read_distributions(run))
+        rows = read_metrics(run)
+        found = boil_down(rows, read_distributions(run))
+        if solved := solved_curve(rows, samples_of(run)):
+            found["solved"] = solved
+        return found
 
 
 def perform_all(
-    todo: Sequence[tuple[str, int, RunConfig]], records: Records, workers: int
+    todo: Sequence[tuple[str, int, RunConfig]],
+    records: Records,
+    workers: int,
+    key_of: Callable[[RunConfig], str],
 ) -> list[str]:
     """Perform what the records do not have; returns what failed."""
     started, commit = time.monotonic(), commit_of_code()
 
     def one(job: tuple[str, int, RunConfig]) -> str | None:
         name, seed, config = job
-        key = digest(config)
+        key = key_of(config)
         if records.get(name, seed, key) is not None:
             return None
         try:
@@ -278,6 +309,30 @@ def boil_down(
     }
 
 
+def samples_of(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """Step -> its saved training completions."""
+    files = sorted((run / "samples").glob("step_*.jsonl"))
+    return {int(file.stem.partition("_")[2]): list(read_jsonl(file)) for file in files}
+
+
+def solved_curve(
+    rows: Sequence[dict[str, Any]], samples: Mapping[int, Sequence[dict[str, Any]]]
+) -> list[list[float]]:
+    """[completions, prompts that any training completion had answered right by then], per step.
+
+    Right only where the samples hold every group of every step."""
+    curve: list[list[float]] = []
+    solved: set[str] = set()
+    for row in rows:
+        if row.get("completions/generated") is None or row["step"] not in samples:
+            continue
+        for one in samples[row["step"]]:
+            if (one["components"].get("accuracy") or 0.0) >= SOLVED:
+                solved.add(one["prompt_id"])
+        curve.append([row["completions/generated"], len(solved)])
+    return curve
+
+
 LEARNER_PARTS = ("encode", "forward_backward", "optimizer", "publish")
 
 
@@ -322,16 +377,18 @@ def report_or_run(
     todo: Callable[[], Sequence[tuple[str, int, RunConfig]]],
     arms: Sequence[str],
     seeds: Sequence[int],
+    key_of: Callable[[RunConfig], str] | None = None,
 ) -> list[dict[str, Any]]:
     """The records to report; with ``--run`` what is missing is measured first. Raises SystemExit
     when there are none, or when runs failed."""
+    key_of = key_of or digest
     if options.run:
         jobs = todo()
-        if failed := perform_all(jobs, records, options.workers):
+        if failed := perform_all(jobs, records, options.workers, key_of):
             raise SystemExit(
                 f"{len(failed)} runs failed ({', '.join(failed)}): start again to repeat them"
             )
-        done = (records.get(name, seed, digest(config)) for name, seed, config in jobs)
+        done = (records.get(name, seed, key_of(config)) for name, seed, config in jobs)
         return [record for record in done if record is not None]
     found = records.newest(arms, seeds)
     if not found:

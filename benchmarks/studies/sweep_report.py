@@ -20,14 +20,14 @@ Record = Mapping[str, Any]
 TARGETS = (0.70, 0.80)
 
 
-def mean_accuracy(record: Record) -> float:
-    """Training accuracy averaged over the first ``LENGTH`` completions: the area under its curve,
+def mean_accuracy(record: Record, length: int = LENGTH) -> float:
+    """Training accuracy averaged over the first ``length`` completions: the area under its curve,
     which one lucky measurement moves less than it moves a passage."""
     xs, ys = np.array([(point[COMPLETIONS], point[ACCURACY]) for point in record["curve"]]).T
     inside = (
-        xs < LENGTH
+        xs < length
     )  # with replay the first steps generate more, so that a run ends a little later
-    xs, ys = np.append(xs[inside], LENGTH), np.append(ys[inside], np.interp(LENGTH, xs, ys))
+    xs, ys = np.append(xs[inside], length), np.append(ys[inside], np.interp(length, xs, ys))
     return float(np.trapezoid(ys, xs) / (xs[-1] - xs[0]))
 
 

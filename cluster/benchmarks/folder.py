@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import csv
 import hashlib
 import re
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ class SetFolder:
 
         Raises InputError naming the files that were wanted."""
         for path in self.files(*patterns):
+            if path.suffix == ".tsv":
+                yield from _tsv(path)
+                continue
             for row in iter_rows(path, "all"):
                 yield SetRow(row.data, row.where)
 
@@ -128,6 +132,14 @@ class SetFolder:
             f"{names}{more}",
             "unpack the set's archives there, or leave their questions out with --skip-missing",
         )
+
+
+def _tsv(path: Path) -> Iterator[SetRow]:
+    """Rows of a table with a head, as VLMEvalKit's sets are published; an empty cell is absent."""
+    csv.field_size_limit(1 << 30)  # a cell may hold a picture in base64
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=2):
+            yield SetRow({key: value or None for key, value in row.items()}, f"{path}:{number}")
 
 
 def _from_base64(text: str) -> bytes | None:

@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "soak": ("--output.cache", CACHE),
     "step_files": ("--output.cache", CACHE),
     "study": ("--cache", CACHE),
+    "ablations": ("--cache", CACHE),
     "sweeps": ("--cache", CACHE),
 }
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "parity": ("logprob_worst", "logprob_fresh_qwen3_vl_moe", "families"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),
+    "ablations": ("seeds_plus_VCRS", "solved_plus_VCRS"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
@@ -78,7 +80,7 @@ EXACT = {
         "kills": 1,
         "unplanned_exits": 0,
     },
-    "evaluation": {"resumed_lost": 0, "resumed_twice": 0, "sets_ready": 21},
+    "evaluation": {"resumed_lost": 0, "resumed_twice": 0, "sets_ready": 22},
     "judge": {"silent_zeros": 0, "crashes": 0, "crashes_at_60": 0, "dead_masked_share": 1},
     "parity": {"greedy_other_tied": 0, "greedy_other_qwen3_vl_moe": 0},
     "walk": {"faults": 0, "pages": 7},
@@ -123,7 +125,7 @@ def test_every_benchmark_is_run_here() -> None:
     assert programs == FIGURES.keys()
 
 
-@pytest.mark.parametrize("name", ["study", "sweeps"])
+@pytest.mark.parametrize("name", ["study", "sweeps", "ablations"])
 def test_nothing_is_trained_unless_asked(name: str) -> None:
     records = FOLDER / "records" / f"{name}.jsonl"
     if records.exists():

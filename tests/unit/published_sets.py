@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -240,11 +241,22 @@ def _mmk12(root: Path) -> None:
 
 
 def _r1_onevision(root: Path) -> None:
-    row = {"index": 1, "question": "Which?", "choices": "['red', 'green', 'blue']", "answer": "B"}
-    row |= {"level": "high school", "category": "math", "image": base64.b64encode(PNG).decode()}
-    write_parquet(
-        root / "data/train-0.parquet", [row, row | {"index": 2, "choices": "", "answer": "42"}]
-    )
+    hint = "Hint: Please answer with the letter.\nQuestion: "
+    picture = base64.b64encode(PNG).decode()
+    rows = [
+        (hint + "Which?\nChoices:\n(A) red\n(B) green", "(A) red\n(B) green", "B"),
+        (hint + "How many?", "", "42"),
+        (hint + "Whose?", "['red', 'green', 'blue']", "C"),
+        (hint + "Where?", "A. left B. right", "A"),
+        (hint + "Never answered", "", ""),
+    ]
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "r1-onevision.tsv").open("w", newline="") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(["index", "image", "question", "choices", "answer", "level", "category"])
+        for index, (question, choices, answer) in enumerate(rows):
+            level = "Senior High School"
+            table.writerow([index, picture, question, choices, answer, level, "Math"])
 
 
 def _omnivideobench(root: Path) -> None:
@@ -442,12 +454,12 @@ PUBLISHED: dict[str, Published] = {
     ),
     "r1_onevision_bench": Published(
         _r1_onevision,
-        ["B", "42"],
-        ["B", "41"],
-        {**RIGHT_WRONG, "category/math": 0.5},
-        ["", ""],
-        "Which?\nA. red",
-        [3, 0],
+        ["B", "42", "C", "A"],
+        ["B", "41", "blue", "B"],
+        {**RIGHT_WRONG, "category/Math": 0.5, "level/Senior High School": 0.5},
+        ["", "", "", ""],
+        "Hint: Please answer with the letter.\nQuestion: Which?\nChoices:\n(A) red",
+        [2, 0, 3, 2],
     ),
     "omnivideobench": Published(
         _omnivideobench,
