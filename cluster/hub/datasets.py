@@ -60,7 +60,7 @@ def _avqa(row: Values) -> Values:
 def _by_answer(row: Values) -> Values:
     """A type for rows that name none: a letter where options are listed, a number, words."""
     answer = str(row.get("solution") or row.get("answer") or "")
-    question = f"{row.get('problem')!s}\n{row.get('messages')!s}".replace("\\n", "\n")
+    question = f"{row.get('problem')!r}\n{row.get('messages')!r}".replace("\\n", "\n")
     if row.get("options") or (_LETTER.match(answer) and len(_LISTED.findall(question)) > 1):
         kind = ProblemType.MULTIPLE_CHOICE
     elif parse_number(answer) is not None:
