@@ -273,6 +273,13 @@ class LearnerConfig(Section):
     ranks: int = Field(
         1, ge=1, description="Learner processes, one per GPU; each step is split over them."
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share each pack, a slice of its positions each: activations of a "
+        "long pack divide by it. Must divide ranks and the model's attention heads. A cold start "
+        "does without.",
+    )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is minimised.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and DeepSpeed.")
     lora: LoraConfig | None = Field(
@@ -351,8 +358,25 @@ class LearnerConfig(Section):
         """Steps of a run of ``steps`` with a rising learning rate."""
         return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
 
+    def _check_sequence(self) -> None:
+        """What sequence parallelism needs; recipe/assets.py looks at the model's heads."""
+        size, ranks = self.sequence_parallel, self.ranks
+        if ranks % size:
+            fitting = ", ".join(str(n) for n in range(1, ranks + 1) if not ranks % n)
+            raise ValueError(
+                f"sequence_parallel {size} does not divide ranks {ranks}: set it to one of "
+                f"{fitting}, or ranks to a multiple of {size}"
+            )
+        if size > 1 and self.router == "balanced":
+            raise ValueError(
+                f"sequence_parallel {size} and router: balanced exclude each other: the auxiliary "
+                "loss needs all tokens of a pack on one rank; set router to frozen or trained, or "
+                "sequence_parallel to 1"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:
+        self._check_sequence()
         if self.embeddings.mode == "on":
             self._check_towers()
         if self.gradient_checkpointing and self.lora is not None and self.lora.dropout:

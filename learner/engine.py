@@ -124,7 +124,11 @@ def axes(parameter: Tensor) -> int:
 
 class TrainEngine:
     """A policy under DeepSpeed. Losses handed to ``accumulate`` are this rank's share of a sum over
-    all ranks."""
+    all ranks.
+
+    Ranks that share packs (``Policy.sequence``) hand the same loss and count once: the backward
+    pass of each brings a part of its gradient. To DeepSpeed they are ranks like others: it averages
+    gradients, and splits state, over all."""
 
     def __init__(
         self,
@@ -221,7 +225,7 @@ class TrainEngine:
         """Log-probabilities with gradients. The policy stays in eval mode: dropout would break the
         ratio."""
         encoders, head_runs = needs
-        return self.engine(batch.to(self.device), head_runs, encoders)
+        return self.engine(self.policy.placed(batch, self.device), head_runs, encoders)
 
     def accumulate(
         self,
@@ -372,7 +376,7 @@ class TrainEngine:
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> PolicyOutput:
-        return self.engine(batch.to(self.device))
+        return self.engine(self.policy.placed(batch, self.device))
 
     def whole_weights(
         self, parts: Sequence[Sequence[str]] | None = None

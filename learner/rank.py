@@ -37,6 +37,7 @@ from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import BaseReference, ReferencePolicy
 from avatar_rl.learner.model.router import Routers
+from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.learner.model.sharded_load import load_in_shares
 from avatar_rl.learner.publication import AdapterPublication, Publication, published_adapter
 from avatar_rl.learner.sft import ColdStart, SftReport
@@ -242,7 +243,14 @@ class LearnerRank:
             recompute_activations(model)
         if adapter is not None:
             adapter.drop(active=False)
-        return Policy(model), adapter
+        return Policy(model, self._sequence()), adapter
+
+    def _sequence(self) -> SequenceGroup | None:
+        """The ranks that share packs with this one. Collective."""
+        size = self.spec.learner.sequence_parallel
+        if size == 1 or self.spec.sft is not None:
+            return None
+        return SequenceGroup(size, rank=self.rank, ranks=self.ranks, timeout=COLLECTIVE_TIMEOUT)
 
     def make_trainer(self, dtype: str) -> StepTrainer:
         """What trains the steps: with the reference policy where the loss has a KL term, and on
@@ -262,6 +270,7 @@ class LearnerRank:
                 dtype=dtype,
                 device=self.engine.device,
                 cached=spec.learner.reference_cache,
+                sequence=self.engine.policy.sequence,
             )
         if self.rank == 0:
             buffer = ReplayBuffer.connect(

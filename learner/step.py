@@ -1,7 +1,8 @@
 """One training step of a learner rank. Read ``StepTrainer.train_step`` first.
 
 Rank 0 collects the step from the buffer and sends it to the others. Every rank makes the same plan
-of it, and trains its own share."""
+of it, and trains its own share; under sequence parallelism the ranks of a group have one share
+together."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -91,6 +92,11 @@ class StepTrainer:
     _old: OldLogprobs | None = None  # of the step that is trained
 
     @property
+    def share(self) -> int:
+        """Which of ``StepPlan.shares`` is this rank's."""
+        return self.rank // self.spec.learner.sequence_parallel
+
+    @property
     def old(self) -> OldLogprobs:
         """What the ratios of the step that is trained are taken against."""
         if self._old is None:
@@ -155,7 +161,8 @@ class StepTrainer:
 
     def plan(self, work: StepWork) -> StepPlan:
         """Advantages and shares of one optimiser update, the same on every rank."""
-        return plan_step(work, self.spec.learner, ranks=self.ranks, max_tokens=self.spec.max_tokens)
+        shares = self.ranks // self.spec.learner.sequence_parallel
+        return plan_step(work, self.spec.learner, ranks=shares, max_tokens=self.spec.max_tokens)
 
     def forward_backward(self, plan: StepPlan, step_metrics: StepMetrics) -> None:
         """Forward and backward over this rank's micro-batches: adds to the gradients and to
@@ -168,8 +175,8 @@ class StepTrainer:
             return
         with self.timer("encode"):
             rows = self._rows(plan, step_metrics)
-            share = [[i for i in indices if i in rows] for indices in plan.shares[self.rank]]
-            share = plan.shares[self.rank] = [indices for indices in share if indices]
+            share = [[i for i in indices if i in rows] for indices in plan.shares[self.share]]
+            share = plan.shares[self.share] = [indices for indices in share if indices]
             micro_batches = [Pending([rows[i] for i in indices]) for indices in share]
             # A rank without a share still takes part in the collectives.
             spare = micro_batches[0] if micro_batches else Pending([self._first_row(plan)])
@@ -190,9 +197,10 @@ class StepTrainer:
 
     def _rows(self, plan: StepPlan, step_metrics: StepMetrics) -> dict[int, Row]:
         """This rank's completions by number, without those whose prompt cannot be encoded any more
-        (a file is gone, say): the run continues without them."""
+        (a file is gone, say), here or on a rank that shares its packs: the run continues without
+        them."""
         rows = {}
-        mine = [i for indices in plan.shares[self.rank] for i in indices]
+        mine = [i for indices in plan.shares[self.share] for i in indices]
         if isinstance(self.encoder, AheadEncoder):
             wanted = dict.fromkeys(
                 (t.prompt_id, t.hinted) for t in map(plan.trajectories.__getitem__, mine)
@@ -203,15 +211,28 @@ class StepTrainer:
                 rows[i] = self.encode(plan.trajectories[i])
             except DataError as error:
                 log.warning("trajectory %s left out: %s", plan.trajectories[i].id, error)
-                step_metrics.unreadable += 1
+        if (sequence := self.engine.policy.sequence) is not None:
+            readable = sequence.common(rows)
+            rows = {i: row for i, row in rows.items() if i in readable}
+        step_metrics.unreadable += len(mine) - len(rows)
         return rows
 
     def _first_row(self, plan: StepPlan) -> Row:
-        """Any of the step's completions. Raises DataError when none can be encoded."""
-        for trajectory in plan.trajectories[:-1]:
-            with suppress(DataError):
-                return self.encode(trajectory)
-        return self.encode(plan.trajectories[-1])
+        """Any of the step's completions, the same on ranks that share their packs. Raises DataError
+        when none can be encoded."""
+        sequence = self.engine.policy.sequence
+        failure = DataError("no completion of the step can be encoded on all ranks of a group")
+        for trajectory in plan.trajectories:
+            row = None
+            try:
+                row = self.encode(trajectory)
+            except DataError as error:
+                failure = error
+            if sequence is not None and not sequence.common([] if row is None else [0]):
+                continue  # a rank that shares the pack lacks it
+            if row is not None:
+                return row
+        raise failure
 
     def encode(self, trajectory: Trajectory) -> Row:
         """The trajectory with its prompt's tokens and media. Raises ModelError when they are not
@@ -311,7 +332,7 @@ class StepTrainer:
             with self.timer("optimizer"):
                 grad_norm = self.engine.step(lr)
         if not np.isfinite(grad_norm):
-            share = plan.shares[self.rank]
+            share = plan.shares[self.share]
             suspects = [i for number in self.engine.suspects for i in share[number]]
             culprits = [plan.trajectories[i].id for i in suspects]
             log.warning(
@@ -331,12 +352,13 @@ class StepTrainer:
             self.source.commit(work)
 
     def _gather(self, step_metrics: StepMetrics) -> StepMetrics:
-        """What all ranks collected, on every rank."""
+        """What all ranks collected, on every rank. Ranks that share packs have collected the
+        same."""
         if self.ranks == 1:
             return step_metrics
         of_ranks = [step_metrics] * self.ranks
         dist.all_gather_object(of_ranks, step_metrics)
-        first, *others = of_ranks
+        first, *others = of_ranks[:: self.spec.learner.sequence_parallel]
         for other in others:
             first.merge(other)
         return first

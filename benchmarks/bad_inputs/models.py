@@ -98,14 +98,14 @@ def encoded(change: Change, prompt: Prompt | None = None, **config: object) -> T
     return act
 
 
-def trained(change: Change) -> Try:
-    """`avatar train` over a tiny Omni that ``change`` spoilt."""
+def trained(change: Change, *words: str) -> Try:
+    """`avatar train` over a tiny Omni that ``change`` spoilt, with these ``words`` besides."""
 
     def act(folder: Path) -> str:
         (folder / "recipe.yaml").write_text("data: {synthetic: {n_train: 8}}\n")
         model = changed(omni, change, folder)
         out = f"--output.folder={folder}/runs"
-        return command("train", "{}/recipe.yaml", f"--model.path={model}", out)(folder)
+        return command("train", "{}/recipe.yaml", f"--model.path={model}", out, *words)(folder)
 
     return act
 
@@ -240,6 +240,11 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         "state",
         loaded(same, with_state),
         ("model type 'lfm2'", "layers of kind conv", "another type"),
+    ),
+    (
+        "heads_of_shared_packs",
+        trained(same, "--learner.ranks=3", "--learner.sequence_parallel=3"),
+        ("has 4 attention heads", "sequence_parallel 3", "set it to one of 1, 2, 4"),
     ),
     ("other_names", other_checkpoint, ("has no counterpart", "use a checkpoint of a supported")),
     ("no_tokenizer", encoded(removed("tokenizer.json")), ("no tokenizer.json", "base model")),

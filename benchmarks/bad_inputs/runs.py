@@ -146,6 +146,18 @@ RECIPES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("learner.micro_batch_tokens 300", "raise micro_batch_tokens to"),
     ),
     (
+        "shared_packs_that_do_not_divide_the_ranks",
+        "",
+        ("--learner.ranks=4", "--learner.sequence_parallel=3"),
+        ("sequence_parallel 3 does not divide ranks 4", "set it to one of 1, 2, 4"),
+    ),
+    (
+        "shared_packs_and_a_balanced_router",
+        "learner: {ranks: 2, sequence_parallel: 2, router: balanced}",
+        (),
+        ("sequence_parallel 2 and router: balanced", "set router to frozen"),
+    ),
+    (
         "offload_without_zero",
         "",
         ("--learner.optimizer.offload_optimizer=true",),

@@ -57,6 +57,7 @@ HARMLESS = (
     "rewards.judge.base_url",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
+    "learner.sequence_parallel",
     "learner.embeddings",
     "learner.lease_s",
     "learner.threads",

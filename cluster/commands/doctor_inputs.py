@@ -17,6 +17,7 @@ from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import (
     check_lora,
     check_model_folder,
+    check_sequence_parallel,
     checkpoint_folder,
 )
 from avatar_rl.cluster.recipe.ready_start import ready_start
@@ -72,6 +73,17 @@ def model(config: RunConfig) -> Iterator[Finding]:
             yield Finding(
                 subject, "fail", f"{path}/config.json cannot be read: {error}", f"correct {key}"
             )
+
+
+def sequence_parallel(config: RunConfig) -> Iterator[Finding]:
+    """Ranks that share a pack, by the model's heads. A folder that cannot be read is the model's
+    own finding."""
+    try:
+        check_sequence_parallel(config)
+    except ConfigError as error:
+        yield Finding("learner.sequence_parallel", "fail", *str(error).rsplit(": ", 1))
+    except (AvatarError, OSError, ValueError):
+        return
 
 
 def files(config: RunConfig) -> Iterator[Finding]:

@@ -183,6 +183,13 @@ def _of_config(folder: Path, config: JsonObject) -> Architecture:
     )
 
 
+def heads_of(path: Path) -> int | None:
+    """Attention heads of the language model in a folder; None where its config tells of none."""
+    config: JsonObject = json.loads((path / "config.json").read_bytes())
+    heads = decoder_of(config).get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
+
+
 def _number(section: JsonObject, *names: str, default: int | None = None) -> int:
     """The first of the keys that is a number. Raises KeyError where none is, without a default."""
     for name in names:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.architecture import heads_of
 from avatar_rl.cluster.recipe.content import key, model_digest
 from avatar_rl.cluster.recipe.ready_start import (
     ASKED_ONLY,
@@ -31,6 +32,7 @@ from avatar_rl.learner.adapter.files import (
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.record import check_roots
 from avatar_rl.prompts.synthetic.config import WorldConfig
+from avatar_rl.prompts.synthetic.tiny_model import HEADS
 
 Progress = Callable[[str, str], None]  # phase, detail
 Advance = Callable[[int, int], None]  # done, of how many
@@ -158,6 +160,22 @@ def check_lora(config: RunConfig, base: Path) -> None:
         check_targets(base, config.cold_start.lora, "cold_start.lora")
     if config.learner.lora is not None:
         check_targets(base, config.learner.lora, "learner.lora")
+
+
+def check_sequence_parallel(config: RunConfig) -> None:
+    """The model's attention heads divide by the ranks that share a pack. Raises ConfigError, and
+    what ``checkpoint_folder`` does."""
+    size = config.learner.sequence_parallel
+    if size == 1:
+        return
+    folder = checkpoint_folder(config)
+    heads = HEADS if folder is None else heads_of(folder)
+    if heads is not None and heads % size:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if not heads % n)
+        raise ConfigError(
+            f"{folder or 'the tiny model'} has {heads} attention heads, which "
+            f"learner.sequence_parallel {size} does not divide: set it to one of {fitting}"
+        )
 
 
 def _merged(adapter: AdapterFolder, config: RunConfig, progress: Progress) -> Path:

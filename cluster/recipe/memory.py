@@ -44,6 +44,7 @@ class LearnerSetting:
     trains_towers: bool = False
     number: int = BFLOAT16  # bytes of a weight
     pack_tokens: int = 0
+    sequence: int = 1  # ranks that share a pack
     checkpointing: bool = False
     workers: int = 0  # media worker processes with towers of their own
 
@@ -66,6 +67,7 @@ class LearnerSetting:
             trains_towers=not frozen,
             number=number,
             pack_tokens=config.pack_tokens,
+            sequence=learner.sequence_parallel,
             checkpointing=learner.gradient_checkpointing,
             workers=learner.embeddings.workers if stored else 0,
         )
@@ -109,8 +111,10 @@ def activation_bytes(
 def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, float]:
     """Bytes on one learner GPU (without GPUs, in a rank's memory), by part.
 
-    ZeRO 1 splits the optimiser's state over the ranks, 2 the gradients too, 3 the weights too."""
-    number, tokens = setting.number, setting.pack_tokens
+    ZeRO 1 splits the optimiser's state over the ranks, 2 the gradients too, 3 the weights too. A
+    pack's activations and embeddings divide by the ranks that share it; in attention a rank has all
+    positions of its share of the heads."""
+    number, tokens = setting.number, -(-setting.pack_tokens // setting.sequence)
     optimizer = optimizer_bytes(model, setting) * setting.split(1)
     activations = activation_bytes(
         model, tokens, number=number, checkpointing=setting.checkpointing

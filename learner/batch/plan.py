@@ -158,7 +158,8 @@ class StepPlan:
     advantages: Advantages
     totals: StepTotals
     ages: Tensor  # (replays,) policy versions since a replay was generated
-    shares: list[list[list[int]]]  # per rank, its micro-batches as indices into the N
+    #: Per rank, or per group of ranks that share packs: micro-batches as indices into the N.
+    shares: list[list[list[int]]]
 
     def sequences(self, kind: bool) -> int:
         return int((self.is_replay == kind).sum())
@@ -166,7 +167,7 @@ class StepPlan:
 
 def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: int) -> StepPlan:
     """Advantages over the whole step (docs/method.md 1.1) and a split that every rank computes
-    alike."""
+    alike; ``ranks`` that share packs count as one."""
     fresh = [trajectory for group in work.groups for trajectory in group.trajectories]
     trajectories = [*fresh, *work.replays]
     hosts = _hosts(work.groups, work.replays)

@@ -8,7 +8,8 @@ the function registers with transformers under ``NAME``: a model that is set to 
 
 On a GPU one FlexAttention kernel runs over the pack. On a CPU each prompt and each run of its
 completions is a call of its own: nothing is computed between strangers, and no mask is as large as
-the pack."""
+the pack. Under sequence parallelism (sequence.py) a rank attends from and to the whole pack, with
+its share of the heads."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar_rl.learner.batch.microbatch import Tree
+from avatar_rl.learner.model.sequence import SequenceGroup
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -35,17 +37,20 @@ RUN = 128
 #: (batch, head, query place, key place) -> whether the query sees the key; tensors of any shape.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-_trees: ContextVar[tuple[Tree, ...] | None] = ContextVar("trees", default=None)
+_pack: ContextVar[tuple[tuple[Tree, ...], SequenceGroup | None] | None] = ContextVar(
+    "pack", default=None
+)
 
 
 @contextmanager
-def packed(trees: tuple[Tree, ...]) -> Iterator[None]:
-    """Masks that a model makes inside the ``with`` are those of a pack."""
-    token = _trees.set(trees)
+def packed(trees: tuple[Tree, ...], sequence: SequenceGroup | None = None) -> Iterator[None]:
+    """Masks that a model makes inside the ``with`` are those of a pack, of which the ranks of
+    ``sequence`` hold slices."""
+    token = _pack.set((trees, sequence))
     try:
         yield
     finally:
-        _trees.reset(token)
+        _pack.reset(token)
 
 
 class Block(NamedTuple):
@@ -65,6 +70,12 @@ class PackMask:
     rule: Rule
     is_causal: bool  # the rule is: nothing but what comes before
     device: torch.device
+    sequence: SequenceGroup | None = None
+
+    @property
+    def positions(self) -> int:
+        """Of the pack."""
+        return sum(tree.prompt + sum(tree.completions) for tree in self.trees)
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """(Q, K) bool of places in one sequence."""
@@ -151,16 +162,17 @@ def _mask(*, mask_function: Rule, device: torch.device, **others: Any) -> PackMa
     one."""
     from transformers import masking_utils
 
-    trees = _trees.get()
-    if trees is None:
+    pack = _pack.get()
+    if pack is None:
         return masking_utils.sdpa_mask(mask_function=mask_function, device=device, **others)
     is_causal = mask_function is masking_utils.causal_mask_function
-    return PackMask(trees, mask_function, is_causal, torch.device(device))
+    trees, sequence = pack
+    return PackMask(trees, mask_function, is_causal, torch.device(device), sequence)
 
 
 def _attention(
     module: nn.Module,
-    query: Tensor,  # (1, heads, N, d)
+    query: Tensor,  # (1, heads, N, d); of a slice under sequence parallelism
     key: Tensor,  # (1, key heads, N, d)
     value: Tensor,
     attention_mask: PackMask | Tensor | None,
@@ -171,12 +183,35 @@ def _attention(
     **others: Any,  # what a model passes on to transformers
 ) -> tuple[Tensor, None]:
     """(1, N, heads, d) of a pack; transformers' own outside ``packed``."""
-    from transformers.integrations import flex_attention, sdpa_attention
+    from transformers.integrations import sdpa_attention
 
     if not isinstance(attention_mask, PackMask):
         return sdpa_attention.sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )
+    sequence = attention_mask.sequence
+    if sequence is None:
+        return _of_pack(module, query, key, value, attention_mask, scaling, softcap, s_aux), None
+    query, key, value = sequence.to_heads(query, key, value, attention_mask.positions)
+    if s_aux is not None:
+        s_aux = sequence.own_heads(s_aux)
+    output = _of_pack(module, query, key, value, attention_mask, scaling, softcap, s_aux)
+    return sequence.to_positions(output), None
+
+
+def _of_pack(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, d)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackMask,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """(1, N, heads, d)."""
+    from transformers.integrations import flex_attention, sdpa_attention
+
     if query.device.type == "cuda":
         output, _ = flex_attention.flex_attention_forward(
             module,
@@ -188,7 +223,7 @@ def _attention(
             softcap=softcap,
             s_aux=s_aux,
         )
-        return output, None
+        return output
     groups = query.shape[1] // key.shape[1]
     key, value = (sdpa_attention.repeat_kv(states, groups) for states in (key, value))
     outputs = []
@@ -213,7 +248,7 @@ def _attention(
             )
         else:
             outputs.append(_written_out(queries, keys, values, block.mask, scaling, softcap, s_aux))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
 def _written_out(

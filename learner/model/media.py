@@ -39,14 +39,16 @@ def text_model(model: nn.Module) -> nn.Module | None:
 
 
 def embed(
-    model: nn.Module, batch: MicroBatch, encoders: Iterable[str]
+    model: nn.Module, batch: MicroBatch, encoders: Iterable[str], span: slice | None = None
 ) -> tuple[Tensor, MediaEmbeddings | None]:
     """(1, N, H) what the language model reads, media included, and the media themselves.
 
-    ``encoders`` are the kinds of media whose encoder runs in any case. Raises ModelError where
-    media and placeholders disagree.
+    ``encoders`` are the kinds of media whose encoder runs in any case. With ``span`` both are of
+    these positions of the pack, and places count from its first. Raises ModelError where media and
+    placeholders disagree.
     """
-    words = model.get_input_embeddings()(batch.input_ids[None])  # type: ignore[operator]
+    span = slice(0, len(batch.input_ids)) if span is None else span
+    words = model.get_input_embeddings()(batch.input_ids[None, span])  # type: ignore[operator]
     parts = [batch.media] if batch.media is not None else []
     for kind in (kind for kind in _FEATURE if kind in batch.encoders | set(encoders)):
         if kind in batch.encoders:
@@ -58,6 +60,9 @@ def embed(
                 words = words + 0.0 * value.sum()
     media = MediaEmbeddings.merged(parts)
     if media is not None:
+        if words.shape[1] < len(batch.input_ids):
+            # An encoder that trains stays in the graph also where all its media are elsewhere.
+            media = media.within(span).moved(-span.start)
         values = media.values.to(words.device, words.dtype)
         words = words.index_copy(1, media.places.to(words.device), values[None])
     return words, media

@@ -6,16 +6,19 @@ Shapes: N positions of a pack, B completions, T completion tokens (right-padded)
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar_rl.common.errors import ModelError
-from avatar_rl.learner.batch.microbatch import MicroBatch
+from avatar_rl.learner.batch.microbatch import MicroBatch, Tree
 from avatar_rl.learner.model import attention
 from avatar_rl.learner.model.head import TiledHead, chunked_scores, tiles
 from avatar_rl.learner.model.media import deepstack_inputs, embed, text_model
+from avatar_rl.learner.model.sequence import SequenceGroup
 
 
 class PolicyOutput(NamedTuple):
@@ -27,10 +30,14 @@ class PolicyOutput(NamedTuple):
 
 class Policy(nn.Module):
     """Wraps a Hugging Face model so that one forward returns the log-probabilities of a
-    micro-batch."""
+    micro-batch.
 
-    def __init__(self, model: nn.Module) -> None:
+    With ``sequence`` a rank computes its slice of each pack, and every rank of the group gets the
+    log-probabilities of all: they call ``forward`` together, on the same micro-batch."""
+
+    def __init__(self, model: nn.Module, sequence: SequenceGroup | None = None) -> None:
         super().__init__()
+        self.sequence = sequence
         # The model's own head would compute logits for every position of the pack; we apply it to
         # those that predict a completion token only.
         head = getattr(model, "lm_head", None)
@@ -78,8 +85,12 @@ class Policy(nn.Module):
             encoders: Kinds of media whose encoder is run even if the micro-batch has none, since
                 another rank's has. What it returns counts nothing.
         """
-        keep = batch.mask.bool()
-        states = self._states(batch, encoders)[batch.predicts[keep]]  # (M, H) real tokens only
+        batch = self._filled(batch)
+        span, keep = self._span(batch), batch.mask.bool()
+        if self.sequence is not None:
+            keep = keep & (batch.predicts >= span.start) & (batch.predicts < span.stop)
+        # (M, H), of real tokens only
+        states = self._states(batch, encoders, span)[batch.predicts[keep] - span.start]
         tokens = batch.token_ids[keep]
         temperature = batch.temperature[:, None].expand_as(batch.mask)[keep]
         if isinstance(self.lm_head, TiledHead):
@@ -90,27 +101,54 @@ class Policy(nn.Module):
                 self.lm_head, self.softcap, states, tokens, temperature, runs
             )
         empty = torch.zeros_like(batch.mask, dtype=logprobs.dtype)
-        return PolicyOutput(
-            empty.masked_scatter(keep, logprobs), empty.masked_scatter(keep, entropy)
+        found = [empty.masked_scatter(keep, values) for values in (logprobs, entropy)]
+        if self.sequence is not None:
+            found = [self.sequence.added(values) for values in found]
+        return PolicyOutput(*found)
+
+    def placed(self, batch: MicroBatch, device: torch.device) -> MicroBatch:
+        """The micro-batch on ``device``; of stored embeddings those that this rank reads."""
+        batch = self._filled(batch)
+        if self.sequence is not None and batch.media is not None:
+            batch = replace(batch, media=batch.media.within(self._span(batch)))
+        return batch.to(device)
+
+    def _filled(self, batch: MicroBatch) -> MicroBatch:
+        """With a position for each rank at least, since layers take no empty slice: a prompt of its
+        own that nobody looks at."""
+        size = len(batch.input_ids)
+        missing = 0 if self.sequence is None else self.sequence.size - size
+        if missing <= 0:
+            return batch
+        return replace(
+            batch,
+            input_ids=F.pad(batch.input_ids, (0, missing)),
+            positions=F.pad(batch.positions, (0, missing)),
+            encoded=F.pad(batch.encoded, (0, missing)),
+            trees=(*batch.trees, Tree(size, missing, ())),
         )
 
-    def _states(self, batch: MicroBatch, encoders: Iterable[str]) -> Tensor:
-        """(N, H) last hidden states of the pack."""
+    def _span(self, batch: MicroBatch) -> slice:
+        """The positions of a pack that this rank computes."""
         size = len(batch.input_ids)
+        return slice(0, size) if self.sequence is None else self.sequence.span(size)
+
+    def _states(self, batch: MicroBatch, encoders: Iterable[str], span: slice) -> Tensor:
+        """(N, H) last hidden states of the pack's positions ``span``."""
+        size = span.stop - span.start
+        positions = batch.positions[:, span]
         common = {
             # Without one, models would look for packed sequences in the positions by themselves.
             "attention_mask": torch.ones(1, size, dtype=torch.long, device=batch.mask.device),
-            "position_ids": batch.positions[:, None]
-            if len(batch.positions) > 1
-            else batch.positions,
+            "position_ids": positions[:, None] if len(positions) > 1 else positions,
             "use_cache": False,
         }
-        with attention.packed(batch.trees):
+        with attention.packed(batch.trees, self.sequence):
             inner = text_model(self.model)
             if inner is None:
                 # No module in between may be left out: some scale what becomes the logits.
-                return self.model(input_ids=batch.input_ids[None], **common).logits[0]
-            words, media = embed(self.model, batch, encoders)
+                return self.model(input_ids=batch.input_ids[None, span], **common).logits[0]
+            words, media = embed(self.model, batch, encoders, span)
             output = inner(inputs_embeds=words, **common, **deepstack_inputs(media, size))
             return output.last_hidden_state[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from avatar_rl.learner.batch.microbatch import Pending, Row, collate, padded
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.prompts.encoding.digest import prompt_digest
 
 #: ``TrainEngine.score_base``.
@@ -38,8 +39,16 @@ class ReferencePolicy:
     The cache lives as long as this process and its one reference. Nothing of it is stored with the
     trajectories, so a run that is resumed with another ``model.reference`` computes all again."""
 
-    def __init__(self, path: Path, *, dtype: str, device: torch.device, cached: int) -> None:
-        self.policy = Policy(load_model(path, dtype=dtype)).eval().to(device)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str,
+        device: torch.device,
+        cached: int,
+        sequence: SequenceGroup | None = None,
+    ) -> None:
+        self.policy = Policy(load_model(path, dtype=dtype), sequence).eval().to(device)
         self.policy.requires_grad_(False)
         self.device = device
         self.cached = cached
@@ -58,7 +67,7 @@ class ReferencePolicy:
         missing = [i for i, key in enumerate(keys) if key not in self._cache]
         if missing:
             batch = collate([rows[i] for i in missing])
-            scores = self.policy(batch.to(self.device)).logprobs.cpu().numpy()
+            scores = self.policy(self.policy.placed(batch, self.device)).logprobs.cpu().numpy()
             for row, i in zip(scores, missing, strict=True):
                 self._cache[keys[i]] = row[: len(rows[i].token_ids)].copy()
         for key in keys:

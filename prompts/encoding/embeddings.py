@@ -26,6 +26,19 @@ class MediaEmbeddings:
         visual = None if self.visual_places is None else self.visual_places + offset
         return replace(self, places=self.places + offset, visual_places=visual)
 
+    def within(self, span: slice) -> MediaEmbeddings:
+        """Those whose place is in ``span``, a range of positions."""
+
+        def inside(places: Tensor) -> Tensor:
+            return (places >= span.start) & (places < span.stop)
+
+        kept = inside(self.places)
+        visual, deep = self.visual_places, self.deepstack
+        if visual is not None:
+            seen = inside(visual)
+            visual, deep = visual[seen], None if deep is None else deep[:, seen]
+        return MediaEmbeddings(self.places[kept], self.values[kept], visual, deep)
+
     def to(self, device: torch.device) -> MediaEmbeddings:
         visual, deep = self.visual_places, self.deepstack
         return MediaEmbeddings(

@@ -34,6 +34,7 @@ TAG_TOKENS = tuple(
     token for tag in TAGS for token in (f"<{tag}>", f"</{tag}>")
 )  # plain tokens, so decoding keeps them
 EOS, PAD, TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+HEADS = 4  # of 32 each: vLLM's CPU attention takes no smaller ones
 MEDIA_TOKENS = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -198,7 +199,7 @@ def _model_config(tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,  # heads of 32: vLLM's CPU attention takes no smaller ones
+        "num_attention_heads": HEADS,
         "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-6,

@@ -17,7 +17,7 @@ import yaml
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.cluster.cli import main
-from avatar_rl.cluster.commands import doctor_network, doctor_plan
+from avatar_rl.cluster.commands import doctor_inputs, doctor_network, doctor_plan
 from avatar_rl.cluster.commands.doctor import examine, preflight
 from avatar_rl.cluster.commands.doctor_plan import Gpu
 from avatar_rl.cluster.commands.doctor_redis import redis_findings
@@ -245,6 +245,19 @@ def test_a_model_folder_is_planned_by_its_own_numbers(tmp_path: Path, tiny_omni:
     assert architecture_of("tiny") is None
     (tmp_path / "config.json").write_text("[]")
     assert architecture_of(str(tmp_path)) is None
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_anything_starts(
+    here: Path, tiny_omni: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"ranks": 3, "sequence_parallel": 3}
+    for path, name in (("tiny", "the tiny model"), (str(tiny_omni), str(tiny_omni))):
+        said = refused(["train", written(here, model={"path": path}, learner=shared)], capsys)
+        assert f"learner.sequence_parallel: {name} has 4 attention heads" in said
+        assert "set it to one of 1, 2, 4" in said
+    assert [path.name for path in here.iterdir()] == ["recipe.yaml"]
+    fitting = config_of(learner={"ranks": 4, "sequence_parallel": 4})
+    assert not list(doctor_inputs.sequence_parallel(fitting))
 
 
 def test_shared_memory_and_disk_are_held_against_the_recipe(

@@ -157,6 +157,24 @@ def test_keys_that_nothing_read_are_refused_by_name(tmp_path: Path, key: str, re
         resolve(stages, [], preset_name=None, source="c")
 
 
+@pytest.mark.parametrize(
+    ("learner", "words"),
+    [
+        ({"ranks": 4, "sequence_parallel": 3}, "3 does not divide ranks 4: set it to one of 1, 2"),
+        ({"sequence_parallel": 2}, "2 does not divide ranks 1: .* ranks to a multiple of 2"),
+        (
+            {"ranks": 2, "sequence_parallel": 2, "router": "balanced"},
+            "sequence_parallel 2 and router: balanced exclude each other",
+        ),
+    ],
+)
+def test_ranks_that_cannot_share_packs_are_refused(
+    tmp_path: Path, learner: JsonObject, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_recipe(written(tmp_path, learner=learner))
+
+
 def test_old_names_lie_over_and_under_new_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

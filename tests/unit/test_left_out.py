@@ -41,10 +41,21 @@ class Encoder:
         return EncodedPrompt(torch.arange(3), torch.arange(3)[None], 3, digest=7)
 
 
+class Peer:
+    """A rank that shares packs and lacks the media of some completions."""
+
+    def __init__(self, lacks: set[int]) -> None:
+        self.lacks = lacks
+
+    def common(self, numbers: Any) -> set[int]:
+        return set(numbers) - self.lacks
+
+
 class Engine:
     """Notes the micro-batches that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: Peer | None = None) -> None:
+        self.policy = SimpleNamespace(sequence=peer)
         self.world_size = 1
         self.device = torch.device("cpu")
         self.given: list[list[str]] = []
@@ -58,9 +69,9 @@ class Engine:
         return 1.0
 
 
-def trained(bad: set[str]) -> tuple[Engine, StepMetrics, list[list[int]]]:
+def trained(bad: set[str], peer: Peer | None = None) -> tuple[Engine, StepMetrics, list[list[int]]]:
     """A rank's share of five completions of three prompts, in three micro-batches."""
-    engine, metrics = Engine(), StepMetrics()
+    engine, metrics = Engine(peer), StepMetrics()
     names = ("a", "a", "b", "c", "c")
     trajectories = [
         SimpleNamespace(
@@ -102,6 +113,11 @@ def test_completions_whose_prompt_cannot_be_encoded_are_left_out_of_a_step(
     other = StepMetrics(unreadable=2)
     other.merge(metrics)
     assert other.unreadable == 3
+
+
+def test_what_a_rank_that_shares_the_pack_cannot_encode_is_left_out_here_too() -> None:
+    engine, metrics, share = trained({"b"}, Peer({3, 4}))
+    assert (engine.given, share, metrics.unreadable) == ([["a", "a"]], [[0, 1]], 3)
 
 
 def test_a_rank_that_is_left_with_nothing_takes_part_with_any_that_can_be_encoded() -> None:

@@ -70,6 +70,22 @@ def test_a_pack_of_16k_tokens_of_the_7b_model() -> None:
     assert found["media workers"] == OMNI.encoders * 2 + GIB / 2
 
 
+def test_ranks_that_share_a_pack_hold_a_share_of_its_activations() -> None:
+    alone, shared = (
+        learner_parts(
+            OMNI,
+            LearnerSetting(
+                ranks=8, zero_stage=3, pack_tokens=16_384, sequence=n, checkpointing=True, workers=1
+            ),
+        )
+        for n in (1, 4)
+    )
+    for name in ("activations", "embeddings"):
+        assert shared[name] == alone[name] / 4
+    for name in ("weights", "gradients", "optimiser", "reference", "logits"):
+        assert shared[name] == alone[name]
+
+
 def test_dry_run_doctor_and_plan_say_the_same() -> None:
     plan = MemoryPlan.of(load_recipe(ROOT / "recipes" / "qwen2_5_omni_7b.yaml", []))
     assert plan is not None
