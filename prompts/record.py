@@ -75,11 +75,16 @@ class MediaItem(Strict):
         None, ge=1, description="video: frames sampled uniformly over the window"
     )
     fps: float | None = Field(
-        None, gt=0, description="video: sample at this rate instead of a frame count"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="video: sample at this rate instead of a frame count",
     )
     min_pixels: int | None = Field(None, ge=1, description="video/image: lower bound per frame")
     max_pixels: int | None = Field(None, ge=1, description="video/image: upper bound per frame")
-    sample_rate: int = Field(16_000, ge=1_000, description="audio: Hz after resampling, mono")
+    sample_rate: int = Field(
+        16_000, ge=1_000, le=768_000, description="audio: Hz after resampling, mono"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MediaItem:
@@ -168,6 +173,8 @@ def resolve_uri(uri: str, base: Path) -> Path:
             "media are opened by path only",
             "download them first, or mount the bucket and use the mounted path",
         )
+    if "\0" in uri:
+        raise InputError(repr(uri), "the path holds a NUL character", "correct the media path")
     path = Path(uri if scheme is None else unquote(uri[scheme.end() :]))
     return path if path.is_absolute() else base / path
 

@@ -150,6 +150,20 @@ def playlist(name: str) -> Callable[[Path], str]:
     return content(name, PLAYLISTS[name].encode())
 
 
+def zeros(whole: Callable[[Path], str], kept: float) -> Callable[[Path], str]:
+    """A download that was not ended, in a file of the right size."""
+
+    def write(folder: Path) -> str:
+        path = folder / whole(folder)
+        data = path.read_bytes()
+        size = int(len(data) * kept)
+        path.write_bytes(data[:size] + bytes(len(data) - size))
+        return path.name
+
+    return write
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 DIGEST = "0" * 64
 CUT = ("cut short", "again")
 TABLE: tuple[tuple[str, str, Callable[[Path], str], dict[str, object], tuple[str, ...]], ...] = (
@@ -193,6 +207,20 @@ TABLE: tuple[tuple[str, str, Callable[[Path], str], dict[str, object], tuple[str
         (f"cut_{name}", "audio", cut(coded(f"sound.{name}"), 0.6), {}, (f"sound.{name}", "again"))
         for name in ("wav", "mp3", "flac", "ogg")
     ),
+    *(
+        (f"{name}_as_{kind}", kind, content(f"a.{end}", data), {}, (f"a.{end}", *words))
+        for kind, end in (("video", "mp4"), ("audio", "wav"), ("image", "png"))
+        for name, data, words in (
+            ("lfs", LFS, ("pointer of Git LFS", "git lfs pull")),
+            ("web_page", b"<!DOCTYPE html>404", ("is a web page", "download")),
+            ("zip", b"PK\x03\x04" + bytes(99), ("packed (zip)", "unpack it")),
+        )
+    ),
+    ("zeros_jpg", "image", zeros(image("p.jpg"), 0.5), {}, ("p.jpg", "are zeros", "again")),
+    ("zeros_mp4", "video", zeros(noisy("clip.mp4"), 0.5), {}, ("clip.mp4", "copy it again")),
+    ("many_frames", "video", video, {"frames": 10**6}, ("1000000 frames, of 16", "ask for fewer")),
+    ("long_name", "video", named("a" * 300), {}, ("name too long", "correct the media path")),
+    ("nul", "video", named("a\0.mp4"), {}, ("NUL", "correct the media path")),
     ("cut_png", "image", cut(image("p.png"), 0.5), {}, ("p.png: not a readable", "drop the row")),
     ("cut_jpg", "image", cut(image("p.jpg"), 0.5), {}, ("p.jpg: not a readable", "drop the row")),
     *(

@@ -17,6 +17,13 @@ GROUNDING: JsonObject = {
     "solution": "left",
     "problem_type": "free-form",
 }
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+IN_TEXT: JsonObject = {
+    "question": "<image> <image> Which?",
+    "answer": "a",
+    "problem_type": "ocr",
+    "media": {"in_text": True, "items": [{"kind": "image", "uri": "a.png"}]},
+}
 URL = "data:video/mp4;base64," + "A" * 4000
 
 
@@ -132,6 +139,63 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("odd_part", row(chat([{"type": "tool_use"}])), (WHERE, "'tool_use'", "known are text")),
     ("no_content", row(chat(7)), (WHERE, "content is a int", "text or a list of parts")),
     ("data_type", row(FREE | {"path": "a.bin", "data_type": "3d"}), (WHERE, "'3d'", "data_type")),
+    ("two_questions", row(FREE | {"question": "Where?"}), (WHERE, "'question'", "keep the one")),
+    ("two_answers", row(FREE | {"answer": "walk"}), (WHERE, "'answer' say different", "keep the")),
+    ("answers", row(FREE | {"solution": ["dog", "cat"]}), (WHERE, "is a list", "as text")),
+    (
+        "letter_twice",
+        row(CHOICE | {"options": ["A. red", "A. green"], "solution": "A"}),
+        (WHERE, "have the letter A", "a letter of its own"),
+    ),
+    (
+        "option_twice",
+        row(CHOICE | {"options": ["A. red", "B. red"]}),
+        (WHERE, "both the option B and A", "options that differ"),
+    ),
+    (
+        "label_beyond",
+        row(COUNT | {"problem_type": "multi-label", "solution": "A, F", "options": ["x", "y"]}),
+        (WHERE, "the label 'F' is none", "correct either"),
+    ),
+    (
+        "window_beside",
+        row(FREE | {"video": "a.mp4", "video_end": 4}),
+        ("'video_end'", "ignore_co"),
+    ),
+    (
+        "rate_twice",
+        row(FREE | {"video": {"video": "a.mp4", "fps": 2, "nframes": 4}}),
+        ("keep one",),
+    ),
+    ("video_0", row(FREE | {"video": 0}), (WHERE, "given as a int", "a path")),
+    ("column_img1", row(FREE | {"img1": "a"}), (WHERE, "'img1'", "rename the column")),
+    ("spaced_name", row(FREE | {"video_name": "my day"}), (WHERE, "'video_name'", "rename")),
+    ("place_upper", row(chat("<IMAGE>Which?", images=["a.png"])), (WHERE, "<IMAGE>", "write <vid")),
+    ("place_mmmu", row(chat("<image 1> Which?", images=["a.png"])), (WHERE, "<image 1>", "write")),
+    ("place_square", row(chat("[image] Which?", images=["a.png"])), (WHERE, "[image]", "write")),
+    ("place_token", row(chat("<|image_pad|>Which?")), (WHERE, "<|image_pad|>", "plain text")),
+    ("turn_token", row(FREE | {"problem": "q<|im_end|>"}), (WHERE, "<|im_end|>", "plain text")),
+    ("places", row(IN_TEXT), (WHERE, "['image', 'image']", "write one")),
+    (
+        "sharegpt",
+        row({"conversations": [{"from": "human", "value": "q"}], "solution": "a"}),
+        (WHERE, "['from', 'value']", "role (system, user, assistant) and content"),
+    ),
+    ("untyped_part", row(chat([{"text": "q"}])), (WHERE, "the type None", '{"type": "text"')),
+    ("assistant_first", row(said("assistant", "user")), (WHERE, "before the user", "begin with")),
+    ("verl_text", row({"prompt": "q", "reward_model": {}}), (WHERE, "not a list of", "write them")),
+    ("wrapped", row(FREE | {"solution": "<final>x</final>"}), (WHERE, "wrapped in final", "alone")),
+    ("prefixed", row(FREE | {"solution": "Answer: run"}), (WHERE, "as a sentence", "alone")),
+    ("empty_box", row(COUNT | {"solution": "\\boxed{}"}), (WHERE, "answer is empty", "drop")),
+    ("invisible", row(FREE | {"solution": "\u200b"}), (WHERE, "answer is empty", "drop")),
+    ("half_character", row(FREE | {"note": "\ud800"}), (WHERE, "half of a character", "anew")),
+    ("nul", row(FREE | {"video": "a\0.mp4"}), (WHERE, "NUL", "correct the media path")),
+    ("id", row(FREE | {"id": [1]}), (WHERE, "the id is a list", "no id at all")),
+    ("lfs", dataset("d.jsonl", LFS), ("d.jsonl", "pointer of Git LFS", "git lfs pull")),
+    ("lfs_parquet", dataset("d.parquet", LFS), ("d.parquet", "pointer of Git LFS", "git lfs pull")),
+    ("web_page", dataset("d.json", b"<html>404"), ("d.json", "is a web page", "download")),
+    ("packed", dataset("d.jsonl.gz", b"\x1f\x8b\x08"), ("d.jsonl.gz", "gzip", "unpack it")),
+    ("behind_array", dataset("d.json", b'[{"a": 1}] x'), ("d.json:1", "more text follows", "mend")),
     (
         "same_id",
         row('{"id": "a", "problem": "q", "solution": "r", "problem_type": "ocr"}\n' * 2),

@@ -81,12 +81,12 @@ def _boxes(file: BinaryIO, size: int) -> int:
     at = 0
     while at + 8 <= size:
         file.seek(at)
-        length, _ = struct.unpack(">I4s", file.read(8))
+        length, name = struct.unpack(">I4s", file.read(8))
         if length == 1:
             length = int.from_bytes(file.read(8), "big")
         if length == 0:  # to the end of the file
             return size
-        if length < 8:
+        if length < 8 or not name.isascii():
             return size  # no box: whatever follows the last one
         at += length
     return at

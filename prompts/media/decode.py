@@ -94,6 +94,12 @@ def decode_video(
     if frames is None:
         held = bisect_right(times, end - 1e-6) - max(0, bisect_right(times, start + 1e-6) - 1)
         frames = max(1, min(round((end - start) * sampling.fps), held, sampling.max_frames))
+    elif frames > max(sampling.max_frames, len(times)):
+        raise InputError(
+            path,
+            f"is asked for {frames} frames, of {len(times)} that it has",
+            f"ask for fewer, or raise data.media.max_frames (now {sampling.max_frames})",
+        )
     count = frames + frames % 2
     step = (end - start) / count
     picked = [max(0, bisect_right(times, start + (i + 0.5) * step) - 1) for i in range(count)]

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from avatar_rl.common.errors import InputError
 from avatar_rl.prompts.media.decode import shrunk
 
+_SPARE_ZEROS = 64
 _IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows formats that run programs
 
 
@@ -21,6 +22,7 @@ def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
     InputError for a file that is no readable PNG, JPEG, WebP, BMP, GIF or TIFF image.
     """
     try:
+        _check_end(path)
         with Image.open(path, formats=_IMAGES) as image:
             rgb = _on_white(_eight_bits(path, ImageOps.exif_transpose(image)))
     except (
@@ -39,6 +41,20 @@ def decode_image(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
     return np.asarray(
         rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
     ).copy()
+
+
+def _check_end(path: Path) -> None:
+    """Raises InputError for a JPEG that ends in zeros: a download that was begun and not ended.
+    Pillow decodes them as grey."""
+    data = path.read_bytes()
+    whole = data.rstrip(b"\0")
+    is_jpeg = data.startswith(b"\xff\xd8\xff")
+    if is_jpeg and len(data) - len(whole) > _SPARE_ZEROS and not whole.endswith(b"\xff\xd9"):
+        raise InputError(
+            path,
+            f"is cut short: its last {len(data) - len(whole)} bytes are zeros",
+            "copy or download the file again, or drop the row",
+        )
 
 
 def _eight_bits(path: Path, image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ read-only: they are shared through the cache."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from avatar_rl.common.errors import AvatarError, InputError
 from avatar_rl.common.files import sha256_of
+from avatar_rl.common.stand_in import stand_in
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.media.cache import DiskCache, Entry, MemoryCache
 from avatar_rl.prompts.media.decode import (
@@ -115,7 +117,9 @@ class MediaLoader:
             if entry is None:
                 try:
                     entry = self._decode(path, item)
-                except AvatarError:
+                except AvatarError as error:
+                    if (found := stand_in(path)) is not None:
+                        raise InputError(path, *found) from error
                     raise
                 except (
                     Exception
@@ -175,9 +179,10 @@ class MediaLoader:
                 "data.reader.media_root",
             ) from error
         except OSError as error:
-            raise InputError(
-                path, f"cannot be read ({error.strerror})", "check the file's permissions"
-            ) from error
+            remedy = "correct the media path"
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+                remedy = "check the file's permissions and its disk"
+            raise InputError(path, f"cannot be read ({error.strerror})", remedy) from error
         if item.digest is not None and item.digest.lower() != digest:
             raise InputError(
                 path,

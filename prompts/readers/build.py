@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -13,10 +14,12 @@ from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
 from avatar_rl.common.text import normalise, shortened
-from avatar_rl.prompts.choices import choice_letter, lettered
+from avatar_rl.prompts.choices import choice_letter, lettered, option_texts, split_option
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
+from avatar_rl.prompts.readers.places import check_places, check_tokens
 from avatar_rl.prompts.readers.rows import Value
+from avatar_rl.prompts.readers.truth import check_labels, plain_truth, result, thought
 from avatar_rl.prompts.record import (
     PROBLEM_TYPE_SPELLINGS,
     MediaItem,
@@ -25,32 +28,14 @@ from avatar_rl.prompts.record import (
     Prompt,
 )
 
-#: Tags as they are written: "<Answer >", "&lt;answer&gt;" too.
-_SPELLED_TAG = re.compile(
-    r"(?:<|&lt;)\s*(/?)\s*(?:final[_ ])?(answer|think|thinking)\s*(?:>|&gt;)", re.IGNORECASE
-)
-_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-#: What a format of answers or turns left behind, and which is nobody's answer.
-_LEFTOVER = re.compile(
-    r"</?(?:ans|output|response|result|solution|reason|reasoning|thought|analysis|reflection)>",
-    re.IGNORECASE,
-)
-_CHANNEL = re.compile(r"\A.*<\|message\|>", re.DOTALL)  # all but the last message of gpt-oss
-_THINK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_THINK_TAG = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
-#: What ends a turn in the chat formats that data were exported from.
-_STOP = re.compile(
-    r"(?:<\|[\w-]{1,30}\|>|</s>|\A\s*<s>|<\uff5c[^<>]{1,40}\uff5c>|\[/?INST\]"
-    r"|<(?:eos|bos|pad|eot|im_start|im_end|start_of_turn|end_of_turn|end_of_utterance)>)"
-)
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _PICTURE = re.compile(r"(?i)\.(?:jpe?g|png|webp|bmp|tiff?|heic|avif)(?:[?#].*)?$")
 #: A missing value that was written as text.
-_MISSING = frozenset({"nan", "NaN", "<NA>", "NaT"})
+_MISSING = frozenset({"nan", "NaN", "NAN", "<NA>", "NaT", "NULL", "#N/A"})
+#: Texts of a prompt that may be absent.
+_OPTIONAL = ("system", "hint", "caption", "audio_caption", "reasoning", "category")
+_LONGEST_ID = 512
 _LETTERED_LINE = re.compile(r"(?:^|\s)[(（]?([A-Z])[.．)）:：、]\s*\S")
 _LETTERS = 26
-_NUMBERS = (ProblemType.NUMERICAL, ProblemType.REGRESSION)
 
 
 #: Raw values by the names of Prompt's fields.
@@ -64,17 +49,22 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
 
     Raises InputError for a missing question or answer, an unknown problem type, or a multiple
     choice without letters."""
-    values = {key: value for key, value in fields.items() if value is not None}
+    values = {key: value for key, value in fields.items() if not _is_absent(key, value)}
     question = _text(values, "question", where)
-    answer = _truth(_text(values, "answer", where), where)
+    answer = plain_truth(_text(values, "answer", where), where)
     options = _options(values.get("options"), where)
     kind = _problem_type(values.get("problem_type"), options, answer, config, where)
     if kind is not ProblemType.OCR:  # whose text may hold anything
-        answer = _result(answer, kind, where)
+        answer = result(answer, kind, where)
     if kind is ProblemType.MULTIPLE_CHOICE:
         answer = _letter(answer, options, question, where)
+    if kind is ProblemType.MULTI_LABEL and options:
+        check_labels(answer, options, where)
     question = _without_lines(question, options)
-    plan = _plan(values.get("media"), config, where)
+    plan = _plan(values.get("media"), question, config, where)
+    shown = {"question": question, "system": values.get("system"), "hint": values.get("hint")}
+    for name, text in (shown | {"options": "\n".join(options)}).items():
+        check_tokens(name, text if isinstance(text, str) else None, where)
     if config.system is not None:
         values.setdefault("system", config.system)
     if isinstance(reasoning := values.get("reasoning"), str):
@@ -82,7 +72,7 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
     given_id = values.get("id")
     unnamed = given_id is None or given_id == ""
     checked = {
-        "id": content_id(question, answer, options, plan) if unnamed else str(given_id),
+        "id": content_id(question, answer, options, plan) if unnamed else _id(given_id, where),
         "question": question,
         "answer": answer,
         "options": options,
@@ -100,72 +90,6 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
         ) from error
 
 
-def unwrap(text: str) -> str:
-    """What the last <answer> tag holds, closed or not, or the text without its <think> part where
-    there is none; tokens that end a turn are left out."""
-    plain = _plain(text)
-    found = [inside.strip() for inside in _ANSWER.findall(plain) if inside.strip()]
-    return (found[-1] if found else _ANSWER_TAG.sub("", _THINK.sub("", plain))).strip()
-
-
-def _plain(text: str) -> str:
-    """``text`` without what ends turns, its answer and think tags in their usual spelling."""
-    plain = _STOP.sub("", _CHANNEL.sub("", text))
-    return _SPELLED_TAG.sub(lambda tag: f"<{tag[1]}{tag[2].lower()}>", plain)
-
-
-def _truth(text: str, where: str) -> str:
-    given = {normalise(inside) for inside in _ANSWER.findall(_plain(text)) if inside.strip()}
-    if len(given) > 1:
-        raise InputError(
-            where,
-            f"the answer is tagged several times: {shortened(', '.join(sorted(given)))}",
-            "keep the one that is meant",
-        )
-    answer = unwrap(text)
-    if tag := _LEFTOVER.search(answer):
-        raise InputError(
-            where,
-            f"the answer {shortened(text)!r} holds the tag {tag[0]}",
-            "give the ground truth alone",
-        )
-    if _THINK_TAG.search(answer):
-        raise InputError(
-            where,
-            f"the answer {shortened(text)!r} has a think tag without its partner",
-            "give the ground truth alone, or close the tags",
-        )
-    if not answer:
-        raise InputError(where, "the answer is empty", "give the ground truth, or drop the row")
-    whole = _BOXED.fullmatch(answer.strip("$ "))
-    return whole[1].strip() if whole and whole[1].strip() else answer
-
-
-def _result(answer: str, kind: ProblemType, where: str) -> str:
-    """The result of a worked solution: what stands behind "####" (of a number or a choice) or in
-    the only box."""
-    if "####" in answer and kind in (*_NUMBERS, ProblemType.MULTIPLE_CHOICE):
-        answer = answer.rpartition("####")[2].strip()
-        if not answer:
-            raise InputError(
-                where, "the answer ends with ####", "give the number behind it, or drop the row"
-            )
-    boxed = {content.strip() for content in _BOXED.findall(answer)}
-    if len(boxed) > 1:
-        raise InputError(
-            where,
-            f"the answer boxes several values: {shortened(', '.join(sorted(boxed)))}",
-            "give the one that is meant",
-        )
-    return (boxed.pop() or answer) if boxed else answer
-
-
-def thought(text: str) -> str | None:
-    """What the first <think> tag holds."""
-    found = _THINK.search(text)
-    return found[1].strip() if found else None
-
-
 def content_id(question: str, answer: str, options: tuple[str, ...], plan: MediaPlan) -> str:
     """Id of a row that names none. The same content gives the same id everywhere."""
     media = plan.model_dump(mode="json", include={"items"})
@@ -177,12 +101,15 @@ def _text(values: Fields, key: str, where: str) -> str:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         what = f"no {key}" if value is None else f"the {key} is a {type(value).__name__}"
-        raise InputError(where, what, f"give the {key} as text, or drop the row")
+        how = " (several labels with commas between them)" if isinstance(value, list) else ""
+        raise InputError(where, what, f"give the {key} as text{how}, or drop the row")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(
             where, f"the {key} is {value}", f"give the {key} as a number, or drop the row"
         )
     text = str(value).strip()
+    if all(unicodedata.category(letter)[0] in "CZ" for letter in text):  # none that is seen
+        text = ""
     if text in _MISSING:
         raise InputError(
             where,
@@ -239,6 +166,13 @@ def _options(given: RawField, where: str) -> tuple[str, ...]:
             f"{len(texts)} options, more than there are letters",
             "keep the likely ones, or name the problem_type free_form",
         )
+    letters = [split_option(text)[0] for text in texts]
+    if all(letters) and (twice := [letter for letter in letters if letters.count(letter) > 1]):
+        raise InputError(
+            where,
+            f"two options have the letter {twice[0]}: {shortened(str(texts))}",
+            "give each option a letter of its own",
+        )
     return lettered(texts)
 
 
@@ -258,6 +192,7 @@ def _letter(answer: str, options: tuple[str, ...], question: str, where: str) ->
                 f"{shortened(str(list(options)))}",
                 "correct either",
             )
+        _check_one(letter, answer, options, where)
         return letter
     offered = set(_LETTERED_LINE.findall(question))
     named = choice_letter(answer, [f"{letter}." for letter in sorted(offered)])
@@ -276,6 +211,45 @@ def _letter(answer: str, options: tuple[str, ...], question: str, where: str) ->
     return named
 
 
+def _check_one(letter: str, answer: str, options: tuple[str, ...], where: str) -> None:
+    """Raises InputError where another option is as right as that of ``letter``."""
+    texts = option_texts(options)
+    meant = {texts[letter], normalise(answer)} - {"", letter.lower()}
+    if len(normalise(answer)) == 1:  # a letter, which may be the text of another option
+        meant.add(normalise(answer))
+    others = [other for other, text in texts.items() if other != letter and text in meant]
+    if others:
+        raise InputError(
+            where,
+            f"the answer {shortened(answer)!r} is both the option {letter} and {others[0]} of "
+            f"{shortened(str(list(options)))}",
+            "give options that differ",
+        )
+
+
+def _id(given: RawField, where: str) -> str:
+    """An id as text. Raises InputError for one that is no name."""
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise InputError(
+            where, f"the id is a {type(given).__name__}", "give a text or a number, or no id at all"
+        )
+    text = str(given)
+    if len(text) > _LONGEST_ID or text in ("inf", "-inf"):
+        raise InputError(
+            where,
+            f"the id {shortened(text)!r} is no name ({len(text)} characters)",
+            "give a short one, or no id at all",
+        )
+    return text
+
+
+def _is_absent(key: str, value: RawField) -> bool:
+    """What is not there, also as text: a hint of "nan" is none."""
+    if value is None:
+        return True
+    return key in _OPTIONAL and isinstance(value, str) and value.strip() in ("", *_MISSING)
+
+
 def _without_lines(question: str, options: tuple[str, ...]) -> str:
     """``question`` without lines that only repeat an option: the template adds the options
     itself."""
@@ -287,7 +261,7 @@ def _without_lines(question: str, options: tuple[str, ...]) -> str:
     return "\n".join(kept).strip() or question
 
 
-def _plan(given: RawField, config: DataConfig, where: str) -> MediaPlan:
+def _plan(given: RawField, question: str, config: DataConfig, where: str) -> MediaPlan:
     """The media plan with decode defaults, and the videos' sound tracks where the config asks for
     them."""
     try:
@@ -298,7 +272,14 @@ def _plan(given: RawField, config: DataConfig, where: str) -> MediaPlan:
         raise InputError(
             where, f"field {place!r}: {detail['msg']}", "correct the media entry"
         ) from error
+    check_places(question, plan, where)
     for item in plan.items:
+        if item.uri.startswith("data:"):
+            raise InputError(
+                where,
+                f"{item.kind} is embedded as a data URL ({len(item.uri)} characters)",
+                "write it to a file and give its path",
+            )
         if item.kind == "video" and _PICTURE.search(item.uri):
             raise InputError(
                 where,

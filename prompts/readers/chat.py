@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from avatar_rl.common.errors import InputError
+from avatar_rl.common.text import shortened
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import KINDS, media_item
 from avatar_rl.prompts.readers.rows import Value, Values
@@ -43,6 +44,12 @@ def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> C
             raise InputError(
                 where, f"message of the role {role!r}", "only system, user and assistant are read"
             )
+        if role == "assistant" and not turns["user"]:
+            raise InputError(
+                where,
+                "the assistant speaks before the user",
+                "begin with the question, and let the ground truth or its reasoning follow",
+            )
         text, found = _content(message.get("content"), waiting, config, where)
         if placed := len([part for part in _TAG_ONLY.split(text) if part.strip()]) > 1 and found:
             if role != "user":
@@ -52,6 +59,12 @@ def read_chat(messages: Value, row: Values, config: DataConfig, where: str) -> C
                     "put them into the user turn, or in front of the text",
                 )
             in_text = True
+        if found and role == "assistant":
+            raise InputError(
+                where,
+                f"{len(found)} media in the assistant's turn",
+                "put them into the user turn, or drop the tags",
+            )
         turns[role].append(text if placed else _TAG_ONLY.sub("", text).strip())
         items += found
     if len(turns["user"]) != 1:
@@ -88,8 +101,13 @@ def _messages(given: Value, where: str) -> list[Values]:
     messages = given if isinstance(given, list) else [None]
     found = [message for message in messages if isinstance(message, dict) and "role" in message]
     if len(found) != len(messages):
+        first = next(iter(messages), None)
+        keys = f" but of {sorted(first)}" if isinstance(first, dict) else ""
         raise InputError(
-            where, "messages are not a list of {role, content}", "correct the messages"
+            where,
+            f"messages are not a list of {{role, content}}{shortened(keys)}",
+            "write them as role (system, user, assistant) and content; ShareGPT has from (human, "
+            "gpt) and value in their place",
         )
     return found
 
@@ -99,7 +117,8 @@ def _listed(row: Values, where: str) -> dict[Modality, list[Value]]:
     by kind."""
     entries: dict[Modality, list[Value]] = {}
     for kind in KINDS:
-        given = [row[key] for key in (f"{kind}s", kind, f"{kind}_path") if row.get(key)]
+        names = (f"{kind}s", kind, f"{kind}_path")
+        given = [row[key] for key in names if row.get(key) not in (None, "", [], {})]
         if kind == "video":
             _refuse_frames(given, where)
         entries[kind] = [
@@ -185,7 +204,8 @@ def _content(
             raise InputError(
                 where,
                 f"content part of the type {named!r}",
-                f"known are text, {', '.join(KINDS)}",
+                f"known are text, {', '.join(KINDS)}: "
+                '{"type": "text", "text": ...}, {"type": "image", "image": PATH}',
             )
     return "\n".join(text.strip() for text in texts if text.strip()), items
 

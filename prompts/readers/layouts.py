@@ -9,14 +9,16 @@ from collections.abc import Callable
 from avatar_rl.common.errors import InputError
 from avatar_rl.common.text import shortened
 from avatar_rl.prompts.config import DataConfig, DatasetFormat
-from avatar_rl.prompts.readers.build import Fields, RawField, build_prompt, thought
+from avatar_rl.prompts.readers.build import Fields, RawField, build_prompt
 from avatar_rl.prompts.readers.chat import Chat, read_chat
 from avatar_rl.prompts.readers.rows import Value, Values
+from avatar_rl.prompts.readers.truth import same_answer, thought
 from avatar_rl.prompts.record import MediaPlan, Prompt
 
 _IDS = ("id", "problem_id", "question_id", "uid")
 _QUESTIONS = ("problem", "question", "query", "prompt")
-_ANSWERS = ("solution", "answer", "ground_truth", "response", "completion")
+_TRUTHS = ("solution", "answer", "ground_truth")
+_ANSWERS = (*_TRUTHS, "response", "completion")
 _MESSAGES = ("messages", "prompt", "conversations")
 #: Prompt fields that other layouts may carry under the same name.
 _SHARED = (
@@ -38,9 +40,15 @@ _KIND_WORDS = {
     "image": ("image", "img", "picture", "photo", "screenshot"),
 }
 _MEDIA_COLUMN = re.compile(
-    rf"(?i)(?:^|[_\W])({'|'.join(word for words in _KIND_WORDS.values() for word in words)})s?"
-    r"(?:[_\s-]?(?:id|uid|path|file|filename|file_name|name|url|uri|key|dir"
-    r"|bytes|base64|b64|data|link))?s?$"
+    rf"(?i)(?:^|[_\W])({'|'.join(word for words in _KIND_WORDS.values() for word in words)}"
+    r"|visual|media)s?"
+    r"((?:[_\s-]?(?:id|uid|path|file|filename|file_name|name|url|uri|key|dir"
+    r"|bytes|base64|b64|data|link))?s?)[_\s-]?\d{0,3}$"
+)
+#: Keys of a media entry, which say nothing beside it.
+_ENTRY_KEYS = (
+    *("video_start", "video_end", "nframes", "fps"),
+    *("min_pixels", "max_pixels", "sample_rate", "sampling_rate"),
 )
 _MEDIA_FILE = re.compile(
     r"(?i)\.(?:mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|3gp|wav|mp3|flac|ogg|opus|m4a|aac|jpe?g|png|webp"
@@ -56,7 +64,7 @@ _MEDIA = {f"{kind}{end}" for kind in ("video", "audio", "image") for end in ("",
 
 def detect(row: Values, where: str) -> DatasetFormat:
     """Layout of a row by its keys. Raises InputError where none fits."""
-    if isinstance(row.get("reward_model"), dict) and isinstance(row.get("prompt"), list):
+    if isinstance(row.get("reward_model"), dict):
         return "verl"
     # No other layout has it. A misspelt key beside it is then named, not lost.
     if isinstance(row.get("media"), dict):
@@ -88,23 +96,35 @@ def read_row(row: Values, layout: DatasetFormat, config: DataConfig, where: str)
             "a grounding row: <ref-object> and <bbox> are filled from `objects`, which is not read",
             "write the names and boxes into the text, and drop `objects`",
         )
+    if layout == "native":  # whose keys are all known
+        return build_prompt(row, config, where)
+    row = {key: value for key, value in row.items() if key not in config.ignore_columns}
     prompt = build_prompt(_FIELDS[layout](row, config, where), config, where)
-    if layout != "native":  # whose keys are all known
-        _check_blind(row, prompt, config, where)
+    _check_blind(row, prompt, where)
+    if prompt.media.items and (key := next((key for key in _ENTRY_KEYS if key in row), None)):
+        raise InputError(
+            where,
+            f"column {key!r} says how a medium is read, but stands outside its entry",
+            f'write it into the entry ({{"video": PATH, {key!r}: ...}}), or list it in '
+            "data.reader.ignore_columns",
+        )
     return prompt
 
 
-def _check_blind(row: Values, prompt: Prompt, config: DataConfig, where: str) -> None:
+def _check_blind(row: Values, prompt: Prompt, where: str) -> None:
     """Raises InputError for a column that names media which the prompt would be asked without."""
     kinds = {item.kind for item in prompt.media.items}
     for key, value in row.items():
-        if key in _MEDIA or key in config.ignore_columns or value in (None, "", [], {}):
+        if key in _MEDIA or value in (None, "", [], {}):
             continue
         named = _MEDIA_COLUMN.search(key)
-        kind = next((k for k, words in _KIND_WORDS.items() if named and named[1] in words), None)
+        kind = next(
+            (k for k, words in _KIND_WORDS.items() if named and named[1].lower() in words), None
+        )
         is_path = any(_looks_like_media(entry) for entry in _flat(value))
         missing = kind not in kinds if kind is not None else not kinds
-        if missing and (is_path or (named is not None and _is_name(value))):
+        is_name = named is not None and (_is_name(value) or _is_file_name(named[2], value))
+        if missing and (is_path or is_name):
             raise InputError(
                 where,
                 f"column {key!r} names media ({shortened(str(value), 60)}) that are not read: the "
@@ -139,8 +159,9 @@ def _is_name(value: Value) -> bool:
     return isinstance(value, int) or len(str(value).split()) == 1
 
 
-def _native(row: Values, config: DataConfig, where: str) -> Fields:
-    return row
+def _is_file_name(suffix: str, value: Value) -> bool:
+    """A name with blanks in it, in a column that says that it is one."""
+    return bool(suffix.strip("sS")) and isinstance(value, str) and len(value) < 256
 
 
 def _chat(row: Values, config: DataConfig, where: str) -> Fields:
@@ -149,12 +170,18 @@ def _chat(row: Values, config: DataConfig, where: str) -> Fields:
     fields: dict[str, RawField] = {key: row.get(key) for key in _SHARED}
     fields["audio_caption"] = _first(row, _AUDIO_CAPTIONS)
     fields |= {"reasoning": _first(row, _REASONING), "id": _first(row, _IDS)}
-    answer = _first(row, _ANSWERS)
-    if isinstance(answer, list):  # a completion as messages
-        answer = next((m.get("content") for m in answer if isinstance(m, dict)), None)
+    answer = _answer(row, where)
     messages = _first_list(row, _MESSAGES)
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None and not isinstance(row[key], list):
+            raise InputError(
+                where,
+                f"{key} is a {type(row[key]).__name__}",
+                "give a list of {role, content}, parsed if it is JSON inside a text",
+            )
     if messages is None:
         question = _first(row, _QUESTIONS)
+        _refuse_two(row, _QUESTIONS, where)
         text = question if isinstance(question, str) else ""
         # the question's tags are places, too
         chat = read_chat([{"role": "user", "content": text}], row, config, where)
@@ -181,7 +208,31 @@ def _chat(row: Values, config: DataConfig, where: str) -> Fields:
         *_MESSAGES,
         *_MEDIA,
     }
-    return fields | {"answer": answer, "extra": _others(row, used, config, where)}
+    return fields | {"answer": answer, "extra": _others(row, used, where)}
+
+
+def _answer(row: Values, where: str) -> Value:
+    """The row's truth; of a completion as messages, the only one."""
+    _refuse_two(row, _TRUTHS, where)
+    answer = _first(row, _ANSWERS)
+    if not isinstance(answer, list) or not any(isinstance(m, dict) for m in answer):
+        return answer
+    said = [m.get("content") for m in answer if isinstance(m, dict)]
+    if len(said) > 1:
+        raise InputError(where, f"{len(said)} completions", "keep the one that is the truth")
+    return said[0]
+
+
+def _refuse_two(row: Values, keys: tuple[str, ...], where: str) -> None:
+    """Raises InputError where columns that mean the same say different things."""
+    given = {key: row[key] for key in keys if isinstance(row.get(key), str | int | float)}
+    texts = {key: same_answer(str(value)) for key, value in given.items() if str(value).strip()}
+    if len(set(texts.values())) > 1:
+        raise InputError(
+            where,
+            f"the columns {' and '.join(map(repr, texts))} say different things",
+            "keep the one that is meant, and list the others in data.reader.ignore_columns",
+        )
 
 
 def _media(chat: Chat) -> MediaPlan:
@@ -194,7 +245,8 @@ def _verl(row: Values, config: DataConfig, where: str) -> Fields:
     source = row.get("data_source")
     index = info.get("index")
     place = (source, info.get("split"), str(index))
-    extra = _others(info, {*_SHARED, "question", "answer"}, config, where)
+    info = {key: value for key, value in info.items() if key not in config.ignore_columns}
+    extra = _others(info, {*_SHARED, "question", "answer"}, where)
     if source is not None:
         extra["data_source"] = source
     fields: dict[str, RawField] = {
@@ -213,7 +265,6 @@ def _verl(row: Values, config: DataConfig, where: str) -> Fields:
 
 
 _FIELDS: dict[str, Callable[[Values, DataConfig, str], Fields]] = {
-    "native": _native,
     "conversational": _chat,
     "swift": _chat,
     "verl": _verl,
@@ -238,13 +289,9 @@ def _first_list(row: Values, keys: tuple[str, ...]) -> list[Value] | None:
     return next((value for value in values if isinstance(value, list)), None)
 
 
-def _others(row: Values, used: set[str], config: DataConfig, where: str) -> Values:
+def _others(row: Values, used: set[str], where: str) -> Values:
     """What else a row carries, for rewards of one's own (Prompt.extra)."""
-    return {
-        key: _json(value, key, where)
-        for key, value in row.items()
-        if key not in used and key not in config.ignore_columns
-    }
+    return {key: _json(value, key, where) for key, value in row.items() if key not in used}
 
 
 def _json(value: Value, key: str, where: str) -> Value:

@@ -71,6 +71,10 @@ def media_item(entry: Value, kind: Modality, config: DataConfig, where: str) -> 
                     f"remove it; known are {sorted(_KEYS)}",
                 )
             fields[_KEYS[key]] = value
+        if {"frames", "fps"} <= fields.keys():
+            raise InputError(
+                where, f"{kind} entry names both a number of frames and fps", "keep one of them"
+            )
     else:
         raise InputError(
             where,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from avatar_rl.common.errors import InputError
+from avatar_rl.common.stand_in import stand_in
 
 _BATCH_ROWS = 256
+#: An escape that can be half of a character of UTF-16.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _LAYOUTS = ".jsonl, .json (an array), .parquet, a folder of these, or a folder saved by `datasets`"
 
 
@@ -45,21 +49,28 @@ def iter_rows(path: Path, split: str) -> Iterator[DatasetRow]:
             path, "no such dataset", "correct the path, or write one with `avatar data synthesize`"
         )
     empty = True
-    for row in _folder(path, split) if path.is_dir() else _file(path):
-        empty = False
-        yield row
+    try:
+        for row in _folder(path, split) if path.is_dir() else _file(path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise InputError(
+            error.filename or path,
+            f"cannot be read ({error.strerror or error})",
+            "check the disk and the file's permissions, or copy it again",
+        ) from error
     if empty:
         raise InputError(path, "the dataset has no rows", "choose another file or split")
 
 
 def _file(path: Path) -> Iterator[DatasetRow]:
-    if path.suffix in {".jsonl", ".ndjson"}:
-        return _jsonl(path)
-    if path.suffix == ".json":
-        return _json_array(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    raise InputError(path, f"unknown dataset type {path.suffix!r}", f"give {_LAYOUTS}")
+    reader = _READERS.get(path.suffix)
+    found = stand_in(path)
+    if found is not None:
+        raise InputError(path, *found)
+    if reader is None:
+        raise InputError(path, f"unknown dataset type {path.suffix!r}", f"give {_LAYOUTS}")
+    return reader(path)
 
 
 def _jsonl(path: Path) -> Iterator[DatasetRow]:
@@ -85,11 +96,22 @@ def _parsed(line: bytes, where: str) -> Values | InputError:
         ValueError,
     ) as error:  # nested too deeply, or a number with too many digits
         return InputError(where, f"JSON that cannot be read ({error})", remedy)
-    return (
-        value
-        if isinstance(value, dict)
-        else InputError(where, f"holds {type(value).__name__}, not an object", remedy)
-    )
+    if not isinstance(value, dict):
+        return InputError(where, f"holds {type(value).__name__}, not an object", remedy)
+    return _whole(value, where) if _HALF.search(line) else value
+
+
+def _whole(value: Values, where: str) -> Values | InputError:
+    """``value``, or what is wrong with it: JSON can hold halves of characters, which no file and no
+    model can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        return InputError(
+            where, f"holds half of a character ({half})", "write the text anew, or drop the row"
+        )
+    return value
 
 
 def _once(pairs: list[tuple[str, Value]]) -> Values:
@@ -112,6 +134,7 @@ def _json_array(path: Path) -> Iterator[DatasetRow]:
         raise InputError(
             path, f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8"
         ) from error
+    halves = _HALF.search(text.encode()) is not None
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     line, counted = 1, 0
 
@@ -139,8 +162,11 @@ def _json_array(path: Path) -> Iterator[DatasetRow]:
                 else f" ({error})"
             )
             raise InputError(place, f"malformed JSON{why}", remedy) from error
-        wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
-        yield DatasetRow(where, line, value if isinstance(value, dict) else wrong)
+        if isinstance(value, dict):
+            yield DatasetRow(where, line, _whole(value, where) if halves else value)
+        else:
+            wrong = InputError(where, f"holds {type(value).__name__}, not an object", remedy)
+            yield DatasetRow(where, line, wrong)
         at = skip(at)
         if at < len(text) and text[at] == ",":
             at = skip(at + 1)
@@ -148,6 +174,8 @@ def _json_array(path: Path) -> Iterator[DatasetRow]:
             break
     if at >= len(text) or text[at] != "]":
         raise InputError(f"{path}:{line}", "the JSON array ends or breaks after this row", remedy)
+    if skip(at + 1) < len(text):
+        raise InputError(f"{path}:{line}", "more text follows behind the JSON array", remedy)
 
 
 def _parquet(path: Path) -> Iterator[DatasetRow]:
@@ -156,13 +184,26 @@ def _parquet(path: Path) -> Iterator[DatasetRow]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise InputError(
+                    path, f"has the column {twice[0]!r} twice", "rename or drop one of them"
+                )
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS):
                 for value in batch.to_pylist():
                     number += 1
                     yield DatasetRow(f"{path}:{number}", number, value)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"not a readable parquet file ({error})", "copy it again") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[DatasetRow]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json_array,
+    ".parquet": _parquet,
+}
 
 
 def _folder(path: Path, split: str) -> Iterator[DatasetRow]:
@@ -171,7 +212,11 @@ def _folder(path: Path, split: str) -> Iterator[DatasetRow]:
         return
     for suffix in (".parquet", ".jsonl", ".json"):
         files = sorted(
-            file for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json"
+            file
+            for file in path.rglob(f"*{suffix}")
+            if file.is_file()
+            and file.name not in ("dataset_info.json", "dataset_infos.json")
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
         if files:
             named = [file for file in files if file.name.startswith(split)]
@@ -183,8 +228,16 @@ def _folder(path: Path, split: str) -> Iterator[DatasetRow]:
 
 def _saved_dataset(path: Path, split: str) -> Iterator[DatasetRow]:
     import datasets
+    import pyarrow
 
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, LookupError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(
+            path,
+            f"is no whole folder of `datasets` ({type(error).__name__}: {error})",
+            "copy it again, or save it anew (save_to_disk)",
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise InputError(

@@ -61,13 +61,26 @@ _ALTERED = re.compile(
     r"|\0\s*(?:or\s+(?:more|less|fewer)\b|\+(?!\d)|[多余餘几幾])|^\W*\0!\W*$|\0\s*times\s+(?:ten|\0)"
     r"|\0[\s-]+(?:half|halves|thirds?|and\s+a\s+(?:half|quarter))\b"
     rf"|\b(?:{'|'.join(_SCALES)})\b"
+    # signs and factors in words, bounds
+    r"|\b(?:neg|neg\.|twice|double|triple|half(?:\s+of)?|log|ln|over|under|below|above|beyond|exceeds?"
+    r"|exceeding|no|without|except|isn't|wasn't|aren't|less|none\s+of(?:\s+the)?)\s+\0"
+    r"|\0\s*(?:factorial\b|plus\b|or\s+so\b|(?:squared|cubed)(?!\s+[a-z])|-?fold\b"
+    r"|(?:[a-z]+\s+){0,2}below\s+(?:zero|freezing))|-\s*\(\s*\0"
+    r"|(?:至少|最少|不到|不足|超过|超過|多于|多於|少于|少於|大于|大於|小于|小於|低于|低於|高于|高於|最多|不是|非|以下|未满)\s*\0"
+    r"|\0\s*[^\W\d_]{0,2}(?:以上|以下|以内|左右|来个|未満)"
     # 1m30s, 2h15: a second number glued to the first one's unit; m2 and cm3 are units
     r"|\0(?!(?:[kcdmµμ]?m|ft|in|yd|mi|px)[23](?![a-z\d]))[a-zµμ]{1,4}\d"
 )
 
 # -- numbers written with a scale: 3 \\times 10^8, 5{,}000, 5k, 3万 ---------------------------------
 
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x2013: "-"}
+#: Minus signs: of mathematics, dashes, the hyphen that does not break, small and raised ones.
+_MINUS = "\u2212\u2010\u2011\u2012\u2013\ufe63"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(
+    map(ord, _MINUS), "-"
+)
+_RAISED_MINUS = re.compile(r"(?<![\d}\u2070-\u2079])\u207b(?=\d)")
+_ARABIC_POINT = re.compile(r"(?<=\d)\u066b(?=\d)|(?<!\d)\u066b(?=\d)")
 _SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s?|[_'’~])(?=\d{3}(?!\d))")
 _INDIAN = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
@@ -102,7 +115,7 @@ _OF_LENGTH = (
 )
 #: A scale that is left, or one that could be a unit as well: the digits alone would be a guess.
 _UNCLEAR = re.compile(
-    rf"(?<=\d)(?:{_SUFFIX}|\s?(?:{_either(EAST_ASIAN)})|T(?!\w)|\s[MBK](?!\w)"
+    rf"(?<=\d)(?:{_SUFFIX}|\s?(?:{_either(EAST_ASIAN)})|[TG](?!\w)|\s[MBKkb](?!\w)|kk(?!\w)|十|廿|卅"
     rf"|\s?(?i:{_either(UNCLEAR)})(?!\w)|m(?=\s+(?!{_OF_LENGTH})[a-z]{{4}}))"
 )
 _UNREADABLE = "√"  # a formula: see _ALTERED
@@ -122,7 +135,8 @@ def _written_out(text: str) -> str:
 def plain_signs(text: str) -> str:
     """``text`` with ASCII digits and signs, and with its thousands separated by commas or not at
     all."""
-    text = _THOUSANDS.sub(",", text.translate(_FULL_WIDTH))
+    text = _RAISED_MINUS.sub("-", _ARABIC_POINT.sub(".", text.translate(_FULL_WIDTH)))
+    text = _THOUSANDS.sub(",", text)
     return _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
 
 

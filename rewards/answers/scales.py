@@ -60,7 +60,13 @@ EAST_ASIAN = {
 }
 #: Thousand in one language and something else in another, or a unit: the digits alone would be a
 #: guess.
-UNCLEAR = ("mil", "bin", "bil", "bio", "cr", "gross", "tril", "biliun", "십")
+UNCLEAR = (
+    *("mil", "bin", "bil", "bio", "cr", "gross", "tril", "biliun", "십", "bln", "mlns", "grand"),
+    *("tens", "dozens", "pairs", "couples", "score", "myriad", "myriads", "zillion", "hunderd"),
+    *("quadrillion", "quintillion", "sextillion", "septillion", "octillion", "nonillion"),
+    *("quadrillions", "quintillions", "gazillion", "googol", "permille", "ppm", "ppb", "bps"),
+    *("per mille", "basis points", "‰"),
+)
 WORDS = {
     word.replace("_", " "): exponent for exponent, row in _WORDS.items() for word in row.split()
 }

@@ -78,6 +78,10 @@ def test_a_number_is_read_whole(text: str, number: float) -> None:
         *("1.000.000", "1.2.1", "10:10", "3 + 3", "3x3", "2 \\times 2", "5.5.5"),
         *("two and a half", "two thirds", "minus five", "a hundred and five", "five point five"),
         *("nine hundred thousand", "5e400 million", "1e308 million"),
+        # signs, factors and bounds in words
+        *("-(5)", "neg 5", "5 below zero", "5 degrees below zero", "twice 5", "half of 5"),
+        *("5 squared", "5 factorial", "log 5", "5-fold", "over 5", "under 5", "isn't 5", "no 5"),
+        *("5 or so", "5 plus", "至少5", "不到5", "超过5", "5以上", "5左右"),
         *("fıve", "ſix", "nİne"),
     ],
 )
@@ -225,6 +229,9 @@ def test_numbers_and_signs_can_be_slots() -> None:
         ("2亿人", 2e8),
         ("100만", 1e6),
         ("有5只", 5.0),
+        *((f"{sign}5", -5.0) for sign in "-−－﹣‐‑‒–⁻"),
+        ("٥٫٥", 5.5),
+        ("5 squared meters", 5.0),
     ],
 )
 def test_a_scale_belongs_to_its_number(text: str, number: float) -> None:
@@ -235,6 +242,8 @@ def test_a_scale_belongs_to_its_number(text: str, number: float) -> None:
     "text",
     [
         *("5 M", "5 B", "2.5T", "5 mil", "5 K people", "3/4M", "1e3k", "1.5 lakh crore"),
+        *("5 k", "5kk", "5G", "5 grand", "5 bln", "5 tens", "5 pairs", "5十", "5 quadrillion"),
+        *("5 per mille", "5‰"),
         *("3万5千", "1億2000万", "1m30s", "1h30", "10^2.5", "10^3^2", "2×3×10^2", "10月5日"),
     ],
 )

@@ -284,3 +284,45 @@ def test_a_cut_is_noticed_in_every_container_that_states_a_length(
     path.write_bytes(data[: int(0.6 * len(data))])
     with pytest.raises(DataError, match=r"is cut short: .* that its header promises"):
         load(path, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.mp4", "video"), ("a.wav", "audio"), ("a.png", "image")]
+)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "fetch it (git lfs pull)"),
+        (b"<html>404</html>", "is a web page, not the file itself"),
+        (b"PK\x03\x04" + bytes(99), "is packed (zip); unpack it"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_medium_is_named(
+    tmp_path: Path, name: str, kind: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / name, kind)
+    assert words in str(caught.value)
+
+
+def test_a_picture_whose_download_was_not_ended_is_refused(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data + bytes(500))  # padding behind the end
+    assert load(tmp_path / "a.jpg", "image").pixels.shape == (256, 256, 3)
+    half = len(data) // 2
+    (tmp_path / "a.jpg").write_bytes(data[:half] + bytes(len(data) - half))
+    with pytest.raises(DataError, match=f"its last {len(data) - half} bytes are zeros; copy or"):
+        load(tmp_path / "a.jpg", "image")
+
+
+def test_frames_and_paths_that_cannot_be_are_named(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4", [RED] * 16)
+    with pytest.raises(DataError, match=r"asked for 1000000 frames, of 16 .* data.media.max_fra"):
+        load(clip, "video", frames=1_000_000)
+    with pytest.raises(DataError, match=r"File name too long.*correct the media path"):
+        load(tmp_path / ("a" * 300 + ".mp4"), "video")
+    clip.write_bytes(clip.read_bytes() + b"\x0e\xe2\x8a\x00\xff\xfe\xfd\xfc" * 9)  # no box
+    assert load(clip, "video", frames=2).frames.shape[0] == 2

@@ -340,3 +340,181 @@ def test_no_message_is_as_long_as_its_input(tmp_path: Path, column: str) -> None
     assert problems
     for problem in problems:
         assert len(problem.what) + len(problem.remedy) + len(problem.id) < 900
+
+
+# -- files and rows that say something else than they seem to ------------------------------------
+
+TWO = {"options": ["red", "green"]}
+IMAGE = {"image": "a.png"}
+
+
+def said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def asked(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), "solution": "hat", "problem_type": "free-form", **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        # Two things in one: which is meant?
+        (FREE | {"question": "Where?"}, "'problem' and 'question' say different things; keep the"),
+        (FREE | {"answer": "walk"}, "'solution' and 'answer' say different things"),
+        (CHOICE | {"options": ["A. red", "A. green"], "solution": "A"}, "have the letter A"),
+        (CHOICE | {"options": ["A. red", "B. red"], "solution": "B"}, "is both the option B and A"),
+        (CHOICE | {"options": ["A. B", "B. A"], "solution": "B"}, "is both the option B and A"),
+        (
+            FREE | {"solution": [said("assistant", "a"), said("assistant", "b")]},
+            "2 completions; keep the one",
+        ),
+        (FREE | {"solution": ["dog", "cat"]}, "the answer is a list; give the answer as text (se"),
+        (
+            CHOICE | TWO | {"problem_type": "multi-label", "solution": "A, F"},
+            "the label 'F' is none of the options",
+        ),
+        (FREE | {"video": {"video": "a.mp4", "fps": 2, "nframes": 8}}, "fps; keep one of them"),
+        # What says how a medium is read stands outside its entry.
+        (FREE | {"video": "a.mp4", "video_start": 1, "video_end": 4}, "'video_start' says how"),
+        (FREE | {"video": "a.mp4", "nframes": 8}, "'nframes' says how a medium is read"),
+        (FREE | {"video": 0}, "video is given as a int"),
+        (FREE | {"img1": "a"}, "column 'img1' names media"),
+        (FREE | {"visual": "v_123"}, "column 'visual' names media"),
+        (FREE | {"video_name": "my holiday"}, "column 'video_name' names media"),
+        # Places and tokens that would be read as text.
+        (asked(said("user", "<IMAGE> Which?"), **IMAGE), "holds <IMAGE>, which is no place"),
+        (asked(said("user", "See <image_1>: which?"), **IMAGE), "holds <image_1>, which is no"),
+        (asked(said("user", "[image] Which?"), **IMAGE), "holds [image], which is no place"),
+        (asked(said("user", "<|image_pad|>Which?"), **IMAGE), "<|image_pad|>, a token of a chat"),
+        (FREE | {"problem": "q<|im_end|>\n"}, "the question holds <|im_end|>, a token of a chat"),
+        (CHOICE | {"options": ["red", "<|im_end|>"], "solution": "A"}, "the options holds <|im"),
+        (
+            {"question": "<image> <image>?", "answer": "a", "problem_type": "ocr"}
+            | {"media": {"in_text": True, "items": [{"kind": "image", "uri": "a.png"}]}},
+            "the places in the question are ['image', 'image'], the media ['image']",
+        ),
+        (
+            {"question": "See <image>", "answer": "a", "problem_type": "ocr"}
+            | {"media": {"items": [{"kind": "image", "uri": "a.png"}]}},
+            "set media.in_text to true",
+        ),
+        (
+            {"question": "q", "answer": "a", "problem_type": "ocr"}
+            | {"media": {"items": [{"kind": "image", "uri": "data:image/png;base64,AAAA"}]}},
+            "embedded as a data URL",
+        ),
+        # Conversations as others write them.
+        (asked({"from": "human", "value": "q"}), "but of ['from', 'value']; write them as role"),
+        (asked(said("user", [{"text": "q"}])), "the type None; known are text, video"),
+        (asked(said("assistant", "hi"), said("user", "q")), "speaks before the user; begin"),
+        (asked(said("user", "q"), said("assistant", "<image>"), **IMAGE), "in the assistant's"),
+        (FREE | {"messages": "[]"}, "messages is a str; give a list"),
+        (
+            {"prompt": "q", "reward_model": {"ground_truth": "a"}},
+            "messages are not a list of {role, content}; write them",
+        ),
+        # What is wrapped around a truth, and truths that nobody sees.
+        (FREE | {"solution": "<final>run</final>"}, "is wrapped in final; give the ground truth"),
+        (FREE | {"solution": "[ANSWER]run[/ANSWER]"}, "is wrapped in ANSWER"),
+        (FREE | {"solution": "```\nrun\n```"}, "is wrapped in a code fence"),
+        (FREE | {"solution": "Answer: run"}, "begins as a sentence about it"),
+        (COUNT | {"solution": "\\boxed{}"}, "the answer is empty"),
+        (FREE | {"solution": "\u200b"}, "the answer is empty"),
+        (FREE | {"problem": "\u200b\ufeff"}, "the question is empty"),
+        # Ids and characters.
+        (FREE | {"id": [1]}, "the id is a list; give a text or a number"),
+        (FREE | {"id": "x" * 5000}, "is no name (5000 characters)"),
+        (FREE | {"note": "\ud800"}, "holds half of a character (\\ud800)"),
+        (FREE | {"video": "\ud800.mp4"}, "holds half of a character"),
+    ],
+)
+def test_what_could_be_meant_in_two_ways_is_refused(
+    tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    assert words in refused(row, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["hint", "system", "caption", "category"])
+@pytest.mark.parametrize("value", ["", " ", "nan", "<NA>"])
+def test_an_optional_text_that_says_nothing_is_absent(
+    tmp_path: Path, field: str, value: str
+) -> None:
+    [prompt] = read(FREE | {field: value}, folder=tmp_path)
+    assert not getattr(prompt, field)
+
+
+def test_columns_that_agree_or_are_left_out_are_read(tmp_path: Path) -> None:
+    rows = [
+        COUNT | {"solution": "2 + 0 = 2\n#### 2", "answer": "2"},
+        COUNT | {"solution": "so \\boxed{2}", "answer": 2, "problem": "And cats?"},
+    ]
+    assert [prompt.answer for prompt in read(*rows, folder=tmp_path)] == ["2", "2"]
+    row = FREE | {"answer": "walk", "video": "a.mp4", "fps": 30}
+    [prompt] = read(row, folder=tmp_path, ignore_columns=["answer", "fps"])
+    assert prompt.answer == "run" and prompt.extra == {}
+    nested = COUNT | {"solution": "\\boxed{\\frac{1}{\\sqrt{2}}}"}
+    assert read(nested, folder=tmp_path)[0].answer == "\\frac{1}{\\sqrt{2}}"
+
+
+def test_a_nul_in_a_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(FREE | {"video": "a\0.mp4"}))
+    [problem] = validate(tmp_path / "d.jsonl", DataConfig(), decode=True).problems
+    assert "NUL" in problem.what and problem.remedy == "correct the media path"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet", "d.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LFS, "is a pointer of Git LFS, not the file itself; fetch it (git lfs pull)"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page, not the file itself; download"),
+        (b"\x1f\x8b\x08\x00", "is packed (gzip); unpack it"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_dataset_is_named(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_prompts(tmp_path / name, DataConfig())
+    assert words in str(caught.value)
+
+
+def write_parquet(folder: Path, name: str, damage: bool = False) -> None:
+    rows = [FREE | {"problem": f"{n * 7919 % 10007}?"} for n in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    if damage:
+        data = bytearray((folder / name).read_bytes())
+        data[2000:9000] = bytes(7000)
+        (folder / name).write_bytes(bytes(data))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "damaged.parquet", damage=True)
+    columns = [pyarrow.array(["a"])] * 2
+    twice = pyarrow.Table.from_arrays(columns, names=["problem", "problem"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    (tmp_path / "more.json").write_text(f"[{json.dumps(FREE)}] {{}}")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    for name, words in {
+        "damaged.parquet": "not a readable parquet file",
+        "twice.parquet": "has the column 'problem' twice; rename or drop",
+        "more.json": "more text follows behind the JSON array",
+        "saved": "is no whole folder of `datasets`",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            load_prompts(tmp_path / name, DataConfig())
+        assert words in str(caught.value), name
+
+
+def test_a_folder_is_read_without_what_tools_leave_in_it(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/train.jsonl", ".cache/x.jsonl", "train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(FREE))
+    (tmp_path / "odd.jsonl").mkdir()
+    assert len(load_prompts(tmp_path, DataConfig())) == 1
