@@ -67,6 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = "\n".join([f"avatar: {error}", *getattr(error, "__notes__", ())])
         print(printable(said), file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            printable(
+                f"avatar: {error.filename}: {error.strerror}; correct the path, or look at its "
+                "permissions and its disk"
+            ),
+            file=sys.stderr,
+        )
+        return 1
     except (KeyboardInterrupt, click.Abort):
         print("avatar: interrupted; everything that was started has been stopped", file=sys.stderr)
         return 130

@@ -61,6 +61,14 @@ class HomePath(click.ParamType):
 class Overridable(click.Command):
     """A command that takes the keys of a recipe as options; a shell completes them, too."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises UsageError for an empty value, as a shell variable that is not set leaves it."""
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if value == "":
+                raise click.UsageError(f"--{name.replace('_', '-')} has no value", ctx)
+        return rest
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         found = super().shell_complete(ctx, incomplete)
         if not incomplete.startswith("--"):

@@ -97,7 +97,10 @@ class LoopConfig(Section):
     """The training loop and its flow control, in policy versions (docs/architecture.md)."""
 
     steps: int = Field(
-        100, ge=1, description="Optimiser steps, each from `prompts_per_step` groups."
+        100,
+        ge=1,
+        le=1_000_000_000,
+        description="Optimiser steps, each from `prompts_per_step` groups.",
     )
     prompts_per_step: int = Field(8, ge=1, description="Groups per step, over all learner ranks.")
     fresh: int = Field(4, ge=1, description="Completions generated per prompt once replay is warm.")
@@ -240,10 +243,16 @@ class RunConfig(Section):
     """One recipe."""
 
     name: str = Field(
-        "avatar", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Prefix of the run id."
+        "avatar",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="Prefix of the run id.",
     )
     seed: int = Field(
-        0, ge=0, description="Seeds prompt order, sampling, replay draws and the synthetic world."
+        0,
+        ge=0,
+        lt=1 << 32,
+        description="Seeds prompt order, sampling, replay draws and the synthetic world.",
     )
     preset: str | None = Field(
         None, description="Named overlay (see `avatar presets`), below the recipe's own keys."

@@ -61,6 +61,10 @@ def expanded(path: str | Path) -> str | Path:
     Raises ValueError for a ~ without a home and for $VARIABLES, which a shell would replace.
     """
     text = str(path)
+    if not text.strip():
+        raise ValueError("the path is empty: write one, or null")
+    if "\0" in text:
+        raise ValueError("the path holds a NUL character")
     if text.startswith("$"):
         raise ValueError("variables are not replaced in a recipe: write the path itself")
     if not text.startswith("~"):

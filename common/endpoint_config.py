@@ -6,7 +6,7 @@ import ipaddress
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from avatar_rl.common.config import Section
 
@@ -69,6 +69,25 @@ class EndpointConfig(Section):
         ge=0,
         description="Replies kept in memory by content, oldest use dropped; 0: none.",
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_url(cls, url: str) -> str:
+        """A client would take what is none, and fail on its first request."""
+        if not url:
+            return url
+        try:
+            parts = urlsplit(url)
+            named, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ValueError(f"is no URL ({error}): write http://HOST:PORT/v1") from error
+        if parts.scheme not in ("http", "https") or not named or port == 0:
+            raise ValueError("is no URL of an endpoint: write http://HOST:PORT/v1")
+        if any(letter.isspace() or not letter.isprintable() for letter in url):
+            raise ValueError("holds a blank or a letter that is not seen: write it without")
+        if parts.username is not None:
+            raise ValueError("holds a user or password: name a variable in api_key_env instead")
+        return url
 
     @property
     def on_loopback(self) -> bool:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from avatar_rl.common.config import Section, expanded
 from avatar_rl.learner.lora_config import LoraConfig
 
+#: A decay rate of AdamW's averages.
+Beta = Annotated[float, Field(ge=0, lt=1)]
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_plain"]
 RewardScale = Literal["group", "batch", "none"]
@@ -201,7 +203,7 @@ class OptimizerConfig(Section):
     """AdamW under DeepSpeed."""
 
     lr: float = Field(5e-7, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled weight decay of matrices; vectors get none."
@@ -396,7 +398,7 @@ class SftOptimizerConfig(OptimizerConfig):
 class SftConfig(Section):
     """Stage 0: supervised cold start (docs/method.md 1.6)."""
 
-    steps: int = Field(ge=1, description="Optimiser steps.")
+    steps: int = Field(ge=1, le=1_000_000_000, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Prompts per step, over all ranks.")
     optimizer: SftOptimizerConfig = Field(SftOptimizerConfig(), description="AdamW and DeepSpeed.")
     lora: LoraConfig | None = Field(

@@ -253,6 +253,11 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("no_processor", encoded(removed("processor_config.json")), ("no preprocessor", "base mo")),
     ("template_syntax", encoded(template("{% for")), ("chat template", "correct it")),
     ("template_raises", encoded(template("{{ nosuch.x.y }}")), ("chat template", "correct it")),
+    (
+        "template_by_chance",
+        encoded(template("{{ range(99999) | random }}{% for m in messages %}Question{% endfor %}")),
+        ("renders one chat in two ways", "take chance and clock out"),
+    ),
     ("template_mute", encoded(template("hello")), ("leaves the question out", "correct it")),
     (
         "no_system_turn",

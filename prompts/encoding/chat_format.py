@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: One turn of a chat: its role, and its text or its parts.
 Turn = dict[str, "str | list[dict[str, str]]"]
+#: The day of every prompt whose template asks for one, whenever it is rendered.
+_DAY = date(2024, 7, 26)
 _THINK_END = re.compile(r"(<(?:think|thinking)>)[^<>]*\Z")  # words may follow: "<think>\nOkay, "
 _THINK_SKIPPED = re.compile(r"<(think|thinking)>\s*</\1>\s*\Z")
 
@@ -39,13 +42,24 @@ class ChatFormat:
         system: str | None,
     ) -> None:
         self._processor, self._tokenizer, self._plain = processor, tokenizer, plain
+        written = getattr(processor, "chat_template", None)
+        #: Given to the template in the place of a clock.
+        self._clock: dict[str, Callable[[str], str]] = (
+            {"strftime_now": _DAY.strftime} if "strftime_now" in str(written) else {}
+        )
         try:
             shown = self._render([self._turn("user", "Question")])
+            again = self._render([self._turn("user", "Question")])
         except Exception as error:
             raise ModelError(
                 f"the chat template of {folder} cannot format a question ({describe(error)}): take "
                 "the template of the model's source, or correct it"
             ) from error
+        if shown != again:
+            raise ModelError(
+                f"the chat template of {folder} renders one chat in two ways: take chance and "
+                "clock out of it"
+            )
         if "Question" not in shown:
             raise ModelError(
                 f"the chat template of {folder} leaves the question out: take the template of the "
@@ -80,6 +94,11 @@ class ChatFormat:
     def warnings(self, config: PretrainedConfig) -> list[str]:
         """What is probably wrong with the model's prompts though they can be formatted."""
         found = []
+        if self._clock:
+            found.append(
+                f"the chat template writes today's date: every prompt has {_DAY:%d %B %Y} in its "
+                "place, so that a run that is resumed sees the same tokens"
+            )
         if _THINK_SKIPPED.search(self._shown):
             found.append(
                 "the chat template ends the prompt with an empty think block, as if the model had "
@@ -122,6 +141,7 @@ class ChatFormat:
             list(turns),  # type: ignore[arg-type]  # their hints know no parts
             tokenize=False,
             add_generation_prompt=True,
+            **self._clock,  # type: ignore[arg-type]  # a variable of the template
         )
         return str(shown)
 

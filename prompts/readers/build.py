@@ -17,7 +17,7 @@ from avatar_rl.common.text import normalise, shortened
 from avatar_rl.prompts.choices import choice_letter, lettered, option_texts, split_option
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
-from avatar_rl.prompts.readers.places import check_places, check_tokens
+from avatar_rl.prompts.readers.places import PLACE, check_places, check_tokens
 from avatar_rl.prompts.readers.rows import Value
 from avatar_rl.prompts.readers.truth import check_labels, plain_truth, result, thought
 from avatar_rl.prompts.record import (
@@ -61,7 +61,7 @@ def build_prompt(fields: Fields, config: DataConfig, where: str) -> Prompt:
     if kind is ProblemType.MULTI_LABEL and options:
         check_labels(answer, options, where)
     question = _without_lines(question, options)
-    plan = _plan(values.get("media"), question, config, where)
+    plan = _plan(values.get("media"), "\n".join((question, *options)), config, where)
     shown = {"question": question, "system": values.get("system"), "hint": values.get("hint")}
     for name, text in (shown | {"options": "\n".join(options)}).items():
         check_tokens(name, text if isinstance(text, str) else None, where)
@@ -214,6 +214,8 @@ def _letter(answer: str, options: tuple[str, ...], question: str, where: str) ->
 def _check_one(letter: str, answer: str, options: tuple[str, ...], where: str) -> None:
     """Raises InputError where another option is as right as that of ``letter``."""
     texts = option_texts(options)
+    if PLACE.fullmatch(texts[letter]):
+        return  # the options are media
     meant = {texts[letter], normalise(answer)} - {"", letter.lower()}
     if len(normalise(answer)) == 1:  # a letter, which may be the text of another option
         meant.add(normalise(answer))
@@ -261,7 +263,7 @@ def _without_lines(question: str, options: tuple[str, ...]) -> str:
     return "\n".join(kept).strip() or question
 
 
-def _plan(given: RawField, question: str, config: DataConfig, where: str) -> MediaPlan:
+def _plan(given: RawField, asked: str, config: DataConfig, where: str) -> MediaPlan:
     """The media plan with decode defaults, and the videos' sound tracks where the config asks for
     them."""
     try:
@@ -272,7 +274,7 @@ def _plan(given: RawField, question: str, config: DataConfig, where: str) -> Med
         raise InputError(
             where, f"field {place!r}: {detail['msg']}", "correct the media entry"
         ) from error
-    check_places(question, plan, where)
+    check_places(asked, plan, where)
     for item in plan.items:
         if item.uri.startswith("data:"):
             raise InputError(

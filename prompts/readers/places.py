@@ -8,7 +8,7 @@ from avatar_rl.common.errors import InputError
 from avatar_rl.common.text import shortened
 from avatar_rl.prompts.record import MediaPlan
 
-_PLACE = re.compile(r"<(video|audio|image)>")
+PLACE = re.compile(r"<(video|audio|image)>")
 _MEDIUM = r"(?:video|audio|image|img|vid|picture|speech|sound|media)"
 _PART = r"(?:placeholder|pad|token|here|start|end|soft_token|file)"
 #: Places as other projects write them: <image_1>, <IMAGE>, <ImageHere>, <start_of_image>, [image].
@@ -19,11 +19,13 @@ _OTHER_PLACE = re.compile(
 _TOKEN = re.compile(r"<\|[\w-]{1,30}\|>|<\uff5c[^<>]{1,40}\uff5c>")
 
 
-def check_places(question: str, plan: MediaPlan, where: str) -> None:
-    """Raises InputError where the question's places are not those of its media, one for one, or
-    are written as another project writes them."""
-    places = _PLACE.findall(question)
+def check_places(asked: str, plan: MediaPlan, where: str) -> None:
+    """Raises InputError where the places in question and options are not those of the media, one
+    for one, or are written as another project writes them."""
+    places = PLACE.findall(asked)
     kinds = [item.kind for item in plan.items]
+    if plan.audio_in_video:  # the sound has no place of its own
+        kinds = [kind for kind in kinds if kind != "audio"]
     if plan.in_text and places != kinds:
         raise InputError(
             where,
@@ -37,7 +39,7 @@ def check_places(question: str, plan: MediaPlan, where: str) -> None:
             f"the question holds <{places[0]}>, but its media stand in front of it",
             "set media.in_text to true, or drop the tag",
         )
-    other = next(iter(_OTHER_PLACE.findall(_PLACE.sub("", question))), None)
+    other = next(iter(_OTHER_PLACE.findall(PLACE.sub("", asked))), None)
     if other is not None and plan.items:
         raise InputError(
             where,

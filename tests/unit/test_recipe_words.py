@@ -61,6 +61,23 @@ def test_a_scalar_is_what_it_looks_like(text: str, value: Json) -> None:
         ("output: {upload: None}", r"output\.upload: write null where nothing is meant"),
         ("output: {folder: $HOME/runs}", r"output\.folder: variables are not replaced"),
         ("model: {path: $HOME/model}", r"model\.path: variables are not replaced"),
+        ("output: {folder: ''}", r"output\.folder: the path is empty"),
+        ("model: {path: ' '}", r"model\.path: the path is empty"),
+        (f"name: {'x' * 300}", r"name: .*at most 100 characters"),
+        ("seed: 99999999999999999999", r"seed: .*less than 4294967296"),
+        ("loop: {steps: 99999999999}", r"loop\.steps: .*less than or equal to 1000000000"),
+        ("learner: {optimizer: {betas: [2, 3]}}", r"betas\.0: .*less than 1"),
+        *(
+            (f"rewards: {{judge: {{base_url: '{url}'}}}}", r"judge\.base_url: .*" + words)
+            for url, words in (
+                ("localhost:8000", "no URL of an endpoint: write http://HOST"),
+                ("http://127.0.0.1:99999/v1", "Port out of range.*write http://HOST"),
+                ("http://[::1/v1", "is no URL.*write http://HOST"),
+                ("unix:///x", "no URL of an endpoint"),
+                ("http://a:secret@host/v1", "name a variable in api_key_env"),
+                ("http://ho st/v1", "holds a blank"),
+            )
+        ),
         ("output: {folder: ~nobody-here/runs}", r"output\.folder: there is no such home folder"),
     ],
 )
@@ -140,3 +157,25 @@ def test_faults_of_several_kinds_are_told_at_once(tmp_path: Path) -> None:
             tmp_path, DATA, "--rollout.sampling.temperature=0", "--rollout.sampling.max_tokens=9999"
         )
     assert "temperature 0" in str(caught.value) and "max_tokens 9999" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--preset", "--resume", "--stage", "--from-stage"])
+def test_an_option_that_a_shell_left_empty_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(DATA)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "r.yaml"), f"{option}=", "--dry-run"])
+    assert ended.value.code == 2 and f"{option} has no value" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere/a")
+
+    (tmp_path / "r.yaml").write_text(DATA)
+    monkeypatch.setattr("avatar_rl.cluster.commands.train.read_recipe", failing)
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 1
+    assert "/somewhere/a: Permission denied; correct the path" in capsys.readouterr().err

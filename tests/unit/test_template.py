@@ -30,7 +30,7 @@ from avatar_rl.prompts.encoding.processor import PixelBounds
 from avatar_rl.prompts.encoding.rope import PositionRule
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig, _seconds_per_grid
 from avatar_rl.prompts.media.loader import DecodedAudio, MediaLoader
-from avatar_rl.prompts.record import MediaItem, MediaPlan, Prompt
+from avatar_rl.prompts.record import MediaItem, MediaPlan, ProblemType, Prompt
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, video
 from tests.unit.media_files import write_video
 
@@ -634,3 +634,20 @@ def test_a_template_without_the_models_bos_is_warned_of(
     if warned:
         assert "<bos>" in warnings[0] and "{{ bos_token }}" in warnings[0]
         assert "'qwen3'" in warnings[0]
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+BY_CHANCE = "{{ range(99999) | random }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_day_for_ever(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = with_template(folder, tmp_path / "model", DATED, text_only=True)
+    encoder = PromptEncoder(model, ArrayLoader(), TemplateConfig())
+    prompt = Prompt(id="p", question="Which?", answer="a", problem_type=ProblemType.FREE_FORM)
+    assert encoder.text(prompt, False).startswith("26 Jul 2024")
+    assert any("today's date" in warning for warning in encoder.warnings)
+    model = with_template(folder, tmp_path / "other", BY_CHANCE, text_only=True)
+    with pytest.raises(ModelError, match="renders one chat in two ways: take chance and clock"):
+        PromptEncoder(model, ArrayLoader(), TemplateConfig())
