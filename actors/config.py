@@ -10,6 +10,14 @@ from pydantic import Field, JsonValue, StringConstraints, field_validator, model
 from avatar_rl.actors.vllm_arguments import check_arguments
 from avatar_rl.common.config import Section
 
+#: Completions that are decoded together, where a recipe leaves it open.
+CPU_SEQUENCES, GPU_SEQUENCES = 64, 256
+
+
+def default_sequences(device: str) -> int:
+    """Of an engine on "cpu" or "cuda"."""
+    return CPU_SEQUENCES if device == "cpu" else GPU_SEQUENCES
+
 
 class SamplingConfig(Section):
     """How completions are drawn. ``temperature: 0`` is greedy."""
@@ -107,12 +115,16 @@ class EngineConfig(Section):
     max_model_len: int = Field(
         16_384, ge=16, description="Longest prompt plus completion, in tokens."
     )
-    max_num_seqs: int = Field(64, ge=1, description="Completions that are decoded together.")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Completions that are decoded together; null is 256 on a GPU, 64 on a CPU.",
+    )
     max_num_batched_tokens: int | None = Field(
         None,
         ge=16,
-        description="Tokens of one engine step; null is vLLM's choice on a GPU, max_model_len on "
-        "a CPU.",
+        description="Tokens of one engine step; null is 8,192 on a GPU (16,384 suits 80 GB), "
+        "max_model_len on a CPU.",
     )
     kv_cache_memory_bytes: int | None = Field(
         None,
@@ -121,6 +133,12 @@ class EngineConfig(Section):
     )
     gpu_memory_utilization: float = Field(
         0.85, gt=0, lt=1, description="Share of the GPU's memory the engine may use."
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: rollouts compute in FP8 (a GPU of compute capability 8.9 or newer); "
+        "versions come in bfloat16 and are quantised by vLLM as they load. Needs "
+        "old_logprobs other than behaviour, and a probe.tolerance.",
     )
     enforce_eager: bool | None = Field(
         None,
@@ -159,6 +177,10 @@ class EngineConfig(Section):
     def _check_arguments(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
         check_arguments(given)
         return given
+
+    def sequences_on(self, device: str) -> int:
+        """``max_num_seqs``, resolved for "cpu" or "cuda"."""
+        return self.max_num_seqs or default_sequences(device)
 
     def dtype_on(self, device: str) -> str:
         """``dtype``, resolved for "cpu" or "cuda"."""

@@ -25,6 +25,7 @@ OURS = {
     "tensor_parallel_size": "use rollout.engine.tensor_parallel_size",
     "pipeline_parallel_size": "an engine is one stage; use rollout.engine.tensor_parallel_size",
     "data_parallel_size": "use rollout.workers",
+    "quantization": "use rollout.engine.quantization",
     "block_size": "use rollout.engine.block_size",
     "limit_mm_per_prompt": "use rollout.engine.media_per_prompt",
     "generation_config": "sampling is the recipe's alone",

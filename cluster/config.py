@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from avatar_rl.actors.config import EngineConfig, SamplingConfig
+from avatar_rl.actors.config import CPU_SEQUENCES, EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import MAX_PARTS, DeadBy
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.cluster.model_config import ModelSection
@@ -215,7 +215,11 @@ class RolloutSection(Section):
     )
     engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")
-    max_sequences: int = Field(64, ge=1, description="Completions one actor keeps in flight.")
+    max_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="Completions one actor keeps in flight; null is 256 on a GPU, 64 on a CPU.",
+    )
     lease_s: float = Field(
         120, gt=0, description="Seconds until an unfinished prompt of a silent actor is given away."
     )
@@ -306,10 +310,25 @@ class RunConfig(Section):
         if self.rewards.asks_unimodal:
             largest *= MAX_PARTS
             what += " (fusion: with video alone and audio alone)"
-        if self.rollout.max_sequences < largest:
+        fewest = self.rollout.max_sequences or CPU_SEQUENCES
+        if fewest < largest:
+            yield f"rollout.max_sequences {fewest} is below one group of {largest}{what}"
+        yield from self._quantised()
+
+    def _quantised(self) -> Iterator[str]:
+        """Rollouts in FP8 sample from another policy than the one that learns."""
+        kind = self.rollout.engine.quantization
+        objective = self.learner.objective
+        if kind is not None and objective.old_rule("bfloat16") == "behaviour":
             yield (
-                f"rollout.max_sequences {self.rollout.max_sequences} is below one group of "
-                f"{largest}{what}"
+                f"rollout.engine.quantization {kind} needs a correction of the mismatch: set "
+                "learner.objective.old_logprobs to auto, which weights by "
+                "learner.objective.mismatch"
+            )
+        if kind is not None and self.probe.prompts and self.probe.tolerance is None:
+            yield (
+                f"rollout.engine.quantization {kind}: engine and learner differ by more than in "
+                "bfloat16. Set probe.tolerance (docs/objective.md)"
             )
 
     @property

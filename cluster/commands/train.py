@@ -23,7 +23,7 @@ from avatar_rl.cluster.recipe.load import (
 )
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
-from avatar_rl.cluster.recipe.resources import asked_by
+from avatar_rl.cluster.recipe.resources import asked_by, needs_of
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.adapter.files import is_adapter
 
@@ -70,14 +70,15 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
 
 def _show_needs(config: RunConfig) -> None:
     """Processes, and memory by part where the model's size is known."""
-    for name, amount in asked_by(config).rows():
+    machine = config.resources.machine
+    needs = asked_by(config) if machine is not None else needs_of(config)  # of this machine
+    for name, amount in needs.rows():
         print(f"#   {name:<34} {amount}")
     plan = MemoryPlan.of(config)
     if plan is not None:
         print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
         for name, amount in plan.rows():
             print(f"#   {name:<34} {amount}")
-    machine = config.resources.machine
     if machine is not None:
         print(f"# the machine it is written for: {machine_words(machine)}")
         for demand in demands(config):

@@ -52,7 +52,8 @@ class System:
         self, config: RunConfig, run_id: str, model: Path, buffer: ReplayBuffer
     ) -> RolloutFleet:
         """Rollout actors of ``model``, not started yet. ``config`` may show them other media."""
-        spec = rollout_spec(config, run_id, model, self.datasets, self.services.redis_url)
+        url, on_gpu = self.services.redis_url, self.services.on_gpu
+        spec = rollout_spec(config, run_id, model, self.datasets, url, on_gpu=on_gpu)
         return RolloutFleet(
             self.pool, spec, buffer, self.folder, self.screen, scaling=config.rollout
         )

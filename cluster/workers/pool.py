@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+from avatar_rl.actors.config import default_sequences
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.control import RunControl
@@ -261,9 +262,15 @@ def unwrap(error: BaseException) -> BaseException:
 
 
 def rollout_spec(
-    config: RunConfig, run_id: str, model: Path, datasets: Datasets, redis_url: str
+    config: RunConfig,
+    run_id: str,
+    model: Path,
+    datasets: Datasets,
+    redis_url: str,
+    *,
+    on_gpu: bool = False,
 ) -> RolloutSpec:
-    """What every rollout actor of the run is told."""
+    """What every rollout actor of the run is told; ``on_gpu`` as in ``learner_spec``."""
     rollout = config.rollout
     return RolloutSpec(
         run_id=run_id,
@@ -278,7 +285,7 @@ def rollout_spec(
         evaluation_tokens=config.evaluation.max_tokens,
         buffer=config.buffer,
         redis_url=redis_url,
-        max_sequences=rollout.max_sequences,
+        max_sequences=rollout.max_sequences or default_sequences(_engine_device(config, on_gpu)),
         max_staleness=config.loop.max_staleness,
         lease_s=rollout.lease_s,
         scores_together=config.rewards.quick,

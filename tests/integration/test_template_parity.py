@@ -80,7 +80,7 @@ def test_videos_within_a_total_are_the_same_tokens_on_both_sides(stage: Stage) -
         "two": ([video(31, 16, 3.3, 160, 224), video(32, 8, 3.3, 160, 224)], False),
     }
     if stage.family in OMNI:
-        media["heard"] = ([video(33, 16, 2.0, 160, 224), audio(34, 7.3)], True)
+        media["heard"] = ([video(33, 16, 4.0, 160, 224), audio(34, 3.9)], True)
     whole, total = stage.encoder, 120
     stage.encoder = PromptEncoder(
         stage.folder, stage.loader, TemplateConfig(total_video_tokens=total)

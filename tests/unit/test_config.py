@@ -235,3 +235,13 @@ def test_a_requests_sampling_is_the_recipes_with_a_count() -> None:
     assert (greedy.greedy, greedy.n, greedy.max_tokens, greedy.min_tokens) == (True, 1, 30, 5)
     with pytest.raises(ValidationError, match="4 equal completions"):
         RequestSampling(n=4, temperature=0)
+
+
+def test_rollouts_in_fp8_are_another_policy(tmp_path: Path) -> None:
+    fp8 = ("rollout.engine.quantization", "fp8")
+    with pytest.raises(ConfigError, match=r"quantization fp8: .*Set probe\.tolerance"):
+        load_recipe(written(tmp_path), [fp8])
+    allowed = [fp8, ("probe.tolerance", "0.6")]
+    assert load_recipe(written(tmp_path), allowed).rollout.engine.quantization == "fp8"
+    with pytest.raises(ConfigError, match=r"needs a correction of the mismatch: set .*to auto"):
+        load_recipe(written(tmp_path), [*allowed, ("learner.objective.old_logprobs", "behaviour")])

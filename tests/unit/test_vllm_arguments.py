@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import avatar_rl.actors.vllm_arguments as arguments
 from avatar_rl.actors.config import EngineConfig
-from avatar_rl.actors.engine.launch import check_heads, engine_arguments
-from avatar_rl.common.errors import ModelError
+from avatar_rl.actors.engine.launch import check_heads, engine_arguments, pick_device
+from avatar_rl.common.errors import ModelError, ResourceError
 
 
 def test_what_is_not_ours_reaches_the_engine(tmp_path: Path) -> None:
@@ -43,11 +43,29 @@ def test_whatever_the_engine_is_started_with_is_ours(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     for device in ("cpu", "cuda"):
         config = EngineConfig(max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20)
+        config = config.model_copy(update={"quantization": "fp8"} if device == "cuda" else {})
         started = engine_arguments(tmp_path, "qwen2_5_omni", config, device)
         left = started.keys() - arguments.OURS.keys()
         assert left <= {"enable_chunked_prefill", "skip_mm_profiling"}
     if known := arguments.argument_names():
         assert arguments.OURS.keys() <= known
+
+
+def test_what_a_recipe_leaves_open_suits_the_device(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+
+    def started(device: str, **settings: object) -> tuple[object, object]:
+        config = EngineConfig.model_validate(settings)
+        found = engine_arguments(tmp_path, "qwen3", config, device)
+        return found["max_num_seqs"], found["max_num_batched_tokens"]
+
+    assert started("cuda") == (256, 8192)
+    assert started("cuda", max_num_batched_tokens=16_384, max_num_seqs=9) == (9, 16_384)
+    assert started("cpu", max_model_len=512) == (64, 512)
+    fp8 = EngineConfig(quantization="fp8")
+    assert engine_arguments(tmp_path, "qwen3", fp8, "cuda")["quantization"] == "fp8"
+    with pytest.raises(ResourceError, match="quantization fp8 needs a GPU: set it to null"):
+        pick_device(fp8.model_copy(update={"device": "cpu"}))
 
 
 @pytest.mark.parametrize(
