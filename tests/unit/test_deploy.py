@@ -4,10 +4,12 @@ buffer."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +102,8 @@ def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: 
     training = "trap 'sleep 1; echo saved; exit 0' TERM; echo began; while :; do sleep 0.1; done"
     (tmp_path / "token").touch()
     (tmp_path / "job.sh").write_text(
-        f"set -euo pipefail\nRAY_AUTH_TOKEN_PATH={tmp_path}/token\n"
-        f"{script[start : script.index('srun', start)]}"
+        f"set -euo pipefail\ntoken={tmp_path}/token\n"
+        f"{script[start : script.index('start_ray()', start)]}"
         f"sleep 60 & steps+=($!)\nbash -c {shlex.quote(training)} &\n"
         + script[end:].replace("code=0", "echo trapped; code=0", 1)
     )
@@ -112,6 +114,93 @@ def test_slurms_notice_stops_the_training_in_order_before_the_cluster(tmp_path: 
         assert job.stdout.readline() == "saved\n"
         assert job.wait(timeout=10) == 0
     assert not (tmp_path / "token").exists()
+
+
+STUBS = {
+    "scontrol": "printf 'n%s\\n' 0 1 2 3",
+    "srun": 'echo "srun $*" >> "$LOG"; [[ $* == *ip-address ]] && echo 10.0.0.1; true',
+    "ray": "true",
+    "python": '[[ $1 == -c ]] && { echo token; exit; }; [[ $2 == *fit ]] && exec "$PYTHON" "$@"; '
+    'sleep 0.5; echo "python $*" >> "$LOG"; echo "${RAY_AUTH_MODE:-none}" >> "$LOG"',
+}
+
+
+def submitted(folder: Path, nodes: int, recipe: str, **more: str) -> list[str]:
+    """What the script calls in a job of ``nodes`` nodes of 8 GPUs."""
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, text in STUBS.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "LOG": str(folder / "log"),
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[0-3]",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_GPUS_ON_NODE": "8",
+        "AVATAR_SHARED": str(folder),
+        **more,
+    }
+    command = ["bash", str(DEPLOY / "slurm" / "train.sbatch"), str(ROOT / recipe), "--seed", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob(".ray-token*"))
+    return (folder / "log").read_text().splitlines()
+
+
+def test_slurm_on_one_node_starts_nothing_but_the_run(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "qwen2_5_omni_7b.yaml"  # whose labels no single node can carry
+    command, mode = submitted(tmp_path, 1, str(recipe))
+    assert mode == "none"  # the run's own token
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "cluster.cli", "train"] and words[-2:] == ["--seed", "3"]
+    config = load_recipe(recipe, parse_overrides(words[5:]))
+    assert config.resources.address is None and config.buffer.url is None
+    assert config.resources.learner_labels == config.resources.rollout_labels == {}
+
+
+def test_slurm_labels_as_many_nodes_as_the_learner_fills(tmp_path: Path) -> None:
+    redis = {"AVATAR_REDIS_URL": "rediss://r:6379", "AVATAR_REDIS_PASSWORD": "p"}
+    lines = submitted(tmp_path, 4, "recipes/gpu/omni_7b_4x8.yaml", **redis)
+    joined = sorted(line for line in lines if " --labels" in line)
+    assert len(joined) == 3
+    assert "--ntasks=1 -w n0 ray start --head" in joined[0] and "pool=learner" in joined[0]
+    assert "--ntasks=1 -w n3" in joined[1] and "pool=rollout" in joined[1]
+    assert "--ntasks=2 -w n1,n2" in joined[2] and "pool=learner" in joined[2]
+    [command] = [line for line in lines if line.startswith("python")]
+    assert "--resources.address 10.0.0.1:6379 --buffer.url rediss://r:6379" in command
+    assert lines[-1] == "token"
+
+
+def test_the_image_is_what_the_ray_job_and_the_constraints_expect() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    parts = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
+    images = {part.split()[2]: part for part in parts}
+    assert images.keys() == {"cpu", "gpu"}
+    for target, part in images.items():
+        lines = [line.strip() for line in part.replace("\\\n", " ").splitlines()]
+        said = [line.partition(" ")[0] for line in lines if line and not line.startswith("#")]
+        assert said.index("USER") < said.index("COPY")  # nothing of ours is root's
+        assert "USER avatar" in lines and "WORKDIR /app" in lines
+        assert any(line.startswith("ENV PATH=/app/.venv/bin:$PATH") for line in lines)
+        assert any(line.startswith(f"RUN make setup EXTRA={target}") for line in lines)
+        assert (DEPLOY / "constraints" / f"{target}.txt").is_file()
+        assert not re.search(r"(?i)password|token|secret=|ARG ", part)
+        [python] = set(re.findall(r"python:?(3\.\d+)", part))
+        assert python in ("3.11", "3.12")
+    assert re.search(r"cuda:13\.", images["gpu"]) and "wget" in images["gpu"]
+    spec = ray_job()["spec"]["rayClusterSpec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for container in (group["template"]["spec"]["containers"][0] for group in groups):
+        assert (container["image"], container["workingDir"]) == ("avatar-rl:gpu", "/app")
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "build", "runs"} <= set(ignored)
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:
