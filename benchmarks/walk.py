@@ -46,7 +46,7 @@ BLOCK = re.compile(
 )
 MARKS = ("file ", "fails", "stopped", "server", "prints", "not here: ")
 #: What a reader of README has at hand, and what is taken in its place.
-AT_HAND = {"<id>": "look-2*", "my_dataset.jsonl": "colours/train.jsonl"}
+AT_HAND = {"<id>": "$(ls runs | grep look-2 | tail -1)", "my_dataset.jsonl": "colours/train.jsonl"}
 #: Commands of README that are walked elsewhere.
 ELSEWHERE = {
     "make demo": "it is measured of its own (docs/benchmarks.md, demo)",

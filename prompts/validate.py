@@ -3,6 +3,7 @@ after a fault."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -173,7 +174,8 @@ def _faults(
             prompt, hinted=prompt.hint is not None
         )  # the hint is part of the longest form
     except DataError as error:
-        yield str(error), "see the message"
+        what, _, remedy = str(error).rpartition(": ")
+        yield what or remedy, remedy if what else "see the message"
     else:
         report.longest = max(report.longest, len(encoded.input_ids))
 
@@ -184,6 +186,8 @@ def _encoder(processor_path: Path, loader: MediaLoader, max_tokens: int) -> Prom
         TemplateConfig,
     )
 
+    # Frames come from a cache that must not be written to, and nobody writes to them.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     return PromptEncoder(
         processor_path, loader, TemplateConfig(max_prompt_tokens=max_tokens, cache_bytes=0)
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageChops
@@ -62,6 +63,12 @@ def take_all(page: Browser, address: str, run: Path, folder: Path) -> None:
         page.until("document.querySelector('.rollout video').readyState > 1")
         page.run("const v = document.querySelector('video'); v.currentTime = v.duration / 3")
         take(page, name, folder)
+    page.resize((1440, 780))
+    page.open("about:blank")
+    page.open(f"{address}#/prompt/{visited(run)}?a={run.name}/&b={run.name}/")
+    page.until("document.querySelectorAll('.visit .answer').length > 1")
+    page.until("document.querySelector('.asked video').readyState > 1")
+    take(page, "view-prompt", folder)
     page.resize((1100, 900))
     page.open((run / "report.html").resolve().as_uri())
     take(page, "report", folder)
@@ -81,6 +88,14 @@ def take(page: Browser, name: str, folder: Path) -> None:
         picture = picture.crop(ImageChops.difference(picture, white).getbbox())
     few = picture.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     few.save(IMAGES / f"{name}.png", optimize=True)
+
+
+def visited(run: Path) -> str:
+    """The prompt with the most saved steps."""
+    found: Counter[str] = Counter()
+    for file in Rollouts(run).files():
+        found.update({row.prompt_id for row in file.rows if not file.held_out and not row.replayed})
+    return found.most_common(1)[0][0]
 
 
 def telling(run: Path) -> str:

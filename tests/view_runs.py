@@ -132,6 +132,7 @@ def make_run(
         "state": state,
         "step": steps,
         "total_steps": steps,
+        "phase": "writing the report",  # its last one
         "started": now - 90,
         "updated": now,
         "host": "elsewhere",

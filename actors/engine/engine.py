@@ -177,7 +177,9 @@ class RolloutEngine:
             raise DataError(
                 f"request {request_id!r}: {length} prompt tokens + max_tokens "
                 f"{sampling.max_tokens} exceed max_model_len {self.config.max_model_len}: "
-                "shorten the prompt or raise max_model_len"
+                "shorten the prompt (fewer frames, or data.reader.max_pixels), or raise "
+                "rollout.engine.max_model_len; `avatar data validate DATA --recipe RECIPE` "
+                "measures them all"
             )
         self._warn_truncation(sampling)
         lora = self._adapters.begin(request_id, self.version) if self._adapters else None

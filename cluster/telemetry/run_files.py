@@ -75,8 +75,11 @@ class RunStatus(BaseModel):
         if self.state in ENDED or self.host != socket.gethostname():
             return False
         try:
-            # a younger process has been given the same id
-            return psutil.Process(self.pid).create_time() > self.started + 1
+            process = psutil.Process(self.pid)
+            # Killed and not waited for by its parent, as in a container without an init; or a
+            # younger process has been given the same id.
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+            return zombie or process.create_time() > self.started + 1
         except psutil.NoSuchProcess:
             return True
 

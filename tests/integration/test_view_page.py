@@ -216,6 +216,7 @@ def test_a_link_leads_to_one_rollout(page: Browser) -> None:
 def test_a_run_its_steps_and_its_comparison(page: Browser) -> None:
     go(page, "#/run/large")
     page.until("document.querySelectorAll('.chart').length > 3")
+    assert "writing the report" not in page.text(".run-head")  # it has ended
     go(page, "#/run/large/steps")
     page.until("document.querySelectorAll('.group.is-dead').length > 3")
     assert page.run("return document.querySelectorAll('.dots.replayed .chip').length") > 50
@@ -224,6 +225,53 @@ def test_a_run_its_steps_and_its_comparison(page: Browser) -> None:
     go(page, "#/compare/large/apart")
     page.until("document.querySelectorAll('.compare .chart').length > 2")
     assert "name" in page.text(".compare")
+
+
+def test_one_prompt_is_compared_between_steps_and_between_runs(page: Browser) -> None:
+    go(page, "#/run/large/rollouts?at=step_000007/3/5")
+    page.until("document.querySelector('.all-answers a')")
+    page.click(".all-answers a")
+    page.until("document.querySelectorAll('.visit .answer').length > 8")
+    assert "a=large/step_000007/3" in page.run("return location.hash")
+
+    def value(name: str) -> str:
+        return str(page.run(f"return document.querySelector('select[name={name}]').value"))
+
+    def choose(name: str, chosen: str) -> None:
+        page.run(
+            "const s = document.querySelector(`select[name=${arguments[0]}]`); "
+            "s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
+            name,
+            chosen,
+        )
+
+    assert (value("visit-a"), value("visit-b")) == ("step_000007/3", f"step_{STEPS:06d}/3")
+    assert page.run("return document.querySelector('select[name=visit-a]').length") == STEPS
+    choose("visit-b", "step_000009/3")
+    page.until("location.hash.includes('b=large/step_000009/3')")
+    choose("run-b", "apart")
+    page.until("location.hash.includes('b=apart/step_000001/3')")
+    page.until("[...document.querySelectorAll('.visit')].at(-1).querySelector('.answer')")
+    # the same link leads here again, and a card to its rollout
+    page.driver.refresh()
+    page.until("document.querySelectorAll('.visit .answer').length > 8")
+    page.click(".visit .answer")
+    page.until("document.querySelector('.rollout .token')")
+    assert "/run/large/rollouts" in page.run("return location.hash")
+    # one text in both runs is marked, and the same texts stand together
+    go(page, "#/prompt/train-00001?a=old-codec/step_000001/1&b=moved/step_000001/1")
+    page.until("document.querySelectorAll('.visit .badge.alive').length >= 8")
+    go(page, "#/compare/large/apart")
+    page.until("document.querySelectorAll('.shared tbody tr').length >= 5")
+    page.click(".shared a")
+    page.until("document.querySelectorAll('.versus .visit').length == 2")
+    assert page.run("return document.querySelector('select[name=run-b]').value") == "apart"
+    go(page, "#/prompt/nobody?a=large/&b=apart/")
+    page.until("document.querySelector('.one-prompt .wait')")
+    page.resize(PHONE)
+    go(page, "#/prompt/train-00003?a=large/step_000007/3&b=apart/step_000001/3")
+    page.until("document.querySelectorAll('.visit .answer').length > 8")
+    assert page.run("return document.documentElement.scrollWidth") <= PHONE[0]
 
 
 def test_hostile_text_is_text(page: Browser) -> None:
@@ -237,6 +285,14 @@ def test_hostile_text_is_text(page: Browser) -> None:
         assert found == 0
         assert page.run("return document.querySelector('h1').textContent") == name
     go(page, "#/run/hostile%20%3Cb%3Ex/rollouts")
+    page.until("document.querySelector('.rollout .token')")
+    page.click(".all-answers a")
+    page.until("document.querySelector('.versus .answer')")
+    assert page.run("return window.hurt === undefined")
+    assert (
+        page.run("return document.querySelectorAll('main script, main b:not([class])').length") < 9
+    )
+    page.driver.back()
     page.until("document.querySelector('.rollout .token')")
     said = page.run("return document.querySelector('.rollout').textContent")
     assert "<script>window.hurt = 1</script>" in said

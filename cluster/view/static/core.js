@@ -113,6 +113,8 @@ const AV = {};
   };
   AV.bytes = (size) => size > 1e6 ? `${(size / 1e6).toFixed(1)} MB` : size > 1e3 ? `${Math.round(size / 1e3)} kB` : `${size} B`;
   AV.state = (run) => (run.lost ? "lost" : run.state);
+  // What a run is busy with; a run that has ended is busy with nothing.
+  AV.phase = (run) => (run.lost || ["finished", "interrupted", "failed"].includes(run.state) ? "" : run.phase || "");
   AV.badge = (text, kind, title) => AV.h("span", { class: `badge ${kind || ""}`, title }, text);
   AV.problem = (error) => AV.h("div", { class: "problem", role: "alert" }, AV.h("b", {}, "This cannot be shown. "), AV.visible(error.message || error));
   AV.faults = (list) => list && list.length

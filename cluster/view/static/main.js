@@ -10,6 +10,7 @@
     const links = [h("a", { href: "#/" }, "runs")];
     if (parts[0] === "run" && parts[1]) links.push(h("a", { href: AV.to(["run", parts[1]]) }, AV.visible(parts[1])));
     if (parts[0] === "compare") links.push(h("span", {}, "compare"));
+    if (parts[0] === "prompt") links.push(h("span", {}, "one prompt"));
     trail.replaceChildren(...links);
     document.title = parts[1] ? `${parts[1]} · avatar view` : "avatar view";
   }
@@ -20,7 +21,8 @@
     crumbs(parts);
     try {
       const page = parts[0] === "run" && parts[1] ? await AV.runPage(parts[1], parts[2] || "", query)
-        : parts[0] === "compare" && parts[2] ? await AV.comparePage(parts[1], parts[2]) : await AV.runsPage();
+        : parts[0] === "compare" && parts[2] ? await AV.comparePage(parts[1], parts[2])
+          : parts[0] === "prompt" && parts[1] ? await AV.promptPage(parts[1], query) : await AV.runsPage();
       if (mine !== showing) return;
       const y = window.scrollY;
       AV.stopMedia(main);
@@ -38,7 +40,7 @@
   // -- runs under way -----------------------------------------------------------------------------
   async function look() {
     const { parts } = AV.place();
-    const name = parts[0] === "run" && parts[1] ? `run/${parts[1]}` : parts[0] === "compare" ? "" : "runs";
+    const name = parts[0] === "run" && parts[1] ? `run/${parts[1]}` : ["compare", "prompt"].includes(parts[0]) ? "" : "runs";
     if (document.visibilityState === "visible" && name) {
       try {
         const changed = await AV.changed(name);

@@ -30,7 +30,7 @@
       h("header", {}, h("h2", {}, document.held_out ? `Held-out answer at step ${step}` : `Step ${step}`, h("span", { class: "dim" }, ` ${row.category || row.type || ""}`)),
         h("div", { class: "badges" }, flags)),
       siblings(rows, at, pick, document),
-      h("div", { class: "pair" }, h("div", {}, AV.media(run, own || document.media), prompt(row)), h("div", {}, AV.completion(row), paid(row))));
+      h("div", { class: "pair" }, h("div", {}, AV.media(run, own || document.media), AV.promptCard(row, AV.to(["prompt", row.prompt_id], { a: `${run}/${document.file}/${document.number}` }))), h("div", {}, AV.completion(row), paid(row))));
     if (rows.length > 1) box.append(sideBySide(rows, at, pick));
     return box;
   };
@@ -55,13 +55,15 @@
       rows[0].dead_before ? h("span", { class: "small dead-note" }, rows[0].dead_after === false ? "fresh rewards alike: dead, revived by its replays" : "rewards alike: a dead group") : null);
   }
 
-  const prompt = (row) => h("section", { class: "prompt", "aria-label": "Prompt" },
+  // link: where all answers to it are
+  AV.promptCard = (row, link) => h("section", { class: "prompt", "aria-label": "Prompt" },
     h("p", { class: "question" }, AV.visible(row.question)),
     row.options && row.options.length ? h("ul", { class: "options" }, row.options.map((option) => h("li", { class: option === row.answer || option.startsWith(`${row.answer}.`) ? "true" : null }, AV.visible(option)))) : null,
     h("dl", { class: "short" }, h("dt", {}, "Answer"), h("dd", {}, h("b", { class: "truth" }, AV.visible(row.answer))),
       row.hint && [h("dt", {}, "Hint"), h("dd", {}, AV.visible(row.hint), h("span", { class: "small" }, row.hinted ? " (shown to the model)" : " (not shown)"))],
       row.needs && row.needs.length ? [h("dt", {}, "Needs"), h("dd", {}, row.needs.join(" + "))] : null,
-      h("dt", {}, "Prompt"), h("dd", {}, h("code", {}, AV.visible(row.prompt_id)))));
+      h("dt", {}, "Prompt"), h("dd", {}, h("code", {}, AV.visible(row.prompt_id)))),
+    link ? h("p", { class: "all-answers" }, h("a", { href: link }, "All answers to this prompt, two side by side")) : null);
 
   function paid(row) {
     const components = Object.entries(row.components || {}), details = Object.entries(row.details || {});

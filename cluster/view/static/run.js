@@ -26,7 +26,7 @@
     const head = h("div", { class: "run-head" },
       h("h1", {}, AV.visible(run)), badge(AV.state({ ...status, lost: document_.lost }) || "damaged", `state-${(AV.state({ ...status, lost: document_.lost }) || "lost").replace(" ", "-")}`),
       status.total_steps ? h("span", { class: "progress", title: `step ${status.step} of ${status.total_steps}` }, h("i", { style: { width: `${Math.min(100, (status.step / status.total_steps) * 100)}%` } })) : null,
-      h("span", { class: "small" }, status.total_steps ? `step ${status.step} of ${status.total_steps}` : `step ${status.step ?? "?"}`, status.phase ? ` · ${AV.visible(status.phase)}` : ""));
+      h("span", { class: "small" }, status.total_steps ? `step ${status.step} of ${status.total_steps}` : `step ${status.step ?? "?"}`, AV.phase({ ...status, lost: document_.lost }) ? ` · ${AV.visible(status.phase)}` : ""));
     const tabs = h("nav", { class: "tabs", "aria-label": "Parts of the run" }, TABS.map(([name, label]) =>
       h("a", { href: AV.to(["run", run, name].filter(Boolean)), "aria-current": name === tab ? "page" : null }, label, name === "rollouts" ? h("span", { class: "dim" }, ` ${number(document_.saved.rollouts)}`) : "")));
     const page = h("div", { class: `run ${tab || "overview"}` }, head, status.error ? h("div", { class: "problem", role: "alert" }, AV.visible(status.error)) : null, AV.faults(document_.faults), tabs);

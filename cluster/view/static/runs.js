@@ -18,7 +18,7 @@
       const state = AV.state(run), before = run.accuracy_before, after = run.accuracy_now;
       return h("li", { class: "run-card" },
         h("label", { class: "pick", title: "Choose two to compare" }, h("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, checked: chosen.has(run.name), onchange: (event) => choose(run.name, event.target.checked) })),
-        h("a", { class: "name", href: AV.to(["run", run.name]) }, h("b", {}, AV.visible(run.name)), h("span", { class: "small" }, run.phase ? AV.visible(run.phase) : AV.ago(now - run.started))),
+        h("a", { class: "name", href: AV.to(["run", run.name]) }, h("b", {}, AV.visible(run.name)), h("span", { class: "small" }, AV.phase(run) ? AV.visible(run.phase) : AV.ago(now - run.started))),
         badge(state, `state-${state.replace(" ", "-")}`),
         h("span", { class: "progress", title: `step ${run.step} of ${run.total_steps}` }, h("i", { style: { width: `${run.total_steps ? Math.min(100, (run.step / run.total_steps) * 100) : 0}%` } }), h("span", {}, `${run.step}${run.total_steps ? ` / ${run.total_steps}` : ""}`)),
         h("span", { class: "curve", title: run.curve.name }, AV.spark(run.curve.points, run.curve.name)),
@@ -30,7 +30,7 @@
   };
 
   AV.comparePage = async (one, other) => {
-    const [a, b] = await Promise.all([AV.get(`run/${one}`), AV.get(`run/${other}`)]);
+    const [a, b, left, right] = await Promise.all([`run/${one}`, `run/${other}`, `run/${one}/rollouts`, `run/${other}/rollouts`].map(AV.get));
     const curves = [...new Set([...Object.keys(a.curves), ...Object.keys(b.curves)])];
     const wanted = ["eval/accuracy", "accuracy/moving", "reward/mean", "groups/dead_before", "groups/dead_after", "entropy", "kl/behaviour_capped", "completion/length_mean", "completions/generated", "replay/share", "grad_norm", "rollout/tokens_per_s", "time/step"].filter((name) => curves.includes(name));
     const meaning = (name) => (a.meanings[name] || b.meanings[name] || {});
@@ -43,6 +43,7 @@
       h("div", { class: "charts" }, charts),
       h("h2", {}, "Last values"), h("table", { class: "plain-table" }, h("thead", {}, h("tr", {}, ["Metric", "A", "B", "B − A"].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, figures.map(([name, left, right]) => h("tr", { title: meaning(name).meaning }, h("th", { scope: "row" }, h("code", {}, name)), h("td", {}, number(left)), h("td", {}, number(right)), h("td", {}, left === null || right === null ? "–" : signed(right - left)))))),
+      h("h2", {}, "Prompts that both have answered ", h("span", { class: "dim" }, "accuracy of the last saved visit")), AV.sharedPrompts(one, other, left, right),
       h("h2", {}, `What differs in the recipes `, h("span", { class: "dim" }, keys.length)), keys.length ? h("table", { class: "plain-table" }, h("thead", {}, h("tr", {}, ["Key", "A", "B"].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, keys.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, AV.visible(key))), h("td", {}, said(a.config[key])), h("td", {}, said(b.config[key])))))) : h("p", { class: "wait" }, "Nothing."));
   };
