@@ -69,6 +69,14 @@ def memory_metrics() -> dict[str, float]:
     return found
 
 
+def device_name() -> str:
+    """What the driver calls this process' GPU; "" without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_name())
+
+
 def _glibc(name: str) -> Callable[..., int] | None:
     """A function of glibc's own, where the C library has it."""
     try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 from avatar_rl.common.errors import DataError, ModelError
-from avatar_rl.common.process import memory_metrics
+from avatar_rl.common.process import device_name, memory_metrics
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending, Row, padded
 from avatar_rl.learner.batch.plan import StepPlan, StepSource, StepWork, plan_step, truncated
@@ -50,6 +50,7 @@ class StepReport(TypedDict):
     metrics: dict[str, float]
     samples: list[JsonObject]  # completions as readable rows
     distributions: dict[str, list[float]]  # see ``StepMetrics.distributions``
+    device: str  # the name of rank 0's GPU; "" on a CPU
 
 
 class PhaseTimer:
@@ -147,6 +148,7 @@ class StepTrainer:
             if self.recorder is not None
             else [],
             distributions=gathered.distributions(),
+            device=device_name(),
         )
 
     # -- the parts of a step, in their order -------------------------------------------------------
@@ -266,6 +268,8 @@ class StepTrainer:
     ) -> Tensor:
         """Loss of the plan's completions ``indices``, () with gradient (docs/method.md 1.1)."""
         config, device = self.spec.learner.objective, output.logprobs.device
+        for tree in batch.trees:
+            step_metrics.computed.add(tree.prompt, tree.completions)
         chosen = [plan.trajectories[i] for i in indices]
         mask = batch.mask.to(device)
         reference = (

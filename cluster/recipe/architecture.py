@@ -54,6 +54,24 @@ class Architecture:
     def parameters(self) -> float:
         return self.decoder + self.encoders
 
+    def train_flops(
+        self, positions: float, scored: float, pairs: float, *, frozen: bool = False
+    ) -> float:
+        """Floating-point operations of the decoder's forward and backward pass.
+
+        A product of a position and a matrix of n parameters is 2 n operations, forward. Backward
+        is twice that: once for the input's gradient, once for the weights'. ``frozen`` weights (an
+        adapter trains beside them) need the first only. ``scored`` positions go through the head,
+        ``pairs`` of them through attention: 2 for the score, 2 for the sum, per query feature.
+        What checkpointing computes again does not count, nor do the towers.
+        """
+        attention = self.hidden * (2 * self.queries + 2 * self.keys)
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        layer = attention + router + self.active_experts * 3 * self.hidden * self.mlp
+        linear = self.layers * layer * positions + self.vocabulary * self.hidden * scored
+        scores = 2 * self.layers * self.queries * pairs
+        return 2 * linear * (2 if frozen else 3) + 2 * scores * 3
+
     def cache_bytes(self, tokens: int, number: int = 2) -> int:
         """Keys and values of ``tokens`` tokens, ``number`` bytes each (bfloat16)."""
         return tokens * self.layers * 2 * self.keys * number

@@ -19,6 +19,38 @@ class Gpu:
     version: str = field(default="", compare=False)  # of the driver, whole
 
 
+#: Dense bfloat16 operations per second by the name that the driver gives, as NVIDIA publishes
+#: them. The first that fits counts, so the longer names come first.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("A40", 150e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+)
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bfloat16 peak of a GPU; None where it is not known, and on a CPU."""
+    return next(
+        (
+            peak
+            for known, peak in PEAK_FLOPS
+            if re.search(rf"(?<![A-Za-z0-9]){known}(?![A-Za-z0-9])", name)
+        ),
+        None,
+    )
+
+
 def local_gpus() -> tuple[list[Gpu], str]:
     """The GPUs that a run on this machine would see, and why there are none."""
     tool = shutil.which("nvidia-smi")

@@ -174,6 +174,11 @@ class MemoryPlan:
         """Of one learner GPU, all parts."""
         return sum(self.learner_parts.values())
 
+    def train_flops(self, positions: float, scored: float, pairs: float) -> float:
+        """Operations of what the learner computed, all ranks together."""
+        frozen = self.setting.adapter_rank is not None
+        return self.model.train_flops(positions, scored, pairs, frozen=frozen)
+
     @property
     def rollout_parts(self) -> dict[str, float]:
         """Of one rollout GPU: weights, and the cache of one longest completion."""

@@ -34,6 +34,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "time/learner_wait": ("", "timing_s/gen"),
     "time/forward_backward": ("", "timing_s/update_actor"),
     "rollout/tokens_per_s": ("", "perf/throughput"),
+    "learner/mfu": ("", "perf/mfu/actor"),
     "memory/learner_gpu": ("", "perf/max_memory_allocated_gb"),
     "memory/host": ("", "perf/cpu_memory_used_gb"),
     "eval/accuracy": ("eval_reward", "val-core/accuracy"),

@@ -217,6 +217,13 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Completion tokens trained on in the step, fresh and replayed.",
         ),
         (
+            "tokens/computed",
+            "tokens",
+            "Positions that the learner computed in the step, prompts and media included.",
+        ),
+        ("tokens/scored", "tokens", "Of these, the ones whose logits were computed."),
+        ("tokens/pairs", "pairs", "Pairs of these of which one may look at the other."),
+        (
             "rollout/tokens_per_s",
             "tokens/s",
             "Completion tokens generated per second of wall time, all actors together.",
@@ -230,6 +237,12 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "learner/tokens_per_s",
             "tokens/s",
             "Completion tokens trained per second of the learner's own work, waiting left out.",
+        ),
+        (
+            "learner/mfu",
+            "share",
+            "Model FLOPs utilisation of the learner's passes and updates: the decoder's operations "
+            "over the GPUs' dense bfloat16 peak; where GPU and model are known.",
         ),
         ("time/step", "s", "Wall time of the step, waiting included."),
         ("time/learner_wait", "s", "Time the learner waited for fresh groups in this step."),

@@ -33,6 +33,7 @@ from avatar_rl.cluster.recipe.assets import (
     read_prompts,
 )
 from avatar_rl.cluster.recipe.content import model_digest
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -208,7 +209,8 @@ def training_run(
         stack.callback(fleet.stop)
         learner = _learner(system, lock.run_id, model, replica, buffer)
         dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
-        metrics = RunMetrics(buffer, fleet, system.folder, system.screen)
+        plan = MemoryPlan.of(config)
+        metrics = RunMetrics(buffer, fleet, system.folder, system.screen, plan)
         supervisor = Supervisor(
             config,
             folder=system.folder,

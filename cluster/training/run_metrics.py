@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import psutil
 
 from avatar_rl.buffer_service.stats import Stats
 from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.recipe.gpus import peak_flops
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.telemetry.metrics import under_old_names
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
@@ -28,8 +31,15 @@ class RunMetrics:
     """Metrics of every step of one run (names: telemetry/metrics.py)."""
 
     def __init__(
-        self, buffer: ReplayBuffer, fleet: RolloutFleet, folder: RunFolder, screen: Screen
+        self,
+        buffer: ReplayBuffer,
+        fleet: RolloutFleet,
+        folder: RunFolder,
+        screen: Screen,
+        plan: MemoryPlan | None = None,
     ) -> None:
+        """``plan`` of the recipe knows how many operations a step is; None: nobody does."""
+        self.plan = plan
         self.buffer, self.fleet, self.folder, self.screen = buffer, fleet, folder, screen
         self.accuracies: deque[float] = deque(maxlen=MOVING)  # of the last steps
         self.last: dict[str, float] = {}
@@ -50,6 +60,7 @@ class RunMetrics:
         self.stats = self.buffer.stats.checked()  # lost keys end the run here
         metrics |= self._buffer_metrics(self.stats) | self._rollout_metrics(seconds)
         metrics |= {"time/step": seconds, "step": float(step)}
+        metrics |= self._utilisation(metrics, report["device"])
         metrics["memory/host"] = psutil.virtual_memory().used / (1 << 30)
         metrics |= under_old_names(metrics)
         self.last = metrics
@@ -63,6 +74,18 @@ class RunMetrics:
         self.screen.update(metrics)
         if report["samples"]:
             self.folder.samples(step, report["samples"])
+
+    def _utilisation(self, metrics: Mapping[str, float], device: str) -> dict[str, float]:
+        """Operations that were needed, over those that the learner's GPUs could have done in the
+        time of its passes and updates. Empty on a CPU, and for a GPU or model of unknown size."""
+        peak = peak_flops(device)
+        computed = [metrics.get(f"tokens/{name}", 0.0) for name in ("computed", "scored", "pairs")]
+        seconds = metrics.get("time/forward_backward", 0.0) + metrics.get("time/optimizer", 0.0)
+        if self.plan is None or peak is None or seconds <= 0 or not computed[0]:
+            return {}
+        ranks = self.plan.config.learner.ranks
+        flops = self.plan.train_flops(*computed)
+        return {"learner/mfu": flops / (seconds * ranks * peak)}
 
     def _buffer_metrics(self, stats: Stats) -> dict[str, float]:
         if stats.quarantined_prompts > len(self._quarantined):

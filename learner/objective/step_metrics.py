@@ -77,6 +77,28 @@ class KindSums:
 
 
 @dataclass
+class ComputedSums:
+    """How much the decoder computed, forward and backward, of what is trained on."""
+
+    positions: int = 0  # that went through its layers, prompts and media included
+    scored: int = 0  # whose logits were computed
+    pairs: int = 0  # of positions, one of which may look at the other
+
+    def add(self, prompt: int, completions: Sequence[int]) -> None:
+        """A prompt of so many positions, and those of its completions behind it."""
+        self.positions += prompt + sum(completions)
+        # Each completion also has a token that its prompt's last position predicts.
+        self.scored += sum(completions) + len(completions)
+        self.pairs += prompt * (prompt + 1) // 2
+        self.pairs += sum(length * prompt + length * (length + 1) // 2 for length in completions)
+
+    def merge(self, other: ComputedSums) -> None:
+        self.positions += other.positions
+        self.scored += other.scored
+        self.pairs += other.pairs
+
+
+@dataclass
 class StepMetrics:
     """Collects one step, as sums that merge over micro-batches and ranks.
 
@@ -98,6 +120,7 @@ class StepMetrics:
     age_max: int = 0
     on_policy_gap: float = 0.0  # sum over ``on_policy_tokens``, see ``add_on_policy``
     on_policy_tokens: int = 0
+    computed: ComputedSums = field(default_factory=ComputedSums)
     skipped: int = 0  # micro-batches and updates that were left out, see ``skip``
     unreadable: int = 0  # completions left out since their prompt cannot be encoded
     culprits: list[str] = field(default_factory=list)  # ids of trajectories
@@ -198,6 +221,7 @@ class StepMetrics:
         self.age_max = max(self.age_max, other.age_max)
         self.on_policy_gap += other.on_policy_gap
         self.on_policy_tokens += other.on_policy_tokens
+        self.computed.merge(other.computed)
         self.skipped += other.skipped
         self.unreadable += other.unreadable
         self.culprits += other.culprits
@@ -236,6 +260,10 @@ class StepMetrics:
         if self.on_policy_tokens:
             found["mismatch/on_policy"] = self.on_policy_gap / self.on_policy_tokens
             found["mismatch/on_policy_tokens"] = float(self.on_policy_tokens)
+        if self.computed.positions:
+            found["tokens/computed"] = float(self.computed.positions)
+            found["tokens/scored"] = float(self.computed.scored)
+            found["tokens/pairs"] = float(self.computed.pairs)
         if self.replays:
             found["age/replay/mean"] = self.age / self.replays
             found["age/replay/max"] = float(self.age_max)

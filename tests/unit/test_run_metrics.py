@@ -8,7 +8,12 @@ from typing import Any, cast
 
 import pytest
 
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.architecture import ARCHITECTURES
+from avatar_rl.cluster.recipe.gpus import peak_flops
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.training.run_metrics import RunMetrics
+from avatar_rl.learner.objective.step_metrics import ComputedSums
 
 
 def test_a_step_in_which_no_actor_reported_still_has_a_rate(
@@ -37,3 +42,59 @@ def test_a_step_in_which_no_actor_reported_still_has_a_rate(
         now += 0.5
         last = metrics._rollout_metrics(0.5)
     assert last == {}
+
+
+def test_utilisation_is_of_the_operations_that_were_needed() -> None:
+    """Against a count by hand; nothing is said of a CPU, or of a GPU or model of unknown size."""
+    omni = next(item for item in ARCHITECTURES if item.name == "Qwen2.5-Omni-7B")
+    config = RunConfig.model_validate(
+        {"model": {"path": "x"}, "data": {"train": "x"}, "learner": {"ranks": 8}}
+    )
+    metrics = RunMetrics(
+        cast(Any, None), cast(Any, None), cast(Any, None), cast(Any, None), MemoryPlan(config, omni)
+    )
+    sums = ComputedSums()
+    sums.add(6000, (500, 300))  # a prompt and two completions, their last tokens left out
+    assert (sums.positions, sums.scored) == (6800, 802)
+    assert sums.pairs == 6000 * 6001 // 2 + 500 * 6000 + 125_250 + 300 * 6000 + 45_150
+    found = {
+        "tokens/computed": float(sums.positions),
+        "tokens/scored": float(sums.scored),
+        "tokens/pairs": float(sums.pairs),
+        "time/forward_backward": 0.9,
+        "time/optimizer": 0.1,
+    }
+    layers = 28 * (3584 * (3584 + 512 + 512 + 3584) + 3 * 3584 * 18944)
+    forward = 2 * layers * 6800 + 2 * 3584 * 152064 * 802 + 4 * 28 * 3584 * sums.pairs
+    said = metrics._utilisation(found, "NVIDIA H100 80GB HBM3")
+    assert said["learner/mfu"] == pytest.approx(3 * forward / (8 * 989e12))
+    for device in ("", "Some GPU", "Tesla T4"):
+        assert metrics._utilisation(found, device) == {}
+    metrics.plan = None
+    assert metrics._utilisation(found, "NVIDIA H200") == {}
+
+
+def test_frozen_weights_need_no_gradient_of_their_own() -> None:
+    omni = next(item for item in ARCHITECTURES if item.name == "Qwen2.5-Omni-3B")
+    whole, frozen = omni.train_flops(1000, 100, 0), omni.train_flops(1000, 100, 0, frozen=True)
+    assert frozen / whole == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA RTX A1000", None),
+        ("", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
