@@ -116,7 +116,7 @@ class LearnerGroup:
                 self._report(
                     "report lost", f"step {step} was committed; its metrics died with the learner"
                 )
-                return {"metrics": {}, "samples": [], "distributions": {}}
+                return {"metrics": {}, "samples": [], "distributions": {}, "device": ""}
 
     def _wait(
         self,
