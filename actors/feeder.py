@@ -56,7 +56,7 @@ class Feeder:
         """Lease and prepare until the actor stops, drains or breaks."""
         smallest = 1  # completions of a request: with less room there is no use in asking
         while self.state.running and not self.state.drain.is_set():
-            room = self._room()
+            room = 0 if self.state.rest.is_set() else self._room()
             leases = self._lease(room) if room >= smallest else []
             # An expired lease of our own that came back goes on under its new attempt.
             self.prepare(self.state.hold(leases))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avatar_rl.actors.config import RequestSampling
+from avatar_rl.actors.engine_turn import EngineTurn
 from avatar_rl.actors.groups import UNIMODAL, WHOLE, PendingGroup, read_request_id
 from avatar_rl.actors.scoring_loop import ScoringLoop
 from avatar_rl.actors.shared_state import SharedState
@@ -35,9 +36,11 @@ class Generation:
         state: SharedState,
         update_policy: WeightUpdatePolicy,
         scoring_loop: ScoringLoop,
+        turn: EngineTurn | None = None,
     ) -> None:
         self.spec, self.buffer, self.engine, self.state = spec, buffer, engine, state
         self.update_policy, self.scoring_loop = update_policy, scoring_loop
+        self.turn = turn  # of an engine that shares its device
 
     def run(self) -> None:
         """Generate until the actor stops or breaks, or has delivered all when it drains."""
@@ -49,6 +52,9 @@ class Generation:
             torch.set_num_threads(self.spec.engine.threads)
         mark = time.perf_counter()
         while state.running and not (state.drain.is_set() and self._drained()):
+            if self.turn is not None and self.turn.is_due and not self.engine.in_flight:
+                self.turn.pass_on()
+                continue
             if state.incoming and self.engine.can_adopt and self._update_is_due():
                 self._adopt(*state.incoming.pop())
             if not state.incoming or self.engine.adopts_in_flight:
@@ -122,7 +128,7 @@ class Generation:
     def _submit_ready(self) -> None:
         """Move prepared groups into the engine, until one has to wait for newer weights."""
         state = self.state
-        while state.ready:
+        while state.ready and not state.rest.is_set():
             group = state.ready[0]
             request = group.lease.request
             oldest = max(request.min_version, request.step - self.spec.max_staleness)

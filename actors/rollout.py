@@ -23,6 +23,7 @@ from avatar_rl.actors.shared_state import SharedState
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.actors.update_policy import WeightUpdatePolicy
 from avatar_rl.common.process import HeapTrimmer, name_log, no_collections
+from avatar_rl.common.turn_lock import TurnLock
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,6 +73,7 @@ class RolloutActor:
     def _load(self) -> None:
         """The engine and what it is fed with: imports vLLM and torch."""
         from avatar_rl.actors.engine.engine import RolloutEngine
+        from avatar_rl.actors.engine_turn import EngineTurn
         from avatar_rl.buffer_service.weights.receiver import WeightReceiver
         from avatar_rl.prompts.datasets import PromptIndex
         from avatar_rl.prompts.encoding.template import PromptEncoder
@@ -81,9 +83,15 @@ class RolloutActor:
         self.prompts = PromptIndex.read(spec.datasets, spec.data)
         loader = MediaLoader(spec.media, base=Path("."))
         self.encoder = PromptEncoder(spec.model, loader, spec.template)
-        self.engine = RolloutEngine(spec.model, spec.engine, adapter=spec.adapter)
+        lock = TurnLock(spec.turn_lock, self.name) if spec.turn_lock is not None else None
+        if lock is not None:
+            lock.take()
+        self.engine = RolloutEngine(
+            spec.model, spec.engine, adapter=spec.adapter, sleeps=lock is not None
+        )
         self.receiver = WeightReceiver(self.weight_store, self.engine.version)
         self.state = SharedState()
+        self.turn = EngineTurn(self.engine, self.state, lock) if lock is not None else None
         self.update_policy = WeightUpdatePolicy()
         self._heap = HeapTrimmer(active=self.engine.device == "cpu")
 
@@ -130,8 +138,10 @@ class RolloutActor:
             scoring_loop.give_up,
         )
         generation = Generation(
-            self.spec, self.buffer, self.engine, state, self.update_policy, scoring_loop
+            self.spec, self.buffer, self.engine, state, self.update_policy, scoring_loop, self.turn
         )
+        if self.turn is not None:
+            self.turn.loops(True)
         loops = (feeder.run, self._receive_weights, scoring_loop.run, self._keep_alive)
         with ThreadPoolExecutor(len(loops), thread_name_prefix="rollout") as pool:
             helpers = [pool.submit(state.guard, loop) for loop in loops]
@@ -145,6 +155,8 @@ class RolloutActor:
         if state.failure is not None:
             raise state.failure
         self._release()
+        if self.turn is not None:
+            self.turn.loops(False)
         return self.stats()
 
     def stop(self) -> None:
@@ -156,6 +168,17 @@ class RolloutActor:
         ``run``."""
         self.state.drain.set()
         self.state.wake.set()
+
+    def end_turn(self) -> None:
+        """Colocated: finish what is in the engine, put it to sleep and leave the device to the
+        learner. Returns once that is done."""
+        if self.turn is not None:
+            self.turn.end()
+
+    def begin_turn(self) -> None:
+        """Colocated: the device is the engine's again. Returns once it is awake."""
+        if self.turn is not None:
+            self.turn.begin()
 
     def stats(self) -> JsonObject:
         """Totals since the actor was made: tokens and groups delivered, seconds generating, waiting

@@ -39,7 +39,8 @@ class SharedState:
     heartbeat ``RolloutActor._keep_alive``         nothing; it reads ``held`` and the totals
     ========= ==================================== ==============================================
 
-    Threads of Ray's call ``RolloutActor.stop``, ``drain`` and ``stats``: they set events and read.
+    Threads of Ray's call ``RolloutActor.stop``, ``drain``, ``end_turn`` and ``stats``: they set
+    events and read.
 
     A group is in ``held`` from its lease until it is settled. Meanwhile it is prepared, then in
     ``ready``, then in ``working``, then with the scoring loop. The scoring loop settles it when it
@@ -61,7 +62,9 @@ class SharedState:
        between two steps.
     5. ``wake`` ends the feeder's sleep: there may be room, a newer version that admits more
        requests, or a reason to end.
-    6. The first failure of any thread is kept in ``failure`` and ends all loops (``running``).
+    6. While ``rest`` is set nothing is leased and nothing enters the engine: the learner has the
+       device, or will (engine_turn.py).
+    7. The first failure of any thread is kept in ``failure`` and ends all loops (``running``).
        The leases then expire and other actors take them; a broken actor is not used again.
     """
 
@@ -74,6 +77,7 @@ class SharedState:
         self.wake = threading.Event()
         self.stop = threading.Event()
         self.drain = threading.Event()
+        self.rest = threading.Event()  # of an engine that shares its device: not its turn
         self.failure: BaseException | None = None
         self.totals = RolloutTotals()
 

@@ -38,3 +38,4 @@ class RolloutSpec:
     confidence: bool = False  # rewards compare the log-probabilities of answers
     dead_by: DeadBy = "accuracy"  # of groups that are replaced (loop.dynamic_sampling)
     adapter: AdapterShape | None = None  # set: versions are adapters on ``model``
+    turn_lock: Path | None = None  # set: the learner works on the same device, by turns

@@ -42,6 +42,7 @@ OURS = {
     "load_format": "weights come from the checkpoint",
     "skip_tokenizer_init": "completions are decoded",
     "enable_lora": "use learner.lora",
+    "enable_sleep_mode": "use resources.colocate",
 }
 
 

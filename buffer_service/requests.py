@@ -126,6 +126,11 @@ class RequestQueue:
         )
         return [_stored(raw).request for raw in found]
 
+    def unsettled(self) -> int:
+        """How many requests wait or are leased. O(1); changes nothing."""
+        key = self._connection.key("tickets")
+        return int(self._connection.attempt(lambda: self._connection.client.hlen(key)))
+
     def _extend(
         self, verb: str, leases: Sequence[RequestLease], lease_s: float
     ) -> list[RequestLease]:

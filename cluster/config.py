@@ -287,7 +287,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if faults := [*self._unmet(), *self._lengths(), *self._nothing_to_learn()]:
+        faults = [*self._unmet(), *self._colocated(), *self._lengths(), *self._nothing_to_learn()]
+        if faults:
             raise ValueError("\n  ".join(faults))
         return self
 
@@ -329,6 +330,51 @@ class RunConfig(Section):
             yield (
                 f"rollout.engine.quantization {kind}: engine and learner differ by more than in "
                 "bfloat16. Set probe.tolerance (docs/objective.md)"
+            )
+
+    def _colocated(self) -> Iterator[str]:
+        """What cannot be where rollout actors and learner take turns on the same devices."""
+        resources, rollout, engine = self.resources, self.rollout, self.rollout.engine
+        if not resources.colocate:
+            return
+        if self.loop.max_staleness > 0:
+            yield (
+                "resources.colocate alternates generation and training, and loop.max_staleness "
+                f"{self.loop.max_staleness} lets generation run ahead: set it to 0"
+            )
+        if resources.machine is not None and resources.machine.nodes > 1:
+            yield (
+                f"resources.colocate is for one node, and resources.machine has "
+                f"{resources.machine.nodes}: set colocate to false, or machine.nodes to 1"
+            )
+        if engine.kv_cache_memory_bytes is None:
+            yield (
+                "resources.colocate needs rollout.engine.kv_cache_memory_bytes: an engine that "
+                "measures free memory would take what the learner needs; `--dry-run` prints the "
+                "plan"
+            )
+        if rollout.autoscale or rollout.max_workers not in (None, rollout.workers):
+            yield (
+                "resources.colocate has a rollout actor for each device and cannot scale: leave "
+                "rollout.autoscale and rollout.max_workers out"
+            )
+        if engine.tensor_parallel_size > 1 and engine.device != "cpu":
+            yield (
+                f"resources.colocate with rollout.engine.tensor_parallel_size "
+                f"{engine.tensor_parallel_size}: an engine over several GPUs cannot share them, "
+                "set it to 1"
+            )
+        named = {"rollout_gpus": resources.rollout_gpus, "learner_gpus": resources.learner_gpus}
+        for name, amount in named.items():
+            if amount:
+                yield (
+                    f"resources.colocate gives each actor its share of a GPU: leave resources."
+                    f"{name} {amount:g} out (0 keeps it on the CPU)"
+                )
+        if resources.rollout_labels not in ({}, resources.learner_labels):
+            yield (
+                "resources.colocate puts rollout actors beside the learner: leave "
+                "resources.rollout_labels out, learner_labels count for both"
             )
 
     @property

@@ -44,6 +44,12 @@ class ResourceConfig(Section):
     learner_gpus: float | None = Field(
         None, ge=0, description="GPUs per learner rank; null: 1 where GPUs exist."
     )
+    colocate: bool = Field(
+        False,
+        description="Rollout actors and learner ranks share GPUs and alternate: engines generate "
+        "the step and sleep, ranks train it and leave the GPU (docs/one-gpu.md). One GPU is "
+        "enough; needs loop.max_staleness 0 and rollout.engine.kv_cache_memory_bytes.",
+    )
     learner_strict: bool = Field(
         False, description="All learner ranks on one node or not at all; else packed."
     )

@@ -23,8 +23,9 @@ class LearnerRankActor:
     """Plain class; the cluster makes it a Ray actor. Ray imports the class of every handle it is
     given, so this one is light and makes the real rank in its own process.
 
-    All but ``progress``, ``meeting_point``, ``write_state`` and ``publish_again`` without a version
-    are collective: ask all ranks at the same time."""
+    All but ``progress``, ``meeting_point``, ``write_state``, ``begin_turn``, ``end_turn`` and
+    ``publish_again`` without a version are collective: ask all ranks at the same time. Colocated
+    ranks refuse those outside their turn."""
 
     @no_collections()
     def __init__(
@@ -68,22 +69,35 @@ class LearnerRankActor:
 
     def probe(self, completions: Sequence[ProbeCompletion]) -> list[ProbeScores]:
         """The learner's view of the engine's probe completions."""
+        self.learner.turn.check()
         return self.learner.probe(completions)
 
     def train_step(self, step: int, *, samples: int = 0) -> StepReport | None:
         """Train ``step``, publish and commit; rank 0 reports."""
+        self.learner.turn.check()
         return self.learner.train_step(step, samples=samples)
+
+    def begin_turn(self) -> None:
+        """Colocated: the device is the rank's. Returns once it may work."""
+        self.learner.turn.begin()
+
+    def end_turn(self) -> None:
+        """Colocated: leave the device to the rollout engine."""
+        self.learner.turn.end()
 
     def export(self, path: Path) -> str:
         """Write the policy as a Hugging Face checkpoint."""
+        self.learner.turn.check()
         return self.learner.export(path)
 
     def replicate(self, version: int) -> None:
         """Leave a copy of the state, which is that of ``version``, with the state replica."""
+        self.learner.turn.check()
         self.learner.replicator.replicate(version)
 
     def capture_state(self) -> None:
         """Copy the state into this process's memory, for ``write_state``."""
+        self.learner.turn.check()
         self.learner.replicator.capture()
 
     def write_state(self, folder: Path) -> dict[str, FileProof]:
@@ -92,9 +106,12 @@ class LearnerRankActor:
 
     def restore_state(self, folder: Path) -> None:
         """Resume from a state that was written below ``folder``."""
+        self.learner.turn.check()
         self.learner.replicator.restore(folder)
 
     def publish_again(self, version: int | None = None) -> int:
         """Offer the newest version to a weight store that lost it; with ``version``, publish these
         weights under that number."""
+        if version is not None:
+            self.learner.turn.check()
         return self.learner.publish_again(version)

@@ -24,6 +24,7 @@ from avatar_rl.common.process import (
     sees_gpu,
     set_aside_imports,
 )
+from avatar_rl.common.turn_lock import TurnLock
 from avatar_rl.learner.adapter.base import BaseRecord
 from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.batch.microbatch import Row, collate
@@ -44,6 +45,7 @@ from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepReport, StepTrainer
+from avatar_rl.learner.turn import ParkedState, RankTurn
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
@@ -117,6 +119,10 @@ class LearnerRank:
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
         )
         self.outbox = Outbox(weight_store)
+        lock = spec.turn_lock
+        self.turn = RankTurn(
+            TurnLock(lock, f"learner-{rank}", rank=rank) if lock is not None else None
+        )
         self.cold_start: ColdStart | None = None
         self.trainer: StepTrainer | None = None  # of a rank that is no cold start
 
@@ -147,6 +153,7 @@ class LearnerRank:
         spec, on_gpu = self.spec, sees_gpu()
         if not on_gpu:
             torch.set_num_threads(spec.learner.threads)
+        self.turn.begin()
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
         set_aside_imports()
         optimizer = spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
@@ -170,6 +177,8 @@ class LearnerRank:
             )
         else:
             self.trainer = self.make_trainer(dtype)
+        if spec.turn_lock is not None and spec.leaves_device:
+            self.turn.parked = ParkedState(self._on_device, self.engine.device)
         self.heap = HeapTrimmer(active=not on_gpu)
         # Under ZeRO 3 a parameter itself holds nothing between two forwards.
         parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in policy.parameters())
@@ -181,6 +190,15 @@ class LearnerRank:
             "why_pixels": why_pixels,
             "lora": adapter.summary() if adapter is not None else "",
         }
+
+    def _on_device(self) -> list[object]:
+        """What of this rank lies on its device between two steps."""
+        found = [self.engine.policy, self.engine.optimizer, self.engine.engine.optimizer]
+        if self.trainer is not None and self.trainer.reference is not None:
+            found.append(getattr(self.trainer.reference, "policy", None))
+        if isinstance(self.encoder, AheadEncoder):
+            found += self.encoder.modules
+        return found
 
     def _publication(self, base: BaseRecord, dtype: str) -> Publication:
         """The way out of the policy, or of its adapter."""
@@ -212,7 +230,9 @@ class LearnerRank:
         )
         self.encoder, why = open_encoder(encoder, spec.learner.embeddings, setting)
         share = node_share(self.rank, self.ranks)
-        if isinstance(self.encoder, AheadEncoder) and spec.sft is None:
+        # Its workers would encode on the device in the engine's turn.
+        ahead = spec.sft is None and spec.turn_lock is None
+        if isinstance(self.encoder, AheadEncoder) and ahead:
             buffer = ReplayBuffer.connect(
                 spec.buffer, spec.run_id, url=spec.redis_url, create=False
             )

@@ -35,6 +35,8 @@ class LearnerSpec:
     engine_dtype: str = "float32"  # of the rollouts, whose log-probabilities are stored
     publishes_adapter: bool = False  # rollouts take the adapter itself, not merged weights
     replica_bytes: int = 0  # state up to this size is replicated at every step
+    turn_lock: Path | None = None  # set: rollout engines work on the same device, by turns
+    leaves_device: bool = False  # with its turn the rank leaves the GPU's memory, too
 
     @property
     def lora(self) -> LoraConfig | None:

@@ -32,6 +32,7 @@ from avatar_rl.actors.engine.launch import (
     pick_device,
     prepare_environment,
     quieten,
+    sleep_arguments,
     stop_token_ids,
 )
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
@@ -90,6 +91,7 @@ class RolloutEngine:
         *,
         version: int = 0,
         adapter: AdapterShape | None = None,
+        sleeps: bool = False,
     ) -> None:
         self.config = config
         self.version = version
@@ -116,6 +118,7 @@ class RolloutEngine:
         try:
             arguments = engine_arguments(path, kind, config, self.device)
             arguments |= adapter_arguments(adapter) if adapter is not None else {}
+            arguments |= sleep_arguments(self.device) if sleeps else {}
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
@@ -133,6 +136,7 @@ class RolloutEngine:
         self._adapters = Adapters(self._engine, adapter) if adapter is not None else None
         self._pending: dict[str, RequestSampling] = {}
         self._broken: str | None = None
+        self.asleep = False
         self._warned = False
 
     @property
@@ -313,6 +317,36 @@ class RolloutEngine:
         self.version = version
         self._engine.set_weight_version(str(version))
 
+    def sleep(self) -> None:
+        """Leave the device to another process: keys and values go, weights move to host memory
+        (vLLM's sleep level 1, for an engine made with ``sleeps``). On a CPU the memory of keys and
+        values is given back and weights stay.
+
+        Until ``wake`` nothing is submitted, stepped or adopted. Raises ModelError while requests
+        are in flight.
+        """
+        if self.asleep:
+            return
+        self._check_alive()
+        if self._pending:
+            raise ModelError(
+                f"the engine cannot sleep with {len(self._pending)} requests in flight: step until "
+                "idle"
+            )
+        self._engine.sleep(level=1)
+        if self.device == "cpu":
+            self._engine.collective_rpc("free_caches")
+        self.asleep = True
+
+    def wake(self) -> None:
+        """The device is this engine's again: its weights are those of before, its caches empty."""
+        if not self.asleep:
+            return
+        if self.device == "cpu":
+            self._engine.collective_rpc("restore_caches")
+        self._engine.wake_up()
+        self.asleep = False
+
     def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
         """Give up requests (all by default); returns those that were in flight.
 
@@ -395,6 +429,8 @@ class RolloutEngine:
     def _check_alive(self) -> None:
         if self._broken is not None:
             raise ModelError(f"this rollout engine is out of use ({self._broken}): start a new one")
+        if self.asleep:
+            raise ModelError("this rollout engine is asleep, and its device is another's: wake it")
 
 
 def _spread(seed: int) -> int:

@@ -156,6 +156,16 @@ def engine_arguments(
     return arguments | config.vllm
 
 
+def sleep_arguments(device: str) -> dict[str, Any]:
+    """Further arguments of an engine that sleeps while the learner has its device.
+
+    vLLM refuses to start when less than its share of the GPU is free. Here keys and values have
+    their bytes by name, and the memory plan has been checked: nothing is left for it to judge. On a
+    CPU it has no sleep mode.
+    """
+    return {} if device == "cpu" else {"enable_sleep_mode": True, "gpu_memory_utilization": 0.01}
+
+
 def model_kind(model_path: Path) -> str:
     """``model_type`` of a model folder. Raises ModelError without a config."""
     file = model_path / "config.json"

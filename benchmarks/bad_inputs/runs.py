@@ -183,6 +183,25 @@ RECIPES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("cold_start", "`data.sft: FILE`"),
     ),
     (
+        "colocated_with_staleness",
+        "resources: {colocate: true}\nrollout: {engine: {kv_cache_memory_bytes: 67108864}}",
+        (),
+        ("colocate", "loop.max_staleness 1", "set it to 0"),
+    ),
+    (
+        "colocated_without_cache_bytes",
+        "resources: {colocate: true}\nloop: {max_staleness: 0}",
+        (),
+        ("colocate needs", "kv_cache_memory_bytes", "--dry-run"),
+    ),
+    (
+        "colocated_and_autoscaled",
+        "resources: {colocate: true}\nloop: {max_staleness: 0}\n"
+        "rollout: {autoscale: true, max_workers: 2, engine: {kv_cache_memory_bytes: 67108864}}",
+        (),
+        ("colocate", "autoscale and rollout.max_workers out"),
+    ),
+    (
         "autoscale_without_bound",
         "rollout: {autoscale: true}",
         (),

@@ -15,7 +15,12 @@ from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.machine.fit import demands
 from avatar_rl.cluster.recipe.gpus import Gpu, local_gpus
-from avatar_rl.cluster.recipe.memory import BOARD_VERSIONS, PROCESS_BYTES, MemoryPlan
+from avatar_rl.cluster.recipe.memory import (
+    BOARD_VERSIONS,
+    PROCESS_BYTES,
+    SHARED_RESERVE,
+    MemoryPlan,
+)
 from avatar_rl.cluster.recipe.resources import Needs, asked_by, cluster_address, needs_of
 from avatar_rl.common.errors import ResourceError
 
@@ -30,6 +35,10 @@ SHM_REMEDY = (
 
 def gpus_asked(plan: MemoryPlan, needs: Needs) -> str:
     """The GPUs that a run asks for, in words."""
+    if needs.colocated:
+        turns = (plan.generating(leaves=True), plan.training)
+        least = max(sum(parts.values()) for parts in turns) + SHARED_RESERVE
+        return f"{needs.gpus:g} shared GPUs of {gib(least)} each at least ({plan.model.name})"
     return (
         f"{needs.gpus:g} GPUs: {needs.learners} learner ranks x {needs.learner_gpus:g} with "
         f"{gib(plan.learner_gpu)} each at least, {needs.rollouts} rollout actors x "
@@ -117,6 +126,9 @@ def _too_small(have: list[Gpu], plan: MemoryPlan | None, needs: Needs | None) ->
         yield f"the recipe needs {needs.gpus:g} GPUs, here are {len(have)} ({have[0].name})"
     smallest = min(item.bytes for item in have)
     if plan is None:
+        return
+    if needs.colocated:
+        yield from plan.misfits(smallest)
         return
     for what, wanted, gpus in (
         ("a learner rank", plan.learner_gpu, needs.learner_gpus),

@@ -31,6 +31,11 @@ def scale(folder: Path, workers: int, *, url: str | None = None) -> str:
         state = "lost" if status.lost else status.state
         raise ConfigError(f"run {status.run_id} is {state}: only a run under way can be scaled")
     settings = yaml.safe_load(recipe.read_text())
+    if settings.get("resources", {}).get("colocate"):
+        raise ConfigError(
+            f"run {status.run_id} is colocated: it has a rollout actor for each device, and "
+            "cannot be scaled"
+        )
     rollout = RolloutSection.recorded(settings["rollout"])
     if rollout.bounded(workers) != workers:
         most = "any number" if rollout.max_workers is None else str(rollout.max_workers)

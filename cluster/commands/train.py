@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from avatar_rl.cluster.commands.doctor import missing_inputs
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
 from avatar_rl.cluster.machine.fit import demands, machine_words
+from avatar_rl.cluster.recipe.gpus import local_gpus
 from avatar_rl.cluster.recipe.load import (
     against_preset,
     load_recipe,
@@ -24,7 +25,7 @@ from avatar_rl.cluster.recipe.load import (
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
 from avatar_rl.cluster.recipe.resources import asked_by, needs_of
-from avatar_rl.common.errors import ConfigError
+from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.learner.adapter.files import is_adapter
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ def _show_needs(config: RunConfig) -> None:
         print("# missing here")
         for line in absent:
             print(f"#   {line}")
+    gpus, _ = local_gpus()
+    if plan is not None and config.resources.colocate and gpus:
+        if misfits := plan.misfits(min(gpu.bytes for gpu in gpus)):
+            raise ResourceError(
+                f"{gpus[0].name} is too small for this recipe: " + "; ".join(misfits)
+            )
+        print(f"# it fits into the GPU here: {gpus[0].name}")
 
 
 def _show_by_hand(lines: Sequence[str]) -> None:

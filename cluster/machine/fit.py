@@ -11,7 +11,7 @@ from pathlib import Path
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.load import read_recipe
-from avatar_rl.cluster.recipe.memory import GIB, MemoryPlan
+from avatar_rl.cluster.recipe.memory import GIB, SHARED_RESERVE, MemoryPlan
 from avatar_rl.cluster.recipe.overlays import value_at
 from avatar_rl.cluster.recipe.resources import Needs, asked_by, cluster_address
 from avatar_rl.cluster.upkeep_config import MachineConfig
@@ -97,6 +97,8 @@ def machine_words(machine: MachineConfig) -> str:
 
 def _processes(config: RunConfig, machine: MachineConfig) -> Iterator[Demand]:
     needs = asked_by(config)
+    if needs.colocated:
+        needs = needs.on_gpu()
     key = "learner.ranks, rollout.workers or resources.*_gpus"
     if needs.gpus:
         yield Demand("GPUs", needs.gpus, machine.nodes * machine.gpus, "", exact=True, key=key)
@@ -120,6 +122,8 @@ def _memory(config: RunConfig, machine: MachineConfig) -> Iterator[Demand]:
     if plan is None:
         return
     gpu = machine.gpu_gib
+    if needs.colocated:
+        yield from _shared_gpu(plan, gpu)
     if needs.learner_gpus:
         spare = gpu - plan.learner_gpu / GIB
         note = "" if spare >= RESERVE / GIB else "leaves under 10 GiB for NCCL and CUDA graphs"
@@ -148,6 +152,18 @@ def _memory(config: RunConfig, machine: MachineConfig) -> Iterator[Demand]:
         yield Demand("/dev/shm, object store", asked / GIB, machine.shm_gib, key=key)
     else:
         yield Demand("/dev/shm, versions", store / GIB, machine.shm_gib, key="the size of /dev/shm")
+
+
+def _shared_gpu(plan: MemoryPlan, gpu: float) -> Iterator[Demand]:
+    """Of a GPU of ``gpu`` GiB that engine and learner have by turns."""
+    leaves = plan.leaves(gpu * GIB)
+    generating = sum(plan.generating(leaves=leaves).values()) + SHARED_RESERVE
+    training = sum(plan.training.values()) + SHARED_RESERVE
+    note = "the learner is in host memory meanwhile" if leaves else "the learner stays"
+    key = "rollout.engine.kv_cache_memory_bytes"
+    yield Demand("shared GPU, generating", generating / GIB, gpu, key=key, note=note)
+    key = "learner.lora, optimizer.offload_optimizer or micro_batch_tokens"
+    yield Demand("shared GPU, training", training / GIB, gpu, key=key)
 
 
 def _cached_tokens(plan: MemoryPlan, share_gib: float) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import ARCHITECTURES, Architecture, architecture_of
 from avatar_rl.cluster.recipe.assets import checkpoint_folder
+from avatar_rl.cluster.recipe.gpus import local_gpus
 from avatar_rl.common.errors import AvatarError
 
 GIB = 1 << 30
@@ -24,10 +25,14 @@ BOARD_VERSIONS = 3  # two that the weight store keeps, and a new one before the 
 #: Tokens whose logits are held at once; the log-prob head's own tile (a test compares them).
 LOGIT_TILE = 512
 PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a tiny model: 1.5 GiB
+#: Of a GPU that two processes share: CUDA graphs, gaps of the allocators, what libraries keep.
+SHARED_RESERVE = 4 * GIB
 #: A media worker beside its towers: on the host, and of a GPU the CUDA context.
 WORKER_BYTES, CONTEXT_BYTES = GIB, GIB >> 1
 #: Words of learner.optimizer.freeze that freeze a model's towers.
 SIGHT, SOUND = "visual", "audio_tower"
+#: Tokens of an engine's step where nobody says; actors/engine/launch.py has it (a test compares).
+BATCHED_TOKENS = 8192
 
 Parts = Mapping[str, float]  # bytes by what holds them
 
@@ -47,6 +52,7 @@ class LearnerSetting:
     sequence: int = 1  # ranks that share a pack
     checkpointing: bool = False
     workers: int = 0  # media worker processes with towers of their own
+    own_towers: bool = False  # without them: towers apart from the policy's in the rank itself
 
     @classmethod
     def of(cls, config: RunConfig, model: Architecture, *, number: int) -> LearnerSetting:
@@ -70,6 +76,7 @@ class LearnerSetting:
             sequence=learner.sequence_parallel,
             checkpointing=learner.gradient_checkpointing,
             workers=learner.embeddings.workers if stored else 0,
+            own_towers=stored and not learner.embeddings.workers,
         )
 
     def split(self, stage: int) -> float:
@@ -136,6 +143,7 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
         "embeddings": embeddings,
         "publication beyond these": max(0.0, part - activations - logits - embeddings),
         "media workers": setting.workers * towers if number == BFLOAT16 else 0.0,
+        "towers": model.encoders * number if setting.own_towers else 0.0,
     }
 
 
@@ -192,6 +200,78 @@ class MemoryPlan:
         return sum(self.rollout_parts.values())
 
     @property
+    def engine_cache(self) -> float:
+        """Keys and values of a rollout engine, as the recipe names them; else one longest
+        completion."""
+        named = self.config.rollout.engine.kv_cache_memory_bytes
+        return float(named) if named is not None else self.rollout_parts["keys and values"]
+
+    @property
+    def learner_stays(self) -> dict[str, float]:
+        """Of a colocated rank, what lies on its GPU between two steps."""
+        parts = self.learner_parts
+        names = ("weights", "gradients", "optimiser", "reference", "media workers", "towers")
+        return {name: parts[name] for name in names}
+
+    def generating(self, *, leaves: bool) -> dict[str, float]:
+        """Of a GPU that is shared, in the engine's turn. ``leaves``: the rank's weights, gradients
+        and optimiser are in host memory meanwhile; its media workers are not."""
+        tokens = self.config.rollout.engine.max_num_batched_tokens or BATCHED_TOKENS
+        stays = self.learner_stays
+        left = stays["media workers"] if leaves else sum(stays.values())
+        return {
+            "engine's weights": self.weights,
+            "keys and values": self.engine_cache,
+            "engine's step": self._step_bytes(tokens),
+            "learner": left,
+            "contexts": 2 * CONTEXT_BYTES,
+        }
+
+    def _step_bytes(self, tokens: int) -> float:
+        """Of a forward without gradients: one layer at a time, and the logits of its sequences."""
+        layer = activation_bytes(self.model, tokens) / self.model.layers
+        sequences = self.config.rollout.engine.sequences_on("cuda")
+        return layer + 2.0 * sequences * self.model.vocabulary * FLOAT32
+
+    @property
+    def training(self) -> dict[str, float]:
+        """Of a GPU that is shared, in the learner's turn: the engine sleeps."""
+        return self.learner_parts | {"contexts": 2 * CONTEXT_BYTES}
+
+    def leaves(self, gpu: float) -> bool:
+        """Whether a colocated learner must leave a GPU of so many bytes while engines work."""
+        return sum(self.generating(leaves=False).values()) + SHARED_RESERVE > gpu
+
+    def misfits(self, gpu: float) -> list[str]:
+        """Why a colocated run does not fit into a GPU of so many bytes, each with the remedy."""
+        found = []
+        room = gpu - SHARED_RESERVE
+        engine, longest = self.config.rollout.engine, self.rollout_parts["keys and values"]
+        what = f"of {_gib(gpu)} with {_gib(SHARED_RESERVE)} left for graphs and gaps"
+        generating = self.generating(leaves=True)
+        if self.engine_cache < longest:
+            found.append(
+                f"rollout.engine.kv_cache_memory_bytes {_gib(self.engine_cache)} is below one "
+                f"longest sequence, {_gib(longest)} at max_model_len {engine.max_model_len}"
+            )
+        if sum(generating.values()) > room:
+            other = sum(generating.values()) - self.engine_cache
+            remedy = (
+                f"at most {int(room - other)} bytes of keys and values fit: lower "
+                "rollout.engine.kv_cache_memory_bytes"
+                if room - other >= longest
+                else "the model is too large for this GPU"
+            )
+            found.append(f"generating takes {_words(generating)} {what}; {remedy}")
+        if sum(self.training.values()) > room:
+            found.append(
+                f"training takes {_words(self.training)} {what}; train an adapter (learner.lora), "
+                "offload the optimiser (learner.optimizer.offload_optimizer), lower "
+                "learner.micro_batch_tokens, or set learner.gradient_checkpointing"
+            )
+        return found
+
+    @property
     def learner_host(self) -> dict[str, float]:
         """Of the host of one learner rank, without what rank 0 publishes."""
         config, setting = self.config, self.setting
@@ -206,7 +286,18 @@ class MemoryPlan:
             "optimiser": optimizer if setting.offload else 0.0,
             "prompts and media": caches,
             "media workers": setting.workers * WORKER_BYTES,
+            "away from the GPU": self._away_on_host,
         }
+
+    @property
+    def _away_on_host(self) -> float:
+        """Colocated, of a rank that leaves its GPU to the engine: its buffers, kept from turn to
+        turn. On a machine that nobody names it may."""
+        machine = self.config.resources.machine
+        stays = machine is not None and not self.leaves(machine.gpu_gib * GIB)
+        if stays or not self.config.resources.colocate:
+            return 0.0
+        return sum(self.learner_stays.values()) - self.learner_stays["media workers"]
 
     @property
     def version(self) -> float:
@@ -228,6 +319,7 @@ class MemoryPlan:
         data, engine = self.config.data, self.config.rollout.engine
         return {
             "process": float(PROCESS_BYTES * engine.tensor_parallel_size),
+            "weights asleep": self.weights if self.config.resources.colocate else 0.0,
             "prompts and media": float(
                 engine.prompt_cache_bytes
                 + data.media.memory_cache_bytes
@@ -267,9 +359,21 @@ class MemoryPlan:
         learner, engine = self.config.learner, self.config.rollout.engine
         store = self.config.learner.embeddings
         disk = f"up to {_gib(store.bytes)} of embeddings" if self.setting.workers else "none"
-        return [
+        gpus = [
             (f"learner GPU, each of {learner.ranks}", _words(self.learner_parts)),
             (f"rollout GPU, {engine.tensor_parallel_size} per actor", _words(self.rollout_parts)),
+        ]
+        if self.config.resources.colocate:
+            smaller = sum(self.generating(leaves=False).values()) + SHARED_RESERVE
+            gpus = [
+                ("shared GPU, generating", _words(self.generating(leaves=False))),
+                ("  the same, learner on the host", _words(self.generating(leaves=True))),
+                ("  which is done on GPUs below", _gib(smaller)),
+                ("shared GPU, training", _words(self.training)),
+                ("  left free in both", _gib(SHARED_RESERVE)),
+            ]
+        return [
+            *gpus,
             ("host, each learner rank", _words(self.learner_host)),
             ("host, rank 0 besides", f"{_gib(self.published)}: two versions"),
             ("host, each rollout actor", _words(self.rollout_host)),
@@ -288,6 +392,13 @@ def _words(parts: Parts) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
+
+
+def leaves_device(config: RunConfig) -> bool:
+    """Whether a colocated learner moves to host memory while engines work: where its GPU is too
+    small for both, and where the model's or the GPU's size is not known."""
+    plan, (gpus, _) = MemoryPlan.of(config), local_gpus()
+    return plan is None or not gpus or plan.leaves(min(gpu.bytes for gpu in gpus))
 
 
 def lasting_bytes(model: Architecture, setting: LearnerSetting) -> float:

@@ -26,6 +26,7 @@ class Needs:
     rollout_gpus: float
     learner_gpus: float
     forced_gpus: bool  # the recipe names GPU counts: they are needed wherever it runs
+    colocated: bool = False  # a rollout actor and a learner rank share a GPU
 
     @property
     def cpus(self) -> float:
@@ -37,19 +38,24 @@ class Needs:
 
     @property
     def gpus(self) -> float:
+        if self.colocated:
+            return max(self.rollouts, self.learners) * (self.rollout_gpus + self.learner_gpus)
         return self.rollouts * self.rollout_gpus + self.learners * self.learner_gpus
 
     def on_gpu(self) -> Needs:
         """The same on a machine with GPUs, where unnamed counts mean one each."""
         if self.forced_gpus:
             return self
-        return replace(self, rollout_gpus=1.0, learner_gpus=1.0)
+        share = 0.5 if self.colocated else 1.0
+        return replace(self, rollout_gpus=share, learner_gpus=share)
 
     def rows(self) -> list[tuple[str, str]]:
         """For the dry run's table."""
 
         def gpu(count: float) -> str:
-            return f"{count:g}" if self.forced_gpus else "1 where GPUs exist"
+            if self.forced_gpus:
+                return f"{count:g}"
+            return "half a" if self.colocated else "1 where GPUs exist"
 
         return [
             (
@@ -60,6 +66,7 @@ class Needs:
                 f"{self.learners} x learner rank (DeepSpeed)",
                 f"{self.learner_cpus:g} CPU, {gpu(self.learner_gpus)} GPU each",
             ),
+            *([("colocated", "an actor and a rank take turns on a GPU")] if self.colocated else []),
             (f"{self.scorers} x reward actor", "shares the CPUs"),
             ("1 x replay buffer (Redis)", "shares the CPUs"),
         ]
@@ -100,4 +107,5 @@ def asked_by(config: RunConfig) -> Needs:
         rollout_gpus=resources.rollout_gpus or 0.0,
         learner_gpus=resources.learner_gpus or 0.0,
         forced_gpus=named,
+        colocated=resources.colocate,
     )

@@ -190,6 +190,12 @@ class Services:
             for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus))
             if wanted > have.get(name, 0)
         ]
+        if needs.colocated and needs.gpus > have.get("GPU", 0):
+            raise ResourceError(
+                f"resources.colocate: {needs.rollouts} rollout actors and {needs.learners} learner "
+                f"ranks need {needs.gpus:g} GPUs, {have.get('GPU', 0):g} there. Lower "
+                "rollout.workers and learner.ranks to that"
+            )
         if short:
             raise ResourceError(
                 f"the {'cluster' if address else 'machine'} cannot hold this run: "
@@ -201,6 +207,11 @@ class Services:
     def _check_cluster(self) -> None:
         """What several nodes need in common: a Redis that all reach, files that all see."""
         config, nodes = self.config, len(live_nodes())
+        if nodes > 1 and config.resources.colocate:
+            raise ResourceError(
+                f"resources.colocate is for one node, and the cluster has {nodes}: set it to false "
+                "(docs/cluster.md), or start Ray on one node"
+            )
         if nodes > 1 and self.redis is not None:
             raise ResourceError(
                 f"the cluster has {nodes} nodes, but the embedded Redis answers only on the "

@@ -267,6 +267,11 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "s",
             "Time to leave a copy of the learner's state outside the learner.",
         ),
+        (
+            "time/turns",
+            "s",
+            "Colocated: time that engines and learner took to leave the device to each other.",
+        ),
         ("time/publish", "s", "Time to write and announce the new weights."),
         ("prompts/seen", "prompts", "Prompts asked for training so far, repeats counted."),
         ("memory/host", "GiB", "Memory in use on the driver's host, by all processes."),

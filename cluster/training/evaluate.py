@@ -54,6 +54,9 @@ def evaluate(
     Without a ``model`` it is the cold start of the recipe, trained first unless the cache has it.
     Without held-out prompts there are no evaluations. Raises AvatarError children as a run does.
     """
+    # Nothing is trained here: the engines have the devices for themselves.
+    alone = config.resources.model_copy(update={"colocate": False})
+    config = config.model_copy(update={"resources": alone})
     needs = needs_of(config)
     check_judge(config.rewards)
     datasets = prepare_datasets(config, screen.phase, screen.progress)

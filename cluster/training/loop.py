@@ -18,9 +18,14 @@ from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Supervisor
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+from avatar_rl.cluster.workers.turns import Turns
+from avatar_rl.common.errors import ReplayBufferError
 
 if TYPE_CHECKING:
     from avatar_rl.learner.step import StepReport
+
+#: Between two looks whether all requests of a turn are answered.
+TURN_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class TrainingRun:
     buffer: ReplayBuffer  # where rollout actors and learner meet
     fleet: RolloutFleet  # rollout actors: generate completions, have them scored, insert them
     learner: LearnerGroup  # learner ranks: train a step, publish the new weights
+    turns: Turns  # of fleet and learner, where they share devices
     heldout: EvaluationRounds
     train_pool: EvaluationRounds  # of the training prompts
     supervisor: Supervisor  # looks after all processes, takes the checkpoints
@@ -48,6 +54,7 @@ def train(run: TrainingRun) -> None:
 
     Generation and training overlap: rollout actors answer whatever is requested, while the learner
     trains the step whose groups are complete. ``loop.max_staleness`` bounds how far they are apart.
+    Where they share devices they alternate (``Turns``).
 
     Raises:
         Stopped: a signal asked for it; the supervisor can save a last checkpoint.
@@ -60,48 +67,71 @@ def train(run: TrainingRun) -> None:
     evaluate_before(run)
     done = was_target_reached_before(run)
     while step < steps and not done:
+        started = time.perf_counter()
         requested = generate(run, step, requested)
-        report, seconds = train_step(run, step)  # the ranks publish the new version themselves
+        report = train_step(run, step)  # the ranks publish the new version themselves
         step += 1
-        log(run, step, report, seconds)
+        log(run, step, report, time.perf_counter() - started)
         done = evaluate(run, step)
+        run.turns.learner(run.supervisor.look)  # its state may be copied
         run.supervisor.checkpoint(step, last=done)  # where one is due; or stop, if asked to
+    run.turns.rollouts(run.supervisor.look)
     run.heldout.evaluate(step, "evaluation after training", run.supervisor.watch)
+    run.turns.learner(run.supervisor.look)  # for the export
     run.supervisor.checkpoints.wait()
     run.supervisor.signals.orderly = False
 
 
 def generate(run: TrainingRun, step: int, requested: int) -> int:
     """Request the prompts of ``step`` and of the ``max_staleness`` steps after it, as far as that
-    was not done. Returns the steps whose prompts are requested now."""
+    was not done. Returns the steps whose prompts are requested now; where devices are shared once
+    all of them are answered."""
     loop = run.config.loop
+    run.turns.rollouts(run.supervisor.look)
     ahead = min(step + loop.max_staleness + 1, loop.steps)
     for number in range(requested, ahead):
         averages = (
             run.buffer.replay.averages(run.schedule.prompt_ids) if loop.schedule == "open" else {}
         )
         run.buffer.requests.push(run.schedule.requests(number, averages))
+    if run.turns.alternate:
+        await_answers(run, step)
     return max(requested, ahead)
 
 
-def train_step(run: TrainingRun, step: int) -> tuple[StepReport, float]:
-    """One optimiser step on all ranks, and its seconds of wall time, waiting included."""
+def await_answers(run: TrainingRun, step: int) -> None:
+    """Until every request is settled, those of an evaluation too: then no engine has work left.
+
+    Raises ReplayBufferError past ``loop.step_timeout_s``.
+    """
+    allowed = run.config.loop.step_timeout_s
+    deadline = time.monotonic() + allowed
+    while missing := run.buffer.requests.unsettled():
+        run.fleet.watch(TURN_LOOK_S)
+        run.supervisor.look()
+        if time.monotonic() > deadline:
+            raise ReplayBufferError(
+                f"step {step}: {missing} requests were not answered within {allowed:g} s: see "
+                "whether rollout and reward actors live, raise loop.step_timeout_s"
+            )
+
+
+def train_step(run: TrainingRun, step: int) -> StepReport:
+    """One optimiser step on all ranks."""
     output = run.config.output
-    started = time.perf_counter()
     wanted = output.samples_every and step % output.samples_every == 0
-    report = run.learner.train(
-        step, output.samples if wanted else 0, run.fleet, run.supervisor.look
-    )
-    return report, time.perf_counter() - started
+    run.turns.learner(run.supervisor.look)
+    return run.learner.train(step, output.samples if wanted else 0, run.fleet, run.supervisor.look)
 
 
 def log(run: TrainingRun, step: int, report: StepReport, seconds: float) -> None:
-    """Metrics of a finished step to run folder and screen; the fleet's size follows them.
+    """Metrics of a finished step, which took ``seconds`` of wall time with all waiting, to run
+    folder and screen; the fleet's size follows them.
 
     Raises NothingLearntError where they show a run that cannot learn, and ModelError where rollouts
     do not sample from what is trained.
     """
-    metrics = run.metrics.measure(step, report, seconds)
+    metrics = run.metrics.measure(step, report, seconds) | run.turns.metrics()
     run.fleet.autoscale(metrics)
     run.metrics.write(step, metrics, report)
     if run.tolerance is not None:
@@ -128,6 +158,7 @@ def evaluate(run: TrainingRun, step: int) -> bool:
 def evaluate_before(run: TrainingRun) -> None:
     """Held-out accuracy before training, unless a resumed run has it already."""
     if not run.heldout.results:
+        run.turns.rollouts(run.supervisor.look)
         run.heldout.evaluate(0, "evaluation before training", run.supervisor.watch)
     run.screen.phase("training")
     run.folder.status(state="training")
@@ -141,6 +172,7 @@ def measure_pool(run: TrainingRun, step: int) -> bool:
     pool = run.config.evaluation.pool
     if not pool.every or step % pool.every:
         return False
+    run.turns.rollouts(run.supervisor.look)
     run.train_pool.evaluate(step, "measuring the training prompts", run.supervisor.watch)
     accuracy = run.train_pool.results[-1].accuracy
     if pool.stop_at is None or accuracy < pool.stop_at:

@@ -16,6 +16,7 @@ from avatar_rl.cluster.training.system import System
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import Pool, unwrap
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
+from avatar_rl.cluster.workers.turns import Turns
 from avatar_rl.common.errors import ModelError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def probe_parity(
     learner: LearnerGroup,
     prompt_ids: Sequence[str],
     dtype: str,
+    turns: Turns,
 ) -> None:
     """Ask both sides and compare, unless ``probe.prompts`` is 0.
 
@@ -68,14 +70,20 @@ def probe_parity(
     system.screen.phase("parity probe", f"{probe.prompts} prompts on both sides")
     while True:
         try:
-            asked, seen = _ask_both(
-                system.pool, prompt_ids[: probe.prompts], system.config.rollout.sampling
-            )
+            turns.rollouts()
+            if turns.alternate:
+                fleet.await_ready()  # one that died in the learner's turn is there again
+            sampling = system.config.rollout.sampling
+            asked = _ask_rollouts(system.pool, prompt_ids[: probe.prompts], sampling)
+            turns.learner()
+            seen = _ask_learner(system.pool, asked, sampling)
             break
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError:  # the dead are replaced
+            turns.rollouts()
             fleet.await_ready()
+            turns.learner()
             learner.await_ready([rank.progress.remote() for rank in system.pool.ranks])
     tolerance = parity_tolerance(system.config, dtype)
     assert tolerance is not None  # it probes
@@ -105,20 +113,28 @@ def check_adopted(metrics: Mapping[str, float], tolerance: float) -> None:
     )
 
 
-def _ask_both(
+def _ask_rollouts(
     pool: Pool, prompt_ids: Sequence[str], sampling: SamplingConfig
-) -> tuple[list[ProbeCompletion], list[ProbeScores]]:
-    """Completions of the first rollout actor, and the learner's view of them. Raises Ray's
-    errors."""
+) -> list[ProbeCompletion]:
+    """Completions of the first rollout actor. Raises Ray's errors."""
     import ray
 
     tokens = min(PROBE_TOKENS, sampling.max_tokens)
-    asked: list[ProbeCompletion] = ray.get(
-        next(iter(pool.rollouts.values())).probe.remote(list(prompt_ids), tokens)
-    )
+    first = next(iter(pool.rollouts.values()))
+    asked: list[ProbeCompletion] = ray.get(first.probe.remote(list(prompt_ids), tokens))
+    return asked
+
+
+def _ask_learner(
+    pool: Pool, asked: Sequence[ProbeCompletion], sampling: SamplingConfig
+) -> list[ProbeScores]:
+    """The learner's view of these completions. Raises Ray's errors."""
+    import ray
+
     items = [{**item, "temperature": sampling.temperature} for item in asked]
-    [seen, *_] = ray.get([rank.probe.remote(items) for rank in pool.ranks])
-    return asked, seen
+    scores: list[list[ProbeScores]]
+    scores = ray.get([rank.probe.remote(items) for rank in pool.ranks])
+    return scores[0]
 
 
 def check_parity(

@@ -33,7 +33,7 @@ from avatar_rl.cluster.recipe.assets import (
     read_prompts,
 )
 from avatar_rl.cluster.recipe.content import model_digest
-from avatar_rl.cluster.recipe.memory import MemoryPlan
+from avatar_rl.cluster.recipe.memory import MemoryPlan, leaves_device
 from avatar_rl.cluster.recipe.resources import needs_of
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -55,6 +55,7 @@ from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.cluster.workers.supervision import PauseReport, RedisWatch, RestartBudget
+from avatar_rl.cluster.workers.turns import SharedDevice, Turns
 from avatar_rl.prompts.selection import matching, select
 from avatar_rl.rewards.actor import check_judge
 
@@ -209,6 +210,7 @@ def training_run(
         stack.callback(fleet.stop)
         learner = _learner(system, lock.run_id, model, replica, buffer)
         dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
+        turns = SharedDevice(fleet, learner) if config.resources.colocate else Turns()
         plan = MemoryPlan.of(config)
         metrics = RunMetrics(buffer, fleet, system.folder, system.screen, plan)
         supervisor = Supervisor(
@@ -225,7 +227,7 @@ def training_run(
             accuracies=metrics.accuracies,
             origin=Origin(model_digest(model), data_digest(inputs.datasets)),
         )
-        probe_parity(system, fleet, learner, inputs.train, dtype)
+        probe_parity(system, fleet, learner, inputs.train, dtype, turns)
         run = TrainingRun(
             config=config,
             first_step=checkpoint.step if checkpoint is not None else 0,
@@ -233,6 +235,7 @@ def training_run(
             buffer=buffer,
             fleet=fleet,
             learner=learner,
+            turns=turns,
             heldout=heldout,
             train_pool=train_pool,
             supervisor=supervisor,
@@ -336,6 +339,8 @@ def _learner(
             system.datasets,
             system.services.redis_url,
             on_gpu=system.services.on_gpu,
+            turn_lock=system.turn_lock,
+            leaves_device=system.services.on_gpu and leaves_device(config),
         ),
         config.learner.ranks,
         replica,
@@ -351,11 +356,16 @@ def _start_actors(
     system: System, fleet: RolloutFleet, learner: LearnerGroup, why_merged: str
 ) -> str:
     """Start all actors together and wait until they are ready; the data type the learner computes
-    in. ``why_merged``: see ``adapter_road``."""
+    in. On shared devices the engines come first, and sleep while the learner loads.
+    ``why_merged``: see ``adapter_road``."""
     config, pool = system.config, system.pool
     fleet.start(config.rollout.workers)
+    if config.resources.colocate:
+        fleet.await_ready()
+        fleet.end_turn(lambda: None)
     setup = learner.start()
-    fleet.await_ready()
+    if not config.resources.colocate:
+        fleet.await_ready()
     [first, *_] = learner.await_ready(setup)
     for warning in first["warnings"]:
         system.report("model", warning)

@@ -52,11 +52,25 @@ class System:
         self, config: RunConfig, run_id: str, model: Path, buffer: ReplayBuffer
     ) -> RolloutFleet:
         """Rollout actors of ``model``, not started yet. ``config`` may show them other media."""
-        url, on_gpu = self.services.redis_url, self.services.on_gpu
-        spec = rollout_spec(config, run_id, model, self.datasets, url, on_gpu=on_gpu)
-        return RolloutFleet(
-            self.pool, spec, buffer, self.folder, self.screen, scaling=config.rollout
+        spec = rollout_spec(
+            config,
+            run_id,
+            model,
+            self.datasets,
+            self.services.redis_url,
+            on_gpu=self.services.on_gpu,
+            turn_lock=self.turn_lock,
         )
+        scaling = config.rollout
+        if self.turn_lock is not None:  # as many as there are devices for
+            size = {"min_workers": scaling.workers, "max_workers": scaling.workers}
+            scaling = scaling.model_copy(update=size)
+        return RolloutFleet(self.pool, spec, buffer, self.folder, self.screen, scaling=scaling)
+
+    @property
+    def turn_lock(self) -> Path | None:
+        """The file by which engines and ranks take turns; None where each has its own device."""
+        return self.folder.path / "device.turns" if self.config.resources.colocate else None
 
 
 @contextmanager

@@ -153,6 +153,34 @@ class LearnerGroup:
             fleet.reconcile()
         return None
 
+    def begin_turn(self, look: Callable[[], None]) -> None:
+        """Colocated: the ranks take their devices. One that is dead is found by its next step."""
+        self._tell("begin_turn", look)
+
+    def end_turn(self, look: Callable[[], None]) -> None:
+        """Colocated: the ranks leave their devices to the rollout engines."""
+        self._tell("end_turn", look)
+
+    def _tell(self, what: str, look: Callable[[], None]) -> None:
+        """Returns once all ranks that live have answered; ``look`` is called meanwhile."""
+        import ray
+
+        waiting = [getattr(rank, what).remote() for rank in self.pool.ranks]
+        watch = LearnerWatch(self.pool.ranks, self._stall_s)
+        while waiting:
+            if (reason := watch.look()) is not None:
+                self._report("learner stalled", f"{reason}; it is killed")
+                watch.kill()
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK_S)
+            for reference in done:
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayActorError:
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise unwrap(error) from error
+            look()
+
     def recover(self, step: int, death: str) -> None:
         """A new group in place of the dead one, with the state of the newest committed version.
 

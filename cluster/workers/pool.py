@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     from avatar_rl.learner.rank import SetupReport
 
@@ -40,6 +42,8 @@ IMMORTAL: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 #: For train_step, for the weight store's standing call (Outbox), and for questions.
 LEARNER_THREADS = 4
 LOOK_S = 1.0  # between looks at what starts
+#: Of a GPU, for each of the two actors that take turns on it.
+SHARE = 0.5
 
 T = TypeVar("T")
 
@@ -69,6 +73,8 @@ class Pool:
         self.rollouts: dict[str, ActorHandle] = {}
         self.ranks: list[ActorHandle] = []
         self._learner_group: PlacementGroup | None = None
+        self._shared_group: PlacementGroup | None = None  # colocated: a bundle for each device
+        self._seats: dict[str, int] = {}  # colocated: rollout actor -> its bundle
         self._control: RunControl | None = None  # of the run that the actors are told
         self._starts: StartWatch | None = None
 
@@ -89,7 +95,9 @@ class Pool:
         return cast(ActorClass, ray.remote(cls).options(**options))
 
     def _gpus(self, named: float | None) -> float:
-        return named if named is not None else float(self.services.on_gpu)
+        """GPUs of an actor; colocated ones have half of one each."""
+        whole = SHARE if self.config.resources.colocate else 1.0
+        return named if named is not None else whole * self.services.on_gpu
 
     def start_state_replica(self, ranks: int) -> ActorHandle:
         """Holds the learner's state outside the learner; two calls at once, since one may write a
@@ -120,16 +128,21 @@ class Pool:
     def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[ray.ObjectRef[None]]:
         """New rollout actors; returns references that resolve when each is ready."""
         resources = self.config.resources
-        make = self.actor_class(
-            RolloutActor,
-            cpus=resources.rollout_cpus,
-            gpus=self._gpus(resources.rollout_gpus),
-            max_concurrency=4,
-            resources=resources.rollout_resources,
-            label_selector=resources.rollout_labels or None,
-            scheduling_strategy="SPREAD",
-        )
         for number, name in enumerate(names):
+            where: dict[str, Any] = {
+                "label_selector": resources.rollout_labels or None,
+                "scheduling_strategy": "SPREAD",
+            }
+            if resources.colocate:
+                where = {"scheduling_strategy": self._seat(name)}
+            make = self.actor_class(
+                RolloutActor,
+                cpus=resources.rollout_cpus,
+                gpus=self._gpus(resources.rollout_gpus),
+                max_concurrency=4,
+                resources=resources.rollout_resources,
+                **where,
+            )
             scorer = self.scorers[number % len(self.scorers)]
             self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
         self._watch_starts(spec)
@@ -142,16 +155,17 @@ class Pool:
 
         resources = self.config.resources
         cpus, gpus = resources.learner_cpus, self._gpus(resources.learner_gpus)
-        bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-        self._learner_group = reserve(
-            [bundle] * ranks,
-            resources.learner_labels,
-            strict=resources.learner_strict,
-            deadline_s=resources.start_timeout_s,
-        )
-        places = [
-            PlacementGroupSchedulingStrategy(self._learner_group, rank) for rank in range(ranks)
-        ]
+        if spec.turn_lock is not None:
+            group = self._shared()
+        else:
+            bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+            group = self._learner_group = reserve(
+                [bundle] * ranks,
+                resources.learner_labels,
+                strict=resources.learner_strict,
+                deadline_s=resources.start_timeout_s,
+            )
+        places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
         if (control := self._watch_starts(spec)) is not None:
             for rank in range(ranks):  # of those before, which would seem frozen
                 control.drop_heartbeat("learner", str(rank))
@@ -168,6 +182,31 @@ class Pool:
         meeting: ray.ObjectRef[tuple[str, int]] = self.ranks[0].meeting_point.remote()
         [(address, port)] = self.wait_ready([meeting], "learner ranks", self.starting_ranks)
         return [rank.setup.remote(address, port) for rank in self.ranks]
+
+    def _shared(self) -> PlacementGroup:
+        """Colocated: one bundle for each device, for a rollout actor and a learner rank. Ray gives
+        both the same GPU, since a bundle has one whole."""
+        if self._shared_group is None:
+            resources = self.config.resources
+            cpus = resources.rollout_cpus + resources.learner_cpus
+            gpus = self._gpus(resources.rollout_gpus) + self._gpus(resources.learner_gpus)
+            bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+            devices = max(self.config.rollout.workers, self.config.learner.ranks)
+            self._shared_group = reserve(
+                [bundle] * devices,
+                resources.learner_labels,
+                strict=True,
+                deadline_s=resources.start_timeout_s,
+            )
+        return self._shared_group
+
+    def _seat(self, name: str) -> PlacementGroupSchedulingStrategy:
+        """The bundle of a new rollout actor: the first that no other one has."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        taken = {seat for other, seat in self._seats.items() if other in self.rollouts}
+        self._seats[name] = next(seat for seat in count() if seat not in taken)
+        return PlacementGroupSchedulingStrategy(self._shared(), self._seats[name])
 
     def stop_learner(self) -> None:
         import ray
@@ -269,8 +308,10 @@ def rollout_spec(
     redis_url: str,
     *,
     on_gpu: bool = False,
+    turn_lock: Path | None = None,
 ) -> RolloutSpec:
-    """What every rollout actor of the run is told; ``on_gpu`` as in ``learner_spec``."""
+    """What every rollout actor of the run is told; ``on_gpu`` as in ``learner_spec``,
+    ``turn_lock``: of a colocated run."""
     rollout = config.rollout
     return RolloutSpec(
         run_id=run_id,
@@ -293,6 +334,7 @@ def rollout_spec(
         confidence=config.rewards.asks_confidence,
         dead_by=config.loop.dynamic_sampling.by,
         adapter=adapter_road(config, model)[0],
+        turn_lock=turn_lock,
     )
 
 
@@ -305,9 +347,12 @@ def learner_spec(
     *,
     cold_start: bool = False,
     on_gpu: bool = False,
+    turn_lock: Path | None = None,
+    leaves_device: bool = False,
 ) -> LearnerSpec:
     """What every learner rank is told; ``cold_start``: as ranks of the supervised Stage 0,
-    ``on_gpu``: rollout actors have GPUs unless the recipe says otherwise."""
+    ``on_gpu``: rollout actors have GPUs unless the recipe says otherwise, ``turn_lock`` and
+    ``leaves_device``: of a colocated run."""
     assert not cold_start or datasets.sft is not None
     learner = config.learner.model_copy(update={"micro_batch_tokens": config.pack_tokens})
     if cold_start and config.cold_start is not None:
@@ -336,6 +381,8 @@ def learner_spec(
         engine_dtype=config.rollout.engine.dtype_on(_engine_device(config, on_gpu)),
         publishes_adapter=not cold_start and adapter_road(config, model)[0] is not None,
         replica_bytes=0 if cold_start else config.checkpoint.replica_bytes,
+        turn_lock=turn_lock,
+        leaves_device=leaves_device,
     )
 
 

@@ -6,7 +6,7 @@ What a death of one costs is in supervision.py, beside the rest of the table.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,8 @@ class RolloutFleet:
         self.budget = RestartBudget(pool.config.supervision.restarts, "rollout actors")
         self._named = 0
         self._looked = 0.0
+        self._works = False  # actors lease requests as soon as they are up
+        self._rests = False  # colocated: the learner has the device
         largest = scaling.max_workers
         self._policy = (
             Autoscaler(scaling.min_workers, largest)
@@ -149,6 +151,7 @@ class RolloutFleet:
 
     def work(self) -> None:
         """Every actor leases requests from now on, or as soon as its engine is up."""
+        self._works = True
         for name in sorted(self.members.keys() - set(self.working.values())):
             self._go(name)
 
@@ -193,7 +196,71 @@ class RolloutFleet:
             self.budget.limit = restarts + self.size - 1
         self.budget.spend(f"{name}: {reason}")
         self._forget(name)
-        self.start(1)
+        if not self._rests:  # else in the engines' next turn
+            self.start(1)
+
+    # -- colocated ---------------------------------------------------------------------------------
+
+    def end_turn(self, look: Callable[[], None]) -> None:
+        """Every engine finishes what it has, sleeps and leaves its device to the learner.
+
+        Returns once each has said so, or is dead; the dead are replaced in the next turn.
+        """
+        self._rests = True
+        self._ask_all("end_turn", look)
+
+    def begin_turn(self, look: Callable[[], None]) -> None:
+        """The devices are the engines' again. Returns once all are awake; new ones start in place
+        of those that died meanwhile."""
+        self._rests = False
+        self._ask_all("begin_turn", look)
+        if self._works:
+            self._looked = 0.0
+            self.reconcile()
+        elif missing := self.scaling.workers - self.size:
+            self.start(missing)
+
+    def _ask_all(self, what: str, look: Callable[[], None]) -> None:
+        """The answer of every actor, also of one that is starting; one that dies, fails or is
+        silent for as long as a start may take is given up."""
+        import ray
+
+        deadline = time.monotonic() + self.pool.config.resources.start_timeout_s
+
+        asked: dict[ray.ObjectRef[None], str] = {
+            getattr(self.pool.rollouts[name], what).remote(): name for name in self.members
+        }
+        while asked:
+            done, _ = ray.wait([*asked, *self.working], num_returns=1, timeout=LOOK_S / 2)
+            for reference in done:
+                if reference in self.working:
+                    self.replace(reference)
+                elif (name := asked.pop(reference)) in self.members:
+                    self._hear(name, reference)
+            now = time.monotonic()
+            if self._works:
+                self._welcome(now)
+            look()
+            for reference, name in list(asked.items()) if now > deadline else ():
+                del asked[reference]
+                self._give_up(name, f"no answer to {what}")
+
+    def _hear(self, name: str, answer: ray.ObjectRef[None]) -> None:
+        import ray
+
+        try:
+            ray.get(answer)
+        except ray.exceptions.RayError as error:
+            self._give_up(name, str(unwrap(error)))
+
+    def _give_up(self, name: str, reason: str) -> None:
+        """An actor that failed in its turn may live on, with the device: it is ended."""
+        import ray
+
+        if name in self.members:
+            ray.kill(self.pool.rollouts[name])
+            self.working = {run: other for run, other in self.working.items() if other != name}
+            self._replace(name, reason)
 
     # -- scaling -----------------------------------------------------------------------------------
 
@@ -211,7 +278,7 @@ class RolloutFleet:
         """Compare with the desired number, and look at who joins and leaves. Cheap; waits for
         nobody."""
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
+        if self._rests or now - self._looked < LOOK_S:
             return
         self._looked = now
         self._welcome(now)

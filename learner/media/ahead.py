@@ -16,6 +16,8 @@ from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.record import Prompt
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from avatar_rl.buffer_service.records.requests import RolloutRequest
     from avatar_rl.prompts.datasets import PromptIndex
 
@@ -58,6 +60,11 @@ class AheadEncoder:
     def text(self, prompt: Prompt, hinted: bool) -> str:
         """See ``PromptEncoder.text``."""
         return self.prompts.text(prompt, hinted)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What the rank itself holds on its device; workers hold their own."""
+        return self._stored.modules
 
     def encode(self, prompt: Prompt, hinted: bool) -> EncodedPrompt:
         """See ``PromptEncoder.encode``; its features are embeddings, (N, 1 + D, H) each."""

@@ -26,6 +26,8 @@ from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.record import Modality, Prompt
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from avatar_rl.learner.media.towers import Towers
 
 #: Raise it when towers or layouts are stored in another way.
@@ -93,6 +95,11 @@ class StoredEncoder:
             return None
         self.prompts.check_length(prompt, len(known.input_ids))
         return self._kept(key, known)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The towers, once they have been needed: they stay on their device."""
+        return [] if self._towers is None else [self._towers.shell]
 
     def compute(self, key: str, prompt: Prompt, hinted: bool) -> EncodedPrompt:
         """Decode the prompt's media, run the towers on those that nobody stored yet, and store it

@@ -91,6 +91,12 @@ class Towers:
             setattr(owner, word, tower.eval().requires_grad_(False).to(device))
         self.device = device
 
+    @property
+    def shell(self) -> nn.Module:
+        """The model with its towers; all else is on the meta device."""
+        shell: nn.Module = self._shell
+        return shell
+
     @torch.no_grad()
     def embed(self, kind: Modality, features: Mapping[str, Tensor]) -> Tensor:
         """Embeddings of one medium, (N, 1 + D, H): N placeholder tokens, D deepstack layers (0 but

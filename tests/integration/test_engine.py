@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.actors.engine.launch import CPU_KV_CACHE_BYTES
 from avatar_rl.common.errors import DataError, ModelError, ResourceError
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
 from avatar_rl.prompts.record import Prompt
@@ -107,6 +109,43 @@ def _start_on_the_first_policy(request: pytest.FixtureRequest) -> None:
         stage: Stage = request.getfixturevalue("stage")
         stage.engine.abort()
         stage.adopt(0)
+
+
+def test_an_engine_that_slept_answers_as_before_and_adopts(stage: Stage) -> None:
+    before = tokens(stage.run(stage.engine, GREEDY))
+    stage.submit(stage.engine, GREEDY)
+    with pytest.raises(ModelError, match="cannot sleep with 6 requests in flight"):
+        stage.engine.sleep()
+    assert tokens(drain(stage.engine)) == before
+    stage.engine.sleep()
+    stage.engine.sleep()  # once more changes nothing
+    for forbidden in (
+        stage.engine.step,
+        lambda: stage.adopt(1),
+        lambda: stage.run(stage.engine, GREEDY),
+    ):
+        with pytest.raises(ModelError, match="asleep"):
+            forbidden()
+    stage.engine.wake()
+    assert tokens(stage.run(stage.engine, GREEDY)) == before
+    stage.engine.sleep()
+    stage.engine.wake()
+    stage.adopt(1)
+    assert tokens(stage.run(stage.engine, GREEDY)) == tokens(stage.fresh)
+
+
+def test_keys_and_values_give_their_memory_back_while_it_sleeps(stage: Stage) -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    stage.engine.sleep()
+    stage.engine.wake()  # from here on every page of the cache is there
+    awake = resident()
+    stage.engine.sleep()
+    asleep = resident()
+    stage.engine.wake()
+    assert awake - asleep > 0.9 * CPU_KV_CACHE_BYTES
+    assert abs(resident() - awake) < 0.1 * CPU_KV_CACHE_BYTES
 
 
 def test_a_prompt_and_the_same_with_its_hint_keep_their_media_once(stage: Stage) -> None:

@@ -28,8 +28,9 @@ from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.names import NameMap, checkpoint_names
 from avatar_rl.learner.model.policy import Policy, PolicyOutput
 from avatar_rl.learner.publication import Publication
-from avatar_rl.learner.state import capture, restore
+from avatar_rl.learner.state import capture, restore, state_bytes
 from avatar_rl.learner.state_replica import write_files
+from avatar_rl.learner.turn import ParkedState
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
@@ -182,6 +183,37 @@ def checkpoints(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
+def parked(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Weights after steps with the state in host memory between them, and without."""
+    found: dict[str, Any] = {}
+    rows = text_rows()
+    for stage in STAGES:
+        stayed, left = (
+            make_engine(folder / "text", settings(stage, dtype="bfloat16"), ranks, "bfloat16")
+            for _ in range(2)
+        )
+        state = ParkedState(lambda engine=left: [engine.policy, engine.optimizer], left.device)
+        bytes_left, sizes = [], []
+        for engine in (stayed, left):
+            for _ in range(2):
+                train(engine, rows, rank, ranks)
+                if engine is left:
+                    bytes_left.append(state.leave())
+                    sizes.append(
+                        sum(p.untyped_storage().nbytes() for p in left.policy.parameters())
+                    )
+                    assert state.leave() == 0  # it is away
+                    state.come_back()
+        found[f"{stage}"] = {
+            "stayed": stayed.state_dict(),
+            "left": left.state_dict(),
+            "bytes": bytes_left,
+            "sizes": sizes,
+            "expected": state_bytes(left) / (ranks if stage else 1),
+        }
+    return found
+
+
 def omni_rows(model: Path, *, silent: bool = False) -> list[Row]:
     loader = ArrayLoader()
     encoder = PromptEncoder(model, loader, TemplateConfig())
@@ -309,7 +341,7 @@ def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     avatar_rl.learner.engine.WHOLE_BELOW = 0  # or ZeRO 3 would split nothing of a tiny model
-    scenarios = (parity, checkpoints, omni, mixed, poisoned, bad_gradient)
+    scenarios = (parity, checkpoints, parked, omni, mixed, poisoned, bad_gradient)
     return {scenario.__name__: scenario(folder, rank, ranks) for scenario in scenarios}
 
 
@@ -405,6 +437,18 @@ def test_a_resumed_engine_goes_on_as_if_nothing_had_happened(
     found = rank_results(folder, "checkpoints", ranks)[str(stage)]
     assert difference(found["through"], found["resumed"]) == 0
     assert found["updates"] == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_that_left_its_device_trains_on_as_if_it_had_stayed(
+    folder: Path, stage: int, ranks: int
+) -> None:
+    found = rank_results(folder, "parked", ranks)[str(stage)]
+    assert difference(found["left"], found["stayed"]) == 0
+    assert found["sizes"] == [0, 0]
+    # Moments and master copies at least; a rank keeps its share of them from ZeRO 1 on.
+    assert min(found["bytes"]) > 0.8 * found["expected"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -10,6 +10,7 @@ import pytest
 from avatar_rl.cluster.config import LoopConfig
 from avatar_rl.cluster.training.loop import train
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
+from avatar_rl.cluster.workers.turns import Turns
 
 
 class Rounds:
@@ -51,6 +52,7 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
             )
         ),
         fleet=SimpleNamespace(work=lambda: said.append("work"), autoscale=lambda metrics: None),
+        turns=Turns(),
         learner=SimpleNamespace(
             train=lambda step, samples, fleet, look: said.append(f"train {step} ({samples})")
         ),

@@ -3,7 +3,7 @@ learner's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,6 +84,15 @@ def _lora_model(
     )
 
 
+def _cache_tensors(caches: object) -> Iterator[Tensor]:
+    """Keys and values of the layers; some kinds of layers have a list each."""
+    if isinstance(caches, Tensor):
+        yield caches
+    elif isinstance(caches, list | tuple):
+        for cache in caches:
+            yield from _cache_tensors(cache)
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
@@ -110,6 +119,22 @@ class WorkerExtension:
             if module.weight.numel() == 0:  # it has its packed copy only
                 raise RuntimeError(f"layer {name!r} kept the weights of before the update")
             module.quant_method.process_weights_after_loading(module)
+
+    def free_caches(self) -> None:
+        """On a CPU, where vLLM has no sleep mode: give back the memory of keys and values."""
+        held = {
+            tensor.data_ptr(): (tensor, tensor.untyped_storage().nbytes())
+            for tensor in _cache_tensors(self.model_runner.kv_caches)
+        }
+        self.__dict__["_caches"] = list(held.values())
+        for tensor, _ in held.values():
+            tensor.untyped_storage().resize_(0)
+
+    def restore_caches(self) -> None:
+        """Take it again; keys and values are zeros, as after the start."""
+        for tensor, size in self.__dict__.pop("_caches", []):
+            tensor.untyped_storage().resize_(size)
+            tensor.zero_()
 
     def hold_adapter(
         self,
