@@ -170,6 +170,36 @@ class PoolEvaluationConfig(Section):
     )
 
 
+class PublicSetsConfig(Section):
+    """Public benchmarks that a run is measured on (docs/evaluation.md). Training waits for them, so
+    they change nothing of it."""
+
+    names: tuple[str, ...] = Field(
+        (), description="Sets by name (`avatar evaluate MODEL --benchmark list`); none: off."
+    )
+    sets: Path | None = Field(
+        None, description="Folder that holds a folder of each set, as it was downloaded."
+    )
+    every: int = Field(
+        0, ge=0, description="Steps between measurements; 0 measures only before and after."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Questions of each set, evenly chosen; null asks all."
+    )
+    wording: Literal["recipe", "official"] = Field(
+        "recipe", description="Asked in the recipe's template, or in the words of its authors."
+    )
+    skip_missing: bool = Field(
+        False, description="Leave questions out whose media are not there, instead of refusing."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PublicSetsConfig:
+        if self.names and self.sets is None:
+            raise ValueError("names needs `sets: FOLDER`, which holds a folder of each set")
+        return self
+
+
 class EvaluationConfig(Section):
     """Held-out accuracy, measured on the rollout actors while training continues."""
 
@@ -185,6 +215,9 @@ class EvaluationConfig(Section):
     timeout_s: float = Field(600, gt=0, description="Deadline of one evaluation.")
     pool: PoolEvaluationConfig = Field(
         PoolEvaluationConfig(), description="Accuracy over the training prompts."
+    )
+    benchmarks: PublicSetsConfig = Field(
+        PublicSetsConfig(), description="Public benchmarks asked in the course of the run."
     )
 
 

@@ -46,11 +46,12 @@ def evaluate_sets(
     Raises ConfigError for an unknown set or a model that lacks a sense a set needs, InputError for
     files that are not as published."""
     from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, senses_of
-    from avatar_rl.cluster.benchmarks.run import SetToAsk, ask_sets
+    from avatar_rl.cluster.benchmarks.result import SetToAsk
     from avatar_rl.cluster.benchmarks.sets import benchmark_set
     from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.commands.train import policy_folder
     from avatar_rl.cluster.telemetry.live_view import open_screen
+    from avatar_rl.cluster.training.public_sets import ask_sets
 
     names = [name.strip() for name in (words["benchmark"] or "").split(",") if name.strip()]
     chosen = [benchmark_set(name) for name in dict.fromkeys(names)]

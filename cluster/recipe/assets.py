@@ -45,6 +45,12 @@ class Datasets:
     train: Path
     heldout: Path | None
     sft: Path | None
+    public: Path | None = None  # questions of public benchmarks; nothing of it is trained
+
+    @property
+    def answered(self) -> tuple[Path, ...]:
+        """The files whose prompts rollout actors answer."""
+        return self.asked if self.public is None else (*self.asked, self.public)
 
     @property
     def asked(self) -> tuple[Path, ...]:

@@ -80,6 +80,9 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Accuracy over the training prompts, each sampled equally often.",
         ),
         ("pool/accuracy/<category>", "share", "The same on one question type."),
+        ("benchmark/accuracy/<set>", "share", "Official accuracy on one public set."),
+        ("benchmark/low/<set>", "share", "Lower end of its 95 % interval, of the mean score."),
+        ("benchmark/high/<set>", "share", "Upper end of the same."),
         (
             "eval/needs/<modality>",
             "share",

@@ -110,6 +110,7 @@ def write_report(run: Path) -> Path:
         else "",
         categories=changes(rows, "eval/accuracy/<category>"),
         needs=changes(rows, "eval/needs/<modality>"),
+        benchmarks=changes(rows, "benchmark/accuracy/<set>"),
         ledger=ledger(rows),
         timing=timing(rows),
         tiers=tier_history(rows),

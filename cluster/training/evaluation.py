@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import TypedDict
@@ -21,6 +21,7 @@ from avatar_rl.cluster.training.prompt_schedule import evaluation_requests
 from avatar_rl.common.errors import ReplayBufferError
 
 POOL_ROUNDS = 500_000  # above the numbers of held-out rounds
+PUBLIC_ROUNDS = 750_000  # above those of the training prompts
 
 
 class Answer(TypedDict):
@@ -32,6 +33,7 @@ class Answer(TypedDict):
     accuracy: float | None  # None: masked
     version: int
     tokens: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class EvaluationRounds:
     ``results`` holds the finished rounds, oldest first, without their samples.
     """
 
+    asked = "held-out prompts, greedy"  # what the screen calls them
+    patient = False  # the deadline is for an answer, not for a round
+
     def __init__(
         self,
         config: EvaluationConfig,
@@ -117,6 +122,7 @@ class EvaluationRounds:
         self.results: list[Evaluation] = []
         self._round = POOL_ROUNDS if pool else 0
         self._pending: tuple[int, int] | None = None  # under way: round, step
+        self._missing = 0  # answers of the round under way
 
     def begin(self, step: int) -> None:
         """Ask every prompt, of a policy at least as new as now; training continues meanwhile."""
@@ -137,23 +143,29 @@ class EvaluationRounds:
             return True
         round, step = self._pending
         results = self.buffer.requests.eval_results(round)
+        self._missing = results.missing
         if not results.complete:
             self.screen.progress(len(self.prompt_ids) - results.missing, len(self.prompt_ids))
             return False
-        evaluation = summarise(round, list(results.payloads.values()), selected=self.selected)
         self.buffer.requests.clear_eval(round)
         self._pending = None
+        self.report(step, round, results.payloads)
+        return True
+
+    def report(self, step: int, round: int, payloads: Mapping[int, bytes]) -> None:
+        """A finished round to metrics, samples and screen. ``payloads`` are by place among
+        ``prompt_ids``."""
+        evaluation = summarise(round, list(payloads.values()), selected=self.selected)
         self.results.append(replace(evaluation, samples=[]))
         if self.pool:
             self.folder.metrics(step, evaluation.metrics("pool"))
-            return True
+            return
         self.folder.metrics(step, evaluation.metrics())
         self.folder.samples(step, evaluation.samples, kind="eval")
         self.folder.status(
             accuracy_before=self.results[0].accuracy, accuracy_now=evaluation.accuracy
         )
         self.screen.update(evaluation.metrics())
-        return True
 
     def evaluate(self, step: int, phase: str, watch: Callable[[], None]) -> None:
         """A whole round, waited for; one under way is collected first.
@@ -163,13 +175,17 @@ class EvaluationRounds:
         if not self.prompt_ids:
             return
         if not self.pool:
-            self.screen.phase(phase, f"{len(self.prompt_ids)} held-out prompts, greedy")
+            self.screen.phase(phase, f"{len(self.prompt_ids)} {self.asked}")
         deadline = time.monotonic() + self.config.timeout_s
         for begin in (False, True):
             if begin:
                 self.begin(step)
+            missing = self._missing
             while not self.collect():
                 watch()
+                if self.patient and self._missing != missing:
+                    missing = self._missing
+                    deadline = time.monotonic() + self.config.timeout_s
                 if time.monotonic() > deadline:
                     raise ReplayBufferError(
                         f"the evaluation at step {step} did not finish within "

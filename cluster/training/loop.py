@@ -14,6 +14,7 @@ from avatar_rl.cluster.training.evaluation import EvaluationRounds
 from avatar_rl.cluster.training.learning_watch import LearningWatch
 from avatar_rl.cluster.training.parity import check_adopted
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
+from avatar_rl.cluster.training.public_sets import PublicSetRounds
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Supervisor
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
@@ -41,6 +42,7 @@ class TrainingRun:
     turns: Turns  # of fleet and learner, where they share devices
     heldout: EvaluationRounds
     train_pool: EvaluationRounds  # of the training prompts
+    public_sets: PublicSetRounds
     supervisor: Supervisor  # looks after all processes, takes the checkpoints
     metrics: RunMetrics
     tolerance: float | None  # of log-probabilities between engine and learner; None: any
@@ -77,6 +79,7 @@ def train(run: TrainingRun) -> None:
         run.supervisor.checkpoint(step, last=done)  # where one is due; or stop, if asked to
     run.turns.rollouts(run.supervisor.look)
     run.heldout.evaluate(step, "evaluation after training", run.supervisor.watch)
+    run.public_sets.evaluate(step, "public sets after training", run.supervisor.watch)
     run.turns.learner(run.supervisor.look)  # for the export
     run.supervisor.checkpoints.wait()
     run.supervisor.signals.orderly = False
@@ -147,6 +150,7 @@ def evaluate(run: TrainingRun, step: int) -> bool:
     if every and step % every == 0 and step < run.config.loop.steps:
         run.heldout.begin(step)
     run.heldout.collect()
+    measure_public_sets(run, step)
     if measure_pool(run, step):
         return True
     if run.heldout.reached(target):
@@ -160,10 +164,21 @@ def evaluate_before(run: TrainingRun) -> None:
     if not run.heldout.results:
         run.turns.rollouts(run.supervisor.look)
         run.heldout.evaluate(0, "evaluation before training", run.supervisor.watch)
+    if run.public_sets.prompt_ids and not run.public_sets.results:
+        run.turns.rollouts(run.supervisor.look)
+        run.public_sets.evaluate(0, "public sets before training", run.supervisor.watch)
     run.screen.phase("training")
     run.folder.status(state="training")
     if run.first_step == 0:
         measure_pool(run, 0)
+
+
+def measure_public_sets(run: TrainingRun, step: int) -> None:
+    """Ask the public sets when they are due; training waits."""
+    every = run.config.evaluation.benchmarks.every
+    if every and step % every == 0 and step < run.config.loop.steps:
+        run.turns.rollouts(run.supervisor.look)
+        run.public_sets.evaluate(step, "public sets", run.supervisor.watch)
 
 
 def measure_pool(run: TrainingRun, step: int) -> bool:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ from avatar_rl.cluster.training.learning_watch import LearningWatch
 from avatar_rl.cluster.training.loop import TrainingRun, train
 from avatar_rl.cluster.training.parity import parity_tolerance, probe_parity
 from avatar_rl.cluster.training.prompt_schedule import PromptSchedule
+from avatar_rl.cluster.training.public_sets import (
+    PublicQuestions,
+    PublicSetRounds,
+    public_questions,
+)
 from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Origin, Supervisor
@@ -85,6 +90,7 @@ class Inputs:
     train: list[str]  # ids of the prompts that are trained
     heldout: list[str]
     selected: list[str]  # held-out prompts of the types that are trained
+    public: PublicQuestions | None  # of the benchmarks that the run is measured on
 
 
 def execute(
@@ -181,7 +187,10 @@ def read_inputs(config: RunConfig, screen: Screen) -> Inputs:
         check_media(read_prompts(datasets.sft, config), config.data.media.roots)
     base = prepare_base_model(config, screen.phase)
     check_lora(config, base)
-    return Inputs(datasets, base, train_ids, heldout, selected)
+    public = public_questions(config, base)
+    if public is not None:
+        datasets = replace(datasets, public=public.path)
+    return Inputs(datasets, base, train_ids, heldout, selected, public)
 
 
 @contextmanager
@@ -197,7 +206,7 @@ def training_run(
         signals = stack.enter_context(StopSignals())
         stack.enter_context(pauses_told(PauseReport(system.report, signals)))
         replica = pool.start_state_replica(config.learner.ranks)
-        heldout, train_pool = _rounds(system, inputs, buffer)
+        heldout, train_pool, public_sets = _rounds(system, inputs, buffer)
         schedule = _schedule(system, inputs, buffer, is_new=checkpoint is None)
         model = system.starting_policy(inputs.base)
         if checkpoint is not None:
@@ -205,7 +214,7 @@ def training_run(
         system.screen.phase(
             "starting actors", f"{config.rollout.workers} vLLM, {config.learner.ranks} DeepSpeed"
         )
-        pool.start_scorers(inputs.datasets.asked)
+        pool.start_scorers(inputs.datasets.answered)
         fleet = system.rollout_fleet(config, lock.run_id, model, buffer)
         stack.callback(fleet.stop)
         learner = _learner(system, lock.run_id, model, replica, buffer)
@@ -223,7 +232,7 @@ def training_run(
             buffer=buffer,
             fleet=fleet,
             learner=learner,
-            rounds={"heldout": heldout, "pool": train_pool},
+            rounds={"heldout": heldout, "pool": train_pool, "public": public_sets},
             accuracies=metrics.accuracies,
             origin=Origin(model_digest(model), data_digest(inputs.datasets)),
         )
@@ -238,6 +247,7 @@ def training_run(
             turns=turns,
             heldout=heldout,
             train_pool=train_pool,
+            public_sets=public_sets,
             supervisor=supervisor,
             metrics=metrics,
             tolerance=parity_tolerance(config, dtype),
@@ -296,8 +306,8 @@ def _watch_redis(system: System, stack: ExitStack) -> RedisWatch | None:
 
 def _rounds(
     system: System, inputs: Inputs, buffer: ReplayBuffer
-) -> tuple[EvaluationRounds, EvaluationRounds]:
-    """Evaluation rounds of the held-out prompts and of the training prompts."""
+) -> tuple[EvaluationRounds, EvaluationRounds, PublicSetRounds]:
+    """Evaluation rounds of the held-out prompts, of the training prompts and of public sets."""
     config, folder, screen = system.config.evaluation, system.folder, system.screen
     heldout = EvaluationRounds(
         config, buffer, inputs.heldout, folder, screen, selected=inputs.selected
@@ -305,7 +315,7 @@ def _rounds(
     pool = EvaluationRounds(
         config, buffer, inputs.train if config.pool.every else [], folder, screen, pool=True
     )
-    return heldout, pool
+    return heldout, pool, PublicSetRounds(config, buffer, inputs.public, folder, screen)
 
 
 def _schedule(

@@ -317,7 +317,7 @@ def rollout_spec(
         run_id=run_id,
         seed=config.seed,
         model=model,
-        datasets=datasets.asked,
+        datasets=datasets.answered,
         data=config.data.reader,
         media=config.data.media,
         template=config.data.template,

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
 from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
+from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from avatar_rl.prompts.synthetic.world import synthesize
 from avatar_rl.rewards.record import Completion
+from tests.public_set import write_daily_omni
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,15 @@ def recipe(folder: Path) -> dict[str, Any]:
             "micro_batch_tokens": 512,
         },
         "probe": {"prompts": 2},
+        # The reference knows nothing of public sets: they must change nothing.
+        "evaluation": {
+            "benchmarks": {
+                "names": ["dailyomni"],
+                "sets": str(folder / "sets"),
+                "every": 4,
+                "limit": 3,
+            }
+        },
         "output": {
             "folder": str(folder / "runs"),
             "cache": str(folder / "cache"),
@@ -111,6 +122,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     folder = tmp_path_factory.mktemp("reference")
     build_tiny_omni(folder / "model")
     synthesize(folder / "world", WorldConfig(n_train=16, n_heldout=1, n_sft=1))
+    write_daily_omni(folder / "sets" / "dailyomni", 12)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(folder)))
     logs = [folder / "run.log", folder / "reference.log"]
@@ -125,6 +137,21 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 def steps_of(reference: Path) -> list[dict[str, Any]]:
     return json.loads((reference / "steps.json").read_text())
+
+
+def test_public_sets_are_measured_before_during_and_after(
+    outcome: tuple[Path, Path, Path],
+) -> None:
+    rows = {row["step"]: row for row in read_metrics(outcome[1])}
+    measured = [step for step, row in rows.items() if "benchmark/accuracy/dailyomni" in row]
+    assert measured == [0, 4, STEPS]
+    for step in measured:
+        row, file = rows[step], outcome[1] / "benchmarks" / f"step_{step:06d}.jsonl"
+        answers = list(read_jsonl(file))
+        assert len(answers) == 3 and all(answer["set"] == "dailyomni" for answer in answers)
+        accuracy = sum(answer["score"] for answer in answers) / 3
+        assert row["benchmark/accuracy/dailyomni"] == pytest.approx(accuracy)
+        assert row["benchmark/low/dailyomni"] <= accuracy <= row["benchmark/high/dailyomni"]
 
 
 def test_the_run_exercises_what_it_should(outcome: tuple[Path, Path, Path]) -> None:

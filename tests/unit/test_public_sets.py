@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_scores
 from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, to_prompt, write_prompts
 from avatar_rl.cluster.benchmarks.intervals import bootstrap, paired, wilson
 from avatar_rl.cluster.benchmarks.marks import final_part, letter_in, mark, relative_accuracy
 from avatar_rl.cluster.benchmarks.record import Question
-from avatar_rl.cluster.benchmarks.run import by_length
+from avatar_rl.cluster.benchmarks.result import by_length
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.training.public_sets import evenly, public_questions
 from avatar_rl.common.errors import ConfigError, DataError, InputError
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.datasets import load_prompts
@@ -110,6 +113,46 @@ def test_questions_without_their_media_can_be_left_out(tmp_path: Path) -> None:
 def test_a_set_is_not_for_a_model_without_its_sense() -> None:
     assert lacking(benchmark_set("worldsense"), {"video", "image"}) == ["audio"]
     assert lacking(benchmark_set("mvbench"), {"video", "image"}) == []
+
+
+def run_config(sets: Path, cache: Path, **over: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "data": {"train": "train.jsonl", **over},
+            "output": {"cache": str(cache)},
+            "evaluation": {"benchmarks": {"names": ["dailyomni"], "sets": str(sets), "limit": 1}},
+        }
+    )
+
+
+def test_the_sets_of_a_run_are_read_before_it_starts(tmp_path: Path) -> None:
+    PUBLISHED["dailyomni"].write(tmp_path / "sets/dailyomni")
+    model = tmp_path / "model"
+    model.mkdir()
+    senses = {"vision_config": {}, "audio_config": {}}
+    (model / "config.json").write_text(json.dumps(senses))
+    config = run_config(tmp_path / "sets", tmp_path / "cache")
+    public = public_questions(config, model)
+    assert public is not None and public.ids[0].startswith("dailyomni/") and len(public.ids) == 1
+    [prompt] = load_prompts(public.path, config.data.reader)
+    assert prompt.id == public.ids[0]
+    assert public_questions(config, model) == public  # a resumed run finds the same file
+    (model / "config.json").write_text(json.dumps({"vision_config": {}}))
+    with pytest.raises(ConfigError, match=r"dailyomni is about .* takes no audio.*leave it out"):
+        public_questions(config, model)
+    limited = run_config(tmp_path / "sets", tmp_path / "cache", reader={"limit": 5})
+    with pytest.raises(ConfigError, match=r"needs data\.reader\.format auto and no"):
+        public_questions(limited, model)
+    with pytest.raises(ValidationError, match="names needs `sets: FOLDER`"):
+        RunConfig.model_validate(
+            {"data": {"train": "x"}, "evaluation": {"benchmarks": {"names": ["mlvu"]}}}
+        )
+
+
+def test_a_limit_takes_questions_from_the_whole_set() -> None:
+    asked = [Question(str(n), "?", "A", "choice") for n in range(10)]
+    assert [q.id for q in evenly(asked, 3)] == ["0", "3", "6"]
+    assert evenly(asked, None) == asked and evenly(asked, 99) == asked
 
 
 def test_an_unknown_set_lists_what_there_is() -> None:
