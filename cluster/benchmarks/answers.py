@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avatar_rl.cluster.benchmarks.marks import mark
-from avatar_rl.cluster.benchmarks.record import Marked, Question
+from avatar_rl.cluster.benchmarks.record import Marked, MarkedBy, Question
 from avatar_rl.cluster.checkpoints.resume import flatten
 from avatar_rl.common.errors import ConfigError, DataError
 from avatar_rl.common.files import Appender, json_line, read_jsonl, replace_text, replaced_file
@@ -59,10 +59,10 @@ class AnswerStore:
             self.texts[question_id] = (text, tokens)
             self._journal.append(json_line({"id": question_id, "text": text, "tokens": tokens}))
 
-    def marked(self, questions: Sequence[Question]) -> list[Marked]:
+    def marked(self, questions: Sequence[Question], by: MarkedBy = mark) -> list[Marked]:
         """The answered ones of ``questions``, marked, in their order."""
         return [
-            mark(question, text, tokens=tokens)
+            by(question, text, tokens=tokens)
             for question in questions
             if (found := self.texts.get(question.id)) is not None
             for text, tokens in [found]

@@ -50,6 +50,20 @@ def lacking(one: BenchmarkSet, senses: set[Modality]) -> list[Modality]:
     return [sense for sense in one.senses if sense not in senses]
 
 
+def check_kinds(
+    one: BenchmarkSet, questions: Sequence[Question], senses: set[Modality], model: Path
+) -> None:
+    """Raises ConfigError where a question shows what the model does not take: a set may be about
+    more than it says."""
+    for question in questions:
+        for item in question.media:
+            if item.kind not in senses:
+                raise ConfigError(
+                    f"{one.name}, question {question.id}, holds {item.kind}, and {model} takes no "
+                    f"{item.kind}: leave the set out"
+                )
+
+
 def read_questions(
     one: BenchmarkSet, root: Path, media: Path, *, limit: int | None = None, skip: bool = False
 ) -> tuple[list[Question], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from avatar_rl.prompts.record import MediaItem, Modality
 
@@ -45,6 +45,10 @@ class Marked:
 Metric = Callable[[Sequence[Marked]], dict[str, float]]
 
 
+class MarkedBy(Protocol):
+    def __call__(self, question: Question, completion: str, *, tokens: int = 0) -> Marked: ...
+
+
 @dataclass(frozen=True)
 class BenchmarkSet:
     """How one public benchmark is read, asked and scored."""
@@ -58,4 +62,6 @@ class BenchmarkSet:
     metric: Metric  # "accuracy" first, in [0, 1]; then its parts
     #: What differs from the authors' scoring; empty where nothing does.
     deviation: str = ""
+    #: Marks a completion where the set brings a rule of its own; marks.py has the others.
+    marked_by: MarkedBy | None = None
     listens: bool = False  # the sound of its videos belongs to it, where they have any

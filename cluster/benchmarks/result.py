@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from avatar_rl.cluster.benchmarks.answers import AnswerStore
 from avatar_rl.cluster.benchmarks.intervals import Interval, bootstrap
+from avatar_rl.cluster.benchmarks.marks import mark
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Marked, Question
 from avatar_rl.common.errors import DataError
 from avatar_rl.common.text import shortened
@@ -66,7 +67,7 @@ class SetResult:
 
 def finish(one: SetToAsk, asking: Asking) -> SetResult:
     """Mark every answer of a set and write its result. Raises DataError where there is none."""
-    marked = one.store.marked(one.questions)
+    marked = one.store.marked(one.questions, one.benchmark.marked_by or mark)
     prefix = f"{one.benchmark.name}/"
     reasons = alike([why for name, why in asking.refused.items() if name.startswith(prefix)])
     if not marked:

@@ -45,7 +45,12 @@ def evaluate_sets(
 
     Raises ConfigError for an unknown set or a model that lacks a sense a set needs, InputError for
     files that are not as published."""
-    from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, senses_of
+    from avatar_rl.cluster.benchmarks.convert import (
+        check_kinds,
+        lacking,
+        read_questions,
+        senses_of,
+    )
     from avatar_rl.cluster.benchmarks.result import SetToAsk
     from avatar_rl.cluster.benchmarks.sets import benchmark_set
     from avatar_rl.cluster.commands.doctor import preflight
@@ -76,6 +81,8 @@ def evaluate_sets(
         )
         for one in chosen
     ]
+    for one, questions, _ in read:
+        check_kinds(one, questions, senses, model)
     asked: JsonObject = {
         "model": str(model.resolve()),
         "wording": words["wording"],

@@ -17,6 +17,7 @@ from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.benchmarks.answers import AnswerStore
 from avatar_rl.cluster.benchmarks.convert import (
     Wording,
+    check_kinds,
     lacking,
     read_questions,
     senses_of,
@@ -209,10 +210,11 @@ def public_questions(config: RunConfig, model: Path) -> PublicQuestions | None:
                 f"evaluation.benchmarks: {name} is about {' and '.join(one.senses)}, and {model} "
                 f"takes no {' and no '.join(lacks)}: its score would say nothing; leave it out"
             )
-        media = config.output.cache / "public-sets" / name
+        media = config.output.cache / "public-sets" / one.name
         questions, _ = read_questions(
-            one, wanted.sets / name, media.resolve(), skip=wanted.skip_missing
+            one, wanted.sets / one.name, media.resolve(), skip=wanted.skip_missing
         )
+        check_kinds(one, questions, senses, model)
         found.append((one, tuple(evenly(questions, wanted.limit))))
     hears = "audio" in senses
     prompts = [
@@ -269,7 +271,8 @@ class PublicSetRounds(EvaluationRounds):
                     answer = answers.get(f"{one.name}/{question.id}")
                     if answer is None:
                         continue
-                    found = mark(question, answer["text"], tokens=answer["tokens"])
+                    rule = one.marked_by or mark
+                    found = rule(question, answer["text"], tokens=answer["tokens"])
                     marked.append(found)
                     row = {"set": one.name, "id": question.id, "given": found.given}
                     row |= {"answer": question.answer, "score": found.score}

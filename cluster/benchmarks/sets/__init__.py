@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
+from avatar_rl.cluster.benchmarks.lmms import PREFIX, lmms_set
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet
 from avatar_rl.common.errors import ConfigError
 
@@ -20,7 +21,10 @@ def benchmark_sets() -> dict[str, BenchmarkSet]:
 
 
 def benchmark_set(name: str) -> BenchmarkSet:
-    """The set ``name``. Raises ConfigError that lists what there is."""
+    """The set ``name``; "lmms:TASK" is a task of an installed lmms-eval. Raises ConfigError that
+    lists what there is."""
+    if name.startswith(PREFIX):
+        return lmms_set(name)
     known = benchmark_sets()
     if name not in known:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
