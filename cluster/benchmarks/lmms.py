@@ -300,12 +300,19 @@ class _Task:
     def _run(self, function: Callable[..., Any], *arguments: object) -> Any:
         try:
             return function(*arguments)
+        except ImportError as error:
+            raise self._lacks(error) from error
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise InputError(
                 f"lmms-eval's task {self.name}",
                 f"{function.__name__} failed ({type(error).__name__}: {error})",
                 "are these the rows that the task was written for?",
             ) from error
+
+    def _lacks(self, error: ImportError) -> ConfigError:
+        return ConfigError(
+            f"lmms-eval's task {self.name} needs the package {error.name}: install it"
+        )
 
     def _load(self, given: _Function) -> Callable[..., Any]:
         """The function, its file run once. Raises ConfigError for what the file lacks."""
@@ -320,9 +327,7 @@ class _Task:
             try:
                 spec.loader.exec_module(module)
             except ImportError as error:
-                raise ConfigError(
-                    f"lmms-eval's task {self.name} needs the package {error.name}: install it"
-                ) from error
+                raise self._lacks(error) from error
             self._modules[file] = module
         try:
             found: Callable[..., Any] = getattr(self._modules[file], function)
