@@ -51,6 +51,7 @@ from avatar_rl.cluster.training.prompt_schedule import evaluation_requests
 from avatar_rl.cluster.training.system import System, recorded, running_system
 from avatar_rl.common.errors import ConfigError, ReplayBufferError
 from avatar_rl.common.files import json_line, replaced_file
+from avatar_rl.common.types import JsonObject
 
 #: Questions of one round. Two rounds are under way at a time, so that no engine waits for the last
 #: answer of one.
@@ -274,9 +275,15 @@ class PublicSetRounds(EvaluationRounds):
                     rule = one.marked_by or mark
                     found = rule(question, answer["text"], tokens=answer["tokens"])
                     marked.append(found)
-                    row = {"set": one.name, "id": question.id, "given": found.given}
-                    row |= {"answer": question.answer, "score": found.score}
-                    out.write(json_line(row | {"text": answer["text"]}))
+                    row: JsonObject = {
+                        "set": one.name,
+                        "id": question.id,
+                        "answer": question.answer,
+                        "given": found.given,
+                        "score": found.score,
+                        "text": answer["text"],
+                    }
+                    out.write(json_line(row))
                 if not marked:
                     continue
                 by_set[one.name] = accuracy = one.metric(marked)["accuracy"]
