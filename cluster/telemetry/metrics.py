@@ -88,6 +88,9 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "share",
             "Held-out accuracy on prompts that need exactly these modalities.",
         ),
+        ("eval/prompts", "prompts", "Held-out prompts with a mark, all types."),
+        ("eval/prompts/<category>", "prompts", "The same of one question type."),
+        ("eval/prompts_needing/<modality>", "prompts", "The same by the modalities they need."),
         # the objective
         ("loss/total", "", "Loss that was minimised: policy term plus KL term."),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
+from avatar_rl.cluster.telemetry.charts.intervals import wilson
+from avatar_rl.cluster.telemetry.charts.panels import panels
+from avatar_rl.cluster.telemetry.charts.svg import draw
 from avatar_rl.cluster.telemetry.distributions import draw_distributions
 from avatar_rl.cluster.telemetry.metrics import (
     CATALOGUE,
@@ -61,11 +63,19 @@ class AnswerPair(TypedDict):
     steps: tuple[int, int]
 
 
+class Folded(TypedDict):
+    """Completions of one half with the same text and rewards, told once."""
+
+    row: Sample
+    count: int
+
+
 class SampleGroup(TypedDict):
     """Completions of one prompt in one step."""
 
     step: int
     rows: list[Sample]
+    folded: list[Folded]
 
 
 class Events(TypedDict):
@@ -81,10 +91,26 @@ class Change:
     name: str
     before: float
     after: float | None
+    n: int | None = None  # prompts; None: an older release did not say
 
     @property
     def gain(self) -> float | None:
         return None if self.after is None else self.after - self.before
+
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """95 % intervals of before and after; empty where ``n`` is not known."""
+        if not self.n:
+            return []
+        return [wilson(value, self.n) for value in (self.before, self.after) if value is not None]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the intervals are apart: the data say which way it went."""
+        if len(self.intervals) < 2:
+            return self.n is None
+        (low, high), (low_after, high_after) = self.intervals
+        return low_after > high or high_after < low
 
 
 def write_report(run: Path) -> Path:
@@ -95,8 +121,10 @@ def write_report(run: Path) -> Path:
     files are damaged."""
     rows, status = read_metrics(run), read_status(run)
     title = headline(rows)
-    plot = draw_plot(rows, run / "plot.png", title)
-    distributions = draw_distributions(read_distributions(run), run / "distributions.png")
+    distributions = read_distributions(run)
+    draw_plot(rows, run / "plot.png", title)
+    draw_distributions(distributions, run / "distributions.png")
+    whole = changes(rows, "eval/accuracy", "eval/prompts")
     page = page_template("report.html").render(
         status=status,
         state=STATES.get(
@@ -104,12 +132,10 @@ def write_report(run: Path) -> Path:
         ),
         headline=title,
         tiles=tiles(rows, status),
-        plot=base64.b64encode(plot.read_bytes()).decode(),
-        distributions=base64.b64encode(distributions.read_bytes()).decode()
-        if distributions
-        else "",
-        categories=changes(rows, "eval/accuracy/<category>"),
-        needs=changes(rows, "eval/needs/<modality>"),
+        sure=whole[0] if whole else None,
+        charts=[draw(panel) for panel in panels(rows, distributions)],
+        categories=changes(rows, "eval/accuracy/<category>", "eval/prompts/"),
+        needs=changes(rows, "eval/needs/<modality>", "eval/prompts_needing/"),
         benchmarks=changes(rows, "benchmark/accuracy/<set>"),
         ledger=ledger(rows),
         timing=timing(rows),
@@ -153,13 +179,19 @@ def mean(rows: Sequence[Row], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def changes(rows: Sequence[Row], family: str) -> list[Change]:
-    """First and last value of every member of an evaluation family, largest gain first."""
+def changes(rows: Sequence[Row], family: str, counts: str = "") -> list[Change]:
+    """First and last value of every member of an evaluation family, largest gain first; of a single
+    metric, its own. ``counts`` is what the number of prompts is called, a member's name behind
+    it."""
     found = []
-    for member, name in members(family, (name for row in rows for name in row)).items():
+    names = {name for row in rows for name in row}
+    single = {"": family} if family in names else {}
+    for member, name in (members(family, names) if "<" in family else single).items():
         values = [value for row in rows if (value := row.get(name)) is not None]
+        n = last(rows, counts + member) if counts else None
         if values:
-            found.append(Change(member, values[0], values[-1] if len(values) > 1 else None))
+            after = values[-1] if len(values) > 1 else None
+            found.append(Change(member, values[0], after, None if n is None else int(n)))
     return sorted(found, key=lambda change: (-(change.gain or 0), change.name))
 
 
@@ -241,8 +273,19 @@ def rollout_groups(run: Path) -> list[SampleGroup]:
     for file in chosen:
         groups = groupby(_samples(file), key=lambda row: row.get("prompt_id"))
         for _, rows in list((key, list(rows)) for key, rows in groups)[:SHOWN_GROUPS]:
-            shown.append({"step": _file_step(file), "rows": rows})
+            shown.append({"step": _file_step(file), "rows": rows, "folded": folded(rows)})
     return shown
+
+
+def folded(rows: Sequence[Sample]) -> list[Folded]:
+    """Completions that are alike in half, text and rewards, once each with their number; the first
+    of each keeps its place."""
+    found: dict[str, Folded] = {}
+    for row in rows:
+        parts = (row.get("replayed"), row.get("text"), row.get("reward"), row.get("components"))
+        key = json.dumps(parts, sort_keys=True, default=str)
+        found.setdefault(key, {"row": row, "count": 0})["count"] += 1
+    return list(found.values())
 
 
 def events(run: Path) -> Events:

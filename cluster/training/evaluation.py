@@ -47,6 +47,8 @@ class Evaluation:
     tokens: int
     by_category: dict[str, float] = field(default_factory=dict)
     by_need: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # prompts of each category
+    need_counts: dict[str, int] = field(default_factory=dict)
     selected: float | None = None  # on prompts of the types that are trained; None without any
     samples: list[Answer] = field(default_factory=list)
 
@@ -58,6 +60,11 @@ class Evaluation:
         found |= {f"{prefix}/accuracy/{name}": value for name, value in self.by_category.items()}
         if prefix == "eval":
             found |= {f"{prefix}/needs/{name}": value for name, value in self.by_need.items()}
+            found["eval/prompts"] = float(self.prompts)
+            found |= {f"eval/prompts/{name}": float(n) for name, n in self.counts.items()}
+            found |= {
+                f"eval/prompts_needing/{name}": float(n) for name, n in self.need_counts.items()
+            }
         return found
 
 
@@ -90,6 +97,8 @@ def summarise(
         tokens=sum(answer["tokens"] for answer in answers),
         by_category={name: fmean(values) for name, values in sorted(by_category.items())},
         by_need={name: fmean(values) for name, values in sorted(by_need.items())},
+        counts={name: len(values) for name, values in sorted(by_category.items())},
+        need_counts={name: len(values) for name, values in sorted(by_need.items())},
         selected=fmean(trained) if trained else None,
         samples=answers[:: max(1, len(answers) // samples)][:samples],
     )

@@ -35,6 +35,10 @@ def test_averages_are_over_prompts_and_masked_ones_are_left_out() -> None:
         "video": 0.5,
     }
     assert found.selected == 0.5 and found.metrics()["eval/selected"] == 0.5
+    told = found.metrics()
+    assert told["eval/prompts"] == found.prompts == sum(found.counts.values())
+    assert sum(found.need_counts.values()) == found.prompts
+    assert found.counts.keys() == found.by_category.keys()
     assert "eval/selected" not in summarise(1, payloads()).metrics()
 
 

@@ -9,6 +9,20 @@ from typing import Any
 
 import pytest
 
+from avatar_rl.cluster.telemetry.charts.intervals import wilson
+from avatar_rl.cluster.telemetry.charts.svg import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Line,
+    Panel,
+    draw,
+    number,
+    ticks,
+)
 from avatar_rl.cluster.telemetry.plots import (
     calm_limit,
     series,
@@ -20,6 +34,7 @@ from avatar_rl.cluster.telemetry.report import (
     Change,
     changes,
     final_values,
+    folded,
     headline,
     ledger,
     tier_history,
@@ -76,7 +91,11 @@ def answer(prompt: str, accuracy: float) -> dict[str, Any]:
 def make_run(path: Path, state: str = "finished") -> Path:
     run = RunFolder(path, total_steps=3)
     run.config({"name": EVIL, "buffer": {"password": "hunter2"}})
-    run.metrics(0, {"eval/accuracy": 0.52, f"eval/accuracy/{EVIL}": 0.4, "eval/needs/audio": 0.3})
+    counts = {"eval/prompts": 200, f"eval/prompts/{EVIL}": 20, "eval/prompts_needing/audio": 60}
+    run.metrics(
+        0,
+        {"eval/accuracy": 0.52, f"eval/accuracy/{EVIL}": 0.4, "eval/needs/audio": 0.3, **counts},
+    )
     run.samples(0, [answer("a", 1.0), answer("b", 0.0)], kind="eval")
     for step in (1, 2, 3):
         run.metrics(
@@ -129,8 +148,9 @@ def test_headline_and_tables_are_on_the_page(page: tuple[str, Page]) -> None:
     text = page[1].text
     for piece in (
         "Held-out accuracy 0.52 to 0.74 (+0.22)",
-        "0.40 0.70 +0.30",
-        "0.30 0.25 -0.05",
+        "20 0.40 [0.22, 0.61] 0.70 [0.48, 0.85] +0.30",
+        "60 0.30 [0.20, 0.43] 0.25 [0.16, 0.37] -0.05",
+        "200 held-out prompts: 95 % intervals [0.45, 0.59] and [0.68, 0.80].",
         "The ledger closes at step 3",
         "generated 24",
         "learner wait 0.500 25 %",
@@ -143,7 +163,8 @@ def test_headline_and_tables_are_on_the_page(page: tuple[str, Page]) -> None:
 
 def test_nothing_from_a_completion_becomes_markup(page: tuple[str, Page]) -> None:
     source, parsed = page
-    assert "script" not in parsed.tags and parsed.tags.count("img") == 2 and not parsed.open
+    assert "script" not in parsed.tags and "img" not in parsed.tags and not parsed.open
+    assert parsed.tags.count("svg") >= 6
     assert (
         parsed.text.count("alert('x')") >= 8
     )  # shown as text: category, question, answer, completion, event, config
@@ -151,8 +172,7 @@ def test_nothing_from_a_completion_becomes_markup(page: tuple[str, Page]) -> Non
 
 
 def test_the_page_needs_no_other_file(page: tuple[str, Page]) -> None:
-    assert len(page[1].sources) == 2  # plots
-    assert all(source.startswith("data:image/png;base64,") for source in page[1].sources)
+    assert page[1].sources == []
     assert "http://" not in page[0] and "https://" not in page[0]
 
 
@@ -205,6 +225,61 @@ def test_changes_are_first_to_last_largest_gain_first() -> None:
         Change("audio", 0.1, 0.5),
         Change("late", 0.9, None),
         Change("video", 0.5, 0.4),
+    ]
+
+
+def test_a_change_is_clear_where_the_intervals_are_apart() -> None:
+    assert Change("a", 0.4, 0.9, 20).is_clear and not Change("a", 0.4, 0.6, 20).is_clear
+    assert Change("a", 0.4, 0.6, 2000).is_clear
+    assert Change("a", 0.4, 0.6).is_clear  # of an older release, which does not say how many
+    assert Change("a", 0.4, 0.6).intervals == [] and not Change("a", 0.4, None, 20).is_clear
+
+
+def test_the_intervals_are_wilsons() -> None:
+    """Against values of Agresti and Coull's paper and of R's prop.test(correct = FALSE)."""
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert wilson(0.9, 200) == pytest.approx((0.8506, 0.9343), abs=1e-4)
+
+
+def test_completions_that_are_alike_are_told_once() -> None:
+    rows: list[Any] = [
+        {"text": "a", "reward": 1.0, "replayed": False},
+        {"text": "b", "reward": 1.0, "replayed": False},
+        {"text": "a", "reward": 1.0, "replayed": False},
+        {"text": "a", "reward": 0.5, "replayed": False},  # a judge that changed its mind
+        {"text": "a", "reward": 1.0, "replayed": True},
+    ]
+    found = [(one["row"]["text"], one["count"]) for one in folded(rows)]
+    assert found == [("a", 2), ("b", 1), ("a", 1), ("a", 1)]
+
+
+def test_a_chart_draws_its_points_and_says_them() -> None:
+    line = Line(EVIL, [(0, 0.0), (10, 1.0)], 0, whiskers=[(10, 0.8, 1.0)])
+    drawn = str(draw(Panel(f"Accuracy {EVIL}", [line], share=True)))
+    page = Page(drawn)
+    assert not page.open and "script" not in page.tags
+    assert f'd="M{LEFT}.0 {HEIGHT - BOTTOM}.0L{WIDTH - RIGHT}.0 {TOP}.0"' in drawn
+    assert f"step 10: {EVIL} 1 [0.8, 1]" in page.text
+    assert page.tags.count("rect") == 2
+    assert "no data" in draw(Panel("x", [Line("y", [], 0)]))
+    long = Line("y", [(i, float(i)) for i in range(5000)], 0)
+    assert len(draw(Panel("x", [long]))) < 20_000
+    for flat in ([(3, 2.0)], [(3, 0.0), (4, 0.0)]):
+        assert "NaN" not in draw(Panel("x", [Line("y", flat, 0)]))
+
+
+def test_round_numbers_stand_at_the_axes() -> None:
+    assert ticks(0.0, 1.0, 4) == [0, 0.25, 0.5, 0.75, 1]
+    assert ticks(-0.03, 0.21, 4) == [0, 0.1, 0.2]
+    assert ticks(0, 160, 5) == [0, 50, 100, 150]
+    assert [number(value) for value in (2000.0, 0.25, 1234.5, 3.0, 1e-7)] == [
+        "2,000",
+        "0.25",
+        "1,234",
+        "3",
+        "1e-07",
     ]
 
 
