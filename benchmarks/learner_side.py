@@ -117,14 +117,14 @@ def exact_norm(parameters: Iterable[Tensor]) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-def join_alone() -> None:
+def join_alone(*, on_gpu: bool = False) -> None:
     """This process is the only rank of its group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    init_distributed(on_gpu=False, timeout=timedelta(minutes=5))
+    init_distributed(on_gpu=on_gpu, timeout=timedelta(minutes=5))
 
 
 def make_spec(model: Path, reference: Path, learner: LearnerConfig, **changes: Any) -> LearnerSpec:

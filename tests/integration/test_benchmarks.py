@@ -39,6 +39,15 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "embeddings": ("embeddings_vs_pixels", "embeddings_vs_pixels_decoding", "decode_hidden_share"),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
     "evaluation": ("sets_ready", "coverage", "throughput_ratio", "resumed_kept"),
+    "gpu": (
+        "tower_ms_sdpa",
+        "head_ms_tiled",
+        "packed_vs_copied_grpo",
+        "attention_ms_flex",
+        "learner_positions_per_s",
+        "publish_adapter_s",
+        "handed_gb_per_s",
+    ),
     "hints": ("solved_grpo", "solved_hint", "start_success"),
     "judge": ("silent_zeros", "crashes", "requests_per_s", "cache_hit_share"),
     "learner": (
@@ -114,6 +123,14 @@ def test_a_benchmark_runs_to_its_end_and_leaves_flat_figures(
     assert EXACT.get(name, {}).items() <= figures.items()
     for figure in FIGURES[name]:
         assert figure in done.stdout
+
+
+def test_a_block_says_in_a_sentence_that_it_needs_a_gpu() -> None:
+    done = run("gpu", "b2", "b5")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for name in ("b2: the engine's speed", "b5: engine and learner by turns"):
+        assert f"{name}" in done.stderr
+    assert done.stderr.count("can only be measured on an NVIDIA GPU") == 2
 
 
 def test_every_benchmark_is_run_here() -> None:

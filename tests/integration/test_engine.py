@@ -19,6 +19,7 @@ from avatar_rl.common.errors import DataError, ModelError, ResourceError
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from benchmarks.gpu_blocks import generation
 from tests.tiny_models import (
     ArrayLoader,
     audio,
@@ -407,3 +408,17 @@ def test_impossible_settings_are_refused(tmp_path: Path, stage: Stage) -> None:
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
         RolloutEngine(stage.folders[0], CONFIG.model_copy(update={"device": "cuda"}))
+
+
+def test_what_the_gpu_blocks_measure_of_an_engine_holds_on_a_cpu(stage: Stage) -> None:
+    """Adoptions back and forth are bit-equal, and engine and learner agree (benchmarks/gpu.py)."""
+    asked = generation.prompts(stage.loader, generation.TINY, 4)
+    found = generation.adoptions(stage.engine, stage.encoder, asked, stage.weights)
+    assert (found["adoptions_bit_equal"], found["adoptions_moved"]) == (1, 1)
+    assert generation.speed(stage.engine, stage.encoder, asked[:2], 4) > 0
+    done = generation.run(stage.engine, stage.encoder, asked, GREEDY)
+    policy = generation.policy_of(stage.folders[0], torch.device("cpu"))
+    gaps = generation.differences(policy, stage.encoder, asked, done, torch.device("cpu"))
+    assert [len(gap) for gap in gaps] == [len(done[p.id].completions[0].token_ids) for p in asked]
+    spread = generation.spread(gaps)
+    assert spread["mismatch_max"] <= TOLERANCE and spread["gspo_clip_share_behaviour"] == 0

@@ -18,6 +18,7 @@ from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.adapter.lora import merge
 from avatar_rl.prompts.encoding.template import PromptEncoder, TemplateConfig
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
+from benchmarks.gpu_blocks.transfer import random_adapter, swaps
 from tests.integration.test_engine import CONFIG, drain, tokens
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, respawn, video
 
@@ -174,3 +175,12 @@ def test_a_layer_that_vllm_does_not_adapt_is_refused(stage: Stage) -> None:
     assert tower and stage.engine._adapters is not None
     with pytest.raises(ModelError, match=r"no place for \d+ layers .*rollout\.lora to merged"):
         stage.engine._adapters.take(stage.engine.version + 1, tower.items())
+
+
+def test_what_the_gpu_blocks_measure_of_adapters_holds_on_a_cpu(stage: Stage) -> None:
+    drawn = random_adapter(stage.folder, SHAPE.rank, 0)
+    assert {name: value.shape for name, value in drawn.items()} == {
+        name: value.shape for name, value in stage.adapters[0].items()
+    }
+    found = swaps(stage.engine, stage.encoder, stage.prompts[:2], stage.adapters[:2])
+    assert found["adapter_again"] == 1 and found["adapter_swap_ms"] > 0
