@@ -97,7 +97,7 @@ def build_vision_model(
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = hf.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=DTYPES[dtype])
+        model = hf.AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype])
     model.save_pretrained(folder)
     return folder
 

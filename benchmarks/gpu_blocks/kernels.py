@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from avatar_rl.learner.batch.microbatch import Tree
 from avatar_rl.learner.model.attention import PackMask
 from avatar_rl.learner.model.head import TiledHead
-from benchmarks.gpu_blocks.models import OMNI_3B, OMNI_7B, TINY_TOWER, TOWER, dtype_on
+from benchmarks.gpu_blocks.models import OMNI_3B, OMNI_7B, TINY_TOWER, TOWER, dtype_on, made_on
 from benchmarks.gpu_blocks.report import Report
 from benchmarks.head_side import chunk_scores
 from benchmarks.packed_side import (
@@ -92,11 +92,11 @@ def tower(report: Report, sizes: Sizes, attention: str) -> dict[str, float]:
     """One video through the frozen tower."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
 
-    config = code.Qwen2_5_VLVisionConfig(**sizes.tower, out_hidden_size=sizes.out)
-    with torch.device(report.device):
-        made = code.Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, dtype=dtype_on(report.device), attn_implementation=attention
-        ).eval()
+    config = code.Qwen2_5_VLVisionConfig(
+        **sizes.tower, out_hidden_size=sizes.out, attn_implementation=attention
+    )
+    with made_on(report.device, dtype_on(report.device)):
+        made = code.Qwen2_5_VisionTransformerPretrainedModel(config).eval()
         steps, height, width = sizes.grid
         patches = torch.randn(steps * height * width, 3 * 2 * 14 * 14, dtype=made.dtype)
         grid = torch.tensor([sizes.grid])

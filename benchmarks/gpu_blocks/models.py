@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +71,18 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+@contextmanager
+def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Models that are made inside have their weights there, in ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def text_model(size: DecoderSize, device: torch.device) -> Any:
     """A Qwen2 of random weights on ``device``, in evaluation mode."""
     import transformers as hf
@@ -87,8 +101,8 @@ def text_model(size: DecoderSize, device: torch.device) -> Any:
         use_cache=False,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        model = hf.Qwen2ForCausalLM._from_config(config, dtype=dtype_on(device))
+    with made_on(device, dtype_on(device)):
+        model = hf.Qwen2ForCausalLM(config)
     return model.eval()
 
 
@@ -121,10 +135,8 @@ def random_omni(folder: Path, size: DecoderSize | None, device: torch.device) ->
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     made = hf.AutoConfig.from_pretrained(folder).thinker_config
-    with torch.device(device):
-        model = hf.Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-            made, dtype=dtype_on(device)
-        )
+    with made_on(device, dtype_on(device)):
+        model = hf.Qwen2_5OmniThinkerForConditionalGeneration(made)
     weights = {f"thinker.{name}": value.cpu() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
