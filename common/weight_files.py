@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.stand_in import stand_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -156,9 +157,11 @@ def _names(file: Path) -> set[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="np") as tensors:  # torch would have to be imported
             return set(tensors.keys())
     except (SafetensorError, OSError) as error:
+        if file.is_file() and (found := stand_in(file)) is not None:
+            raise ModelError(f"weight file {file} {found[0]}: {found[1]}") from error
         raise ModelError(
             f"weight file {file} is cut short or damaged ({error}): copy it again from its source"
         ) from error

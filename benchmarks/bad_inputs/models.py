@@ -38,6 +38,7 @@ SIZES: dict[str, Any] = {
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 KEPT = tempfile.TemporaryDirectory(prefix="bad_input_models_")  # gone when the process ends
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 Change = Callable[[Path], object]
 
 
@@ -191,6 +192,21 @@ def twice(folder: Path) -> None:
     (folder / "policy.safetensors").write_bytes(whole)
 
 
+def eight_bits(folder: Path) -> None:
+    tensors = {name: t.to(torch.int8) for name, t in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def not_numbers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] *= float("nan")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def without_tensors(folder: Path) -> None:
+    save_file({}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -221,6 +237,21 @@ TWO_RATES = with_media(VIDEO, VIDEO | {"frames": 2})
 TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("no_config", loaded(removed("config.json")), ("no config.json", "checkpoint folder")),
     ("config_torn", trained(written("config.json", '{"model_ty')), ("config.json", "model.path")),
+    (
+        "config_list",
+        trained(written("config.json", "[]")),
+        ("no model_type", "copy it again"),
+    ),
+    ("weights_lfs", trained(written(WEIGHTS, LFS)), (WEIGHTS, "Git LFS", "git lfs pull")),
+    ("weights_lfs_learner", loaded(written(WEIGHTS, LFS)), (WEIGHTS, "Git LFS", "git lfs pull")),
+    (
+        "weights_8_bit",
+        loaded(eight_bits),
+        ("as I8", "quantised", "it was made from"),
+    ),
+    ("weights_nan", loaded(not_numbers), ("'mistral'", "NaN or infinity", "copy the checkpoint")),
+    ("hidden_text", loaded(configured(hidden_size="32")), ("'mistral'", "correct its config.json")),
+    ("no_tensors", loaded(without_tensors), ("'mistral'", "copy the folder again")),
     ("no_weights", loaded(removed(WEIGHTS)), ("no *.safetensors", "save_pretrained")),
     ("pickle_only", loaded(pickled), ("no *.safetensors", "convert it with save_pretrained")),
     ("adapter", loaded(written("adapter_config.json", "{}")), ("adapter", "merge it into")),
@@ -250,6 +281,8 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
     ("no_tokenizer", encoded(removed("tokenizer.json")), ("no tokenizer.json", "base model")),
     ("tokenizer_torn", encoded(written("tokenizer.json", "{")), ("tokenizer", "cannot be loaded")),
     ("no_template", encoded(removed("chat_template.jinja")), ("no chat template", "base model")),
+    ("tokenizer_lfs", encoded(written("tokenizer.json", LFS)), ("tokenizer", "files again")),
+    ("processor_list", encoded(written("processor_config.json", "[]")), ("processor", "files aga")),
     ("no_processor", encoded(removed("processor_config.json")), ("no preprocessor", "base mo")),
     ("template_syntax", encoded(template("{% for")), ("chat template", "correct it")),
     ("template_raises", encoded(template("{{ nosuch.x.y }}")), ("chat template", "correct it")),
@@ -257,6 +290,11 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         "template_by_chance",
         encoded(template("{{ range(99999) | random }}{% for m in messages %}Question{% endfor %}")),
         ("renders one chat in two ways", "take chance and clock out"),
+    ),
+    (
+        "template_parts",
+        encoded(template("{{ messages[-1].content }}")),
+        ("prints the parts of a turn as a list", "which joins their texts"),
     ),
     ("template_mute", encoded(template("hello")), ("leaves the question out", "correct it")),
     (

@@ -172,7 +172,7 @@ def architecture_of(path: str) -> Architecture | None:
     try:
         config: JsonObject = json.loads((folder / "config.json").read_bytes())
         return _of_config(folder, config)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError):
         name = folder.name.lower()
         return next((item for item in ARCHITECTURES if item.name.lower() in name), None)
 
@@ -237,6 +237,8 @@ def _encoder_sizes(folder: Path) -> Iterator[int]:
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError(f"{file} is no weight file")
             header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
         for name, entry in header.items():
             parts = name.split(".")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from avatar_rl.cluster.recipe.ready_start import (
     template_settings,
 )
 from avatar_rl.common.errors import ConfigError, DataError, InputError, ModelError
+from avatar_rl.common.stand_in import stand_in
 from avatar_rl.common.types import ReadOnlyObject
-from avatar_rl.common.weight_files import fingerprint
+from avatar_rl.common.weight_files import WeightFiles, fingerprint
 from avatar_rl.learner.adapter.files import (
     AdapterFolder,
     check_targets,
@@ -206,7 +208,8 @@ def check_model_folder(path: Path) -> None:
         "weights (*.safetensors)": ("*.safetensors",),
         "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
     }
-    if (path / "config.json").is_file() and "vision_config" in (path / "config.json").read_text():
+    config = _model_config(path / "config.json") if (path / "config.json").is_file() else {}
+    if "vision_config" in str(config):
         needed["processor (preprocessor_config.json)"] = (
             "preprocessor_config.json",
             "processor_config.json",
@@ -220,6 +223,19 @@ def check_model_folder(path: Path) -> None:
             "processor into one folder "
             "with save_pretrained"
         )
+    WeightFiles.find(path)  # a pointer or a torn file is told before anything is started
+
+
+def _model_config(file: Path) -> ReadOnlyObject:
+    """Raises ModelError for what names no model."""
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        what = " ".join(stand_in(file) or ("", "")) or f"cannot be read ({error})"
+        raise ModelError(f"{file} {what}: copy it again from the model's source") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{file} names no model_type: copy it again from the model's source")
+    return config
 
 
 def cold_start_folder(config: RunConfig, base: Path, sft: Path) -> Path:

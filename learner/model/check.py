@@ -5,6 +5,7 @@ positions. Training would then follow other probabilities than the engine sample
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -74,7 +75,12 @@ def check_scores(model: nn.Module, kind: str) -> None:
     dtype = next(model.parameters()).dtype
     tolerance = TOLERANCE.get(dtype, TOLERANCE_HALF)
     gap = float(gaps.max() if dtype in TOLERANCE else gaps.median())
-    if not gap <= tolerance:  # also true for NaN
+    if math.isnan(gap):
+        raise ModelError(
+            f"a model of type {kind!r} gives log-probabilities that are no numbers: its weights "
+            "hold NaN or infinity; copy the checkpoint again, or take one from before"
+        )
+    if gap > tolerance:
         raise ModelError(
             f"model type {kind!r} cannot be trained here: in a pack of prompts and completions "
             f"its log-probabilities are {gap:.2g} nats off those of each sequence alone (allowed "

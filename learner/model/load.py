@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from avatar_rl.common.errors import ModelError
-from avatar_rl.common.weight_files import loadable_folder
+from avatar_rl.common.errors import AvatarError, ModelError
+from avatar_rl.common.text import shortened
+from avatar_rl.common.weight_files import WeightFiles, loadable_folder
 from avatar_rl.learner.model.check import check_layers, check_scores
 from avatar_rl.learner.model.names import NameMap, checkpoint_names
 
+_QUANTISED = ("I8", "U8", "F8", "F4", "I4", "U4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,13 +32,18 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
     name = class_name(kind)
     model_class = getattr(transformers, name)
     try:
+        check_types(path)
         check_experts(model_class, path)
         model, loaded = model_class.from_pretrained(
             loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except AvatarError:
+        raise
+    except Exception as error:  # transformers fails in many ways on settings that nobody foresaw
         raise ModelError(
-            f"model folder {path} (model_type {kind!r}) cannot be loaded as {name}: {error}"
+            f"model folder {path} (model_type {kind!r}) cannot be loaded as {name} "
+            f"({type(error).__name__}: {shortened(str(error).strip(), 300)}): correct its "
+            "config.json, or copy the folder again from the model's source"
         ) from error
     if missing := loaded["missing_keys"]:
         raise ModelError(
@@ -98,6 +105,17 @@ def class_name(kind: str) -> str:
     return thinkers.get(kind) or (
         "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
     )
+
+
+def check_types(path: Path) -> None:
+    """Raises ModelError for weights in a quantised type that no config names: loaders would take
+    the bare integers for values."""
+    for name, header in WeightFiles.find(path).headers().items():
+        if name.endswith(".weight") and header.dtype.startswith(_QUANTISED):
+            raise ModelError(
+                f"model folder {path} holds {name!r} as {header.dtype}, which is quantised and "
+                "cannot be trained: use the checkpoint it was made from"
+            )
 
 
 def check_experts(model_class: Any, path: Path) -> None:

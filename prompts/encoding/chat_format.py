@@ -65,6 +65,11 @@ class ChatFormat:
                 f"the chat template of {folder} leaves the question out: take the template of the "
                 "model's source, or correct it"
             )
+        if "'type': 'text'" in shown:
+            raise ModelError(
+                f"the chat template of {folder} prints the parts of a turn as a list: take the "
+                "template of the model's source, which joins their texts"
+            )
         #: The opening think tag that the prompt ends with, so that completions begin inside it.
         self.opened_tag = match[1] if (match := _THINK_END.search(shown)) else ""
         self.no_system = self._system_fault(system or "Be brief.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Required, TypeAlias, TypedDict
 import numpy as np
 
 from avatar_rl.common.errors import ModelError
+from avatar_rl.common.text import shortened
 from avatar_rl.prompts.encoding.rope import MULTIMODAL
 from avatar_rl.prompts.record import Modality
 
@@ -89,7 +90,14 @@ def load_processor(model_path: Path) -> tuple[Any, PretrainedConfig]:
         raise ModelError(
             f"model folder {model_path} has no config.json: give a Hugging Face checkpoint folder"
         )
-    config = AutoConfig.from_pretrained(model_path)
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+    except Exception as error:
+        raise ModelError(
+            f"{model_path}/config.json cannot be read as a model's "
+            f"({type(error).__name__}: {shortened(str(error).strip(), 300)}): correct it, or copy "
+            "it again from the model's source"
+        ) from error
     media = config.model_type in MULTIMODAL
     needed = [("tokenizer.json", "vocab.json")]
     needed += [("preprocessor_config.json", "processor_config.json")] if media else []
@@ -101,9 +109,10 @@ def load_processor(model_path: Path) -> tuple[Any, PretrainedConfig]:
             )
     try:
         processor = (AutoProcessor if media else AutoTokenizer).from_pretrained(model_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its files can be anything
         raise ModelError(
-            f"tokenizer or processor in {model_path} cannot be loaded: {error}"
+            f"tokenizer or processor in {model_path} cannot be loaded ({type(error).__name__}: "
+            f"{shortened(str(error).strip(), 300)}): copy their files again from the model's source"
         ) from error
     if processor.chat_template is None:
         raise ModelError(

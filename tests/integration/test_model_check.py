@@ -220,6 +220,24 @@ def test_models_without_a_head_or_with_a_hole_are_refused(tmp_path: Path) -> Non
         load_model(folder)
 
 
+def test_weights_that_are_no_values_and_settings_that_are_none_are_named(tmp_path: Path) -> None:
+    folder = saved(TRAINED["sliding window"], tmp_path / "model")
+    file, config = folder / "model.safetensors", (folder / "config.json").read_text()
+    whole = load_file(file)
+    for tensors, words in (
+        ({name: t.to(torch.int8) for name, t in whole.items()}, "as I8, which is quantised"),
+        (whole | {"lm_head.weight": whole["lm_head.weight"] * torch.nan}, "hold NaN or infinity"),
+        ({}, "'mistral'.*copy the folder again"),
+    ):
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=words):
+            load_model(folder)
+    save_file(whole, file, metadata={"format": "pt"})
+    (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": "32"'))
+    with pytest.raises(ModelError, match=r"'mistral'.*correct its config.json"):
+        load_model(folder)
+
+
 def train_and_export(base: Path, out: Path, dtype: str) -> nn.Module:
     """As a rank does: load in ``dtype``, change the weights, export; returns the policy's model."""
     model = load_model(base, dtype=dtype)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,13 @@ PUBLISHED = {
     "Qwen3-8B": 8.19e9,
     "Qwen3-Omni-30B-A3B": 31.7e9,
 }
+
+
+def test_make_bench_looks_at_its_name_before_it_installs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = subprocess.run(["make", "bench"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: make bench NAME=" in done.stdout + done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["Makefile"]
 
 
 def ray_job() -> dict[str, Any]:

@@ -651,3 +651,9 @@ def test_a_template_that_writes_the_date_writes_the_same_day_for_ever(
     model = with_template(folder, tmp_path / "other", BY_CHANCE, text_only=True)
     with pytest.raises(ModelError, match="renders one chat in two ways: take chance and clock"):
         PromptEncoder(model, ArrayLoader(), TemplateConfig())
+
+
+def test_a_template_that_prints_parts_as_they_are_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = with_template(folder, tmp_path / "model", "{{ messages[-1].content }}")
+    with pytest.raises(ModelError, match="prints the parts of a turn as a list: take the template"):
+        PromptEncoder(model, ArrayLoader(), TemplateConfig())

@@ -153,6 +153,10 @@ def no_map(folder: Path) -> None:
     (folder / INDEX).write_text("[]")
 
 
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 def empty_map(folder: Path) -> None:
     single(folder)
     write_index(folder, {})
@@ -173,6 +177,7 @@ def empty_map(folder: Path) -> None:
         (no_map, "is no index of a checkpoint.*copy it again"),
         (empty_map, "names no tensor: copy it again"),
         (lambda folder: None, r"no \*\.safetensors file"),
+        (pointer, r"model\.safetensors is a pointer of Git LFS.*git lfs pull"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(
