@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _in_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("avatar: the current folder is gone: change to another (cd ~)", file=sys.stderr)
+        return 1
+    try:
         if note := check_copies():
             print(f"avatar: {note}", file=sys.stderr)
         code: int = avatar.main(arguments, prog_name="avatar", standalone_mode=False)

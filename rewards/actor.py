@@ -45,6 +45,10 @@ class RewardActor:
         training."""
         await self.suite.check()
 
+    async def stats(self) -> dict[str, float]:
+        """Running totals of its suite, and the state of the judge's circuit breaker."""
+        return self.suite.stats()
+
     async def score(
         self, groups: Sequence[UnscoredGroup]
     ) -> list[list[CompletionScore] | AvatarError]:

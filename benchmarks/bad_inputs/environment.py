@@ -206,6 +206,14 @@ COMMANDS: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         ("is the dataset itself", "choose another file"),
     ),
     (
+        "endpoint_is_no_url",
+        after(
+            file("d.jsonl", ROW),
+            command("hints", "generate", "{}/d.jsonl", "--base-url=foo", "--model=m", "--out=o"),
+        ),
+        ("--base-url foo", "write http://HOST:PORT/v1"),
+    ),
+    (
         "evaluate_run",
         after(file("run/status.json", "{}"), command("evaluate", "{}/run", "--recipe", DEMO)),
         ("is a run without an export", "avatar runs resume"),

@@ -262,6 +262,11 @@ WATCHED: tuple[tuple[str, Callable[[Watched], None], tuple[str, ...]], ...] = (
         ("format", "data.template.instruction", "cold start"),
     ),
     (
+        "breaker_open",
+        lambda run: run.steps(1, judge__breaker_open=1.0),
+        ("circuit breaker is open", "look at its endpoint"),
+    ),
+    (
         "all_paid_alike",
         lambda run: run.steps(ALIKE_STEPS, reward__std=0.0),
         ("paid alike",),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, TypeAlias, TypedDict
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from avatar_rl.cluster.recipe.load import load_recipe
@@ -270,15 +271,22 @@ def annotate(
 
 
 def endpoint_of(options: EndpointOptions, *, temperature: float) -> EndpointConfig:
-    """The endpoint that the options name."""
-    return EndpointConfig(
-        base_url=options["base_url"],
-        model=options["model"],
-        api_key_env=options["api_key_env"],
-        temperature=temperature,
-        concurrency=options["concurrency"],
-        deadline_s=options["deadline"],
-    )
+    """The endpoint that the options name. Raises ConfigError for a value that none can have."""
+    try:
+        return EndpointConfig(
+            base_url=options["base_url"],
+            model=options["model"],
+            api_key_env=options["api_key_env"],
+            temperature=temperature,
+            concurrency=options["concurrency"],
+            deadline_s=options["deadline"],
+        )
+    except ValidationError as error:
+        told = (
+            f"--{str(one['loc'][0]).replace('_', '-')} {one['input']}: {one['msg']}"
+            for one in error.errors()
+        )
+        raise ConfigError("; ".join(told)) from error
 
 
 def reader_of(options: EndpointOptions) -> DataConfig:

@@ -294,6 +294,17 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Fresh completions without a mark of one reward (a judge that failed); the mark stands "
             "at a mean, not at zero.",
         ),
+        (
+            "judge/breaker_open",
+            "actors",
+            "Reward actors whose circuit breaker is open: their judge failed so often that it is "
+            "not asked for now.",
+        ),
+        (
+            "judge/unscored",
+            "completions",
+            "Completions that the judge gave no usable mark, so far, of reward actors alive now.",
+        ),
         ("hints/active", "prompts", "Prompts whose hint is on (docs/method.md 1.4)."),
         (
             "hints/fired_kl",

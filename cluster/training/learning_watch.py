@@ -142,6 +142,14 @@ class LearningWatch:
             "all completions are paid alike, so fresh groups teach nothing: the task is too easy "
             "or too hard for the model, or a reward always says the same",
         )
+        self._hold(
+            "breaker",
+            metrics.get("judge/breaker_open", 0.0) > 0,
+            1,
+            "the judge failed so often that it is not asked for now (its circuit breaker is open): "
+            "look at its endpoint and log; rewards.judge.breaker_cooldown_s is the time until it "
+            "is tried again",
+        )
         for name in self.config.rewards.weights:
             self._hold(
                 f"masked {name}",

@@ -56,6 +56,7 @@ from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Origin, Supervisor
 from avatar_rl.cluster.training.system import System, recorded, running_system
 from avatar_rl.cluster.workers.adapter_road import adapter_road
+from avatar_rl.cluster.workers.judge_states import JudgeStates
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
@@ -221,7 +222,8 @@ def training_run(
         dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
         turns = SharedDevice(fleet, learner) if config.resources.colocate else Turns()
         plan = MemoryPlan.of(config)
-        metrics = RunMetrics(buffer, fleet, system.folder, system.screen, plan)
+        judge = JudgeStates(pool.scorers) if config.rewards.asks_judge else None
+        metrics = RunMetrics(buffer, fleet, system.folder, system.screen, plan, judge)
         supervisor = Supervisor(
             config,
             folder=system.folder,

@@ -17,6 +17,7 @@ from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.telemetry.metrics import under_old_names
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.workers.judge_states import JudgeStates
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class RunMetrics:
         folder: RunFolder,
         screen: Screen,
         plan: MemoryPlan | None = None,
+        judge: JudgeStates | None = None,
     ) -> None:
-        """``plan`` of the recipe knows how many operations a step is; None: nobody does."""
-        self.plan = plan
+        """``plan`` of the recipe knows how many operations a step is; None: nobody does. ``judge``:
+        where an endpoint is asked."""
+        self.plan, self.judge = plan, judge
         self.buffer, self.fleet, self.folder, self.screen = buffer, fleet, folder, screen
         self.accuracies: deque[float] = deque(maxlen=MOVING)  # of the last steps
         self.last: dict[str, float] = {}
@@ -59,6 +62,8 @@ class RunMetrics:
             metrics["accuracy/moving"] = sum(self.accuracies) / len(self.accuracies)
         self.stats = self.buffer.stats.checked()  # lost keys end the run here
         metrics |= self._buffer_metrics(self.stats) | self._rollout_metrics(seconds)
+        if self.judge is not None:
+            metrics |= self.judge.metrics()
         metrics |= {"time/step": seconds, "step": float(step)}
         metrics |= self._utilisation(metrics, report["device"])
         metrics["memory/host"] = psutil.virtual_memory().used / (1 << 30)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from avatar_rl.common.errors import AvatarError, ModelError
-from avatar_rl.common.text import shortened
 from avatar_rl.common.weight_files import WeightFiles, loadable_folder
 from avatar_rl.learner.model.check import check_layers, check_scores
 from avatar_rl.learner.model.names import NameMap, checkpoint_names
+from avatar_rl.prompts.encoding.chat_format import describe
 
 _QUANTISED = ("I8", "U8", "F8", "F4", "I4", "U4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +42,7 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
     except Exception as error:  # transformers fails in many ways on settings that nobody foresaw
         raise ModelError(
             f"model folder {path} (model_type {kind!r}) cannot be loaded as {name} "
-            f"({type(error).__name__}: {shortened(str(error).strip(), 300)}): correct its "
+            f"({describe(error)}): correct its "
             "config.json, or copy the folder again from the model's source"
         ) from error
     if missing := loaded["missing_keys"]:

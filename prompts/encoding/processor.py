@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Required, TypeAlias, TypedDict
 import numpy as np
 
 from avatar_rl.common.errors import ModelError
-from avatar_rl.common.text import shortened
+from avatar_rl.prompts.encoding.chat_format import describe
 from avatar_rl.prompts.encoding.rope import MULTIMODAL
 from avatar_rl.prompts.record import Modality
 
@@ -95,7 +95,7 @@ def load_processor(model_path: Path) -> tuple[Any, PretrainedConfig]:
     except Exception as error:
         raise ModelError(
             f"{model_path}/config.json cannot be read as a model's "
-            f"({type(error).__name__}: {shortened(str(error).strip(), 300)}): correct it, or copy "
+            f"({describe(error)}): correct it, or copy "
             "it again from the model's source"
         ) from error
     media = config.model_type in MULTIMODAL
@@ -111,8 +111,8 @@ def load_processor(model_path: Path) -> tuple[Any, PretrainedConfig]:
         processor = (AutoProcessor if media else AutoTokenizer).from_pretrained(model_path)
     except Exception as error:  # its files can be anything
         raise ModelError(
-            f"tokenizer or processor in {model_path} cannot be loaded ({type(error).__name__}: "
-            f"{shortened(str(error).strip(), 300)}): copy their files again from the model's source"
+            f"tokenizer or processor in {model_path} cannot be loaded "
+            f"({describe(error)}): copy their files again from the model's source"
         ) from error
     if processor.chat_template is None:
         raise ModelError(

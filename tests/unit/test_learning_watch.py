@@ -155,6 +155,7 @@ def test_a_judge_that_fails_later_is_a_warning() -> None:
         ),
         ({"reward__format": -1.0}, WARN_STEPS, ("data.template.instruction", "cold start")),
         ({"reward__std": 0.0}, ALIKE_STEPS, ("paid alike",)),
+        ({"judge__breaker_open": 1.0}, 1, ("circuit breaker is open", "endpoint", "cooldown_s")),
     ],
 )
 def test_what_lets_a_run_learn_little_is_said_once_with_a_remedy(

@@ -169,6 +169,25 @@ def test_an_option_that_a_shell_left_empty_is_refused(
     assert ended.value.code == 2 and f"{option} has no value" in capsys.readouterr().err
 
 
+def test_an_endpoint_that_is_no_url_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d.jsonl").write_text("{}")
+    asked = ["hints", "generate", str(tmp_path / "d.jsonl"), "--model=m", "--out=o.jsonl"]
+    assert main([*asked, "--base-url=foo"]) == 1
+    assert "--base-url foo: Value error, is no URL of an endpoint" in capsys.readouterr().err
+
+
+def test_a_current_folder_that_is_gone_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["runs"]) == 1
+    assert "the current folder is gone: change to another" in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_opened_is_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

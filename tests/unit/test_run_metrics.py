@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import ARCHITECTURES
 from avatar_rl.cluster.recipe.gpus import peak_flops
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.training.run_metrics import RunMetrics
+from avatar_rl.cluster.workers.judge_states import JudgeStates
 from avatar_rl.learner.objective.step_metrics import ComputedSums
 
 
@@ -98,3 +100,34 @@ def test_frozen_weights_need_no_gradient_of_their_own() -> None:
 )
 def test_the_peak_of_a_gpu_is_known_by_its_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+def test_the_judges_state_is_asked_between_steps_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replies: dict[str, Any] = {}
+
+    def wait(refs: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert timeout == 0 and num_returns == len(refs)
+        return [ref for ref in refs if ref in replies], [ref for ref in refs if ref not in replies]
+
+    def get(refs: list[str]) -> list[Any]:
+        if any(isinstance(replies[ref], Exception) for ref in refs):
+            raise ray.exceptions.RayActorError
+        return [replies[ref] for ref in refs]
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    names = iter("abcdef")
+    stats = SimpleNamespace(remote=lambda: next(names))
+    states = JudgeStates([cast(Any, SimpleNamespace(stats=stats))] * 2)
+    assert states.metrics() == {}
+    replies["a"] = {"judge/breaker_open": 1.0, "judge/unscored": 3.0}
+    assert states.metrics() == {}  # b has not answered
+    replies["b"] = {"judge/unscored": 2.0}
+    assert states.metrics() == {"judge/breaker_open": 1.0, "judge/unscored": 5.0}
+    replies |= {"c": RuntimeError(), "d": {}}
+    assert states.metrics() == {"judge/breaker_open": 1.0, "judge/unscored": 5.0}
+    replies |= {"e": {}, "f": {}}
+    names = iter("gh")
+    assert states.metrics() == {"judge/breaker_open": 0.0, "judge/unscored": 0.0}
