@@ -13,8 +13,8 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from avatar_rl.common.errors import InputError
-from avatar_rl.common.text import normalise, shortened
-from avatar_rl.prompts.choices import choice_letter, lettered, option_texts, split_option
+from avatar_rl.common.text import shortened
+from avatar_rl.prompts.choices import choice_letter, lettered, split_option
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.readers.media_items import with_defaults
 from avatar_rl.prompts.readers.places import PLACE, check_places, check_tokens
@@ -213,13 +213,13 @@ def _letter(answer: str, options: tuple[str, ...], question: str, where: str) ->
 
 def _check_one(letter: str, answer: str, options: tuple[str, ...], where: str) -> None:
     """Raises InputError where another option is as right as that of ``letter``."""
-    texts = option_texts(options)
+    texts = dict(split_option(option) for option in options)
     if PLACE.fullmatch(texts[letter]):
         return  # the options are media
-    meant = {texts[letter], normalise(answer)} - {"", letter.lower()}
-    if len(normalise(answer)) == 1:  # a letter, which may be the text of another option
-        meant.add(normalise(answer))
-    others = [other for other, text in texts.items() if other != letter and text in meant]
+    meant = {texts[letter]}
+    if len(answer) == 1:  # a letter, which may be the text of another option
+        meant.add(answer)
+    others = [other for other, text in texts.items() if other != letter and text in meant - {""}]
     if others:
         raise InputError(
             where,

@@ -31,6 +31,11 @@ _KEYS = {
     "digest": "digest",
     "clip": "clip",
 }
+_NOT_OF: dict[Modality, tuple[str, ...]] = {
+    "video": ("sample_rate",),
+    "audio": ("fps", "frames", "min_pixels", "max_pixels"),
+    "image": ("fps", "frames", "clip", "sample_rate"),
+}
 _PATH_KEYS = ("path", "uri", "url", "file")
 _DATA_URL = re.compile(r"(?i)data:[^,]{0,200},")
 _LONGEST_PATH = 2048
@@ -56,6 +61,8 @@ def media_item(entry: Value, kind: Modality, config: DataConfig, where: str) -> 
             if value is not None and key not in ("type", "text")
         }
         fields["uri"] = _uri(values, kind, config, where)
+        if kind == "image" and {"video_start", "video_end"} & values.keys():
+            raise InputError(where, "image entry has a window in time", "remove it")
         start, end = values.pop("video_start", None), values.pop("video_end", None)
         if end is not None:
             fields["clip"] = (start or 0.0, end)
@@ -69,6 +76,10 @@ def media_item(entry: Value, kind: Modality, config: DataConfig, where: str) -> 
                     where,
                     f"{kind} entry has the unknown key {key!r}",
                     f"remove it; known are {sorted(_KEYS)}",
+                )
+            if _KEYS[key] in _NOT_OF[kind]:
+                raise InputError(
+                    where, f"{kind} entry has {key!r}, which no {kind} has", "remove it"
                 )
             fields[_KEYS[key]] = value
         if {"frames", "fps"} <= fields.keys():

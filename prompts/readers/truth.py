@@ -39,7 +39,7 @@ _STOP = re.compile(
 )
 _BRACES = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # three deep
 _BOXED = re.compile(rf"\\boxed\{{({_BRACES})\}}")
-_BETWEEN_LABELS = re.compile(r"\s*[,;，；、\n]\s*|\s+(?:and|&)\s+")
+_BETWEEN_LABELS = re.compile(r"\s*[,;，；、\n|/&+]\s*|\s+and\s+")
 _NUMBERS = (ProblemType.NUMERICAL, ProblemType.REGRESSION)
 _TEXTS = (ProblemType.FREE_FORM, ProblemType.MULTI_LABEL)
 
@@ -124,9 +124,8 @@ def check_labels(answer: str, options: tuple[str, ...], where: str) -> None:
         return
     for label in _BETWEEN_LABELS.split(answer):
         folded = normalise(label)
-        is_letter = len(folded) == 1 and folded.isascii() and folded.isalpha()
-        known = folded.upper() in texts or folded in texts.values()
-        if not known and (is_letter or " " not in folded):
+        known = folded in texts.values() or set(folded.upper()) <= texts.keys()  # "AC"
+        if not known and folded.isascii() and folded.isalpha():
             raise InputError(
                 where,
                 f"the label {shortened(label)!r} is none of the options "

@@ -374,6 +374,9 @@ def asked(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
             CHOICE | TWO | {"problem_type": "multi-label", "solution": "A, F"},
             "the label 'F' is none of the options",
         ),
+        (FREE | {"image": {"image": "a.png", "fps": 2}}, "image entry has 'fps', which no image"),
+        (FREE | {"audio": {"audio": "a.wav", "max_pixels": 9}}, "'max_pixels', which no audio"),
+        (FREE | {"image": {"image": "a.png", "video_end": 2}}, "a window in time; remove it"),
         (FREE | {"video": {"video": "a.mp4", "fps": 2, "nframes": 8}}, "fps; keep one of them"),
         # What says how a medium is read stands outside its entry.
         (FREE | {"video": "a.mp4", "video_start": 1, "video_end": 4}, "'video_start' says how"),
@@ -442,6 +445,19 @@ def test_an_optional_text_that_says_nothing_is_absent(
 ) -> None:
     [prompt] = read(FREE | {field: value}, folder=tmp_path)
     assert not getattr(prompt, field)
+
+
+@pytest.mark.parametrize("answer", ["AC", "A, C", "A and C", "dog|bird", "A和C", "dog, bird", "c"])
+def test_labels_among_the_options_are_read_however_they_are_joined(
+    tmp_path: Path, answer: str
+) -> None:
+    row = COUNT | {"problem_type": "multi-label", "options": ["dog", "cat", "bird"]}
+    assert read(row | {"solution": answer}, folder=tmp_path)[0].answer == answer
+
+
+def test_options_that_differ_in_dress_alone_have_letters(tmp_path: Path) -> None:
+    row = CHOICE | {"options": ["Stop!", "STOP", "Stop."], "solution": "B"}
+    assert read(row, folder=tmp_path)[0].answer == "B"
 
 
 def test_columns_that_agree_or_are_left_out_are_read(tmp_path: Path) -> None:
