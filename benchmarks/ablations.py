@@ -65,17 +65,18 @@ def configure(ground: Ground, name: str, seed: int, cache: Path, completions: in
         },
     )
     if arm.untrained:
+        assert ground.untrained != ground.start, "the recipe has no cold start to go without"
         base = merge(base, {"model": {"path": str(ground.untrained)}})
     return resolve(base, arm, seed, completions)
 
 
 def recipe_digest(config: RunConfig, *, ground: Ground, pool: Pool, start: str) -> str:
-    """Of what the recipe says, where it differs from the defaults; these are the code's, which the
-    record's commit names. ``start`` is the cold start's sha256. No file has to be there."""
+    """Of what the recipe says; what it leaves open is the code's, which the record's commit names.
+    ``start`` is the cold start's sha256. No file has to be there."""
     settings = config.model_dump(
         mode="json",
         exclude={"output", "screen", "name", "seed", "model", "resources"},
-        exclude_defaults=True,
+        exclude_unset=True,
     )
     for key in ("train", "heldout", "reader"):
         settings["data"].pop(key)
@@ -90,12 +91,12 @@ def stale(records: Sequence[dict[str, Any]]) -> list[str]:
     is for the reader to say."""
     local = load_recipe(RECIPE)
     start = ready_start(local)
-    none = Path("none")
-    ground = Ground(yaml.safe_load(RECIPE.read_text()), none, Path("untrained"), none, none, none)
+    raw, at = yaml.safe_load(RECIPE.read_text()), Path("nowhere")
+    ground = Ground(raw, at, Path("untrained"), at, at, at)
     sha = sha256_of(start / "model.safetensors") if start is not None else ""
     found = []
     for one in records:
-        config = configure(ground, one["arm"], one["seed"], none, COMPLETIONS)
+        config = configure(ground, one["arm"], one["seed"], at, COMPLETIONS)
         if recipe_digest(config, ground=ground, pool=POOL, start=sha) != one["digest"]:
             found.append(f"{one['arm']} seed {one['seed']} (commit {one['commit']})")
     return found

@@ -12,7 +12,7 @@ from pydantic import Field, SecretStr, model_validator
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 
-Strategy = Literal["stratified", "same_prompt", "uniform", "recent"]
+Strategy = Literal["stratified", "same_prompt", "uniform", "recent", "priority"]
 AppendFsync = Literal["always", "everysec", "no"]
 
 #: Seconds that a consumer may hold work without renewing, where it does not say.
@@ -119,7 +119,16 @@ class BufferConfig(Section):
     max_age_versions: int = Field(
         0, ge=0, description="Policy versions after which a trajectory goes; 0: no limit."
     )
-    strategy: Strategy = Field("stratified", description="How replays are chosen.")
+    strategy: Strategy = Field(
+        "stratified",
+        description="How replays are chosen; priority: stratified, but within a tier by stored "
+        "advantage and with replacement (docs/method.md 1.6).",
+    )
+    priority_temperature: float = Field(
+        1.0,
+        ge=0.05,
+        description="Of strategy priority: weights are exp(advantage / temperature).",
+    )
     reward_diverse: bool = Field(
         False, description="Prefer as many successes as failures among the replays."
     )
@@ -159,6 +168,11 @@ class BufferConfig(Section):
         if self.strategy == "recent" and self.reward_diverse:
             raise ValueError(
                 "reward_diverse has no meaning for strategy recent: turn one of them off"
+            )
+        if self.strategy == "priority" and (self.reward_diverse or self.max_reuse):
+            raise ValueError(
+                "strategy priority draws with replacement and by advantage alone: leave "
+                "reward_diverse off and max_reuse 0"
             )
         return self
 

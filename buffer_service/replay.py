@@ -192,11 +192,11 @@ class ReplayStock:
         share: tuple[int, int] = (0, 1),
     ) -> list[Trajectory]:
         """Replayed trajectories for ``step``, none while fewer than ``warm_up`` are stored.
-        O(count log N).
+        O(count log N), of strategy ``priority`` O(N).
 
         Equal contents, seed and step give equal draws. No trajectory comes twice unless the stock
-        is smaller than ``count``. Reuse is counted once per step, when it is committed. Damaged
-        records leave the stock.
+        is smaller than ``count``, or the strategy is ``priority``. Reuse is counted once per step,
+        when it is committed. Damaged records leave the stock.
 
         Args:
             prompt_ids: over which strategy ``same_prompt`` spreads the count.
@@ -209,19 +209,23 @@ class ReplayStock:
         diverse = config.reward_diverse if reward_diverse is None else reward_diverse
         if (
             count < 0
-            or (strategy == "recent" and diverse)
+            or (strategy in ("recent", "priority") and diverse)
+            or (strategy == "priority" and config.max_reuse)
             or (strategy == "same_prompt" and not prompt_ids)
         ):
             raise ReplayBufferError(
                 f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, "
                 f"{len(prompt_ids)} prompts; "
-                "recent cannot be diverse, same_prompt needs prompt_ids"
+                "recent and priority cannot be diverse, priority goes without max_reuse, "
+                "same_prompt needs prompt_ids"
             )
         _checked(share)
         if count == 0:
             return []
         x, y = seed_state(seed, step)
-        extra = prompt_ids if strategy == "same_prompt" else ()
+        extra: tuple[Word, ...] = tuple(prompt_ids) if strategy == "same_prompt" else ()
+        if strategy == "priority":
+            extra = (repr(config.priority_temperature),)
         ask = (count, step, x, y, strategy, int(diverse), version, seed, *share)
         listed = f"share:{seed}:{share[0]}"
 

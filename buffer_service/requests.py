@@ -20,6 +20,7 @@ from avatar_rl.buffer_service.records.requests import (
     RequestLease,
     RolloutRequest,
     StoredRequest,
+    advantages_of,
 )
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.records.validate import (
@@ -226,6 +227,7 @@ class RequestQueue:
                 int(is_success(t, component, config.success_at)) for t in group.trajectories
             ],
             versions=[t.version for t in group.trajectories],
+            advantages=advantages_of(head.rewards),
         )
         status, evicted = self._run("insert", _pack(head), _pack(state), *records)
         return InsertReceipt(status.decode(), evicted)

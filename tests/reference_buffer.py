@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, BufferConfig, Strategy
 from avatar_rl.buffer_service.errors import (
@@ -131,6 +132,7 @@ class ReferenceBuffer:
         self.prompts: dict[str, PromptState] = {}
         self.fresh: dict[str, Group] = {}
         self.stock: dict[str, Trajectory] = {}
+        self.advantages: dict[str, float] = {}  # of every trajectory that was ever stored
         self.reuse: dict[str, int] = {}
         self.drawn: dict[int, list[str]] = {}  # by seed
         self.drawn_step = -1
@@ -440,8 +442,11 @@ class ReferenceBuffer:
         return InsertReceipt("late", self._evict(len(group.trajectories)))
 
     def _make_replayable(self, group: Group) -> None:
-        for t in group.trajectories:
+        rewards = np.array([t.reward for t in group.trajectories], dtype=float)
+        spread = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
+        for t, reward in zip(group.trajectories, rewards, strict=True):
             self.stock[t.id] = t
+            self.advantages[t.id] = float((reward - rewards.mean()) / (spread + 1e-4))
         q = self.thresholds()
         state = self.prompts[group.prompt_id]
         assert q is not None
@@ -679,6 +684,16 @@ class _Draw:
         for (tier, first), quota in zip(tiers, quotas, strict=True):
             self.mix(self.b._members(tier, False), self.b._members(tier, True), quota, first)
 
+    def by_advantage(self, tier: Tier, n: int) -> None:
+        names = self.b._members(tier, False) + self.b._members(tier, True)
+        if not names:
+            return
+        values = np.array([self.b.advantages[tid] for tid in names])
+        sums = np.cumsum(np.exp((values - values.max()) / self.b.config.priority_temperature))
+        for _ in range(min(n, len(names))):
+            at = (self.below(1 << 20) * (1 << 20) + self.below(1 << 20)) / (1 << 40) * sums[-1]
+            self.out.append(names[int(np.searchsorted(sums, at, side="right"))])
+
     def everything(self, success: bool) -> list[str]:
         tiers: tuple[Tier, ...] = ("hard", "medium", "easy")
         return [tid for tier in tiers for tid in self.b._members(tier, success)]
@@ -689,6 +704,14 @@ class _Draw:
             self.out = [tid for _, tid in newest[: self.count]]
         elif strategy == "uniform":
             self.mix(self.everything(False), self.everything(True), self.count, "s")
+        elif strategy == "priority":
+            tiers: tuple[Tier, ...] = ("easy", "medium", "hard")
+            for tier, quota in zip(tiers, self.quotas(self.count), strict=True):
+                self.by_advantage(tier, quota)
+            if len(self.out) < self.count:
+                self.pick(
+                    self.everything(False) + self.everything(True), self.count - len(self.out)
+                )
         else:
             if strategy == "same_prompt":
                 for i, pid in enumerate(prompt_ids):

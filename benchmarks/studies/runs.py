@@ -90,7 +90,7 @@ def prepare_ground(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE)
     return Ground(
         raw=yaml.safe_load(recipe.read_text()),
         start=start,
-        untrained=base,
+        untrained=prepare_base_model(local.model_copy(update={"cold_start": None}), print),
         train=_select(datasets.train, folder / "pool.jsonl", pool.categories, pool.train),
         heldout=_select(datasets.heldout, folder / "heldout.jsonl", pool.categories, pool.heldout),
         media=datasets.train.parent.resolve(),

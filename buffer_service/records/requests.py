@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -130,6 +132,16 @@ class GroupState(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     zero: int  # see zero_accuracy
     successes: list[int]
     versions: list[int]
+    advantages: list[float] = []  # see ``advantages_of``; none in states of older releases
+
+
+def advantages_of(rewards: Sequence[float]) -> list[float]:
+    """(R - mean) / (deviation + 1e-4) over a group (docs/method.md 1.1), what strategy ``priority``
+    goes by. All 0 for a group of one."""
+    mean = sum(rewards) / len(rewards)
+    squares = sum((reward - mean) ** 2 for reward in rewards)
+    deviation = math.sqrt(squares / (len(rewards) - 1)) if len(rewards) > 1 else 0.0
+    return [(reward - mean) / (deviation + 1e-4) for reward in rewards]
 
 
 class InsertReceipt(msgspec.Struct, frozen=True):

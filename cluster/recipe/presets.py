@@ -66,7 +66,6 @@ _AVATAR_BOTH = (
     _AVATAR
     | _objective("AVATAR 1.1 [D, C]", epsilon=0.2, beta=0.1, replay_advantage="vcrs")
     | _of("AVATAR 1.3 [P]", buffer__capacity=10_000, buffer__window=20)
-    | _of("AVATAR 1.3 [P, C]", buffer__strategy="stratified")
     | _of(
         "AVATAR 1.6 [P, C]",
         learner__optimizer__lr=5e-7,
@@ -156,6 +155,7 @@ PRESETS: dict[str, Preset] = {
         _AVATAR_BOTH
         | _objective("AVATAR 1.1 [D]", alpha=0.6)
         | _of("AVATAR 1.5 [D]", rewards__format="signed")
+        | _of("AVATAR 1.3 [P]", buffer__strategy="stratified")
         | _of("AVATAR 1.3 [R]", buffer__warm_up=128)
         | _of(
             "AVATAR 1.6 [P]",
@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
         | _objective("AVATAR 1.1 [C]", alpha=1.0)
         | _of("AVATAR 1.5 [C]", rewards__format="binary")
         | _weights("AVATAR 1.6 [C]", accuracy=1.0, format=0.5)
-        | _of("AVATAR 1.6 [C]; its priority draw is not here (1.7)", buffer__warm_up=10)
+        | _of("AVATAR 1.6 [C]", buffer__warm_up=10, buffer__strategy="priority")
         | _of(
             "AVATAR 1.6 [C]",
             learner__lora={"rank": 8, "alpha": 32, "targets": ["all-linear"]},

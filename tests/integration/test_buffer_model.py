@@ -304,11 +304,15 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(
         count=st.integers(1, 12),
         seed=st.integers(0, 3),
-        strategy=st.sampled_from([None, "stratified", "same_prompt", "uniform", "recent"]),
+        strategy=st.sampled_from(
+            [None, "stratified", "same_prompt", "uniform", "recent", "priority"]
+        ),
         diverse=st.sampled_from([False, True]),
     )
     def draw(self, count: int, seed: int, strategy: Any, diverse: bool) -> None:
-        diverse = diverse and strategy != "recent"
+        if strategy == "priority" and self.model.config.max_reuse:
+            strategy = "stratified"
+        diverse = diverse and strategy not in ("recent", "priority")
 
         def ids(b: Any) -> Any:
             step = self.model.trained + 1
@@ -324,7 +328,8 @@ class BufferMachine(RuleBasedStateMachine):
 
         drawn = self.both(ids)
         HAPPENED["drawn"] += len(drawn)
-        assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
+        if strategy != "priority":  # which draws with replacement
+            assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
 
     @rule(
         prompts=st.lists(st.integers(0, 9), min_size=1, max_size=6),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import msgspec
 import pytest
 import redis
 
-from avatar_rl.buffer_service.config import HintGateConfig
+from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
 from avatar_rl.buffer_service.records.requests import PromptKl, RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.common.errors import ReplayBufferError
 from tests.buffer_records import CONFIG, make_group, tier_of
 
 # -- ties and accuracy throughout
@@ -81,6 +83,27 @@ def test_easy_is_not_empty_at_an_accuracy_of_nine_tenths(buffer: ReplayBuffer) -
     assert [t.prompt_id for t in buffer.replay.draw(2, step=1, seed=0, strategy="recent")]
     tiers = [tier_of(buffer, t.prompt_id) for t in buffer.replay.draw(4, step=1, seed=1)]
     assert tiers.count("hard") == 2 and tiers.count("easy") == 2  # one of them for Medium
+
+
+def test_priority_prefers_what_was_better_than_its_group(buffer: ReplayBuffer) -> None:
+    """Groups of one success in four: advantages 1.5 and -0.5, so weights e^2 : 1 : 1 : 1. All are
+    Medium, which has one place of four; the rest is filled uniformly."""
+    group = [(1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
+    seen(buffer, 0, {f"p{i}": group for i in range(4)})
+    draws = 400
+    best = sum(
+        trajectory.reward == 1.0
+        for seed in range(draws)
+        for trajectory in buffer.replay.draw(4, step=1, seed=seed, strategy="priority")
+    )
+    expected = (math.exp(2) / (math.exp(2) + 3) + 3 / 4) / 4
+    assert best / (4 * draws) == pytest.approx(expected, abs=0.045)  # 3.7 deviations
+    again = [buffer.replay.draw(4, step=1, seed=7, strategy="priority") for _ in range(2)]
+    assert [t.id for t in again[0]] == [t.id for t in again[1]]
+    with pytest.raises(ReplayBufferError, match="priority cannot be diverse"):
+        buffer.replay.draw(4, step=1, seed=0, strategy="priority", reward_diverse=True)
+    with pytest.raises(ValueError, match="reward_diverse off and max_reuse 0"):
+        BufferConfig(strategy="priority", max_reuse=2)
 
 
 def test_an_unsolved_pool_is_hard_whatever_the_rank(buffer: ReplayBuffer) -> None:

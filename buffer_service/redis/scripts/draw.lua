@@ -1,6 +1,6 @@
 -- requires: tiers stock random
 -- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, list them 0|1,
--- prompt ids... Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then
+-- prompt ids... (strategy priority: its temperature). Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then
 -- reads the values in the same round trip (through Lua they would take longer). One that is removed meanwhile lingers.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
@@ -93,10 +93,52 @@ local function stratified(n)
   mix(of_tier(HARD, 'f'), of_tier(HARD, 's'), hard, 's')
 end
 
+-- n of a tier with replacement, weights exp(advantage / temperature): the draw of AVATAR's released code, O(tier).
+local function by_advantage(tier, n)
+  local names, values, most = {}, {}, -math.huge
+  for _, kind in ipairs(KINDS) do
+    local s = seg[tier][kind]
+    if s.size > 0 then
+      for _, tid in ipairs(call('ZRANGE', K('stock:' .. kind), s.first, s.first + s.size - 1)) do
+        names[#names + 1] = tid
+      end
+    end
+  end
+  n = math.min(n, #names)
+  if n == 0 then return end
+  for first = 1, #names, 1000 do
+    local raws = call('HMGET', K('trajs'), unpack(names, first, math.min(first + 999, #names)))
+    for i, raw in ipairs(raws) do
+      local value = cmsgpack.unpack(raw)[4] or 0 -- none in a stock of an older release
+      values[first + i - 1], most = value, math.max(most, value)
+    end
+  end
+  local temperature, sums, total = tonumber(ARGV[12]), {}, 0
+  for i, value in ipairs(values) do
+    total = total + math.exp((value - most) / temperature)
+    sums[i] = total
+  end
+  for _ = 1, n do
+    local at = (below(1048576) * 1048576 + below(1048576)) / 1099511627776 * total
+    local low, high = 1, #sums -- the first sum above `at`
+    while low < high do
+      local middle = floor((low + high) / 2)
+      if sums[middle] > at then high = middle else low = middle + 1 end
+    end
+    out[#out + 1] = names[low]
+  end
+end
+
 if strategy == 'recent' then
   out = call('ZREVRANGE', K('stock:v'), 0, want - 1)
 elseif strategy == 'uniform' then
   mix(all('f'), all('s'), want, 's')
+elseif strategy == 'priority' then
+  local easy, medium, hard = quotas(want)
+  by_advantage(EASY, easy)
+  by_advantage(MEDIUM, medium)
+  by_advantage(HARD, hard)
+  if #out < want then pick({ all('f'), all('s') }, want - #out) end
 else
   if strategy == 'same_prompt' then
     local prompts = #ARGV - 11

@@ -6,7 +6,7 @@ local function make_replayable(m, q, gid, g)
   local at = place_of(s)
   for i = 1, g.n do
     local tid, success, version = tid_of(gid, i - 1), g.successes[i], g.versions[i]
-    put(m, 'trajs', tid, cmsgpack.pack({ g.prompt, success, version }))
+    put(m, 'trajs', tid, cmsgpack.pack({ g.prompt, success, version, (g.advantages or {})[i] or 0 }))
     stock_add(tid, g.prompt, success, version, at)
   end
   gate_visit(m, q, s, g)

@@ -1,5 +1,5 @@
 -- requires: snapshot
--- The replayable trajectories: `trajs` has {prompt, success 0|1, version} of each, stock:f and stock:s order them by
+-- The replayable trajectories: `trajs` has {prompt, success 0|1, version, advantage} of each, stock:f and stock:s order them by
 -- their prompt's place, stock:v by version, pt:<prompt> by success; age:<kind>:<bin> has those of one 1/16 of places,
 -- oldest first.
 local LINGER_MS, SNAPSHOT_LINGER_MS = 10000, 3600000 -- a removed value stays readable for who has just drawn it
