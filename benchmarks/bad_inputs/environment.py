@@ -84,7 +84,7 @@ YAML: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("rewards.judge.base_url", "out of range", "http://HOST:PORT/v1"),
     ),
     ("preset", "preset: nonsense", (), ("unknown preset 'nonsense'", "choose one of grpo")),
-    ("section", "loop: 3", (), ("loop:", "dictionary")),
+    ("section", "loop: 3", (), ("loop: a section of keys", "--loop.steps sets one")),
     ("key", "", ("--learner.optimiser.lr=1",), ("learner.optimiser", "did you mean 'optimizer'")),
     ("top_key", "", ("--lop.steps=1",), ("lop: unknown key", "did you mean 'loop'")),
     ("far_key", "", ("--loop.zzz=1",), ("loop.zzz: unknown key", "known here: steps")),
