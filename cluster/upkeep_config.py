@@ -108,6 +108,11 @@ class OutputConfig(Section):
         "one that cannot be reached costs a warning.",
     )
     project: str = Field("avatar-rl", description="Project or experiment of the trackers.")
+    tracker_media: bool = Field(
+        False,
+        description="Send clips of up to 4 MiB with the samples, to trackers that show them (W&B). "
+        "File names go along in any case.",
+    )
     metric_names: Literal["ours", "trl", "verl"] = Field(
         "ours",
         description="Trackers also get the metrics under TRL's or verl's names (docs/output.md).",

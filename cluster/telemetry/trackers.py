@@ -6,6 +6,7 @@ a tracker without network, key or package costs one warning, and the run goes on
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import netrc
@@ -31,7 +32,18 @@ LATE_S = 5.0
 #: Messages kept for a tracker that is slower than the run; the oldest go first.
 MOST = 10_000
 #: Columns of a table of samples.
-SAMPLE_COLUMNS = ("prompt_id", "question", "answer", "text", "reward", "accuracy", "version")
+SAMPLE_COLUMNS = (
+    "prompt_id",
+    "question",
+    "answer",
+    "text",
+    "reward",
+    "accuracy",
+    "version",
+    "media",
+)
+#: A clip that is larger is named and not sent.
+MOST_CLIP_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Tracked:
     folder: Path  # the run's
     config: JsonObject  # resolved, secrets masked
     commit: str | None
+    media: bool = False  # whether clips may be sent
 
     @classmethod
     def of(cls, config: RunConfig, folder: Path) -> Tracked:
@@ -51,8 +64,21 @@ class Tracked:
         assert isinstance(settings, dict)
         head = commit()["commit"]
         return cls(
-            folder.name, config.output.project, folder, settings, str(head) if head else None
+            folder.name,
+            config.output.project,
+            folder,
+            settings,
+            str(head) if head else None,
+            config.output.tracker_media,
         )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file for a tracker that shows clips: ``clip`` of a row of samples, or None."""
+
+    kind: str  # video, audio or image
+    path: Path
 
 
 class Backend(Protocol):
@@ -96,7 +122,20 @@ class Tracker:
 
     def samples(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         kept = [{column: row.get(column) for column in SAMPLE_COLUMNS} for row in rows]
+        for row, shown in zip(rows, kept, strict=True):
+            media = row.get("media") or ()
+            shown["media"] = ", ".join(Path(str(entry.get("uri"))).name for entry in media)
+            shown["clip"] = self._clip(media)
         self._put(lambda backend: backend.table(step, name, kept))
+
+    def _clip(self, media: Sequence[Mapping[str, Any]]) -> Clip | None:
+        """The first medium that is there and not too large, where clips may be sent."""
+        for entry in media if self._run.media else ():
+            path = Path(str(entry.get("uri")).removeprefix("file://"))
+            with contextlib.suppress(OSError):
+                if 0 < path.stat().st_size <= MOST_CLIP_BYTES:
+                    return Clip(str(entry.get("kind")), path)
+        return None
 
     def close(self) -> None:
         """Send what is left, within ``CLOSE_S``."""
@@ -162,9 +201,29 @@ class _Wandb:
         self.run.log(dict(values), step=step)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        data = [[row[column] for column in SAMPLE_COLUMNS] for row in rows]
-        table = self.wandb.Table(columns=list(SAMPLE_COLUMNS), data=data)
+        columns, clips = list(SAMPLE_COLUMNS), [self._shown(row["clip"]) for row in rows]
+        data = [[row[column] for column in columns] for row in rows]
+        # A column of W&B's has one type: that of the first clip.
+        first = next((clip for clip in clips if clip is not None), None)
+        if first is not None:
+            columns.append("clip")
+            for row, clip in zip(data, clips, strict=True):
+                row.append(clip if type(clip) is type(first) else None)
+        table = self.wandb.Table(columns=columns, data=data)
         self.run.log({f"samples/{name}": table}, step=step)
+
+    def _shown(self, clip: Clip | None) -> object:
+        """A clip as W&B's own object; None where it does not take the format."""
+        if clip is None:
+            return None
+        suffix = clip.path.suffix.lstrip(".").lower()
+        if clip.kind == "video" and suffix in ("mp4", "webm", "ogg", "gif"):
+            return self.wandb.Video(str(clip.path), format=suffix)
+        if clip.kind == "audio" and suffix == "wav":
+            return self.wandb.Audio(str(clip.path))
+        if clip.kind == "image":
+            return self.wandb.Image(str(clip.path))
+        return None
 
     def finish(self) -> None:
         self.run.finish()
@@ -217,7 +276,8 @@ class _Trackio:
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         import pandas
 
-        table = self.trackio.Table(dataframe=pandas.DataFrame(list(rows)))
+        named = [{column: row[column] for column in SAMPLE_COLUMNS} for row in rows]
+        table = self.trackio.Table(dataframe=pandas.DataFrame(named))
         self.trackio.log({f"samples/{name}": table}, step=step)
 
     def finish(self) -> None:

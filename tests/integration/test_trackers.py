@@ -22,15 +22,23 @@ LEAVES = {
     "swanlab": "swanlog/run-*/run-*.swanlab",
 }
 CODE = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from avatar_rl.cluster.telemetry.trackers import Tracked, open_trackers
 told = []
-run = Tracked("run-1", "toy", Path(sys.argv[2]), {"loop": {"steps": 3}}, "abc")
+folder = Path(sys.argv[2])
+run = Tracked("run-1", "toy", folder, {"loop": {"steps": 3}}, "abc", True)
+clip = folder / "clip.mp4"
+clip.write_bytes(b"as a file, not looked into")
 [one] = open_trackers([sys.argv[1]], run, metric_names="trl", tell=told.append)
 for step in (1, 2):
     one.write(step, {"reward/mean": step / 10, "entropy": 1.0, "entropy/fresh": 1.0})
-one.samples(2, "rollout", [{"prompt_id": "p", "question": "q", "text": "so red", "reward": 1.0}])
+row = {"prompt_id": "p", "question": "q", "text": "so red", "reward": 1.0}
+one.samples(2, "rollout", [{**row, "media": [{"kind": "video", "uri": str(clip)}]}, row])
+for _ in range(600):  # a run takes longer than its tracker's start
+    if told:
+        break
+    time.sleep(0.1)
 one.close()
 print(json.dumps(told))
 """
@@ -61,3 +69,6 @@ def test_a_tracker_keeps_everything_offline(name: str, tmp_path: Path) -> None:
     told = said(name, tmp_path)
     assert len(told) == 1 and told[0].startswith(f"tracker {name}: "), told
     assert list(tmp_path.glob(LEAVES[name])), list(tmp_path.rglob("*"))[:50]
+    if name == "wandb":  # the clip goes along with the table
+        [log] = tmp_path.glob(LEAVES[name])
+        assert b"clip.mp4" in log.read_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,25 @@ def test_a_tracker_gets_metrics_samples_and_the_end(tmp_path: Path) -> None:
     [(step, name, [row])] = kept.tables
     assert (step, name, row["text"]) == (1, "rollout", "so red") and "secret" not in row
     assert kept.finished and told == ["tracker toy: at toy"]
+
+
+def test_clips_are_sent_only_where_they_may_be(tmp_path: Path) -> None:
+    small, large = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    small.write_bytes(b"x")
+    with large.open("wb") as file:
+        file.truncate(trackers.MOST_CLIP_BYTES + 1)
+    media = [{"kind": "video", "uri": f"{large}"}, {"kind": "video", "uri": f"file://{small}"}]
+    for allowed in (False, True):
+        kept, run = Kept(), replace(RUN, media=allowed)
+        begin = partial(lambda kept, run: (kept, ""), kept)
+        one = Tracker("toy", begin, run, names="ours", tell=lambda _: None)
+        rows = [{"prompt_id": "p", "media": media}, {"media": [{"uri": "/gone.mp4"}]}, {}]
+        one.samples(1, "rollout", rows)
+        one.close()
+        [(_, _, told)] = kept.tables
+        assert [row["media"] for row in told] == ["b.mp4, a.mp4", "gone.mp4", ""]
+        clip = trackers.Clip("video", small)
+        assert [row["clip"] for row in told] == [clip if allowed else None, None, None]
 
 
 def test_one_that_fails_costs_one_sentence_and_no_time(tmp_path: Path) -> None:
