@@ -93,6 +93,18 @@ YAML: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("choice", "", ("--learner.objective.loss_type=ppo",), ("loss_type", "'grpo', 'dapo'")),
     ("deep", "", ("--seed.deep=1",), ("seed:",)),
     ("no_yaml_value", "", ("--seed=[1",), ("--seed '[1'", "not a YAML value")),
+    (
+        "sets_without_folder",
+        "evaluation: {benchmarks: {names: [mlvu]}}",
+        (),
+        ("evaluation.benchmarks", "needs `sets: FOLDER`"),
+    ),
+    (
+        "priority_and_reuse",
+        "buffer: {strategy: priority, max_reuse: 2}",
+        (),
+        ("buffer", "leave reward_diverse off and max_reuse 0"),
+    ),
     ("stray", "", ("steps=3",), ("unexpected argument 'steps=3'",)),
     ("no_value", "", ("--seed",), ("--seed has no value",)),
 )
@@ -116,6 +128,11 @@ COMMANDS: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         "folder_as_recipe",
         after(unreadable, command(*TRAIN)),
         ("recipe.yaml is a folder", "name the .yaml file"),
+    ),
+    (
+        "no_dataset",
+        command("data", "fetch", "IntentTrain"),
+        ("no public dataset 'IntentTrain'", "did you mean 'intent_train'"),
     ),
     ("no_stage", command("train", CURRICULUM, "--stage", "typo", "--dry-run"), ("typo", "sft")),
     (
