@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from avatar_rl.cluster.benchmarks.sets import benchmark_set
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import (
@@ -109,6 +110,25 @@ def files(config: RunConfig) -> Iterator[Finding]:
     for key, path in others:
         if path is not None and not path.exists():
             yield Finding(key, "fail", f"{path} is missing", f"correct {key}")
+    yield from _public_sets(config)
+
+
+def _public_sets(config: RunConfig) -> Iterator[Finding]:
+    """The benchmarks that a run is measured on: known, and with a folder of their own."""
+    wanted = config.evaluation.benchmarks
+    for name in wanted.names:
+        try:
+            folder = (wanted.sets or Path()) / benchmark_set(name).name
+        except ConfigError as error:
+            yield Finding("evaluation.benchmarks.names", "fail", *str(error).split(": ", 1))
+            continue
+        if not folder.is_dir():
+            yield Finding(
+                "evaluation.benchmarks.sets",
+                "fail",
+                f"{folder} is missing",
+                f"download {name} to it (docs/evaluation.md), or leave the set out",
+            )
 
 
 def secrets(config: RunConfig) -> Iterator[Finding]:

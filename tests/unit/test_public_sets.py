@@ -17,6 +17,7 @@ from avatar_rl.cluster.benchmarks.record import Question
 from avatar_rl.cluster.benchmarks.result import by_length
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
+from avatar_rl.cluster.commands import doctor_inputs
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.training.public_sets import evenly, public_questions
 from avatar_rl.common.errors import ConfigError, DataError, InputError
@@ -147,6 +148,21 @@ def test_the_sets_of_a_run_are_read_before_it_starts(tmp_path: Path) -> None:
         RunConfig.model_validate(
             {"data": {"train": "x"}, "evaluation": {"benchmarks": {"names": ["mlvu"]}}}
         )
+
+
+def test_the_doctor_names_sets_that_are_not_there(tmp_path: Path) -> None:
+    def found(names: list[str]) -> list[tuple[str, str, str]]:
+        sets = {"names": names, "sets": str(tmp_path)}
+        config = RunConfig.model_validate(
+            {"data": {"synthetic": {}}, "evaluation": {"benchmarks": sets}}
+        )
+        return [(one.subject, one.level, one.found) for one in doctor_inputs.files(config)]
+
+    (tmp_path / "mlvu").mkdir()
+    assert found(["mlvu"]) == []
+    missing, unknown = found(["mvbench", "mvbnch"])
+    assert missing == ("evaluation.benchmarks.sets", "fail", f"{tmp_path}/mvbench is missing")
+    assert unknown[:2] == ("evaluation.benchmarks.names", "fail") and "mvbnch" in unknown[2]
 
 
 def test_a_limit_takes_questions_from_the_whole_set() -> None:
