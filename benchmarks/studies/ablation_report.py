@@ -171,7 +171,7 @@ def _groups(axes: Any, arms: ByArm) -> None:
                 capsize=4,
             )
         axis.set_xticks(range(len(known)), [label for label, _ in known], rotation=30, ha="right")
-        axis.set(title=title)
+        axis.set(title=title, xlim=(-0.6, len(known) - 0.4))
     axes[0].set_ylabel(f"training accuracy,\nmean over {COMPLETIONS} completions")
 
 
@@ -192,4 +192,5 @@ def _over_time(axes: Any, arms: ByArm) -> None:
         ylabel=f"share of the {POOL.train} prompts",
     )
     axis.set_ylim(0, 1.02)
-    axis.legend(loc="lower right")
+    if any(arms.get(name) for name in SOLVED):
+        axis.legend(loc="lower right")
