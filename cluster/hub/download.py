@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import get_token, hf_hub_url
+from huggingface_hub import constants, get_token, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
@@ -58,7 +58,17 @@ def download(snapshot: Snapshot, files: Sequence[HubFile], root: Path, advance: 
         _check_path(file.path)
     root.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(root)
+    for file in files:
+        if not ledger.has(file) and _is_there(root / file.path, file):
+            ledger.add(file)  # brought here by somebody else
     missing = [file for file in files if not ledger.has(file)]
+    for file in missing:
+        if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            raise DataError(
+                f"{snapshot.repo}: {file.path} has {file.size / 1e9:,.0f} GB, more than a hub "
+                f"gives out over plain HTTP: bring it to {root / file.path} by the hub's own tool, "
+                "then fetch again; or leave it out with --only"
+            )
     left = sum(file.size - _size(_part(root, file)) for file in missing)
     check_space(root, max(0, left), f"{snapshot.repo} ({len(missing)} files)")
     for number, file in enumerate(missing, start=1):
@@ -100,6 +110,10 @@ def _fetch(snapshot: Snapshot, file: HubFile, root: Path) -> None:
             "another HF_ENDPOINT"
         )
     part.replace(target)
+
+
+def _is_there(path: Path, file: HubFile) -> bool:
+    return _size(path) == file.size > 0 and checksum_of(path, file) == file.checksum
 
 
 def checksum_of(path: Path, file: HubFile) -> str:

@@ -44,7 +44,7 @@ def fetch(name: str, revision: str, out: Path | None, only: Sequence[str]) -> in
     for file in files:
         if is_archive(file.path) and unpack(root / file.path):
             print(f"unpacked       {file.path}")
-    written = write_rows(chosen, root)
+    written = write_rows(chosen, root, required=not only)
     _record(chosen, snapshot, files, written, root)
     print(f"fetched        {fetched} files, {len(files) - fetched} were there")
     for one in written:

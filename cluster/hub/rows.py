@@ -28,9 +28,9 @@ class Written:
     example: str = ""  # such a file
 
 
-def write_rows(dataset: PublicDataset, root: Path) -> list[Written]:
-    """One file of native rows for each file of published ones. Raises InputError where the dataset
-    should have rows and no file of them is there."""
+def write_rows(dataset: PublicDataset, root: Path, *, required: bool = True) -> list[Written]:
+    """One file of native rows for each file of published ones. Raises InputError where rows are
+    ``required`` and no file of them is there."""
     found: list[Written] = []
     wanted = []
     for kind in dataset.rows:
@@ -38,7 +38,7 @@ def write_rows(dataset: PublicDataset, root: Path) -> list[Written]:
         for path in sorted(root.glob(kind.pattern)):
             if not path.name.startswith(".") and not path.name.endswith(".rows.jsonl"):
                 found.append(_convert(dataset, kind, path, root))
-    if wanted and not found:
+    if required and wanted and not found:
         raise InputError(
             root,
             f"holds no {' and no '.join(wanted)}",

@@ -157,6 +157,18 @@ def test_a_part_that_is_wrong_is_begun_anew(intent: LocalHub, tmp_path: Path) ->
     assert (tmp_path / "videos.zip").read_bytes() == intent.files["videos.zip"]
 
 
+def test_what_another_tool_brought_is_not_fetched_again(
+    intent: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files above the hub's bound for plain HTTP come that way only."""
+    monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", 300)
+    with pytest.raises(DataError, match=r"videos\.zip has 0 GB, more than a hub gives out"):
+        fetch("intent_train", "main", tmp_path, ("videos.zip",))
+    (tmp_path / "videos.zip").write_bytes(intent.files["videos.zip"])
+    fetch("intent_train", "main", tmp_path, ("videos.zip",))
+    assert not any("/resolve/" in path for path, _ in intent.asked)
+
+
 def downloads_of(hub: LocalHub) -> tuple[downloads.HubFile, ...]:
     from avatar_rl.cluster.hub.snapshot import open_snapshot
 
