@@ -2,26 +2,34 @@
 bench NAME=loading``, about a minute.
 
 ``host_share_ratio``: anonymous memory that a rank gains at most while it loads a checkpoint of more
-than 1 GB under ZeRO 3, over its share of the weights. Two ranks; the worse one counts.
-docs/benchmarks.md says how to read it."""
+than 1 GB under ZeRO 3, over its share of the weights. The same with an adapter, and for a reference
+policy. ``whole_host_ratio``: likewise under ZeRO 0 to 2, where every rank needs the whole model.
+Two ranks; the worse one counts. docs/benchmarks.md says how to read it."""
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+from avatar_rl.common.process import trim_heap
+from avatar_rl.common.types import JsonObject
 from avatar_rl.common.weight_files import WeightFiles
+from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.config import OptimizerConfig
-from avatar_rl.learner.engine import deepspeed_config
+from avatar_rl.learner.engine import FrozenEngine, TrainEngine, deepspeed_config
+from avatar_rl.learner.lora_config import LoraConfig
 from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.sharded_load import load_in_shares
 from benchmarks.harness import Figures, parser
 from tests.ranks import rank_main, rank_results, run_ranks
@@ -101,7 +109,47 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         whole = load_model(folder / "model")
         deepspeed.zero.Init(module=whole, config_dict_or_path=config)
     found["whole"], found["whole_s"] = peak.gained, time.perf_counter() - start
+    del whole
+    found |= further(folder, ranks, config)
     return {"loading": found}
+
+
+def further(folder: Path, ranks: int, config: JsonObject) -> dict[str, int]:
+    """An adapter and its engine, a reference's engine, and a whole model tensor by tensor: what a
+    rank gains while it makes them."""
+    optimizer = OptimizerConfig(zero_stage=3, dtype="float32")
+
+    def adapted(path: Path) -> TrainEngine:
+        model = load_in_shares(path, dtype="float32", deepspeed_config=config)
+        adapter = Adapter.attach(model, LoraConfig(rank=8), seed=0)
+        policy = Policy(model)
+        return TrainEngine(policy, optimizer, world_size=ranks, dtype="float32", adapter=adapter)
+
+    def frozen(path: Path) -> FrozenEngine:
+        model = load_in_shares(path, dtype="float32", deepspeed_config=config)
+        return FrozenEngine(Policy(model), optimizer, world_size=ranks, dtype="float32")
+
+    def placed(path: Path) -> nn.Module:
+        return load_model(path, device=torch.device("cpu"))
+
+    makers: dict[str, Callable[[Path], object]] = {
+        "adapter": adapted,
+        "reference": frozen,
+        "placed": placed,
+    }
+    found = {}
+    for name, make in makers.items():
+        made: object = make(folder / "tiny")  # imports, and DeepSpeed's own
+        del made
+        gc.collect()
+        trim_heap()
+        with Peak() as peak:
+            made = make(folder / "model")
+        found[name] = peak.gained
+        del made
+        gc.collect()
+        trim_heap()
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "checkpoint_gb": size / 1e9,
             "host_share_ratio": max(one["shares"] for one in found) / (size / RANKS),
+            "host_share_ratio_lora": max(one["adapter"] for one in found) / (size / RANKS),
+            "host_share_ratio_reference": max(one["reference"] for one in found) / (size / RANKS),
+            "whole_host_ratio": max(one["placed"] for one in found) / size,
             "whole_load_ratio": max(one["whole"] for one in found) / (size / RANKS),
             "load_in_shares_s": max(one["shares_s"] for one in found),
             "load_whole_s": max(one["whole_s"] for one in found),

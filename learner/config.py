@@ -224,8 +224,20 @@ class OptimizerConfig(Section):
         False, description="Keep optimiser state in CPU memory (ZeRO 1 to 3)."
     )
 
+    accumulate_in_float32: bool = Field(
+        False,
+        description="Add up gradients of packs and ranks in float32 where weights are bfloat16 "
+        "(ZeRO 1 to 3): 2 bytes more per trained parameter, and twice the traffic. Of use beyond "
+        "some 64 packs a rank.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
+        if self.accumulate_in_float32 and self.zero_stage == 0:
+            raise ValueError(
+                "accumulate_in_float32 needs zero_stage 1, 2 or 3: DeepSpeed has no other buffer "
+                "for the sums"
+            )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         return self

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
 from avatar_rl.learner.adapter.lora import Adapter, base_name, merged_name
 from avatar_rl.learner.batch.microbatch import MicroBatch, Pending
-from avatar_rl.learner.model.media import TOWERS
+from avatar_rl.learner.lockstep import Lockstep, Needs
 from avatar_rl.learner.model.policy import Policy, PolicyOutput, freeze
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 
 LossFunction = Callable[[int, MicroBatch, PolicyOutput], Tensor]
-#: What ranks must do alike in a backward: kinds of media that are encoded, runs of the head.
-Needs = tuple[frozenset[str], int]
 
 #: Parameters up to this size stay whole on every rank under ZeRO 3 (DeepSpeed's default). All those
 #: of a tiny model do.
@@ -101,7 +98,18 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> Js
         zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
+    half: JsonObject = {"enabled": dtype == "bfloat16"}
+    exact: JsonObject = {}
+    if half["enabled"] and config.accumulate_in_float32:
+        # Of packs and of ranks. At once: ZeRO 1 would keep each gradient in both types until the
+        # next one comes.
+        exact = {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+        half["immediate_grad_update"] = True
     return {
+        **exact,
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -111,7 +119,7 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> Js
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": half,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -120,6 +128,41 @@ def deepspeed_config(config: OptimizerConfig, world_size: int, dtype: str) -> Js
 def axes(parameter: Tensor) -> int:
     """Dimensions of a parameter, also of one that ZeRO 3 has split already."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class FrozenEngine:
+    """A policy that is only scored, its weights split over the ranks by ZeRO 3."""
+
+    def __init__(
+        self, policy: Policy, config: OptimizerConfig, *, world_size: int, dtype: str
+    ) -> None:
+        import deepspeed
+
+        policy.eval().requires_grad_(False)
+        config = config.model_copy(
+            update={"offload_optimizer": False, "accumulate_in_float32": False}
+        )
+        self.lockstep = Lockstep(policy, ranks=world_size, stage=3)
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, config=deepspeed_config(config, world_size, dtype)
+        )
+        self.device: torch.device = self.engine.device
+
+    @torch.no_grad()
+    def score(
+        self,
+        micro_batches: Sequence[MicroBatch | Pending],
+        spare: MicroBatch | Pending,
+        wanted: Sequence[bool],
+    ) -> Iterator[tuple[int, PolicyOutput]]:
+        """(Number, scores) of the ``wanted`` micro-batches; see ``Lockstep.runs``."""
+        for number, batch, (encoders, head_runs) in self.lockstep.runs(
+            micro_batches, spare, wanted
+        ):
+            placed = self.engine.module.placed(batch, self.device)
+            output = self.engine(placed, head_runs, encoders)
+            if number < len(micro_batches):
+                yield number, output
 
 
 class TrainEngine:
@@ -152,16 +195,7 @@ class TrainEngine:
                 f"learner.optimizer.freeze {config.freeze} freezes every parameter: nothing is "
                 "left to train"
             )
-        # Media whose encoders ranks exchange something for: gradients, under ZeRO 3 the weights
-        # themselves.
-        self._shared = frozenset(
-            kind
-            for kind, word in TOWERS.items()
-            if any(
-                word in n and (p.requires_grad or config.zero_stage == 3)
-                for n, p in policy.named_parameters()
-            )
-        )
+        self.lockstep = Lockstep(policy, ranks=world_size, stage=config.zero_stage)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer(policy),
@@ -243,7 +277,7 @@ class TrainEngine:
         if self.adapter is not None:
             self.adapter.drop(active=True)
         # Before the first backward: ranks must meet in one order.
-        plan = self._agree(micro_batches, spare)
+        plan = self.lockstep.plan(micro_batches, spare)
         for number, needs in enumerate(plan):
             pending = micro_batches[number] if number < len(micro_batches) else spare
             micro_batch = pending.collate() if isinstance(pending, Pending) else pending
@@ -265,57 +299,14 @@ class TrainEngine:
         spare: MicroBatch | Pending,
         wanted: Sequence[bool],
     ) -> Iterator[tuple[int, PolicyOutput]]:
-        """(Number, scores) of the ``wanted`` micro-batches with the adapter off.
-
-        Under ZeRO 3 ranks gather weights together: all ranks call it, and each runs what any of
-        them wants. The numbers are this rank's own.
-        """
+        """(Number, scores) of the ``wanted`` micro-batches with the adapter off; see
+        ``Lockstep.runs``."""
         assert self.adapter is not None
-        runs = list(wanted)
-        if self.world_size > 1 and self.config.zero_stage == 3:
-            plan = self._agree(micro_batches, spare)
-            of_ranks: list[list[bool]] = [[]] * self.world_size
-            dist.all_gather_object(of_ranks, runs)
-            runs = [any(flags) for flags in zip_longest(*of_ranks, fillvalue=False)]
-            runs += [False] * (len(plan) - len(runs))
-        else:
-            plan = [self._needs(batch) for batch in micro_batches]
-        for number, (needs, runs_it) in enumerate(zip(plan, runs, strict=False)):
-            if not runs_it:
-                continue
-            pending = micro_batches[number] if number < len(micro_batches) else spare
-            batch = pending.collate() if isinstance(pending, Pending) else pending
+        for number, batch, needs in self.lockstep.runs(micro_batches, spare, wanted):
             with self.adapter.off():
                 output = self.forward(batch, needs)
             if number < len(micro_batches):
                 yield number, output
-
-    def _agree(
-        self, micro_batches: Sequence[MicroBatch | Pending], spare: MicroBatch | Pending
-    ) -> list[Needs]:
-        """What each backward of this rank runs, so that no rank waits for another one for ever."""
-        stage = self.config.zero_stage
-        mine, fill = [self._needs(batch) for batch in micro_batches or [spare]], self._needs(spare)
-        if self.world_size == 1 or stage == 0:
-            return mine
-        ranks: list[tuple[list[Needs], Needs]] = [([], (frozenset(), 0))] * self.world_size
-        dist.all_gather_object(ranks, (mine, fill))
-        if stage == 1:
-            # Gradients are exchanged once per step: what any rank encodes, all must have encoded.
-            everything = frozenset().union(*(kinds for needs, _ in ranks for kinds, _ in needs))
-            (kinds, runs), *others = mine
-            return [(kinds | everything, runs), *others]
-        most = max(len(needs) for needs, _ in ranks)
-        meetings = zip(
-            *(needs + [extra] * (most - len(needs)) for needs, extra in ranks), strict=True
-        )
-        return [
-            (frozenset().union(*(kinds for kinds, _ in meeting)), max(runs for _, runs in meeting))
-            for meeting in meetings
-        ]
-
-    def _needs(self, batch: MicroBatch | Pending) -> Needs:
-        return frozenset(batch.encoders & self._shared), self.policy.head_runs(batch.tokens)
 
     def _backward(self, loss: Tensor) -> None:
         hooks = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
@@ -30,13 +31,18 @@ from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepSource
-from avatar_rl.learner.engine import TrainEngine, deepspeed_config, init_distributed
+from avatar_rl.learner.engine import (
+    FrozenEngine,
+    TrainEngine,
+    deepspeed_config,
+    init_distributed,
+)
 from avatar_rl.learner.media.ahead import AheadEncoder, Lookahead
 from avatar_rl.learner.media.opening import MediaSetting, node_share, open_encoder
 from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
-from avatar_rl.learner.model.reference import BaseReference, ReferencePolicy
+from avatar_rl.learner.model.reference import JointReference, ReferencePolicy
 from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.learner.model.sharded_load import load_in_shares
@@ -52,6 +58,8 @@ from avatar_rl.prompts.media.loader import MediaLoader
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+    from avatar_rl.learner.config import OptimizerConfig
 
 #: A rank waits this long for another one; generation between steps may take minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -97,6 +105,7 @@ class LearnerRank:
     every rank."""
 
     engine: TrainEngine  # this and what follows are there after ``setup``
+    device: torch.device
     replicator: StateReplicator
     names: NameMap
     routers: Routers
@@ -156,7 +165,8 @@ class LearnerRank:
         self.turn.begin()
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
         set_aside_imports()
-        optimizer = spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
+        optimizer = self._optimizer
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         dtype = (
             optimizer.dtype if optimizer.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
         )
@@ -242,12 +252,7 @@ class LearnerRank:
 
     def _load_policy(self, dtype: str) -> tuple[Policy, Adapter | None]:
         spec = self.spec
-        optimizer = spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
-        if optimizer.zero_stage == 3 and self.ranks > 1 and spec.lora is None:
-            config = deepspeed_config(optimizer, self.ranks, dtype)
-            model = load_in_shares(spec.model, dtype=dtype, deepspeed_config=config)
-        else:
-            model = load_model(spec.model, dtype=dtype)
+        model = self._load(spec.model, dtype)
         self.names = NameMap.of(model, spec.model)
         self.routers = Routers(model, spec.learner.router, spec.learner.router_balance)
         adapter = None
@@ -265,6 +270,23 @@ class LearnerRank:
             adapter.drop(active=False)
         return Policy(model, self._sequence()), adapter
 
+    @property
+    def _splits(self) -> bool:
+        """Whether ZeRO splits weights over the ranks."""
+        return self._optimizer.zero_stage == 3 and self.ranks > 1
+
+    @property
+    def _optimizer(self) -> OptimizerConfig:
+        spec = self.spec
+        return spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
+
+    def _load(self, folder: Path, dtype: str) -> nn.Module:
+        """A model, or this rank's share of it, without holding more of it on the host."""
+        if self._splits:
+            config = deepspeed_config(self._optimizer, self.ranks, dtype)
+            return load_in_shares(folder, dtype=dtype, deepspeed_config=config)
+        return load_model(folder, dtype=dtype, device=self.device)
+
     def _sequence(self) -> SequenceGroup | None:
         """The ranks that share packs with this one. Collective."""
         size = self.spec.learner.sequence_parallel
@@ -279,10 +301,18 @@ class LearnerRank:
         reference: ReferencePolicy | None = None
         source = None
         if spec.learner.objective.beta > 0 and spec.lora and spec.reference == spec.model:
-            reference = BaseReference(
+            reference = JointReference(
                 self.engine.score_base,
                 device=self.engine.device,
                 cached=spec.learner.reference_cache,
+            )
+        elif spec.learner.objective.beta > 0 and self._splits:
+            frozen = Policy(self._load(spec.reference, dtype), self.engine.policy.sequence)
+            reference = JointReference(
+                FrozenEngine(frozen, self._optimizer, world_size=self.ranks, dtype=dtype).score,
+                device=self.engine.device,
+                cached=spec.learner.reference_cache,
+                policy=frozen,
             )
         elif spec.learner.objective.beta > 0:
             reference = ReferencePolicy(

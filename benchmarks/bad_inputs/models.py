@@ -277,6 +277,21 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         trained(same, "--learner.ranks=3", "--learner.sequence_parallel=3"),
         ("has 4 attention heads", "sequence_parallel 3", "set it to one of 1, 2, 4"),
     ),
+    (
+        "adapter_on_nothing",
+        trained(same, "--learner.lora.targets=[nosuch]"),
+        ("learner.lora.targets: 'nosuch' matches no linear layer", "there are the parts llm"),
+    ),
+    (
+        "adapter_of_too_high_a_rank",
+        trained(same, "--learner.lora.rank=4096"),
+        ("learner.lora.rank 4096 is above the width", "lower the rank to"),
+    ),
+    (
+        "store_of_a_tower_that_trains",
+        trained(same, "--learner.embeddings.mode=on", "--learner.optimizer.freeze=[visual]"),
+        ("learner.embeddings.mode", "audio_tower", "add audio_tower to learner.optimizer.freeze"),
+    ),
     ("other_names", other_checkpoint, ("has no counterpart", "use a checkpoint of a supported")),
     ("no_tokenizer", encoded(removed("tokenizer.json")), ("no tokenizer.json", "base model")),
     ("tokenizer_torn", encoded(written("tokenizer.json", "{")), ("tokenizer", "cannot be loaded")),

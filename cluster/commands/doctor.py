@@ -99,7 +99,7 @@ def _fast(config: RunConfig | None) -> list[Check]:
         known = config
         of_recipe = [
             lambda: inputs.model(known),
-            lambda: inputs.sequence_parallel(known),
+            lambda: inputs.learner(known),
             lambda: inputs.cold_start(known),
             lambda: inputs.files(known),
             lambda: inputs.secrets(known),

@@ -16,6 +16,7 @@ from avatar_rl.cluster.benchmarks.sets import benchmark_set
 from avatar_rl.cluster.commands.findings import Finding, Level, gib
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import (
+    check_embeddings,
     check_lora,
     check_model_folder,
     check_sequence_parallel,
@@ -76,15 +77,20 @@ def model(config: RunConfig) -> Iterator[Finding]:
             )
 
 
-def sequence_parallel(config: RunConfig) -> Iterator[Finding]:
-    """Ranks that share a pack, by the model's heads. A folder that cannot be read is the model's
-    own finding."""
-    try:
-        check_sequence_parallel(config)
-    except ConfigError as error:
-        yield Finding("learner.sequence_parallel", "fail", *str(error).rsplit(": ", 1))
-    except (AvatarError, OSError, ValueError):
-        return
+def learner(config: RunConfig) -> Iterator[Finding]:
+    """What the learner's keys ask of the model. A folder that cannot be read is the model's own
+    finding."""
+    for key, check in (
+        ("learner.sequence_parallel", check_sequence_parallel),
+        ("learner.embeddings.mode", check_embeddings),
+    ):
+        try:
+            check(config)
+        except ConfigError as error:
+            found, remedy = str(error).rsplit(": ", 1)
+            yield Finding(key, "fail", found, remedy)
+        except (AvatarError, OSError, ValueError):
+            continue
 
 
 def files(config: RunConfig) -> Iterator[Finding]:

@@ -36,6 +36,8 @@ from avatar_rl.prompts.record import check_roots
 from avatar_rl.prompts.synthetic.config import WorldConfig
 from avatar_rl.prompts.synthetic.tiny_model import HEADS
 
+#: Words of a tensor's name that say it is of a tower, and words that freeze it.
+TOWERS = frozenset({"visual", "audio_tower"})
 Progress = Callable[[str, str], None]  # phase, detail
 Advance = Callable[[int, int], None]  # done, of how many
 
@@ -183,6 +185,30 @@ def check_sequence_parallel(config: RunConfig) -> None:
         raise ConfigError(
             f"{folder or 'the tiny model'} has {heads} attention heads, which "
             f"learner.sequence_parallel {size} does not divide: set it to one of {fitting}"
+        )
+
+
+def check_embeddings(config: RunConfig) -> None:
+    """Embeddings that shall be stored are of frozen towers. Raises ConfigError, and what
+    ``checkpoint_folder`` and ``WeightFiles.find`` do. The rank has the last word: it knows what an
+    adapter lies on."""
+    learner = config.learner
+    if learner.embeddings.mode != "on" or learner.lora is not None:
+        return
+    folder = checkpoint_folder(config)
+    names = sorted(TOWERS) if folder is None else WeightFiles.find(folder).tensors
+    trained = sorted(
+        {
+            word
+            for name in names
+            for word in TOWERS.intersection(name.split("."))
+            if not any(fragment in name for fragment in learner.optimizer.freeze)
+        }
+    )
+    if trained:
+        raise ConfigError(
+            f"learner.embeddings.mode is on, but the towers train: {' and '.join(trained)}: add "
+            f"{' and '.join(trained)} to learner.optimizer.freeze, or set it to auto or off"
         )
 
 

@@ -44,10 +44,11 @@ class LearnerSetting:
     ranks: int = 1
     zero_stage: int = 0
     offload: bool = False  # the optimiser's state in host memory
-    reference: bool = True  # a second policy, whole on every rank
+    reference: bool = True  # a second policy, whole on every rank but under ZeRO 3
     adapter_rank: int | None = None  # LoRA on the decoder; its reference is the base itself
     trains_towers: bool = False
     number: int = BFLOAT16  # bytes of a weight
+    gradient: int = BFLOAT16  # bytes of a gradient, where weights have no more
     pack_tokens: int = 0
     sequence: int = 1  # ranks that share a pack
     checkpointing: bool = False
@@ -72,6 +73,7 @@ class LearnerSetting:
             adapter_rank=None if lora is None else lora.rank,
             trains_towers=not frozen,
             number=number,
+            gradient=FLOAT32 if optimizer.accumulate_in_float32 else BFLOAT16,
             pack_tokens=config.pack_tokens,
             sequence=learner.sequence_parallel,
             checkpointing=learner.gradient_checkpointing,
@@ -135,9 +137,9 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
     towers = model.encoders * number + CONTEXT_BYTES
     return {
         "weights": model.parameters * number * setting.split(3),
-        "gradients": setting.trained(model) * number * setting.split(2),
+        "gradients": setting.trained(model) * max(number, setting.gradient) * setting.split(2),
         "optimiser": 0.0 if setting.offload else optimizer,
-        "reference": model.parameters * number if setting.reference else 0.0,
+        "reference": model.parameters * number * setting.split(3) if setting.reference else 0.0,
         "activations": activations,
         "logits": logits,
         "embeddings": embeddings,
@@ -277,9 +279,10 @@ class MemoryPlan:
         config, setting = self.config, self.setting
         optimizer = optimizer_bytes(self.model, setting) * setting.split(1)
         caches = config.data.template.cache_bytes + config.data.media.memory_cache_bytes
-        # A reference is loaded whole, and so are experts that the model packs in another way.
-        whole = setting.reference or self.model.experts > 1
-        loading = self.weights * (1.0 if whole else setting.split(3))
+        # ZeRO 3 keeps a share of each model, the others send each tensor on to the GPU.
+        loading = float(self.model.vocabulary * self.model.hidden * BFLOAT16)
+        if setting.split(3) < 1:
+            loading = max(loading, self.weights * setting.split(3))
         return {
             "process": PROCESS_BYTES,
             "weights while loading": loading,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avatar_rl.common.errors import ModelError
 from avatar_rl.common.weight_files import WeightFiles
-from avatar_rl.learner.model.load import DTYPES, class_name
+from avatar_rl.learner.model.kinds import DTYPES, class_name
 from avatar_rl.prompts.record import Modality
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def check_scores(model: nn.Module, kind: str) -> None:
             expected = [_alone(model, row) for row in rows]
         policy = Policy(model)
         try:
-            found = policy(collate(rows)).logprobs
+            found = policy(collate(rows).to(_device(model))).logprobs
         finally:
             policy.release()
     except ModelError:
@@ -129,13 +129,21 @@ def _special(settings: dict[str, object]) -> Iterator[int]:
                     yield one
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Of its language model; a tower that nothing runs may have no weights."""
+    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return, operator]
+
+
 def _alone(model: nn.Module, row: Row) -> Tensor:
     """(T,) log-probabilities of a row's tokens by the model's own forward."""
     prompt, completion = row.prompt.input_ids, torch.from_numpy(row.token_ids).long()
-    ids = torch.cat([prompt, completion])[None]
+    device = _device(model)
+    completion = completion.to(device)
+    ids = torch.cat([prompt.to(device), completion])[None]
     # A text model places tokens by itself; one with media would remember where it placed them.
     axes = len(row.prompt.position_ids)
-    positions = {"position_ids": torch.arange(ids.shape[1]).expand(axes, 1, -1)}
+    places = torch.arange(ids.shape[1], device=device)
+    positions = {"position_ids": places.expand(axes, 1, -1)}
     output = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,22 @@ from torch import nn
 from avatar_rl.common.errors import AvatarError, ModelError
 from avatar_rl.common.weight_files import WeightFiles, loadable_folder
 from avatar_rl.learner.model.check import check_layers, check_scores
+from avatar_rl.learner.model.kinds import DTYPES, class_name, model_config, read_config
 from avatar_rl.learner.model.names import NameMap, checkpoint_names
+from avatar_rl.learner.model.stand_in import SmallError, try_small
 from avatar_rl.prompts.encoding.chat_format import describe
 
 _QUANTISED = ("I8", "U8", "F8", "F4", "I4", "U4")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
+def load_model(
+    path: Path, *, dtype: str = "float32", device: torch.device | None = None
+) -> nn.Module:
     """The model of a Hugging Face folder with its language-model head, in evaluation mode; the
     thinker of an omni checkpoint.
+
+    With ``device`` each tensor goes there as soon as it is read: a GPU's model is never held by the
+    host. In its place a small one of the same kind is tried.
 
     Raises ModelError when the folder has no config, is not one whole checkpoint, or holds an
     architecture that is not supported.
@@ -31,11 +37,19 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
     kind = read_config(path)
     name = class_name(kind)
     model_class = getattr(transformers, name)
+    tried = False
     try:
         check_types(path)
+        if device is not None:
+            with suppress(SmallError):  # then it is tried itself
+                try_small(kind, model_config(path), dtype)
+                tried = True
         check_experts(model_class, path)
         model, loaded = model_class.from_pretrained(
-            loadable_folder(path), dtype=DTYPES[dtype], output_loading_info=True
+            loadable_folder(path),
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            device_map=None if device is None else {"": device},
         )
     except AvatarError:
         raise
@@ -52,33 +66,9 @@ def load_model(path: Path, *, dtype: str = "float32") -> nn.Module:
         )
     model.config.use_cache = False
     check_layers(model.config, kind)
-    check_scores(model.eval(), kind)
-    return model
-
-
-def read_config(path: Path) -> str:
-    """The model type of a folder. Raises ModelError where its config.json says of no model that can
-    be trained."""
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise ModelError(
-            f"model folder {path} has no config.json: give a Hugging Face checkpoint folder"
-        )
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ModelError(
-            f"{config_file} is not readable JSON ({error}): copy the checkpoint again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_file} holds no JSON object: copy the checkpoint again")
-    kind = config.get("model_type", "")
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"model folder {path} (model_type {kind!r}) is quantised, which cannot be trained: "
-            "use the checkpoint it was made from"
-        )
-    return str(kind)
+    if not tried:
+        check_scores(model.eval(), kind)
+    return model.eval()
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -93,18 +83,6 @@ def recompute_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def class_name(kind: str) -> str:
-    """transformers' class for checkpoints of model type ``kind``; the thinker's of an omni one."""
-    thinkers = {
-        "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
-        "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    }
-    vision_language = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}
-    return thinkers.get(kind) or (
-        "AutoModelForImageTextToText" if kind in vision_language else "AutoModelForCausalLM"
-    )
 
 
 def check_types(path: Path) -> None:

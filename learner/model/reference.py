@@ -18,10 +18,8 @@ from avatar_rl.learner.model.policy import Policy, PolicyOutput
 from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.prompts.encoding.digest import prompt_digest
 
-#: ``TrainEngine.score_base``.
-ScoreBase = Callable[
-    [Sequence[Pending], Pending, Sequence[bool]], Iterator[tuple[int, PolicyOutput]]
-]
+#: ``TrainEngine.score_base`` or ``FrozenEngine.score``.
+Score = Callable[[Sequence[Pending], Pending, Sequence[bool]], Iterator[tuple[int, PolicyOutput]]]
 
 _Key = tuple[str, int, int]
 
@@ -48,7 +46,7 @@ class ReferencePolicy:
         cached: int,
         sequence: SequenceGroup | None = None,
     ) -> None:
-        self.policy = Policy(load_model(path, dtype=dtype), sequence).eval().to(device)
+        self.policy = Policy(load_model(path, dtype=dtype, device=device), sequence)
         self.policy.requires_grad_(False)
         self.device = device
         self.cached = cached
@@ -84,15 +82,20 @@ class ReferencePolicy:
             self._cache.popitem(last=False)
 
 
-class BaseReference(ReferencePolicy):
-    """The trained policy with its adapter off: no second model.
+class JointReference(ReferencePolicy):
+    """A reference that ranks score together: the trained policy with its adapter off, which is no
+    second model, or one whose weights are split over the ranks.
 
-    All that an update needs is computed before its first backward, since the policy cannot be its
-    own base between a forward and its backward.
+    All that an update needs is computed before its first backward: the policy cannot be its own
+    base between a forward and its backward, and ranks lack different trajectories.
     """
 
-    def __init__(self, score_base: ScoreBase, *, device: torch.device, cached: int) -> None:
-        self.score_base, self.device, self.cached = score_base, device, cached
+    def __init__(
+        self, score: Score, *, device: torch.device, cached: int, policy: Policy | None = None
+    ) -> None:
+        self.score, self.device, self.cached = score, device, cached
+        if policy is not None:  # a second model, which leaves the device with the first
+            self.policy = policy
         self._cache = OrderedDict()
         self._needed = 0  # entries of the update that is trained
 
@@ -108,7 +111,7 @@ class BaseReference(ReferencePolicy):
         ]
         self._needed = sum(map(len, keys))
         wanted = [any(key not in self._cache for key in some) for some in keys]
-        for number, output in self.score_base(plan, spare, wanted):
+        for number, output in self.score(plan, spare, wanted):
             rows = plan[number].rows
             for key, row, scores in zip(
                 keys[number], rows, output.logprobs.cpu().numpy(), strict=True

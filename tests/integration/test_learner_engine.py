@@ -339,9 +339,74 @@ def bad_gradient(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
+#: A rate and an epsilon with which AdamW takes off the gradient itself.
+PLAIN = 1e6
+
+
+def masters(engine: TrainEngine) -> dict[str, Tensor]:
+    """The float32 copies that the optimiser works on."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in engine.policy.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        assert whole is not None
+        found[name] = whole.clone()
+    return found
+
+
+def sums(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """How far the gradient of 24 packs in bfloat16 is from the float32 sum of their gradients, over
+    its largest entry; and the weights of a run that is resumed, and of one that is not."""
+    batches = [collate([row]) for row in text_rows() * 4]
+
+    def loss(_: int, __: MicroBatch, output: PolicyOutput) -> Tensor:
+        return output.logprobs.sum()
+
+    policy = Policy(load_model(folder / "text", dtype="bfloat16"))
+    expected = {name: torch.zeros(p.shape) for name, p in policy.named_parameters()}
+    for batch in batches:
+        policy.zero_grad()
+        loss(0, batch, policy(batch)).backward()
+        for name, parameter in policy.named_parameters():
+            assert parameter.grad is not None
+            expected[name] += parameter.grad.float()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    found: dict[str, Any] = {}
+    for stage, exact in [(stage, exact) for stage in (1, 2, 3) for exact in (False, True)]:
+        config = settings(
+            stage,
+            betas=(0.0, 0.0),
+            eps=PLAIN,
+            weight_decay=0.0,
+            max_grad_norm=1e9,
+            dtype="bfloat16",
+            accumulate_in_float32=exact,
+        )
+        engine = make_engine(folder / "text", config, ranks, "bfloat16")
+        before = masters(engine)
+        engine.accumulate(batches, loss, batches[0])
+        norm = engine.step(PLAIN)
+        after = masters(engine)
+        gaps = [float((before[n] - after[n] - expected[n]).abs().max()) for n in expected]
+        found[f"{stage}-{exact}"] = {"gap": max(gaps) / scale, "norm": norm}
+        if not exact:
+            continue
+        write_files(capture(engine, rank), folder / f"sums-{stage}")
+        resumed = make_engine(folder / "text", config, ranks, "bfloat16")
+        restore(resumed, rank, folder / f"sums-{stage}")
+        for one in (engine, resumed):
+            one.accumulate(batches[:3], loss, batches[0])
+            one.step(PLAIN)
+        found[f"{stage}-{exact}"] |= {"through": masters(engine), "resumed": masters(resumed)}
+    return found
+
+
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     avatar_rl.learner.engine.WHOLE_BELOW = 0  # or ZeRO 3 would split nothing of a tiny model
-    scenarios = (parity, checkpoints, parked, omni, mixed, poisoned, bad_gradient)
+    scenarios = [parity, checkpoints, parked, omni, mixed, poisoned, bad_gradient]
+    if ranks == 1:
+        scenarios.append(sums)
     return {scenario.__name__: scenario(folder, rank, ranks) for scenario in scenarios}
 
 
@@ -547,6 +612,17 @@ def test_a_nan_gradient_makes_no_update_and_leaves_no_trace(
         assert [spoilt["norms"][0], spoilt["norms"][2]] == clean["norms"]
         assert difference(spoilt["weights"][2], clean["weights"][1]) == 0
         assert difference(spoilt["weights"][2], spoilt["weights"][1]) > 0.005
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_many_packs_are_added_up_in_float32_where_asked(
+    folder: Path, stage: int
+) -> None:
+    found = rank_results(folder, "sums", 1)
+    exact, rounded = found[f"{stage}-True"], found[f"{stage}-False"]
+    assert exact["gap"] < 1e-4 < 1e-3 < rounded["gap"]  # ``PLAIN`` itself costs 2e-5
+    assert exact["norm"] == pytest.approx(rounded["norm"], rel=0.02)
+    assert difference(exact["through"], exact["resumed"]) == 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.model.policy import Policy
-from avatar_rl.learner.model.reference import BaseReference
+from avatar_rl.learner.model.reference import JointReference
 from avatar_rl.learner.state import StateReplicator, capture, restore, state_bytes
 from avatar_rl.learner.state_replica import write_files
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
@@ -117,7 +117,7 @@ def references(engine: TrainEngine, rank: int, ranks: int) -> list[Tensor]:
             calls.append(number)
             yield number, output
 
-    reference = BaseReference(score_base, device=engine.device, cached=2)
+    reference = JointReference(score_base, device=engine.device, cached=2)
     found = []
     for _ in range(2):
         reference.prepare(ids, plan, plan[0])

@@ -257,7 +257,23 @@ def test_heads_that_ranks_cannot_share_are_refused_before_anything_starts(
         assert "set it to one of 1, 2, 4" in said
     assert [path.name for path in here.iterdir()] == ["recipe.yaml"]
     fitting = config_of(learner={"ranks": 4, "sequence_parallel": 4})
-    assert not list(doctor_inputs.sequence_parallel(fitting))
+    assert not list(doctor_inputs.learner(fitting))
+
+
+@pytest.mark.parametrize(("frozen", "left"), [("visual", "audio_tower"), ("audio", "visual")])
+def test_stored_embeddings_of_towers_that_train_are_refused_before_anything_starts(
+    tiny_omni: Path, frozen: str, left: str
+) -> None:
+    for path in ("tiny", str(tiny_omni)):
+        config = config_of(
+            model={"path": path},
+            learner={"embeddings": {"mode": "on"}, "optimizer": {"freeze": [frozen]}},
+        )
+        [found] = doctor_inputs.learner(config)
+        assert found.subject == "learner.embeddings.mode" and f"train: {left}" in found.found
+        assert found.remedy.startswith(f"add {left} to learner.optimizer.freeze")
+        both = {"embeddings": {"mode": "on"}, "optimizer": {"freeze": ["visual", "audio_tower"]}}
+        assert not list(doctor_inputs.learner(config_of(model={"path": path}, learner=both)))
 
 
 def test_shared_memory_and_disk_are_held_against_the_recipe(

@@ -7,6 +7,7 @@ computes alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.timeout(600)
 MODULE = "tests.integration.test_sequence_parallel"
 RANKS = 4
 #: ZeRO stages by the number of ranks that share a pack, of four.
-SHARED = {2: (0, 1, 2, 3), 4: (0, 3)}
+SHARED = {2: (0, 1, 2, 3), 4: (3,)}
 #: Model, media of its prompts, and what else is switched on.
 KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "omni": ("qwen2_5_omni", ("video+audio", "image", ""), ()),
@@ -169,7 +170,8 @@ def updates(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     against that of one process, whose loss is the sum over the packs."""
     rows = completed(rows_of(folder / "qwen2_5_omni", "video+audio", "", "image"))
     packs = [[0, 1, 3], [4], [2, 5, 6, 7, 8]]
-    policy = Policy(load_model(folder / "qwen2_5_omni"))
+    loaded = load_model(folder / "qwen2_5_omni")
+    policy = Policy(copy.deepcopy(loaded))
     for pack in packs:
         weighted(policy(collate([rows[i] for i in pack])), pack).backward()
     expected = {n.removeprefix("model."): p.grad for n, p in policy.named_parameters()}
@@ -180,7 +182,7 @@ def updates(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             config = settings(
                 stage, betas=(0.0, 0.0), eps=PLAIN, weight_decay=0.0, max_grad_norm=1e9
             )
-            model = load_model(folder / "qwen2_5_omni")
+            model = copy.deepcopy(loaded)
             recompute_activations(model)
             engine = TrainEngine(Policy(model, group), config, world_size=ranks, dtype="float32")
             before = engine.state_dict()
