@@ -142,6 +142,8 @@ def _too_small(have: list[Gpu], plan: MemoryPlan | None, needs: Needs | None) ->
 def memory(config: RunConfig | None) -> Iterator[Finding]:
     free = psutil.virtual_memory().available
     plan = MemoryPlan.of(config)
+    if config is not None and cluster_address(config) is None and not local_gpus()[0]:
+        yield from _caches(config, free)
     remedy = "fewer rollout.workers or learner.ranks, or stop other programs"
     if plan is not None and config is not None:
         address, have_gpus = cluster_address(config), bool(local_gpus()[0])
@@ -173,6 +175,19 @@ def memory(config: RunConfig | None) -> Iterator[Finding]:
         f"{gib(free)} free, {processes} processes need {gib(needed)} with a tiny model",
         "" if level == "ok" else remedy,
     )
+
+
+def _caches(config: RunConfig, free: int) -> Iterator[Finding]:
+    """Keys and values of engines on a CPU, whose bytes the recipe names."""
+    rollout = config.rollout
+    asked = (rollout.engine.kv_cache_memory_bytes or 0) * rollout.workers
+    if asked > free:
+        yield Finding(
+            "rollout.engine.kv_cache_memory_bytes",
+            "fail",
+            f"{rollout.workers} engines take {gib(asked)}, {gib(free)} of memory are free",
+            "lower it, or rollout.workers",
+        )
 
 
 def shm(config: RunConfig | None) -> Iterator[Finding]:

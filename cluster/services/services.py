@@ -200,8 +200,8 @@ class Services:
             raise ResourceError(
                 f"the {'cluster' if address else 'machine'} cannot hold this run: "
                 f"{'; '.join(short)}. Lower rollout.workers, learner.ranks (cold_start.ranks) or "
-                "the per-actor resources, such as resources.rollout_gpus 0.4 and learner_gpus 0.4 "
-                "to share one GPU, or add nodes"
+                "the per-actor resources, set resources.colocate to share GPUs (docs/one-gpu.md), "
+                "or add nodes"
             )
 
     def _check_cluster(self) -> None:

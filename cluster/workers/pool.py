@@ -94,10 +94,10 @@ class Pool:
         options |= {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": variables}
         return cast(ActorClass, ray.remote(cls).options(**options))
 
-    def _gpus(self, named: float | None) -> float:
-        """GPUs of an actor; colocated ones have half of one each."""
-        whole = SHARE if self.config.resources.colocate else 1.0
-        return named if named is not None else whole * self.services.on_gpu
+    def _gpus(self, named: float | None, *, shared: bool = False) -> float:
+        """GPUs of an actor; of a colocated one its share."""
+        each = SHARE if shared else 1.0
+        return named if named is not None else each * self.services.on_gpu
 
     def start_state_replica(self, ranks: int) -> ActorHandle:
         """Holds the learner's state outside the learner; two calls at once, since one may write a
@@ -138,7 +138,7 @@ class Pool:
             make = self.actor_class(
                 RolloutActor,
                 cpus=resources.rollout_cpus,
-                gpus=self._gpus(resources.rollout_gpus),
+                gpus=self._gpus(resources.rollout_gpus, shared=resources.colocate),
                 max_concurrency=4,
                 resources=resources.rollout_resources,
                 **where,
@@ -154,8 +154,9 @@ class Pool:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = self.config.resources
-        cpus, gpus = resources.learner_cpus, self._gpus(resources.learner_gpus)
-        if spec.turn_lock is not None:
+        shared = spec.turn_lock is not None  # never those of a cold start
+        cpus, gpus = resources.learner_cpus, self._gpus(resources.learner_gpus, shared=shared)
+        if shared:
             group = self._shared()
         else:
             bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
@@ -189,7 +190,10 @@ class Pool:
         if self._shared_group is None:
             resources = self.config.resources
             cpus = resources.rollout_cpus + resources.learner_cpus
-            gpus = self._gpus(resources.rollout_gpus) + self._gpus(resources.learner_gpus)
+            gpus = sum(
+                self._gpus(named, shared=True)
+                for named in (resources.rollout_gpus, resources.learner_gpus)
+            )
             bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
             devices = max(self.config.rollout.workers, self.config.learner.ranks)
             self._shared_group = reserve(

@@ -30,6 +30,9 @@ driver             ``OrphanReaper``, outside it           none                it
                                                                               ended; ``--resume``
 =================  =====================================  ==================  ====================
 
+Where rollout actors and learner share devices (``turns.py``), "at once" is in the next turn of the
+side that died.
+
 A ``RestartBudget`` allows ``supervision.restarts`` deaths of one kind between two finished steps
 (learner states: between two checkpoints). The fleet's allows one more for each actor beyond the
 first: a node takes all its actors along. An error that a process raises itself ends the run at

@@ -24,9 +24,10 @@ from avatar_rl.cluster.recipe.memory import (
     leaves_device,
 )
 from avatar_rl.cluster.recipe.resources import asked_by
+from avatar_rl.cluster.services import services
 from avatar_rl.cluster.training.loop import await_answers
 from avatar_rl.cluster.workers.turns import SharedDevice
-from avatar_rl.common.errors import ConfigError, ReplayBufferError
+from avatar_rl.common.errors import ConfigError, ReplayBufferError, ResourceError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "gpu" / "omni_3b_1gpu_lora.yaml"
@@ -145,6 +146,31 @@ def test_the_start_refuses_such_a_gpu_and_the_learner_leaves_a_middling_one(
         monkeypatch.setattr(memory, "local_gpus", one_gpu(gib))
         assert leaves_device(config) is leaves
     assert leaves_device(colocated())  # nobody knows how large it is
+
+
+def test_more_actors_than_gpus_and_too_large_a_cache_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor_plan, "flavour", lambda: "gpu")
+    monkeypatch.setattr(doctor_plan, "local_gpus", one_gpu(80))
+    [finding] = doctor_plan.gpu(load_recipe(RECIPE, [("rollout.workers", "2")]))
+    assert "the recipe needs 2 GPUs, here are 1 (H100)" in finding.found
+    monkeypatch.setattr(doctor_plan, "local_gpus", lambda: ([], "no nvidia-smi"))
+    huge = colocated(rollout={"engine": {"kv_cache_memory_bytes": 1 << 50}})
+    assert (
+        "memory are free"
+        in {item.subject: item for item in doctor_plan.memory(huge)}[
+            "rollout.engine.kv_cache_memory_bytes"
+        ].found
+    )
+
+
+def test_a_cluster_of_several_nodes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "live_nodes", lambda: [{}, {}])
+    with pytest.raises(ResourceError, match="is for one node, and the cluster has 2"):
+        services.Services(colocated(), tmp_path)._check_cluster()
 
 
 class Side:
