@@ -142,10 +142,9 @@ def _too_small(have: list[Gpu], plan: MemoryPlan | None, needs: Needs | None) ->
 def memory(config: RunConfig | None) -> Iterator[Finding]:
     free = psutil.virtual_memory().available
     plan = MemoryPlan.of(config)
-    trains_here = plan is None or plan.model.parameters < LARGE
-    if config is not None and trains_here and cluster_address(config) is None:
-        if not local_gpus()[0]:
-            yield from _caches(config, free)
+    on_cpus = not local_gpus()[0] and (plan is None or plan.model.parameters < LARGE)
+    if config is not None and on_cpus and cluster_address(config) is None:
+        yield from _caches(config, free)
     remedy = "fewer rollout.workers or learner.ranks, or stop other programs"
     if plan is not None and config is not None:
         address, have_gpus = cluster_address(config), bool(local_gpus()[0])
