@@ -3,7 +3,6 @@ after a fault."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from avatar_rl.common.errors import DataError, InputError
 from avatar_rl.common.text import printable
-from avatar_rl.prompts.config import DataConfig, MediaConfig
+from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import RowReader, iter_rows, media_base
 from avatar_rl.prompts.hints import hint_leaks
 from avatar_rl.prompts.media.loader import MediaLoader
@@ -63,7 +62,7 @@ def validate(
     *,
     decode: bool,
     processor_path: Path | None = None,
-    max_tokens: int = 14_336,
+    template: TemplateConfig | None = None,
     media: MediaConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ValidationReport:
@@ -74,7 +73,9 @@ def validate(
     raised; only a ``processor_path`` that cannot be loaded raises (ModelError)."""
     report = ValidationReport(path)
     loader = MediaLoader(media or MediaConfig(), media_base(path, config))
-    encoder = _encoder(processor_path, loader, max_tokens) if processor_path is not None else None
+    encoder = None
+    if processor_path is not None:
+        encoder = _encoder(processor_path, loader, template or TemplateConfig())
     reader = RowReader(config)
     try:
         for row in iter_rows(path, config):
@@ -180,14 +181,7 @@ def _faults(
         report.longest = max(report.longest, len(encoded.input_ids))
 
 
-def _encoder(processor_path: Path, loader: MediaLoader, max_tokens: int) -> PromptEncoder:
-    from avatar_rl.prompts.encoding.template import (  # brings torch and transformers
-        PromptEncoder,
-        TemplateConfig,
-    )
+def _encoder(processor_path: Path, loader: MediaLoader, template: TemplateConfig) -> PromptEncoder:
+    from avatar_rl.prompts.encoding.template import PromptEncoder  # brings torch and transformers
 
-    # Frames come from a cache that must not be written to, and nobody writes to them.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    return PromptEncoder(
-        processor_path, loader, TemplateConfig(max_prompt_tokens=max_tokens, cache_bytes=0)
-    )
+    return PromptEncoder(processor_path, loader, template.model_copy(update={"cache_bytes": 0}))

@@ -108,6 +108,28 @@ RECIPES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("max_prompt_tokens 20000", "raise max_model_len to"),
     ),
     (
+        "videos_fill_the_prompt",
+        "",
+        ("--data.template.total_video_tokens=14336",),
+        ("total_video_tokens 14336 leaves no room", "lower it"),
+    ),
+    (
+        "fp8_unjudged",
+        "",
+        ("--rollout.engine.quantization=fp8",),
+        ("quantization fp8", "Set probe.tolerance"),
+    ),
+    (
+        "fp8_uncorrected",
+        "",
+        (
+            "--rollout.engine.quantization=fp8",
+            "--probe.tolerance=0.6",
+            "--learner.objective.old_logprobs=behaviour",
+        ),
+        ("quantization fp8 needs a correction", "set learner.objective.old_logprobs to auto"),
+    ),
+    (
         "temperature_0",
         "",
         ("--rollout.sampling.temperature=0",),

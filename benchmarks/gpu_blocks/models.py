@@ -67,6 +67,14 @@ EARS: dict[str, Any] = {
 }
 
 
+TINY_EARS: dict[str, Any] = {
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 128,
+    "d_model": 64,
+}
+
+
 def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -106,7 +114,14 @@ def text_model(size: DecoderSize, device: torch.device) -> Any:
     return model.eval()
 
 
-def random_omni(folder: Path, size: DecoderSize | None, device: torch.device) -> Path:
+def random_omni(
+    folder: Path,
+    size: DecoderSize | None,
+    device: torch.device,
+    *,
+    tower: dict[str, Any] = TOWER,
+    ears: dict[str, Any] = EARS,
+) -> Path:
     """A Qwen2.5-Omni in its published layout, the tiny model's tokenizer and processor around a
     decoder of ``size`` and towers of published sizes; None: the tiny model itself."""
     build_tiny_omni(folder)
@@ -129,8 +144,8 @@ def random_omni(folder: Path, size: DecoderSize | None, device: torch.device) ->
         "rope_parameters": rope,
     }
     thinker["text_config"].pop("layer_types", None)  # of the tiny model's layers
-    thinker["vision_config"] |= TOWER | {"out_hidden_size": size.hidden}
-    thinker["audio_config"] |= EARS | {"output_dim": size.hidden}
+    thinker["vision_config"] |= tower | {"out_hidden_size": size.hidden}
+    thinker["audio_config"] |= ears | {"output_dim": size.hidden}
     config["dtype"] = str(dtype_on(device)).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)

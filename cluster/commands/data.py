@@ -24,7 +24,7 @@ def validate_dataset(dataset: Path, *, recipe: Path | None, decode: bool) -> int
             config.data.reader if config else DataConfig(),
             decode=decode,
             processor_path=_processor(config),
-            max_tokens=config.data.template.max_prompt_tokens if config else 14_336,
+            template=config.data.template if config else None,
             media=config.data.media if config else MediaConfig(),
             progress=lambda rows: status.update(f"reading {dataset}: {rows} rows"),
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.config import DataConfig, TemplateConfig
 from avatar_rl.prompts.record import ProblemType, Prompt
 from avatar_rl.prompts.validate import hint_leaks, render, validate
 from tests.unit.media_files import tone, write_video, write_wav
@@ -187,7 +187,7 @@ def test_prompts_longer_than_the_context_are_found(tmp_path: Path) -> None:
         DataConfig(),
         decode=False,
         processor_path=text_model(tmp_path / "model"),
-        max_tokens=20,
+        template=TemplateConfig(max_prompt_tokens=20),
     )
     assert [problem.id for problem in report.problems] == ["hinted", "long"]
     assert "45 tokens" in report.problems[1].what and report.longest == 20
