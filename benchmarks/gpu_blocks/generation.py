@@ -168,9 +168,7 @@ def policy_of(folder: Path, device: torch.device) -> Policy:
 
 def measure(report: Report, sizes: Sizes, *, only_mismatch: bool = False) -> None:
     """All of B2, or of B3."""
-    from safetensors.torch import load_file
-
-    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name, report.part("engine"):
         folder = random_omni(Path(name) / "model", sizes.model, report.device)
         loader = ArrayLoader()
         encoder = PromptEncoder(folder, loader, TemplateConfig())
@@ -186,31 +184,55 @@ def measure(report: Report, sizes: Sizes, *, only_mismatch: bool = False) -> Non
         report.figures.add({"engine_start_s": time.perf_counter() - began})
         try:
             if not only_mismatch:
-                for count in sizes.sequences:
-                    with report.part(f"speed {count}"):
-                        found = speed(engine, encoder, asked[: count // 4], sizes.tokens)
-                        report.figures.add({f"tokens_per_s_{count}": found})
-                with report.part("adoptions"):
-                    weights = load_file(folder / "model.safetensors")
-                    other = {n: w * 1.02 if w.ndim > 1 else w for n, w in weights.items()}
-                    some = asked[:8]
-                    report.figures.add(adoptions(engine, encoder, some, (weights, other)))
+                _speed_and_adoptions(report, sizes, folder, engine, encoder, asked)
             with report.part("mismatch"):
-                policy = policy_of(folder, report.device)
-                sampling = RequestSampling(n=2, max_tokens=sizes.tokens, ignore_eos=True)
                 some = asked[:32] if only_mismatch else asked[:8]
-                done = run(engine, encoder, some, sampling)
-                gaps = differences(policy, encoder, some, done, report.device)
-                report.figures.add(spread(gaps))
-                if only_mismatch:
-                    again = differences(policy, encoder, some[::-1], done, report.device)
-                    repeat = max(
-                        float(np.abs(a - b).max())
-                        for a, b in zip(gaps, _in_order(again, 2), strict=True)
-                    )
-                    report.figures.add({"trainer_repeat_max": repeat})
+                _mismatch(report, sizes, folder, engine, encoder, some, repeats=only_mismatch)
         finally:
             engine.close()
+
+
+def _speed_and_adoptions(
+    report: Report,
+    sizes: Sizes,
+    folder: Path,
+    engine: RolloutEngine,
+    encoder: PromptEncoder,
+    asked: Sequence[Prompt],
+) -> None:
+    from safetensors.torch import load_file
+
+    for count in sizes.sequences:
+        with report.part(f"speed {count}"):
+            found = speed(engine, encoder, asked[: count // 4], sizes.tokens)
+            report.figures.add({f"tokens_per_s_{count}": found})
+    with report.part("adoptions"):
+        weights = load_file(folder / "model.safetensors")
+        other = {n: w * 1.02 if w.ndim > 1 else w for n, w in weights.items()}
+        report.figures.add(adoptions(engine, encoder, asked[:8], (weights, other)))
+
+
+def _mismatch(
+    report: Report,
+    sizes: Sizes,
+    folder: Path,
+    engine: RolloutEngine,
+    encoder: PromptEncoder,
+    asked: Sequence[Prompt],
+    *,
+    repeats: bool,
+) -> None:
+    policy = policy_of(folder, report.device)
+    sampling = RequestSampling(n=2, max_tokens=sizes.tokens, ignore_eos=True)
+    done = run(engine, encoder, asked, sampling)
+    gaps = differences(policy, encoder, asked, done, report.device)
+    report.figures.add(spread(gaps))
+    if repeats:
+        again = differences(policy, encoder, asked[::-1], done, report.device)
+        worst = max(
+            float(np.abs(a - b).max()) for a, b in zip(gaps, _in_order(again, 2), strict=True)
+        )
+        report.figures.add({"trainer_repeat_max": worst})
 
 
 def _in_order(gaps: Sequence[np.ndarray], each: int) -> list[np.ndarray]:
