@@ -58,8 +58,10 @@ ELSEWHERE = {
     "avatar view  ": "docs/tutorials/read-a-run.md starts the server",
     "avatar train recipes/local.yaml --resume auto": "docs/tutorials/resume.md",
 }
-#: A block with one of these needs a run: left out of the smoke run.
-TRAINS = re.compile(r"avatar (train (?!.*--dry-run)|evaluate|runs)|\bruns/|\"runs\"|\bshared\b|%1")
+#: A block with one of these needs a run, or loads a processor: left out of the smoke run.
+TRAINS = re.compile(
+    r"avatar (train (?!.*--dry-run)|evaluate|runs)|\bruns\b|\bshared\b|\$!|--recipe"
+)
 LIMIT_S, SERVER_S = 420, 60
 
 
