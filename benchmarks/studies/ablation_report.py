@@ -71,7 +71,7 @@ def _group(arms: ByArm, title: str, rows: Sequence[tuple[str, str]]) -> str:
             label,
             str(len(records)),
             f"{fmean(areas):.3f}",
-            _between(areas),
+            _between(areas, share=True),
             f"{fmean(moved):+.3f}{_dagger(moved)}" if moved else "",
             _between(moved) if moved else "",
             f"{fmean(record['curve'][-1][ACCURACY] for record in records):.2f}",
@@ -95,22 +95,26 @@ def _solved(arms: ByArm) -> str:
         cells = []
         for place in places:
             values = [solved_at(record, place) for record in arms[name]]
-            cells.append(f"{fmean(values):.2f} ({_between(values, 2)})")
+            cells.append(f"{fmean(values):.2f} ({_between(values, 2, share=True)})")
         lines.append(f"| {name} | {len(arms[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _between(values: Sequence[float], digits: int = 3) -> str:
+def _between(values: Sequence[float], digits: int = 3, *, share: bool = False) -> str:
     width = half_width(values)
     if math.isinf(width):
         return "one seed"
-    middle = fmean(values)
-    return f"{middle - width:.{digits}f} to {middle + width:.{digits}f}"
+    low, high = fmean(values) - width, fmean(values) + width
+    if share:
+        low, high = max(0.0, low), min(1.0, high)
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def _dagger(values: Sequence[float]) -> str:
-    """Marks a change whose interval holds zero, or that has none."""
-    return "" if abs(fmean(values)) > half_width(values) else " †"
+    """Marks a change whose interval holds zero, and one of fewer than three seeds: two that agree
+    by luck have an interval of nothing."""
+    sure = len(values) >= 3 and abs(fmean(values)) > half_width(values)
+    return "" if sure else " †"
 
 
 def flat(arms: ByArm) -> dict[str, float]:
