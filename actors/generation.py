@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.store import ReplayBuffer
     from avatar_rl.buffer_service.weights.receiver import ProvenWeights
+    from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
 
 IDLE_S = 0.0025  # between two looks for work; without a sleep it would starve the other threads
 
@@ -116,11 +117,11 @@ class Generation:
         steps = (other.lease.request.step for other in self.state.working.values())
         return request.step > max(steps, default=-1)
 
-    def _adopt(self, version: int, weights: ProvenWeights) -> None:
+    def _adopt(self, version: int, weights: ProvenWeights | HeldWeights) -> None:
         start = time.perf_counter()
-        self.engine.adopt(version, weights)
+        adopted = self.engine.adopt(version, weights)
         self.state.totals.adopt_s += time.perf_counter() - start
-        if not self.engine.adopts_free:
+        if adopted and not self.engine.adopts_free:
             self.update_policy.prefill_follows()
 
     # -- new requests ------------------------------------------------------------------------------

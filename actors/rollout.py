@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ray.actor import ActorHandle
 
+    from avatar_rl.buffer_service.weights.receiver import WeightReceiver
+    from avatar_rl.buffer_service.weights.road_receiver import RoadReceiver
     from avatar_rl.common.types import JsonObject
 
 HEARTBEAT_S = 1.0
@@ -89,11 +91,25 @@ class RolloutActor:
         self.engine = RolloutEngine(
             spec.model, spec.engine, adapter=spec.adapter, sleeps=lock is not None
         )
-        self.receiver = WeightReceiver(self.weight_store, self.engine.version)
+        self.receiver = self._open_receiver(WeightReceiver(self.weight_store, self.engine.version))
         self.state = SharedState()
         self.turn = EngineTurn(self.engine, self.state, lock) if lock is not None else None
         self.update_policy = WeightUpdatePolicy()
         self._heap = HeapTrimmer(active=self.engine.device == "cpu")
+
+    def _open_receiver(self, board: WeightReceiver) -> WeightReceiver | RoadReceiver:
+        """What hears of new versions; the engine's workers become members of the transfers."""
+        from avatar_rl.buffer_service.weights.member import MemberSettings
+        from avatar_rl.buffer_service.weights.news import Noticeboard
+        from avatar_rl.buffer_service.weights.road_receiver import RoadReceiver
+
+        spec = self.spec
+        if spec.transport == "board":
+            return board
+        settings = MemberSettings(self.name, spec.buffer, spec.run_id, spec.redis_url)
+        members = self.engine.join_transfers(spec.transport, settings)
+        notices = Noticeboard(spec.buffer, spec.run_id, spec.redis_url)
+        return RoadReceiver(notices, board, members)
 
     def ready(self) -> JsonObject:
         """Answers once the engine is up."""
@@ -201,7 +217,10 @@ class RolloutActor:
         """Fetch and verify new weights while the engine works, so that it has only to load them."""
         self.receiver.version = self.engine.version
         for version, weights in self.receiver.updates(self.buffer, lambda: self.state.running):
-            self.state.incoming.append((version, self.engine.prove(weights.items())))
+            if isinstance(weights, dict):
+                self.state.incoming.append((version, self.engine.prove(weights.items())))
+            else:  # its workers hold it, and have checked it
+                self.state.incoming.append((version, weights))
             del weights  # its tensors are pages of the object store, which the next version needs
             self.state.wake.set()  # a newer version admits more requests
 

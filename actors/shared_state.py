@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from avatar_rl.actors.groups import PendingGroup
     from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.weights.receiver import ProvenWeights
+    from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
 
 
 @dataclass
@@ -73,7 +74,7 @@ class SharedState:
         self.working: dict[str, PendingGroup] = {}  # in the engine, by request key
         self.held: dict[str, RequestLease] = {}  # leased and not yet settled, by request key
         self._held_lock = threading.Lock()
-        self.incoming: deque[tuple[int, ProvenWeights]] = deque(maxlen=1)
+        self.incoming: deque[tuple[int, ProvenWeights | HeldWeights]] = deque(maxlen=1)
         self.wake = threading.Event()
         self.stop = threading.Event()
         self.drain = threading.Event()

@@ -39,3 +39,4 @@ class RolloutSpec:
     dead_by: DeadBy = "accuracy"  # of groups that are replaced (loop.dynamic_sampling)
     adapter: AdapterShape | None = None  # set: versions are adapters on ``model``
     turn_lock: Path | None = None  # set: the learner works on the same device, by turns
+    transport: str = "board"  # how versions come: weights.transport, resolved

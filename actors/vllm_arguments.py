@@ -38,7 +38,7 @@ OURS = {
     "mm_processor_cache_gb": "use rollout.engine.prompt_cache_bytes",
     "mm_processor_kwargs": "pixel bounds are passed with each prompt",
     "worker_extension_cls": "the sampler lives there",
-    "weight_transfer_config": "weights come by the board",
+    "weight_transfer_config": "use weights.transport",
     "load_format": "weights come from the checkpoint",
     "skip_tokenizer_init": "completions are decoded",
     "enable_lora": "use learner.lora",

@@ -1,5 +1,6 @@
 """Engine and learner on tiny random checkpoints of every family: log-probabilities and greedy
-tokens, before and after three adoptions by the board, and against an engine that was started anew.
+tokens, before and after three adoptions by the board and three by the gloo twin, and against an
+engine that was started anew.
 
     make bench NAME=parity                     # all families
     make bench NAME=parity ARGS="--only qwen3_omni_moe"
@@ -46,10 +47,16 @@ def measure(family: str, folder: Path, layouts: int | None, figures: Figures) ->
             seconds.append(time.perf_counter() - began)
             for gap in stage.gaps(prompts, GREEDY).values():
                 adopted, other = max(adopted, gap.logprob), max(other, gap.greedy)
+        twin = 0.0
+        for seed in range(ADOPTIONS + 1, 2 * ADOPTIONS + 1):
+            stage.train(seed)
+            stage.publish("twin")
+            for gap in stage.gaps(prompts, GREEDY).values():
+                twin, other = max(twin, gap.logprob), max(other, gap.greedy)
         here = stage.run(prompts, GREEDY)
         exported = stage.export(folder / f"{family}-export")
     finally:
-        stage.engine.close()
+        stage.close()
     fresh = RolloutEngine(exported, stage.config)
     try:
         anew = run(fresh, stage.encoder, prompts, GREEDY)
@@ -59,6 +66,7 @@ def measure(family: str, folder: Path, layouts: int | None, figures: Figures) ->
         {
             f"logprob_{family}": 1e6 * max(gap.logprob for gap in start.values()),
             f"logprob_adopted_{family}": 1e6 * adopted,
+            f"logprob_twin_{family}": 1e6 * twin,
             f"logprob_fresh_{family}": 1e6 * difference(here, anew),
             f"greedy_other_{family}": other,
             f"layouts_{family}": len(prompts),

@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ from avatar_rl.buffer_service.weights.store import WeightStore
 from avatar_rl.common.weight_files import WeightFiles
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni
 from benchmarks.harness import Figures, parser
+from benchmarks.twin_side import (
+    MEMBER_PHASES,
+    RUN_ID,
+    SENDER_PHASES,
+    TwinReader,
+    TwinSource,
+)
 
 SIZES = {"400kb": 400 << 10, "10mb": 10 << 20, "100mb": 100 << 20, "1gb": 1 << 30}
 READERS = (1, 2, 4)
@@ -39,6 +46,9 @@ RANK = 8  # of the adapter
 TENSORS = 96  # a published checkpoint has some hundreds; the size is split evenly
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
+TWIN_BYTES = 4 << 20  # of a version under kills
+TWIN_SIZES = ("400kb", "10mb", "100mb")
+LOST_S = 60.0  # a version that a reader has not by then is lost
 # versions until every page of the store that they come by has been touched: two kept, one read, one
 # new
 WARM_UP = 4
@@ -175,6 +185,175 @@ def measure_check(size: int, rounds: int, figures: Figures) -> None:
     )
 
 
+class TwinStage:
+    """A sender, its members, and what became of them."""
+
+    MEMBERS = 2
+
+    def __init__(self, size: int, url: str, members: int = MEMBERS) -> None:
+        self.size, self.url = size, url
+        self.weight_store = ray.remote(WeightStore).options(num_cpus=0).remote()
+        self.kills = self.lost = self.mixed = self.adoptions = 0
+        self.formations = self.named = 0
+        self.source = self._new_source()
+        self.readers = [self._new_reader() for _ in range(members)]
+        self._until_there()
+        self.version = 0
+
+    def _new_source(self) -> Any:
+        self.named += 1
+        make = ray.remote(TwinSource).options(num_cpus=0, max_concurrency=3)
+        return make.remote(self.weight_store, self.size, self.url, self.named)
+
+    def _new_reader(self) -> Any:
+        self.named += 1
+        make = ray.remote(TwinReader).options(num_cpus=0, max_concurrency=3)
+        return make.remote(self.weight_store, self.size, self.url, f"rollout-{self.named}")
+
+    def _until_there(self) -> None:
+        """All members show themselves."""
+        deadline = time.monotonic() + DEADLINE_S
+        while ray.get(self.source.members.remote(), timeout=DEADLINE_S) < len(self.readers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def committed(self) -> int:
+        """The version that was acknowledged last."""
+        with ReplayBuffer.connect(BufferConfig(), RUN_ID, self.url) as buffer:
+            return buffer.replay.version()
+
+    def publish(self, die_at: str = "") -> dict[str, float] | None:
+        """The next version; None where its sender was killed."""
+        self.version += 1
+        try:
+            done: dict[str, float] = ray.get(
+                self.source.publish.remote(self.version, die_at), timeout=DEADLINE_S
+            )
+        except ray.exceptions.RayActorError:
+            self.kills += 1
+            return None
+        self.formations = int(done["formations"])
+        return done
+
+    def kill_sender(self, phase: str) -> None:
+        """At ``phase`` of a version; another takes over from the committed one, as the learner
+        does."""
+        if phase in ("calling", "forming", "formed"):  # there has to be a new group
+            self.kill_member("idle")
+        assert self.publish(phase) is None, f"the sender did not come to {phase!r}"
+        self.source = self._new_source()
+        self.version = self.committed()
+        if self.version:
+            again = self.source.publish.remote(self.version)
+            ray.get(again, timeout=DEADLINE_S)
+        self._judge()
+
+    def kill_member(self, phase: str) -> None:
+        """At ``phase`` of a version; another joins."""
+        if phase in ("called", "forming", "joined"):
+            self._replace(self.readers.pop(), "idle")
+        victim = self.readers.pop(0)
+        if phase != "idle":
+            ray.get(victim.arm.remote(phase), timeout=DEADLINE_S)
+            assert self.publish() is not None
+            self._replace(victim, phase)
+        else:
+            self._replace(victim, "idle")
+            assert self.publish() is not None
+        self._judge()
+
+    def _replace(self, victim: Any, phase: str) -> None:
+        try:
+            if phase == "idle":
+                ray.get(victim.arm.remote("idle"), timeout=DEADLINE_S)
+            else:
+                ray.get(victim.until.remote(1 << 30, DEADLINE_S), timeout=DEADLINE_S)
+            raise AssertionError(f"the member did not come to {phase!r}")
+        except ray.exceptions.RayActorError:
+            self.kills += 1
+        self.readers.append(self._new_reader())
+
+    def _judge(self) -> None:
+        """What was committed is with everybody."""
+        committed = self.committed()
+        found = ray.get(
+            [reader.until.remote(committed, LOST_S) for reader in self.readers],
+            timeout=DEADLINE_S,
+        )
+        self.lost += sum(one["version"] < committed for one in found)
+        self.count(found)
+
+    def count(self, found: Sequence[Mapping[str, float]]) -> None:
+        """Of readers that are there."""
+        self.mixed = max(self.mixed, int(sum(one["mixed"] for one in found)))
+        self.adoptions += len(found)
+
+    def close(self) -> None:
+        for actor in [*self.readers, self.source, self.weight_store]:
+            ray.kill(actor)
+
+
+def measure_kills(url: str, rounds: int, figures: Figures) -> None:
+    """The twin under kills of a sender or a member at every phase of a transfer."""
+    stage = TwinStage(TWIN_BYTES, url)
+    assert stage.publish() is not None
+    start, slowest = time.monotonic(), 0.0
+    plan = [(stage.kill_sender, phase) for phase in SENDER_PHASES]
+    plan += [(stage.kill_member, phase) for phase in MEMBER_PHASES]
+    if rounds == 0:  # one of each, of the middle of a transfer
+        plan = [(stage.kill_sender, "part 2"), (stage.kill_member, "received")]
+    for kill, phase in plan:
+        began = time.monotonic()
+        kill(phase)
+        spent = time.monotonic() - began
+        slowest = max(slowest, spent)
+        print(f"  {kill.__name__:12s} {phase:10s} {spent:6.1f} s", flush=True)
+    stage.close()
+    figures.add(
+        {
+            "twin_kills": stage.kills,
+            "twin_lost": stage.lost,
+            "twin_mixed": stage.mixed,
+            "twin_adoptions": stage.adoptions,
+            "twin_recovery_s": slowest,
+            "twin_kills_s": time.monotonic() - start,
+        }
+    )
+
+
+def measure_twin(
+    name: str, size: int, readers: int, rounds: int, url: str, figures: Figures
+) -> None:
+    """Publication and adoption by the twin, against the board's in the same run: latency until the
+    last reader has it, and the learner's pause."""
+    stage = TwinStage(size, url, readers)
+    stage.version = stage.committed()
+    latencies, pauses = [], []
+    for turn in range(WARM_UP + rounds):
+        time.sleep(STEP_S / 4)
+        done = stage.publish()
+        assert done is not None and done["members"] == readers
+        found = ray.get(
+            [r.until.remote(stage.version, LOST_S) for r in stage.readers], timeout=DEADLINE_S
+        )
+        if turn >= WARM_UP:
+            latencies.append(max(one["at"] for one in found) - done["start"])
+            pauses.append(done["pause"])
+    stage.close()
+    key = f"{name}_{readers}reader"
+    latency, pause = statistics.median(latencies), statistics.median(pauses)
+    sent = size * 4 / 5  # what never changes was sent before
+    values = {
+        f"twin_adopted_ms_{key}": 1000 * latency,
+        f"twin_gb_per_s_{key}": sent / 1e9 / latency,
+        f"twin_pause_ms_{key}": 1000 * pause,
+    }
+    board = figures.values.get(f"adopted_ms_{key}")
+    if board is not None:
+        values[f"twin_vs_board_{key}"] = board / (1000 * latency)
+    figures.add(values)
+
+
 def layers(hidden: int, mlp: int) -> dict[str, tuple[int, int]]:
     """The linear layers of one decoder layer."""
     return dict.fromkeys("qkvo", (hidden, hidden)) | {
@@ -275,6 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, size in SIZES.items():
                 for readers in readers_of if options.only in (None, name) else ():
                     measure(name, size, readers, options.rounds, redis.url, figures)
+                    if name in TWIN_SIZES:
+                        measure_twin(name, size, readers, options.rounds, redis.url, figures)
+            measure_kills(redis.url, 0 if options.smoke else 1, figures)
         finally:
             ray.shutdown()
             SHM.unlink(missing_ok=True)

@@ -19,6 +19,24 @@ AppendFsync = Literal["always", "everysec", "no"]
 DEFAULT_LEASE_S = 120.0
 
 
+class WeightsConfig(Section):
+    """How a policy version travels from learner to rollout actors (docs/architecture.md)."""
+
+    transport: Literal["board", "nccl", "gloo", "ipc", "auto"] = Field(
+        "board",
+        description="board: through the weight store, by Ray's object store; the road of joiners, "
+        "of adapters and of whatever cannot use another. nccl: broadcast from GPU to GPUs. ipc: "
+        "CUDA IPC, where learner and engine share a GPU. gloo: the protocol of nccl on CPUs. auto: "
+        "ipc where the GPUs are shared, nccl where both sides have their own, else board.",
+    )
+    board_every: int = Field(
+        1,
+        ge=1,
+        description="With another transport: every n-th version is on the board, too, for actors "
+        "that join between two versions. At most loop.max_staleness + 1.",
+    )
+
+
 class TierShares(Section):
     """Fixed share of the capacity each tier may hold (docs/method.md 1.3)."""
 

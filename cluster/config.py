@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from avatar_rl.actors.config import CPU_SEQUENCES, EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import MAX_PARTS, DeadBy
-from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.config import BufferConfig, WeightsConfig
 from avatar_rl.cluster.model_config import ModelSection
 from avatar_rl.cluster.upkeep_config import (
     CheckpointConfig as CheckpointConfig,
@@ -301,6 +301,9 @@ class RunConfig(Section):
         None, description="Stage 0 supervised fine-tuning before RL, cached."
     )
     rollout: RolloutSection = Field(RolloutSection(), description="The rollout pool.")
+    weights: WeightsConfig = Field(
+        WeightsConfig(), description="How versions travel to the rollouts."
+    )
     rewards: RewardConfig = Field(RewardConfig(), description="Reward components and weights.")
     buffer: BufferConfig = Field(BufferConfig(), description="The replay buffer service.")
     learner: LearnerConfig = Field(
@@ -320,7 +323,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        faults = [*self._unmet(), *self._colocated(), *self._lengths(), *self._nothing_to_learn()]
+        faults = [
+            *self._unmet(),
+            *self._colocated(),
+            *self._transport(),
+            *self._lengths(),
+            *self._nothing_to_learn(),
+        ]
         if faults:
             raise ValueError("\n  ".join(faults))
         return self
@@ -408,6 +417,41 @@ class RunConfig(Section):
             yield (
                 "resources.colocate puts rollout actors beside the learner: leave "
                 "resources.rollout_labels out, learner_labels count for both"
+            )
+
+    def _transport(self) -> Iterator[str]:
+        """What a way of the weights needs, as far as the recipe tells."""
+        weights, gpus = self.weights, self.resources
+        named = (gpus.rollout_gpus, gpus.learner_gpus)
+        if weights.transport in ("nccl", "ipc") and (
+            self.rollout.engine.device == "cpu" or 0 in named
+        ):
+            yield (
+                f"weights.transport {weights.transport} goes from GPU to GPU, and learner or "
+                "rollouts have none here: set it to gloo, which is the same protocol on CPUs, or "
+                "to board"
+            )
+        if weights.transport == "ipc" and not gpus.colocate:
+            yield (
+                "weights.transport ipc shares the memory of one GPU, and learner and rollouts have "
+                "their own here: set resources.colocate to true, or weights.transport to nccl"
+            )
+        if weights.transport == "nccl" and gpus.colocate:
+            yield (
+                "weights.transport nccl cannot go from a GPU to itself: with resources.colocate "
+                "set it to ipc"
+            )
+        longest = self.loop.max_staleness + 1
+        if weights.transport != "board" and weights.board_every > longest:
+            yield (
+                f"weights.board_every {weights.board_every} leaves an actor that joins without "
+                f"work: with loop.max_staleness {self.loop.max_staleness} set it to {longest} or "
+                "less"
+            )
+        if weights.board_every > 1 and self.evaluation.pool.every:
+            yield (
+                "evaluation.pool waits for answers of the newest version, also from an actor that "
+                "just joined: set weights.board_every to 1"
             )
 
     @property

@@ -14,22 +14,30 @@ from avatar_rl.learner.adapter.files import ADAPTER, export_adapter
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.names import NameMap
+from avatar_rl.learner.road import Road
 
 
 class Publication:
     """Streams the policy by layers, so that no rank holds a second copy of it.
 
     Its methods are collective under ZeRO 3. ``sender`` is rank 0's, which alone does something with
-    the tensors."""
+    the tensors; ``road`` is there where versions travel otherwise than by the board."""
 
     def __init__(
-        self, engine: TrainEngine, names: NameMap, sender: WeightSender | None = None
+        self,
+        engine: TrainEngine,
+        names: NameMap,
+        sender: WeightSender | None = None,
+        road: Road | None = None,
     ) -> None:
-        self.engine, self.names, self.sender = engine, names, sender
+        self.engine, self.names, self.sender, self.road = engine, names, sender, road
 
     def publish(self, version: int) -> None:
-        """Offer ``version`` to the weight store. Raises ModelError when it does not take the
-        version before."""
+        """Send ``version`` to the rollout actors, or offer it to the weight store. Raises
+        ModelError when that does not take the version before."""
+        if self.road is not None:
+            self.road.publish(version, self._stream)
+            return
         sender = self.sender
 
         def send(parts: Iterator[dict[str, Tensor]]) -> None:
@@ -48,12 +56,17 @@ class Publication:
 
         self._stream(write)
 
-    def _stream(self, take: Callable[[Iterator[dict[str, Tensor]]], None]) -> None:
+    def _stream(
+        self,
+        take: Callable[[Iterator[dict[str, Tensor]]], None],
+        names: NameMap | None = None,
+    ) -> None:
         """Hand published tensors to ``take``, part by part: the parameters themselves, or views of
-        them, valid until the next is asked for."""
-        weights = self.engine.whole_weights(self.names.parts)
+        them, valid until the next is asked for. ``names``: of some of them."""
+        chosen = self.names if names is None else names
+        weights = self.engine.whole_weights(chosen.parts)
         try:
-            take(self.names.publish(weights))
+            take(chosen.publish(weights))
         finally:
             for _ in weights:  # a rank that takes none, or fails, still gathers with the others
                 pass
@@ -62,6 +75,10 @@ class Publication:
         """Offer the last version to a weight store that lost it; its number, 0 where there is
         none."""
         return self.sender.put_again() if self.sender is not None else 0
+
+    def metrics(self) -> dict[str, float]:
+        """How the last version travelled; rank 0's."""
+        return self.road.metrics() if self.road is not None else {}
 
 
 class AdapterPublication(Publication):
@@ -76,8 +93,9 @@ class AdapterPublication(Publication):
         *,
         base: BaseRecord,
         adapter_only: bool,
+        road: Road | None = None,
     ) -> None:
-        super().__init__(engine, names, sender)
+        super().__init__(engine, names, sender, road)
         self.base, self.adapter_only = base, adapter_only
 
     def publish(self, version: int) -> None:

@@ -47,6 +47,7 @@ from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.learner.model.sharded_load import load_in_shares
 from avatar_rl.learner.publication import AdapterPublication, Publication, published_adapter
+from avatar_rl.learner.road import open_road
 from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
@@ -220,9 +221,14 @@ class LearnerRank:
                 for name, tensor in published_adapter(own, self.names).items()
             }
         sender = WeightSender(layout, self.outbox, dtype=dtype) if self.rank == 0 else None
+        road = None
+        if self.spec.transport != "board" and self.spec.sft is None and not only:
+            road = open_road(self.spec, self.engine.policy, self.names, sender, dtype)
         if self.engine.adapter is None:
-            return Publication(self.engine, self.names, sender)
-        return AdapterPublication(self.engine, self.names, sender, base=base, adapter_only=only)
+            return Publication(self.engine, self.names, sender, road)
+        return AdapterPublication(
+            self.engine, self.names, sender, base=base, adapter_only=only, road=road
+        )
 
     def _take_embeddings(self, policy: Policy, dtype: str) -> str:
         """Media through the embedding store from now on; why not where they cannot."""

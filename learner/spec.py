@@ -34,6 +34,8 @@ class LearnerSpec:
     attempts: int = 1  # seqs of a group, of which the last that came is trained
     engine_dtype: str = "float32"  # of the rollouts, whose log-probabilities are stored
     publishes_adapter: bool = False  # rollouts take the adapter itself, not merged weights
+    transport: str = "board"  # how versions travel: weights.transport, resolved
+    board_every: int = 1  # which of them are on the board, too
     replica_bytes: int = 0  # state up to this size is replicated at every step
     turn_lock: Path | None = None  # set: rollout engines work on the same device, by turns
     leaves_device: bool = False  # with its turn the rank leaves the GPU's memory, too

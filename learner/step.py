@@ -420,6 +420,8 @@ class StepTrainer:
         metrics["learner/skipped"] = float(self.skipped + self.unreadable)
         if isinstance(self.encoder, AheadEncoder):
             metrics |= self.encoder.metrics()
+        if self.publication is not None:
+            metrics |= self.publication.metrics()
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
     def _lr(self, step: int) -> float:

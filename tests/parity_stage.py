@@ -3,21 +3,31 @@ compared token by token, before and after weights that come by the board."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.buffer_service.config import BufferConfig
+from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.weights.block import unpack_weights
+from avatar_rl.buffer_service.weights.links import GlooSender, open_store
+from avatar_rl.buffer_service.weights.member import MemberSettings
+from avatar_rl.buffer_service.weights.news import Noticeboard
+from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
+from avatar_rl.buffer_service.weights.road_sender import Pass, RoadSender
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightMessage
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.names import NameMap
+from avatar_rl.learner.road import Road, Take, changing_tensors
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder
@@ -60,6 +70,59 @@ class Board:
         self.message = message
 
 
+class Twin:
+    """The learner's end of the gloo twin, and an engine whose workers are members of its groups."""
+
+    def __init__(self, folder: Path, stage: Stage) -> None:
+        self.redis = EmbeddedRedis(folder).start()
+        config, run_id, url = BufferConfig(), "parity", self.redis.url
+        settings = MemberSettings("rollout-0", config, run_id, url)
+        self.members = stage.engine.join_transfers("gloo", settings)
+        self.notices = Noticeboard(config, run_id, url)
+        until(lambda: self.notices.members() == self.members)
+        for name, parameter in stage.model.named_parameters():  # sent once, and never again
+            parameter.requires_grad_(".layers.0." not in name and "visual" not in name)
+        changing, fixed = stage.names.split(changing_tensors(nn.ModuleDict({"model": stage.model})))
+        maps: dict[Pass, NameMap] = {"fixed": fixed, "changing": changing, "board": stage.names}
+        store = open_store()
+        roads = RoadSender(
+            self.notices,
+            stage.sender,
+            {kind: names.layouts for kind, names in maps.items()},
+            lambda client, source: GlooSender(client, source, store),
+            board_every=1000,
+        )
+        self.road = Road(maps, roads)
+
+    def publish(self, stage: Stage, version: int) -> HeldWeights:
+        """Send the learner's weights; what the workers hold then."""
+
+        def stream(take: Take, names: NameMap | None = None) -> None:
+            assert names is not None
+            take(names.publish(stage.parts(names)))
+
+        self.road.publish(version, stream)
+        sealed = self.notices.sealed()
+        assert sealed is not None and (sealed.version, set(sealed.members)) == (
+            version,
+            self.members,
+        ), sealed
+        return HeldWeights(sealed.token)
+
+    def close(self) -> None:
+        if self.road.sender is not None:
+            self.road.sender.close()
+        self.redis.stop()
+
+
+def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    """Waits for ``condition``."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 class Stage:
     """A family's tiny checkpoint, ``folder / "model"``, an engine on it and the learner's model."""
 
@@ -74,6 +137,7 @@ class Stage:
         self.names, self.board = NameMap.of(self.model, self.folder), Board()
         self.sender = WeightSender(self.names.layout, cast("Outbox", self.board), dtype="float32")
         self.engine = RolloutEngine(self.folder, config)
+        self.twin: Twin | None = None
 
     def prompts(self, layouts: Layouts | None = None) -> list[Prompt]:
         """One for each layout."""
@@ -126,22 +190,38 @@ class Stage:
         """Every parameter moves a little."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                continue
             size = parameter.std().nan_to_num() if parameter.numel() > 1 else 0.0
             parameter += 0.2 * size * torch.randn(parameter.shape, generator=generator)
 
-    def publish(self) -> None:
-        """The learner's weights to the engine, by the board."""
-        state, version = self.model.state_dict(), self.engine.version + 1
-        parts = ({name: state[name] for name in part} for part in self.names.parts)
-        self.sender.publish(version, self.names.publish(parts))
+    def parts(self, names: NameMap) -> Iterator[dict[str, Tensor]]:
+        """The model's tensors, part by part."""
+        state = self.model.state_dict()
+        return ({name: state[name] for name in part} for part in names.parts)
+
+    def publish(self, road: str = "board") -> None:
+        """The learner's weights to the engine, by the board or by the gloo twin."""
+        version = self.engine.version + 1
+        if road == "twin":
+            self.twin = self.twin or Twin(self.folder.parent / "redis", self)
+            held = self.twin.publish(self, version)
+            assert self.engine.adopt(version, held)
+            assert not self.engine.adopt(version + 1, held)  # once only
+            return
+        self.sender.publish(version, self.names.publish(self.parts(self.names)))
         assert self.board.message is not None
         self.engine.adopt(version, unpack_weights(self.board.message).items())
 
+    def close(self) -> None:
+        """Stop the engine, and the twin."""
+        self.engine.close()
+        if self.twin is not None:
+            self.twin.close()
+
     def export(self, out: Path) -> Path:
         """The learner's weights as a checkpoint."""
-        state = self.model.state_dict()
-        parts = ({name: state[name] for name in part} for part in self.names.parts)
-        return export_checkpoint(self.names.publish(parts), self.folder, out)
+        return export_checkpoint(self.names.publish(self.parts(self.names)), self.folder, out)
 
 
 def run(

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -37,7 +38,9 @@ from avatar_rl.actors.engine.launch import (
 )
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
 from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
+from avatar_rl.buffer_service.weights.member import MemberSettings
 from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
+from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
 from avatar_rl.common.adapter import AdapterShape
 from avatar_rl.common.errors import DataError, ModelError, ResourceError
 from avatar_rl.common.process import set_aside_imports
@@ -138,6 +141,7 @@ class RolloutEngine:
         self._broken: str | None = None
         self.asleep = False
         self._warned = False
+        self._path, self._member = path, False
 
     @property
     def in_flight(self) -> int:
@@ -263,6 +267,14 @@ class RolloutEngine:
         """``adopt`` would be accepted now."""
         return self.adopts_in_flight or not self._pending
 
+    def join_transfers(self, transport: str, settings: MemberSettings) -> set[str]:
+        """From now on the workers take versions by ``transport`` into their own memory, beside
+        their work; ``adopt`` loads one. Returns their names as members."""
+        arguments = (transport, settings, self._path)
+        names = self._engine.collective_rpc("join_transfers", args=arguments)
+        self._member = True
+        return set(names)
+
     def prove(self, weights: Iterable[tuple[str, Tensor]]) -> ProvenWeights:
         """``weights`` checked for ``adopt``, which otherwise does so itself.
 
@@ -270,8 +282,10 @@ class RolloutEngine:
         """
         return self._contract.check(weights)
 
-    def adopt(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load ``version`` in place; ``weights`` are (published name, tensor) pairs, all of them.
+    def adopt(self, version: int, weights: Iterable[tuple[str, Tensor]] | HeldWeights) -> bool:
+        """Load ``version`` in place; ``weights`` are (published name, tensor) pairs, all of them,
+        or what the workers hold already. False where they do not hold it any more, since newer
+        ones came; then nothing has changed.
 
         Everything computed with the old weights is dropped: keys and values, encoder outputs.
         Preprocessed media do not depend on weights and stay.
@@ -300,22 +314,30 @@ class RolloutEngine:
                 f"policy version {version} refused: {len(self._pending)} requests in flight; step "
                 "until idle, or set weight_update to keep"
             )
-        checked = self._contract.check(weights)
-        if self._adapters is not None:
-            self._adapters.take(version, checked)
-            self.version = version
-            return
+        if isinstance(weights, HeldWeights):
+            reserved = self._engine.collective_rpc("reserve_held", args=(version, weights.token))
+            if not all(reserved):
+                return False
+            load = partial(self._engine.collective_rpc, "adopt_held")
+        else:
+            checked = self._contract.check(weights)
+            if self._adapters is not None:
+                self._adapters.take(version, checked)
+                self.version = version
+                return True
+            load = partial(self._engine.collective_rpc, "adopt_weights", args=(checked,))
         # Preempt before the caches are emptied: a running request would otherwise look for encoder
         # outputs that are gone.
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.reset_encoder_cache()
         try:
-            self._engine.collective_rpc("adopt_weights", args=(checked,))
+            load()
         except Exception as error:
             self._broken = f"loading policy version {version} failed half-way: {error}"
             raise ModelError(f"{self._broken}; close this engine and start a new one") from error
         self.version = version
         self._engine.set_weight_version(str(version))
+        return True
 
     def sleep(self) -> None:
         """Leave the device to another process: keys and values go, weights move to host memory
@@ -366,6 +388,8 @@ class RolloutEngine:
             return
         self._broken = "closed"
         self._pending.clear()
+        if self._member:
+            self._engine.collective_rpc("leave_transfers")
         self._engine.engine_core.shutdown()
         self._engine.renderer.shutdown()
         RolloutEngine._occupied = False

@@ -30,19 +30,18 @@ _NAMES = {kind: name for name, kind in DTYPES.items()}
 class WeightBlock:
     """Host memory for one version of some weights, laid out once and filled again and again."""
 
-    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
         """Room for tensors like ``weights``, which may be on the meta device; those of a floating
-        type as ``dtype`` if one is given."""
-        self._manifest: Manifest = {
-            name: (
-                tuple(tensor.shape),
-                _NAMES[dtype if dtype and tensor.is_floating_point() else tensor.dtype],
-            )
-            for name, tensor in weights.items()
-        }
-        offsets, size = _layout(self._manifest)
-        self._data: NDArray[np.uint8] = np.zeros(size, dtype=np.uint8)
-        self._places = _views(self._manifest, offsets, self._data)
+        type as ``dtype`` if one is given. ``memory`` of just the right size may be given, too."""
+        self._manifest = manifest_of(weights, dtype)
+        offsets, size = layout_of(self._manifest)
+        self._data = np.zeros(size, dtype=np.uint8) if memory is None else memory
+        self._places = views_of(self._manifest, offsets, self._data)
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
@@ -60,6 +59,11 @@ class WeightBlock:
     def nbytes(self) -> int:
         return self._data.nbytes
 
+    @staticmethod
+    def size_of(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
+        """Bytes of a block for such tensors."""
+        return layout_of(manifest_of(weights, dtype))[1]
+
 
 def pack_weights(version: int, weights: Mapping[str, Tensor]) -> WeightMessage:
     """A copy of ``weights`` as ``version``."""
@@ -72,7 +76,7 @@ def unpack_weights(message: WeightMessage) -> dict[str, Tensor]:
     """The tensors of a message, verified; views of its memory. Raises ModelError for truncated or
     altered bytes."""
     block = np.frombuffer(memoryview(message.block), np.uint8)
-    offsets, size = _layout(message.manifest)
+    offsets, size = layout_of(message.manifest)
     if size != len(block):
         raise ModelError(
             f"published weights are partial: {len(block)} bytes, {size} by their manifest"
@@ -82,10 +86,26 @@ def unpack_weights(message: WeightMessage) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         # The object store's pages are read-only, of which torch warns; nobody writes to them.
         warnings.simplefilter("ignore", UserWarning)
-        return _views(message.manifest, offsets, block)
+        return views_of(message.manifest, offsets, block)
 
 
-def _layout(manifest: Manifest) -> tuple[list[int], int]:
+def manifest_of(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Manifest:
+    """Shapes and types of tensors, those of a floating type as ``dtype`` if one is given."""
+    return {
+        name: (
+            tuple(tensor.shape),
+            _NAMES[dtype if dtype and tensor.is_floating_point() else tensor.dtype],
+        )
+        for name, tensor in weights.items()
+    }
+
+
+def checksum_of(flat: Tensor) -> int:
+    """XXH3 of bytes on the host, 64 bits."""
+    return _checksum(flat.numpy().data)
+
+
+def layout_of(manifest: Manifest) -> tuple[list[int], int]:
     """Where each tensor begins in a block, and how long the block is, in bytes."""
     offsets, at = [], 0
     for shape, kind in manifest.values():
@@ -94,7 +114,7 @@ def _layout(manifest: Manifest) -> tuple[list[int], int]:
     return offsets, at
 
 
-def _views(
+def views_of(
     manifest: Manifest, offsets: Sequence[int], block: NDArray[np.uint8]
 ) -> dict[str, Tensor]:
     """The tensors that lie in ``block``, without a copy."""

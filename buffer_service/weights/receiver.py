@@ -57,15 +57,22 @@ class WeightReceiver:
         A version is fetched and verified while its commit is still to come.
         """
         while running():
-            before = self.version
-            update = self.fetch(buffer)
-            if update is None:
-                continue
-            if self.committed >= update[0] or _committed(buffer, update[0], running):
+            if (update := self.next_update(buffer, running)) is not None:
                 yield update
                 del update  # or the store would hold it until the next one has come
-            else:
-                self.version = before  # ask again: another learner may publish it again
+
+    def next_update(
+        self, buffer: ReplayBuffer, running: Callable[[], bool]
+    ) -> tuple[int, dict[str, Tensor]] | None:
+        """The next committed version, waited for a moment; None where there is none yet."""
+        before = self.version
+        update = self.fetch(buffer)
+        if update is None:
+            return None
+        if self.committed >= update[0] or is_committed(buffer, update[0], running):
+            return update
+        self.version = before  # ask again: another learner may publish it again
+        return None
 
     def fetch(self, buffer: ReplayBuffer | None = None) -> tuple[int, dict[str, Tensor]] | None:
         """The next version, waited for up to ``WAIT_S``, and its verified tensors: views of the
@@ -141,7 +148,7 @@ class WeightReceiver:
             return None
 
 
-def _committed(buffer: ReplayBuffer, version: int, running: Callable[[], bool]) -> bool:
+def is_committed(buffer: ReplayBuffer, version: int, running: Callable[[], bool]) -> bool:
     """Whether a published version is committed: within milliseconds, unless its learner failed."""
     deadline, poll_s = time.monotonic() + COMMIT_S, COMMIT_POLL_S / 64
     while buffer.replay.version() < version:

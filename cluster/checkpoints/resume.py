@@ -45,6 +45,7 @@ HARMLESS = (
     "loop.steps",
     "loop.target_accuracy",
     "loop.step_timeout_s",
+    "weights",
     "rollout.workers",
     "rollout.min_workers",
     "rollout.max_workers",

@@ -52,6 +52,18 @@ CATALOGUE: tuple[Metric, ...] = tuple(
             "Versions between the policy that generated the fresh half and the one it trains.",
         ),
         ("staleness/max", "versions", "Largest such lag in the step."),
+        (
+            "weights/members",
+            "workers",
+            "Engine workers that took the version from the learner at once; 0 by the board. Where "
+            "weights.transport is not board.",
+        ),
+        ("weights/groups_formed", "", "Groups of learner and engine workers formed so far."),
+        (
+            "weights/fallbacks",
+            "versions",
+            "Versions that took the board though there were members, so far.",
+        ),
         # what is learnt
         ("reward/mean", "", "Weighted reward of the step's fresh completions, mean."),
         ("reward/std", "", "Standard deviation of that reward over the step's fresh completions."),

@@ -34,7 +34,7 @@ from avatar_rl.cluster.recipe.assets import (
 )
 from avatar_rl.cluster.recipe.content import model_digest
 from avatar_rl.cluster.recipe.memory import MemoryPlan, leaves_device
-from avatar_rl.cluster.recipe.resources import needs_of
+from avatar_rl.cluster.recipe.resources import cluster_address, needs_of
 from avatar_rl.cluster.services.signals import Stopped, StopSignals
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.telemetry.screen import Screen
@@ -62,6 +62,8 @@ from avatar_rl.cluster.workers.pool import learner_spec
 from avatar_rl.cluster.workers.rollout_fleet import RolloutFleet
 from avatar_rl.cluster.workers.supervision import PauseReport, RedisWatch, RestartBudget
 from avatar_rl.cluster.workers.turns import SharedDevice, Turns
+from avatar_rl.cluster.workers.weight_road import check_transport, weight_transport
+from avatar_rl.common.process import sees_gpu
 from avatar_rl.prompts.selection import matching, select
 from avatar_rl.rewards.actor import check_judge
 
@@ -104,6 +106,8 @@ def execute(
     started = time.monotonic()
     config = with_begun_warmup(config, resumption)
     needs_of(config)
+    if cluster_address(config) is None:
+        check_transport(config, on_gpu=sees_gpu())
     if config.output.upload is not None:
         open_target(config.output.upload)  # a wrong URL is said before the run, not after it
     inputs = read_inputs(config, screen)  # before there is a folder: a bad row leaves none
@@ -221,6 +225,10 @@ def training_run(
         learner = _learner(system, lock.run_id, model, replica, buffer)
         dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
         turns = SharedDevice(fleet, learner) if config.resources.colocate else Turns()
+        if config.weights.transport != "board":
+            on_gpu = system.services.on_gpu
+            road, why = weight_transport(config, model, on_gpu=on_gpu)
+            system.report("weights", f"versions travel by {road}" + (f": {why}" if why else ""))
         plan = MemoryPlan.of(config)
         judge = JudgeStates(pool.scorers) if config.rewards.asks_judge else None
         metrics = RunMetrics(buffer, fleet, system.folder, system.screen, plan, judge)

@@ -35,6 +35,13 @@ class RolloutValue(TypedDict, total=False):
     pid: int
 
 
+class Fallback(TypedDict):
+    """What the learner says of a version that took the board."""
+
+    version: int
+    why: str
+
+
 @dataclass(frozen=True)
 class Origin:
     """Digests of what a run began with; a resumed run must begin with the same."""
@@ -93,6 +100,7 @@ class Supervisor:
         )
         self._looked_at = time.monotonic()
         self._told = False
+        self._fallback = 0  # version of the last one that was told
         self._settled: int | None = None  # version whose step is logged
         #: Version that the weight store was asked for, and the answer to come.
         self._asked_store: tuple[int, ray.ObjectRef[bool]] | None = None
@@ -133,6 +141,7 @@ class Supervisor:
             self._looked_at = time.monotonic()
             self._look_for_stalls()
             self._look_at_weight_store()
+            self._look_at_fallbacks()
 
     def _may_stop(self) -> bool:
         """Within a step only when the state of its beginning is held, or there is no time left."""
@@ -189,6 +198,17 @@ class Supervisor:
         if ray.get(reference) and pool.ranks:
             self.report("weight store lost", f"version {version} is published again")
             pool.ranks[0].publish_again.remote()
+
+    def _look_at_fallbacks(self) -> None:
+        """A version that took the board, since no group of learner and rollouts could be formed."""
+        if self.config.weights.transport == "board":
+            return
+        found: Fallback | None = self.buffer.control.get_value("weights/fallback")
+        if found and found["version"] > self._fallback:
+            self._fallback = found["version"]
+            self.report(
+                "weights fell back", f"version {found['version']} took the board: {found['why']}"
+            )
 
     # -- saving ------------------------------------------------------------------------------------
 

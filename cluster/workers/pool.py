@@ -21,6 +21,7 @@ from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.cluster.workers.supervision import StartWatch
+from avatar_rl.cluster.workers.weight_road import engine_device, weight_transport
 from avatar_rl.common import errors
 from avatar_rl.common.errors import AvatarError, ResourceError
 from avatar_rl.learner.actor import LearnerRankActor
@@ -330,7 +331,7 @@ def rollout_spec(
         evaluation_tokens=config.evaluation.max_tokens,
         buffer=config.buffer,
         redis_url=redis_url,
-        max_sequences=rollout.max_sequences or default_sequences(_engine_device(config, on_gpu)),
+        max_sequences=rollout.max_sequences or default_sequences(engine_device(config, on_gpu)),
         max_staleness=config.loop.max_staleness,
         lease_s=rollout.lease_s,
         scores_together=config.rewards.quick,
@@ -339,6 +340,7 @@ def rollout_spec(
         dead_by=config.loop.dynamic_sampling.by,
         adapter=adapter_road(config, model)[0],
         turn_lock=turn_lock,
+        transport=weight_transport(config, model, on_gpu=on_gpu)[0],
     )
 
 
@@ -382,17 +384,11 @@ def learner_spec(
         max_tokens=config.rollout.sampling.max_tokens,
         step_timeout_s=config.loop.step_timeout_s,
         attempts=config.loop.dynamic_sampling.attempts,
-        engine_dtype=config.rollout.engine.dtype_on(_engine_device(config, on_gpu)),
+        engine_dtype=config.rollout.engine.dtype_on(engine_device(config, on_gpu)),
         publishes_adapter=not cold_start and adapter_road(config, model)[0] is not None,
+        transport="board" if cold_start else weight_transport(config, model, on_gpu=on_gpu)[0],
+        board_every=config.weights.board_every,
         replica_bytes=0 if cold_start else config.checkpoint.replica_bytes,
         turn_lock=turn_lock,
         leaves_device=leaves_device,
     )
-
-
-def _engine_device(config: RunConfig, on_gpu: bool) -> str:
-    """Where the rollout engines run, as they will find out themselves."""
-    device, named = config.rollout.engine.device, config.resources.rollout_gpus
-    if device != "auto":
-        return device
-    return "cuda" if (on_gpu if named is None else named > 0) else "cpu"

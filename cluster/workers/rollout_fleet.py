@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.buffer_service.weights.news import Noticeboard
 from avatar_rl.cluster.config import RolloutSection
 from avatar_rl.cluster.services.placement import shortage
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
@@ -112,6 +113,11 @@ class RolloutFleet:
         self.working: dict[ray.ObjectRef[None], str] = {}  # of its run() -> actor
         self.members: dict[str, Member] = {}
         self.budget = RestartBudget(pool.config.supervision.restarts, "rollout actors")
+        self._notices = (
+            Noticeboard(spec.buffer, spec.run_id, spec.redis_url)
+            if spec.transport != "board"
+            else None
+        )
         self._named = 0
         self._looked = 0.0
         self._works = False  # actors lease requests as soon as they are up
@@ -375,6 +381,8 @@ class RolloutFleet:
         self.pool.rollouts.pop(name)  # the last handle: Ray ends the process
         self.buffer.requests.abandon(name)  # what it held goes to another at once
         self.buffer.control.drop_heartbeat("rollout", name)
+        if self._notices is not None:
+            self._notices.forget(name)  # no transfer waits for it
 
     def _say(self, kind: str, message: str) -> None:
         self.folder.event(kind, message)

@@ -8,7 +8,7 @@ checkpoint holds is what its index says."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,20 +59,27 @@ class NameMap:
 
     def __init__(self, groups: Iterable[Group], shapes: Mapping[str, Tensor]) -> None:
         """``shapes``: our tensors, or tensors on the meta device like them."""
-        self._by_part: list[list[Group]] = _parts(groups, shapes)
+        dtypes = {name: tensor.dtype for name, tensor in shapes.items()}
+        self._take(_parts(groups, shapes), dtypes)
+
+    def _take(self, by_part: list[list[Group]], dtypes: Mapping[str, torch.dtype]) -> None:
+        self._by_part, self._dtypes = by_part, dtypes
         #: Our names in the order of publication, part by part; whole layers each.
         self.parts: tuple[tuple[str, ...], ...] = tuple(
             tuple(dict.fromkeys(name for group in part for name in group.ours))
             for part in self._by_part
         )
-        #: Published tensors in the same order, on the meta device, in our dtypes.
-        self.layout: dict[str, Tensor] = {}
-        for group in (group for part in self._by_part for group in part):
-            dtype = shapes[group.ours[0]].dtype
-            self.layout |= {
-                name: torch.empty(header.shape, dtype=dtype, device="meta")
+        #: Published tensors of each part, on the meta device, in our dtypes.
+        self.layouts: list[dict[str, Tensor]] = [
+            {
+                name: torch.empty(header.shape, dtype=dtypes[group.ours[0]], device="meta")
+                for group in part
                 for name, header in group.published.items()
             }
+            for part in by_part
+        ]
+        #: All of them, in the same order.
+        self.layout = {name: tensor for part in self.layouts for name, tensor in part.items()}
 
     @classmethod
     def of(cls, model: nn.Module, folder: Path) -> NameMap:
@@ -83,6 +90,18 @@ class NameMap:
         """
         tracer = _Tracer(model, folder)
         return cls(tracer.groups(), {name: _whole(t) for name, t in tracer.state.items()})
+
+    def split(self, names: Collection[str]) -> tuple[NameMap, NameMap]:
+        """Two maps: of the tensors made of any of ``names`` (ours), and of all others."""
+        maps = []
+        for wanted in (True, False):
+            chosen = (
+                [g for g in part if wanted == any(name in names for name in g.ours)]
+                for part in self._by_part
+            )
+            maps.append(NameMap.__new__(NameMap))
+            maps[-1]._take([part for part in chosen if part], self._dtypes)
+        return maps[0], maps[1]
 
     @property
     def renames(self) -> dict[str, str] | None:

@@ -4,13 +4,19 @@ learner's."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
+
+from avatar_rl.actors.engine.vllm_plugin.links import open_link
+from avatar_rl.buffer_service.weights.member import Member, MemberSettings
+from avatar_rl.buffer_service.weights.receiver import WeightContract
 
 if TYPE_CHECKING:
     from vllm.config.model import LogprobsMode
@@ -97,6 +103,7 @@ class WorkerExtension:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
     model_runner: GPUModelRunner  # of which the CPU's is a kind
+    rank: int
     reload_weights: Callable[..., None]  # the worker's own
 
     def adopt_weights(self, weights: list[tuple[str, Tensor]]) -> None:
@@ -135,6 +142,32 @@ class WorkerExtension:
         for tensor, size in self.__dict__.pop("_caches", []):
             tensor.untyped_storage().resize_(size)
             tensor.zero_()
+
+    def join_transfers(self, transport: str, settings: MemberSettings, model: Path) -> str:
+        """Take versions by ``transport`` from now on, beside the running model. Returns this
+        member's name. ``model``: the folder whose tensors a version must have."""
+        settings = replace(settings, name=f"{settings.name}/{self.rank}")
+        staging, link = open_link(transport, self)
+        check = WeightContract(model).check
+        member = self.__dict__["_member"] = Member(settings, staging, link, check=check)
+        member.start()
+        return settings.name
+
+    def reserve_held(self, version: int, token: str) -> bool:
+        """Whether this worker holds a version, which it then keeps for ``adopt_held``."""
+        member: Member = self.__dict__["_member"]
+        return member.reserve(version, token)
+
+    def adopt_held(self) -> None:
+        """Load the reserved version in place; each worker takes its own share of the tensors."""
+        member: Member = self.__dict__["_member"]
+        member.load(lambda pairs: self.adopt_weights(list(pairs)))
+
+    def leave_transfers(self) -> None:
+        """Take no more versions."""
+        member: Member | None = self.__dict__.pop("_member", None)
+        if member is not None:
+            member.close()
 
     def hold_adapter(
         self,
