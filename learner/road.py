@@ -80,6 +80,7 @@ def open_road(
     if sender is None:
         return Road(maps, None, IpcFollower(DTYPES[dtype]) if spec.transport == "ipc" else None)
     control = RunControl.at(spec.buffer, spec.run_id, spec.redis_url)
+    control.set_value("weights/fallback", None)  # of a run that is resumed
     roads = RoadSender(
         Noticeboard(spec.buffer, spec.run_id, spec.redis_url),
         sender,

@@ -90,6 +90,24 @@ LENGTHS = "rollout: {engine: {max_model_len: 320}, sampling: {max_tokens: 4096}}
 RECIPES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("lengths", LENGTHS, (), ("rollout.sampling.max_tokens 4096", "raise max_model_len to")),
     (
+        "nccl_on_cpus",
+        "weights: {transport: nccl}\nrollout: {engine: {device: cpu}}",
+        (),
+        ("weights.transport nccl goes from GPU to GPU", "set it to gloo"),
+    ),
+    (
+        "ipc_apart",
+        "weights: {transport: ipc}",
+        (),
+        ("weights.transport ipc shares the memory of one GPU", "resources.colocate"),
+    ),
+    (
+        "board_too_seldom",
+        "weights: {transport: gloo, board_every: 3}",
+        (),
+        ("weights.board_every 3", "set it to 2"),
+    ),
+    (
         "long_completions",
         "",
         ("--rollout.sampling.max_tokens=4096",),

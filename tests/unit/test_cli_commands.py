@@ -23,6 +23,7 @@ from avatar_rl.cluster.recipe.load import resolve_recipe
 from avatar_rl.cluster.telemetry.run_folder import RunFolder
 from avatar_rl.cluster.workers.pool import unwrap
 from avatar_rl.cluster.workers.rollout_fleet import DESIRED
+from avatar_rl.cluster.workers.weight_road import weight_transport
 from avatar_rl.common.errors import ConfigError, ResourceError
 
 DATA: dict[str, Any] = {"data": {"train": "train.jsonl"}}
@@ -69,6 +70,36 @@ def test_an_engine_over_several_gpus_asks_ray_for_them() -> None:
     with pytest.raises(ConfigError, match=r"needs resources\.rollout_gpus 2, which is None"):
         resolve_recipe(split, [], source="here")
     resolve_recipe({**split, "resources": {"rollout_gpus": 2}}, [], source="here")
+
+
+def test_a_transport_that_the_machine_lacks_is_refused_with_another() -> None:
+    def refused(match: str, **keys: object) -> None:
+        with pytest.raises(ConfigError, match=match):
+            resolve_recipe(DATA | keys, [], source="here")
+
+    nccl = {"transport": "nccl"}
+    on_cpu = {"engine": {"device": "cpu"}}
+    refused("nccl goes from GPU to GPU, .* set it to gloo", weights=nccl, rollout=on_cpu)
+    refused("nccl goes from GPU to GPU", weights=nccl, resources={"learner_gpus": 0})
+    refused(r"set resources\.colocate to true", weights={"transport": "ipc"})
+    seldom = {"transport": "gloo", "board_every": 3}
+    refused(r"with loop\.max_staleness 1 set it to 2", weights=seldom)
+    resolve_recipe(DATA | {"weights": seldom, "loop": {"max_staleness": 2}}, [], source="here")
+    pool = {"pool": {"every": 1}}
+    refused(r"set weights\.board_every to 1", weights=seldom | {"board_every": 2}, evaluation=pool)
+    refused("weights.transport", weights={"transport": "carrier pigeon"})
+    resolve_recipe(DATA | {"weights": nccl}, [], source="here")
+    for asked, on_gpu, expected in (
+        ("auto", False, "board"),
+        ("auto", True, "nccl"),
+        ("gloo", False, "gloo"),
+        ("nccl", True, "nccl"),
+    ):
+        config = resolve_recipe(DATA | {"weights": {"transport": asked}}, [], source="here")
+        assert weight_transport(config, Path("unused"), on_gpu=on_gpu)[0] == expected
+    config = resolve_recipe(DATA | {"weights": nccl}, [], source="here")
+    with pytest.raises(ConfigError, match="nccl goes from GPU to GPU"):
+        weight_transport(config, Path("unused"), on_gpu=False)
 
 
 def test_the_doctor_takes_overrides_and_curricula_and_misses_storage(tmp_path: Path) -> None:
