@@ -198,7 +198,7 @@ class TwinStage:
         self.source = self._new_source()
         self.readers = [self._new_reader() for _ in range(members)]
         self._until_there()
-        self.version = 0
+        self.version = self.committed()  # of the stage before
 
     def _new_source(self) -> Any:
         self.named += 1
@@ -327,7 +327,6 @@ def measure_twin(
     """Publication and adoption by the twin, against the board's in the same run: latency until the
     last reader has it, and the learner's pause."""
     stage = TwinStage(size, url, readers)
-    stage.version = stage.committed()
     latencies, pauses = [], []
     for turn in range(WARM_UP + rounds):
         time.sleep(STEP_S / 4)

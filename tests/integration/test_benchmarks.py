@@ -76,6 +76,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "finite_check_ratio",
         "adapter_bytes_share",
         "adapter_pause_ratio",
+        "twin_vs_board_400kb_2reader",
     ),
 }
 MARKS = {"view": needs_chromium}
@@ -94,6 +95,7 @@ EXACT = {
     "parity": {"greedy_other_tied": 0, "greedy_other_qwen3_vl_moe": 0},
     "walk": {"faults": 0, "pages": 7},
     "soak": {"acknowledged_lost": 0, "trained_twice": 0, "ledger_gap": 0, "unplanned_exits": 0},
+    "weights": {"twin_kills": 2, "twin_lost": 0, "twin_mixed": 0},
 }
 
 

@@ -22,7 +22,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
     before = set(os.listdir("/dev/shm"))
     embeddings = ["--learner.embeddings.folder", str(folder / "embeddings")]
-    process = start(folder, *embeddings, "--learner.embeddings.workers", "1")
+    options = ["--learner.embeddings.workers", "1", "--weights.transport", "gloo"]
+    process = start(folder, *embeddings, *options)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     until_freed(before)
@@ -40,6 +41,10 @@ def test_a_run_trains_and_says_what_came_of_it(finished: tuple[Path, str]) -> No
     assert [row["replay/share"] for row in rows] == [0.0, 0.5, 0.5]  # warm after the first step
     assert all(row["kl/reference"] is not None and row["grad_norm"] is not None for row in rows)
     assert max(row["staleness/max"] for row in rows) <= 1
+    # Both engines took each version from the learner itself, and none fell back to the board.
+    assert "versions travel by gloo" in output
+    assert [row["weights/members"] for row in rows] == [2, 2, 2]
+    assert [row["weights/fallbacks"] for row in rows] == [0, 0, 0]
     # 4 prompts a step: 8 completions each while the buffer is cold, then 4
     assert rows[-1]["completions/generated"] == 4 * 8 + 2 * 4 * 4
 
