@@ -3,7 +3,8 @@ forward.
 
 Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
 ``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py and experts.py:
-media and fused experts after a weight update; worker.py: log-probabilities.
+media and fused experts after a weight update; worker.py: log-probabilities; links.py: how weights
+come.
 """
 
 from __future__ import annotations

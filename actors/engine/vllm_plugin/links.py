@@ -20,17 +20,15 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from avatar_rl.actors.engine.vllm_plugin.worker import WorkerExtension
 
-
-def open_link(transport: str, worker: WorkerExtension) -> tuple[Staging, MemberLink]:
-    """This worker's memory for versions, and its end of the link "gloo", "nccl" or "ipc"."""
+def open_link(transport: str, runner: GPUModelRunner) -> tuple[Staging, MemberLink]:
+    """A worker's memory for versions, and its end of the link "gloo", "nccl" or "ipc"."""
     if transport == "gloo":
         staging = Staging()
         return staging, GlooMember(staging)
     staging = Staging(pinned=True)
     kind = NcclMember if transport == "nccl" else IpcMember
-    return staging, kind(staging, worker.model_runner)
+    return staging, kind(staging, runner)
 
 
 class NcclMember:

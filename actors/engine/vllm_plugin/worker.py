@@ -147,7 +147,7 @@ class WorkerExtension:
         """Take versions by ``transport`` from now on, beside the running model. Returns this
         member's name. ``model``: the folder whose tensors a version must have."""
         settings = replace(settings, name=f"{settings.name}/{self.rank}")
-        staging, link = open_link(transport, self)
+        staging, link = open_link(transport, self.model_runner)
         check = WeightContract(model).check
         member = self.__dict__["_member"] = Member(settings, staging, link, check=check)
         member.start()
