@@ -81,7 +81,9 @@ def parts(size: int) -> dict[Pass, list[dict[str, Tensor]]]:
 class TwinSource:
     """Rank 0."""
 
-    def __init__(self, weight_store: Any, size: int, url: str, number: int) -> None:
+    def __init__(
+        self, weight_store: Any, size: int, url: str, number: int, board_every: int
+    ) -> None:
         torch.set_num_threads(1)
         self.number, self.fuse = number, Fuse()
         self.parts = parts(size)
@@ -94,7 +96,7 @@ class TwinSource:
             WeightSender(layout, self.outbox, dtype="float32"),
             self.parts,
             lambda client, source: GlooSender(client, source, store),
-            board_every=1 << 30,  # only for those who miss a version
+            board_every=board_every,
             on_phase=self.fuse,
         )
 

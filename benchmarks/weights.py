@@ -47,6 +47,7 @@ TENSORS = 96  # a published checkpoint has some hundreds; the size is split even
 SHM = Path("/dev/shm/avatar-bench-weights")
 DEADLINE_S = 120.0
 TWIN_BYTES = 4 << 20  # of a version under kills
+NEVER = 1 << 30  # on the board, too
 TWIN_SIZES = ("400kb", "10mb", "100mb")
 LOST_S = 60.0  # a version that a reader has not by then is lost
 # versions until every page of the store that they come by has been touched: two kept, one read, one
@@ -190,8 +191,8 @@ class TwinStage:
 
     MEMBERS = 2
 
-    def __init__(self, size: int, url: str, members: int = MEMBERS) -> None:
-        self.size, self.url = size, url
+    def __init__(self, size: int, url: str, members: int = MEMBERS, board_every: int = 1) -> None:
+        self.size, self.url, self.board_every = size, url, board_every
         self.weight_store = ray.remote(WeightStore).options(num_cpus=0).remote()
         self.kills = self.lost = self.mixed = self.adoptions = 0
         self.formations = self.named = 0
@@ -203,7 +204,8 @@ class TwinStage:
     def _new_source(self) -> Any:
         self.named += 1
         make = ray.remote(TwinSource).options(num_cpus=0, max_concurrency=3)
-        return make.remote(self.weight_store, self.size, self.url, self.named)
+        given = (self.weight_store, self.size, self.url, self.named, self.board_every)
+        return make.remote(*given)
 
     def _new_reader(self) -> Any:
         self.named += 1
@@ -326,7 +328,7 @@ def measure_twin(
 ) -> None:
     """Publication and adoption by the twin, against the board's in the same run: latency until the
     last reader has it, and the learner's pause."""
-    stage = TwinStage(size, url, readers)
+    stage = TwinStage(size, url, readers, NEVER)
     latencies, pauses = [], []
     for turn in range(WARM_UP + rounds):
         time.sleep(STEP_S / 4)
