@@ -29,7 +29,8 @@ def a_fleet(workers: int, restarts: int) -> RolloutFleet:
         requests=SimpleNamespace(abandon=lambda name: None),
         control=SimpleNamespace(drop_heartbeat=lambda *name: None),
     )
-    fleet = RolloutFleet(pool, quiet, buffer, quiet, quiet, scaling=RolloutSection(workers=workers))
+    spec: Any = SimpleNamespace(transport="board")
+    fleet = RolloutFleet(pool, spec, buffer, quiet, quiet, scaling=RolloutSection(workers=workers))
     fleet.start(workers)
     fleet.working = dict.fromkeys(fleet.members, "")
     return fleet

@@ -64,6 +64,7 @@ def supervisor(tmp_path: Path) -> Supervisor:
         checkpoint=SimpleNamespace(keep=3, every=20),
         loop=SimpleNamespace(steps=100),
         rewards=SimpleNamespace(asks_judge=False),
+        weights=SimpleNamespace(transport="board"),
     )
     events: list[tuple[str, str]] = []
     folder: Any = SimpleNamespace(
