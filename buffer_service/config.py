@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -35,6 +35,37 @@ class WeightsConfig(Section):
         description="With another transport: every n-th version is on the board, too, for actors "
         "that join between two versions. At most loop.max_staleness + 1.",
     )
+
+    def faults(
+        self, *, lacks_gpus: bool, colocated: bool, max_staleness: int, measures_pool: bool
+    ) -> Iterator[str]:
+        """What speaks against this way in a recipe. ``lacks_gpus``: it says so of one side;
+        ``measures_pool``: an evaluation waits for the newest version."""
+        if self.transport in ("nccl", "ipc") and lacks_gpus:
+            yield (
+                f"weights.transport {self.transport} goes from GPU to GPU, and learner or rollouts "
+                "have none here: set it to gloo, which is the same protocol on CPUs, or to board"
+            )
+        if self.transport == "ipc" and not colocated:
+            yield (
+                "weights.transport ipc shares the memory of one GPU, and learner and rollouts have "
+                "their own here: set resources.colocate to true, or weights.transport to nccl"
+            )
+        if self.transport == "nccl" and colocated:
+            yield (
+                "weights.transport nccl cannot go from a GPU to itself: with resources.colocate "
+                "set it to ipc"
+            )
+        if self.transport != "board" and self.board_every > max_staleness + 1:
+            yield (
+                f"weights.board_every {self.board_every} leaves an actor that joins without work: "
+                f"with loop.max_staleness {max_staleness} set it to {max_staleness + 1} or less"
+            )
+        if self.board_every > 1 and measures_pool:
+            yield (
+                "evaluation.pool waits for answers of the newest version, also from an actor that "
+                "just joined: set weights.board_every to 1"
+            )
 
 
 class TierShares(Section):

@@ -421,38 +421,14 @@ class RunConfig(Section):
 
     def _transport(self) -> Iterator[str]:
         """What a way of the weights needs, as far as the recipe tells."""
-        weights, gpus = self.weights, self.resources
-        named = (gpus.rollout_gpus, gpus.learner_gpus)
-        if weights.transport in ("nccl", "ipc") and (
-            self.rollout.engine.device == "cpu" or 0 in named
-        ):
-            yield (
-                f"weights.transport {weights.transport} goes from GPU to GPU, and learner or "
-                "rollouts have none here: set it to gloo, which is the same protocol on CPUs, or "
-                "to board"
-            )
-        if weights.transport == "ipc" and not gpus.colocate:
-            yield (
-                "weights.transport ipc shares the memory of one GPU, and learner and rollouts have "
-                "their own here: set resources.colocate to true, or weights.transport to nccl"
-            )
-        if weights.transport == "nccl" and gpus.colocate:
-            yield (
-                "weights.transport nccl cannot go from a GPU to itself: with resources.colocate "
-                "set it to ipc"
-            )
-        longest = self.loop.max_staleness + 1
-        if weights.transport != "board" and weights.board_every > longest:
-            yield (
-                f"weights.board_every {weights.board_every} leaves an actor that joins without "
-                f"work: with loop.max_staleness {self.loop.max_staleness} set it to {longest} or "
-                "less"
-            )
-        if weights.board_every > 1 and self.evaluation.pool.every:
-            yield (
-                "evaluation.pool waits for answers of the newest version, also from an actor that "
-                "just joined: set weights.board_every to 1"
-            )
+        resources = self.resources
+        return self.weights.faults(
+            lacks_gpus=self.rollout.engine.device == "cpu"
+            or 0 in (resources.rollout_gpus, resources.learner_gpus),
+            colocated=resources.colocate,
+            max_staleness=self.loop.max_staleness,
+            measures_pool=self.evaluation.pool.every > 0,
+        )
 
     @property
     def pack_tokens(self) -> int:
