@@ -46,8 +46,12 @@ from avatar_rl.learner.model.reference import JointReference, ReferencePolicy
 from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.learner.model.sharded_load import load_in_shares
-from avatar_rl.learner.publication import AdapterPublication, Publication, published_adapter
-from avatar_rl.learner.road import open_road
+from avatar_rl.learner.publication import (
+    AdapterPublication,
+    Publication,
+    open_road,
+    published_adapter,
+)
 from avatar_rl.learner.sft import ColdStart, SftReport
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator

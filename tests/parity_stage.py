@@ -27,7 +27,7 @@ from avatar_rl.buffer_service.weights.store import WeightMessage
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.names import NameMap
-from avatar_rl.learner.road import Road, Take, changing_tensors
+from avatar_rl.learner.publication import Road, Take, changing_tensors
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder
