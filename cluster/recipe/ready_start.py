@@ -108,7 +108,11 @@ def sft_settings(sft: SftConfig) -> JsonObject:
     left_out = {"ranks", "checkpoint_every", "ready"}
     if sft.lora is None:  # so those of before there was LoRA are found
         left_out.add("lora")
-    return sft.model_dump(mode="json", exclude=left_out)
+    found: JsonObject = sft.model_dump(mode="json", exclude=left_out)
+    optimizer = found["optimizer"]
+    if isinstance(optimizer, dict) and not sft.optimizer.accumulate_in_float32:
+        del optimizer["accumulate_in_float32"]  # likewise
+    return found
 
 
 def template_settings(template: TemplateConfig) -> JsonObject:
