@@ -116,7 +116,10 @@ def sft_settings(sft: SftConfig) -> JsonObject:
 
 
 def template_settings(template: TemplateConfig) -> JsonObject:
-    return template.model_dump(mode="json", exclude={"cache_bytes"})
+    left_out = {"cache_bytes"}
+    if template.total_video_tokens is None:  # so those of before there was such a bound are found
+        left_out.add("total_video_tokens")
+    return template.model_dump(mode="json", exclude=left_out)
 
 
 def taught_settings(world: WorldConfig) -> JsonObject:
