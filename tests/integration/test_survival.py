@@ -210,8 +210,7 @@ def assert_the_same(run: Path, peaceful: Path, start: Path) -> None:
 
 @pytest.fixture
 def job_to_kill(folder: Path, tmp_path: Path) -> Iterator[Job]:
-    # Its weights go by another road than the peaceful run's; a resumed one takes the board.
-    job = Job(folder, tmp_path / "runs", "--weights.transport", "gloo")
+    job = Job(folder, tmp_path / "runs")
     yield job
     if job.process.poll() is None:
         job.process.kill()
