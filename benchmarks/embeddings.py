@@ -26,11 +26,13 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
+from avatar_rl.learner.batch.microbatch import Row, collate
 from avatar_rl.learner.batch.plan import StepWork
 from avatar_rl.learner.config import EmbeddingsConfig
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.opening import MediaSetting, open_encoder
-from avatar_rl.learner.media.towers import TOWERS, Towers
+from avatar_rl.learner.media.towers import TOWERS
+from avatar_rl.learner.model.media import embed
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
@@ -171,14 +173,13 @@ def parts(spec: LearnerSpec, sizes: Sizes) -> tuple[float, float]:
     # The same tokens and positions; what stands for media are ordinary embeddings here.
     blind = {name: replace(prompt, features={}) for name, prompt in encoded.items()}
     language = BenchLearner(spec, FrozenPrompts(blind))
-    towers = Towers(spec.model, dtype="float32", device=torch.device("cpu"))
+    # One pack of all prompts, as the step below makes it: an encoder's calls are not free.
+    pack = collate([Row((name, False), p, np.zeros(1, np.int32)) for name, p in encoded.items()])
     tower_s, language_s = [], []
     for turn in range(3):
         start = time.perf_counter()
-        for prompt in encoded.values():
-            features = prompt.features
-            towers.embed("video", {n: features[n] for n in features if "video" in n})
-            towers.embed("audio", {n: features[n] for n in features if n.endswith(("ures", "ask"))})
+        with torch.no_grad():
+            embed(learner.engine.policy.model, pack, ())
         middle = time.perf_counter()
         language.update(work)
         if turn:  # the first warms both
