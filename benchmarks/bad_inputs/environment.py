@@ -183,7 +183,11 @@ COMMANDS: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         ),
         ("train.jsonl:1", "malformed JSON", "mend or remove"),
     ),
-    ("runs_none", command("runs", "show", "x", "--folder={}"), ("no such run", "x")),
+    (
+        "runs_none",
+        command("runs", "show", "x", "--folder={}"),
+        ("avatar runs show x", "no such run"),
+    ),
     ("runs_two_words", command("runs", "show", "a", "b"), ("takes one run", "an id below")),
     (
         "runs_torn",

@@ -120,13 +120,13 @@ def named_run(parent: Path, wanted: str) -> Path | None:
     )
 
 
-def find_run(parent: Path, wanted: str, name: str) -> Path | None:
+def find_run(parent: Path, wanted: str, name: str, *, asked: str = "--resume") -> Path | None:
     """The folder of ``wanted``: a path, a run id below ``parent``, or "auto" for the newest
     unfinished run of ``name`` (of any, where that is empty); one that failed before its first step
     only where there is no other.
 
-    None when "auto" finds nothing to resume. Raises ConfigError when a named run does not
-    exist."""
+    None when "auto" finds nothing to resume. Raises ConfigError, which begins with what ``asked``
+    for the run, when a named one does not exist."""
     if wanted == "auto":
         ours = re.compile(re.escape(name) + r"-[0-9-]+" if name else ".*")
         open_ones = [
@@ -142,7 +142,7 @@ def find_run(parent: Path, wanted: str, name: str) -> Path | None:
     if (run := named_run(parent, wanted)) is not None:
         return run
     known = ", ".join(status.run_id for status in list_runs(parent)[:5]) or "none"
-    raise ConfigError(f"--resume {wanted}: there is no such run below {parent} (newest: {known})")
+    raise ConfigError(f"{asked} {wanted}: there is no such run below {parent} (newest: {known})")
 
 
 def saved_config(run: Path) -> JsonObject:

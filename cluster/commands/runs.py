@@ -34,7 +34,7 @@ def run(words: Sequence[str], folder: Path, list_all: Callable[[Path], int]) -> 
         raise ConfigError(f"avatar runs {action} takes one run: an id below {folder}, or a folder")
     from avatar_rl.cluster.checkpoints.resume import find_run
 
-    found = find_run(folder, words[0], "")
+    found = find_run(folder, words[0], "", asked=f"avatar runs {action}")
     if found is None:
         raise ConfigError(f"there is no unfinished run below {folder}")
     return show(found) if action == "show" else resume(found, words[1:])

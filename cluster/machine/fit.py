@@ -89,8 +89,9 @@ def demands(config: RunConfig) -> list[Demand]:
 def machine_words(machine: MachineConfig) -> str:
     """The machine in a line."""
     nodes = "one node" if machine.nodes == 1 else f"{machine.nodes} nodes, each"
+    gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
     return (
-        f"{nodes} of {machine.gpus} GPUs of {machine.gpu_gib:g} GiB, {machine.cpus} cores, "
+        f"{nodes} of {gpus} of {machine.gpu_gib:g} GiB, {machine.cpus} cores, "
         f"{machine.memory_gib:g} GiB of memory, {machine.shm_gib:g} GiB in /dev/shm"
     )
 
