@@ -175,7 +175,7 @@ def _groups(axes: Any, arms: ByArm) -> None:
                 capsize=4,
             )
         axis.set_xticks(range(len(known)), [label for label, _ in known], rotation=30, ha="right")
-        axis.set(title=title, xlim=(-0.6, len(known) - 0.4))
+        axis.set(title=title, xlim=(-0.6, len(known) - 0.4), ylim=(0, 1))
     axes[0].set_ylabel(f"training accuracy,\nmean over {COMPLETIONS} completions")
 
 
