@@ -32,6 +32,7 @@ from avatar_rl.learner.publication import Publication
 from avatar_rl.learner.rank import LearnerRank
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.step import StepTrainer
+from avatar_rl.learner.turn import RankTurn
 from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
@@ -172,6 +173,7 @@ class UnluckyRank(LearnerRank):
         )
         self.outbox = cast("Outbox", None)
         self.cold_start = self.state_replica = None
+        self.turn = RankTurn(None)
         self.events: list[str] = []
         self.steps = Steps(self.events)
 

@@ -180,6 +180,10 @@ class Warped(nn.Module):
         self.model, self.how, self.config = model, how, model.config
         self.lm_head = model.lm_head
 
+    def get_input_embeddings(self) -> nn.Module:
+        found: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return found
+
     def forward(self, **inputs: Any) -> Any:
         self.model.lm_head = self.lm_head
         output = self.model(**inputs)

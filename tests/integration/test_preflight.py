@@ -185,8 +185,8 @@ def test_the_doctor_tells_the_truth_of_a_7b_recipe_without_gpus(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     joined = {item.subject: item for item in examine(OMNI)}
     assert joined["GPU"].level == "fail"
-    # 31.1 between two steps, 14.6 that publication gathers, 2.9 of a media worker.
-    for words in ("12 GPUs", "8 learner ranks", "4 rollout actors", "48.6 GiB", "Qwen2.5-Omni-7B"):
+    # 26.0 while a step is computed, 2.9 of a media worker.
+    for words in ("12 GPUs", "8 learner ranks", "4 rollout actors", "28.9 GiB", "Qwen2.5-Omni-7B"):
         assert words in joined["GPU"].found
     assert "49.9 GiB" in joined["memory"].found
     monkeypatch.delenv("RAY_ADDRESS")

@@ -39,7 +39,9 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
     """A training run of six steps whose parts only say what they are asked."""
     settings = LoopConfig.model_validate({"steps": 6, "prompts_per_step": 1, **loop})
     evaluation = SimpleNamespace(
-        every=2, pool=SimpleNamespace(every=0 if met_at is None else 1, stop_at=0.5)
+        every=2,
+        pool=SimpleNamespace(every=0 if met_at is None else 1, stop_at=0.5),
+        benchmarks=SimpleNamespace(every=0),
     )
     output = SimpleNamespace(samples_every=3, samples=4)
     return SimpleNamespace(
@@ -58,6 +60,7 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
         ),
         heldout=Rounds(said, "heldout"),
         train_pool=Rounds(said, "pool", met_at),
+        public_sets=SimpleNamespace(prompt_ids=[], evaluate=lambda *_: None),
         supervisor=SimpleNamespace(
             signals=SimpleNamespace(orderly=False),
             watch=None,

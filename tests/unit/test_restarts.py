@@ -75,6 +75,7 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
         ),
         first_step=5,
         fleet=SimpleNamespace(work=lambda: None),
+        turns=SimpleNamespace(rollouts=lambda look: None, learner=lambda look: None),
         screen=SimpleNamespace(phase=lambda *said: None),
         folder=SimpleNamespace(status=lambda **said: None),
         heldout=SimpleNamespace(
@@ -83,9 +84,11 @@ def test_a_run_that_met_its_target_before_it_was_killed_trains_no_further() -> N
             evaluate=lambda step, *_: done.append(f"evaluated at {step}"),
         ),
         train_pool=SimpleNamespace(reached=lambda target: target is not None),
+        public_sets=SimpleNamespace(prompt_ids=[], evaluate=lambda step, *_: None),
         supervisor=SimpleNamespace(
             signals=SimpleNamespace(orderly=False),
             watch=None,
+            look=None,
             checkpoints=SimpleNamespace(wait=lambda: None),
             report=lambda kind, message: done.append(kind),
         ),
