@@ -19,6 +19,7 @@ from torch import Tensor
 
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
+from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.batch.microbatch import Row, collate, padded
 from avatar_rl.learner.batch.plan import StepWork, plan_step
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
@@ -66,10 +67,13 @@ class BenchLearner:
         join_alone()
         optimizer = spec.learner.optimizer
         model = load_model(spec.model, dtype=optimizer.dtype)
+        adapter = None if spec.lora is None else Adapter.attach(model, spec.lora, seed=spec.seed)
         if spec.learner.gradient_checkpointing:
             recompute_activations(model)
         policy = Policy(model)
-        self.engine = TrainEngine(policy, optimizer, world_size=1, dtype=optimizer.dtype)
+        self.engine = TrainEngine(
+            policy, optimizer, world_size=1, dtype=optimizer.dtype, adapter=adapter
+        )
         self.prompts: Any = frozen or PromptIndex.read(spec.datasets, spec.data)
         self.encoder: Any = frozen or PromptEncoder(
             spec.model, MediaLoader(spec.media, base=Path(".")), spec.template

@@ -62,6 +62,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "mistakes": ("tried", "named", "slow", "longest_s", "median_s"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
     "parity": ("logprob_worst", "logprob_fresh_qwen3_vl_moe", "families"),
+    "real_text": ("parity_gap_ppm", "step_speedup", "packed_vs_copied", "packed_loss_gap_ppm"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
     "step_files": ("files", "lines", "files_learner"),
     "ablations": ("seeds_plus_VCRS", "solved_plus_VCRS"),
