@@ -69,6 +69,7 @@ RECIPE: dict[str, Any] = {
     "cold_start": {
         "steps": 30,
         "batch_size": 16,
+        "ranks": 2,
         "warmup": 5,
         "lora": LORA,
         "optimizer": {"lr": 1e-3, "dtype": "bfloat16"},
@@ -88,10 +89,10 @@ RECIPE: dict[str, Any] = {
     "learner": {
         "lora": LORA,
         "objective": {"beta": 0.0},
-        "optimizer": {"lr": 3e-4, "dtype": "bfloat16"},
+        "optimizer": {"lr": 5e-4, "dtype": "bfloat16"},
     },
-    "buffer": {"warm_up": 64},
-    "loop": {"steps": 60, "prompts_per_step": 8},
+    "buffer": {"warm_up": 32},
+    "loop": {"steps": 60, "prompts_per_step": 4},
     "evaluation": {"every": 0},
     "output": {"report": False, "export": False},
     "screen": "plain",
