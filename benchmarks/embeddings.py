@@ -37,7 +37,7 @@ from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt
-from benchmarks.harness import Figures, parser
+from benchmarks.harness import Figures, parser, spread
 from benchmarks.learner_side import (
     BenchLearner,
     FrozenPrompts,
@@ -238,9 +238,7 @@ def embeddings_vs_pixels(spec: LearnerSpec, folder: Path, rounds: int, sizes: Si
             for name in list(sides) if turn % 2 else reversed(list(sides)):
                 times[name] += sides[name].seconds([work])
         ratios = [p / s for p, s in zip(times["pixels"], times["stored"], strict=True)]
-        yield f"embeddings_vs_pixels{label}", statistics.median(ratios)
-        yield f"embeddings_vs_pixels{label}_low", min(ratios)
-        yield f"embeddings_vs_pixels{label}_high", max(ratios)
+        yield from spread(f"embeddings_vs_pixels{label}", ratios)
         for name, values in times.items():
             yield f"step_ms_{name}{label}", 1e3 * statistics.median(values)
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -39,6 +40,13 @@ def smoke_recipe(folder: Path) -> Path:
     path = folder / "smoke.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def spread(name: str, values: Sequence[float]) -> Iterator[tuple[str, float]]:
+    """Median, least and greatest of some values as figures."""
+    yield name, statistics.median(values)
+    yield f"{name}_low", min(values)
+    yield f"{name}_high", max(values)
 
 
 class Figures:

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
 from avatar_rl.learner.batch.packing import Size, pack
 from avatar_rl.learner.batch.plan import StepWork
-from benchmarks.harness import Figures, parser
+from benchmarks.harness import Figures, parser, spread
 from benchmarks.head_side import peak_bytes
 from benchmarks.learner_side import (
     GROUP,
@@ -87,17 +87,17 @@ def packed_vs_copied(folder: Path, shape: Shape, rounds: int, sizes: Sizes) -> F
         if others.keys() != gradients.keys():
             raise SystemExit(f"{name}: other parameters have gradients: nothing to compare")
         gaps = torch.stack([(others[n] - g).norm() for n, g in gradients.items()])
-        spread = max(abs(loss - other_loss), float(gaps.norm() / size))
-        if spread > AGREEMENT:
+        difference = max(abs(loss - other_loss), float(gaps.norm() / size))
+        if difference > AGREEMENT:
             raise SystemExit(
-                f"{name}: loss or gradients differ by {spread:.2g}: nothing to compare"
+                f"{name}: loss or gradients differ by {difference:.2g}: nothing to compare"
             )
-    yield f"{name}_spread_ppm", 1e6 * spread
+    yield f"{name}_spread_ppm", 1e6 * difference
     spent = {count: copied.seconds() for count, copied in copies.items()}
     best = min(spent, key=lambda count: spent[count])
     yield f"{name}_rows", best
     ratios = by_turns(copies[best].seconds, packed.seconds, rounds)
-    yield from _ratio(name, ratios)
+    yield from spread(name, ratios)
     yield f"{name}_ceiling", copies[best].positions / packed.positions
 
 
@@ -157,13 +157,13 @@ class Duel:
         for name, values in zip(("loss", "grad_norm"), zip(*sides, strict=True), strict=True):
             # The loss sums terms of about 1 that cancel: it compares absolutely, the norm
             # relatively.
-            spread = (max(values) - min(values)) / (1.0 if name == "loss" else max(values))
-            if spread > AGREEMENT:
+            difference = (max(values) - min(values)) / (1.0 if name == "loss" else max(values))
+            if difference > AGREEMENT:
                 raise SystemExit(
-                    f"{name} differs by {spread:.2g} between the sides ({values}): nothing to "
+                    f"{name} differs by {difference:.2g} between the sides ({values}): nothing to "
                     "compare"
                 )
-            yield f"{name}_spread_ppm", 1e6 * spread
+            yield f"{name}_spread_ppm", 1e6 * difference
 
     def learner_s(self) -> float:
         return sum(self.ours.seconds(self.works))
@@ -192,7 +192,7 @@ def vs_trl(duel: Duel, name: str, rounds: int) -> Figure:
         learner.append(duel.learner_s())
         return learner[-1]
 
-    yield from _ratio(name, by_turns(lambda: duel.trl_s(best), ours, rounds))
+    yield from spread(name, by_turns(lambda: duel.trl_s(best), ours, rounds))
     yield f"learner_tokens_per_s{label}", duel.tokens / statistics.median(learner)
     yield f"padding_share{label}", padding_share(duel.works, duel.budget)
 
@@ -234,12 +234,6 @@ def by_turns(theirs: Callable[[], float], ours: Callable[[], float], rounds: int
         spent = theirs()
         ratios.append(spent / (first or ours()))
     return ratios
-
-
-def _ratio(name: str, values: Sequence[float]) -> Figure:
-    yield name, statistics.median(values)
-    yield f"{name}_low", min(values)
-    yield f"{name}_high", max(values)
 
 
 def measure(folder: Path, which: set[str], rounds: int, threads: int, sizes: Sizes) -> Figure:

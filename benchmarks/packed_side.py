@@ -166,9 +166,11 @@ class PackedSide(Side):
         device: str = "cpu",
         dtype: str = "float32",
         budget: int = BUDGET,
+        recompute: bool = True,
     ) -> None:
         model = load_model(folder, dtype=dtype)
-        recompute_activations(model)
+        if recompute:
+            recompute_activations(model)
         freeze_tower(model)
         self.model, self.device = Policy(model).to(device), torch.device(device)
         sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]

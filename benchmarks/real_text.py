@@ -42,7 +42,7 @@ from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
-from benchmarks.harness import Figures, parser
+from benchmarks.harness import Figures, parser, spread
 from benchmarks.learner_side import (
     GROUP,
     BenchLearner,
@@ -52,9 +52,11 @@ from benchmarks.learner_side import (
     score,
     with_behaviour,
 )
+from benchmarks.packed_side import PackedSide
 from benchmarks.real_model import Absent, make_folder
-from benchmarks.text_sides import CopiedText, PackedText
+from benchmarks.text_sides import CopiedText
 from benchmarks.word_problems import write_problems
+from tests.parity_stage import run as run_engine
 from tests.tiny_families import gemma3
 
 Figure = Iterator[tuple[str, float]]
@@ -127,12 +129,8 @@ def parity(model: Path, prompts: PromptIndex, count: int) -> Figure:
     engine = RolloutEngine(model, EngineConfig(device="cpu", dtype="float32", max_model_len=1024))
     asked = [prompts[name] for name in prompts.ids[:count]]
     sampling = RequestSampling(n=2, max_tokens=32)
-    done = {}
     try:
-        for seed, prompt in enumerate(asked):
-            engine.submit(prompt.id, encoder.engine_input(prompt, False), sampling, seed=seed)
-        while engine.in_flight:
-            done |= {finished.request_id: finished for finished in engine.step()}
+        done = run_engine(engine, encoder, asked, sampling)
     finally:
         engine.close()
     policy = Policy(load_model(model, dtype="float32")).eval()
@@ -140,9 +138,9 @@ def parity(model: Path, prompts: PromptIndex, count: int) -> Figure:
         model, dtype=torch.float64, attn_implementation="eager"
     )
     gaps = {"gap": 0.0, "engine": 0.0, "learner": 0.0}
-    for prompt in asked:
+    for prompt, finished in zip(asked, done, strict=True):
         encoded = encoder.encode(prompt, False)
-        parts = done[prompt.id].completions
+        parts = finished.completions
         rows = [Row((prompt.id, False), encoded, part.token_ids) for part in parts]
         with torch.no_grad():
             found = policy(collate(rows)).logprobs.numpy()
@@ -201,7 +199,9 @@ def steps(model: Path, prompts: PromptIndex, sizes: Sizes) -> Figure:
         for group in work.groups
         for t in group.trajectories
     ]
-    packed, copied = PackedText(model, rows), CopiedText(model, rows, GROUP)
+    budget = LearnerConfig().pack_tokens()
+    packed = PackedSide(model, rows, dtype="bfloat16", budget=budget, recompute=False)
+    copied = CopiedText(model, rows, GROUP)
     gap = abs(packed.run() - copied.run())
     yield "packed_loss_gap_ppm", 1e6 * gap
     packed.model.zero_grad(set_to_none=True)
@@ -218,12 +218,6 @@ def config_of(lora: LoraConfig | None = None) -> LearnerConfig:
         optimizer=OptimizerConfig(lr=1e-7, dtype="bfloat16"),
         lora=lora,
     )
-
-
-def spread(name: str, values: Sequence[float]) -> Figure:
-    yield name, statistics.median(values)
-    yield f"{name}_low", min(values)
-    yield f"{name}_high", max(values)
 
 
 # -- the run ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Forward and backward of text rows: in packs, and with each row's prompt copied."""
+"""Forward and backward of text rows that each carry their prompt."""
 
 from __future__ import annotations
 
@@ -9,36 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-from avatar_rl.learner.batch.microbatch import Row, collate
-from avatar_rl.learner.batch.packing import Size, pack
-from avatar_rl.learner.config import LearnerConfig
-from avatar_rl.learner.model.load import load_model
-from avatar_rl.learner.model.policy import Policy
+from avatar_rl.learner.batch.microbatch import Row
 from benchmarks.packed_side import Side, weights_of
-
-
-class PackedText(Side):
-    """The learner's policy over packs within the default budget, in bfloat16."""
-
-    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
-        self.model = Policy(load_model(folder, dtype="bfloat16"))
-        sizes = [Size(row.key, len(row.prompt.input_ids), len(row.token_ids)) for row in rows]
-        budget = LearnerConfig().pack_tokens()
-        self.packs = [[rows[i] for i in indices] for indices in pack(sizes, budget)]
-
-    @property
-    def positions(self) -> int:
-        return sum(len(collate(rows).input_ids) for rows in self.packs)
-
-    def run(self) -> float:
-        total = 0.0
-        for rows in self.packs:
-            logprobs = self.model(collate(rows)).logprobs
-            weights = torch.nn.utils.rnn.pad_sequence([weights_of(row) for row in rows], True)
-            loss = (weights * logprobs).sum()
-            loss.backward()
-            total += float(loss.detach())
-        return total
 
 
 class CopiedText(Side):

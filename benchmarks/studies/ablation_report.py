@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from avatar_rl.cluster.telemetry.plots import BLUE, GREY, ORANGE, STYLE, VERMILION
+from avatar_rl.cluster.telemetry.plots import BLUE, GREY, ORANGE, VERMILION
 from benchmarks.studies.ablation_arms import ARMS, COMPLETIONS, GROUPS, SOLVED
 from benchmarks.studies.arms import POOL
+from benchmarks.studies.drawing import Drawing, draw_all
 from benchmarks.studies.report import ACCURACY
 from benchmarks.studies.sweep_report import mean_accuracy
 
@@ -136,25 +137,11 @@ def in_order(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def draw(arms: ByArm, folder: Path) -> list[Path]:
     """The groups, and the solved share over time; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=True)
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    with plt.rc_context(STYLE):
-        for name, panels, size, paint in (
-            ("ablations", len(GROUPS), (15, 3.8), _groups),
-            ("solved_share", 1, (7, 3.6), _over_time),
-        ):
-            figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", sharey=True)
-            paint(np.atleast_1d(axes), arms)
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=90, facecolor="white", metadata={"Software": None})
-            plt.close(figure)
-            drawn.append(path)
-    return drawn
+    drawings = (
+        Drawing("ablations", (15, 3.8), lambda axes: _groups(axes, arms), len(GROUPS)),
+        Drawing("solved_share", (7, 3.6), lambda axes: _over_time(axes, arms)),
+    )
+    return draw_all(drawings, folder)
 
 
 def _groups(axes: Any, arms: ByArm) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from avatar_rl.cluster.telemetry.plots import (
     ORANGE,
     PURPLE,
     SKY,
-    STYLE,
     VERMILION,
 )
+from benchmarks.studies.drawing import Drawing, draw_all
 
 COLOURS = (BLUE, SKY, "#003f5c", GREY, "#b5a300", ORANGE, PURPLE, GREEN, VERMILION)
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -25,28 +25,17 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def draw_figures(by_arm: Records, arms: Sequence[str], folder: Path) -> list[Path]:
     """Sample efficiency, dead groups and tiers of every arm; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=True)
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
     colours = dict(zip(arms, [COLOURS[i % len(COLOURS)] for i in range(len(arms))], strict=True))
-    drawn = []
-    panels: tuple[tuple[str, Any, tuple[float, float]], ...] = (
-        ("sample_efficiency", _efficiency, (8, 4.6)),
-        ("dead_groups", _dead, (8, 3.8)),
-        ("tiers", _tiers, (8, 3.2)),
+
+    def on_first(paint: Callable[..., None]) -> Callable[[Any], None]:
+        return lambda axes: paint(axes[0], by_arm, arms, colours)
+
+    drawings = (
+        Drawing("sample_efficiency", (8, 4.6), on_first(_efficiency)),
+        Drawing("dead_groups", (8, 3.8), on_first(_dead)),
+        Drawing("tiers", (8, 3.2), on_first(_tiers)),
     )
-    for name, draw, size in panels:
-        with plt.rc_context(STYLE):
-            figure, axis = plt.subplots(figsize=size, layout="constrained")
-            draw(axis, by_arm, arms, colours)
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=90, facecolor="white", metadata={"Software": None})
-            plt.close(figure)
-        drawn.append(path)
-    return drawn
+    return draw_all(drawings, folder)
 
 
 def step_curves(records: Sequence[Mapping[str, Any]], grid: Sequence[float]) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from avatar_rl.cluster.telemetry.distributions import advantage_shares, loss_by_position
-from avatar_rl.cluster.telemetry.plots import BLUE, GREY, ORANGE, STYLE, VERMILION
+from avatar_rl.cluster.telemetry.plots import BLUE, GREY, ORANGE, VERMILION
+from benchmarks.studies.drawing import Drawing, draw_all
 from benchmarks.studies.report import ACCURACY, COMPLETIONS, UPDATES, passage
 from benchmarks.studies.sweep_arms import ARMS, BASE, SWEEPS
 from benchmarks.studies.sweep_arms import COMPLETIONS as LENGTH
@@ -81,28 +82,12 @@ def flat(arms: Mapping[str, Sequence[Record]]) -> dict[str, float]:
 
 def draw(arms: Mapping[str, Sequence[Record]], folder: Path) -> list[Path]:
     """The sweeps, the histograms of advantages and the profiles of the loss; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=True)
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    with plt.rc_context(STYLE):
-        for name, panels, size, paint in (
-            ("sweeps", len(SWEEPS), (14, 3.6), _sweeps),
-            ("advantages", 2, (10, 3.4), _advantages),
-            ("loss_by_position", 1, (7, 3.6), _profiles),
-        ):
-            figure, axes = plt.subplots(
-                1, panels, figsize=size, layout="constrained", sharey=name != "advantages"
-            )
-            paint(np.atleast_1d(axes), arms)
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=90, facecolor="white", metadata={"Software": None})
-            plt.close(figure)
-            drawn.append(path)
-    return drawn
+    drawings = (
+        Drawing("sweeps", (14, 3.6), lambda axes: _sweeps(axes, arms), len(SWEEPS)),
+        Drawing("advantages", (10, 3.4), lambda axes: _advantages(axes, arms), 2, sharey=False),
+        Drawing("loss_by_position", (7, 3.6), lambda axes: _profiles(axes, arms)),
+    )
+    return draw_all(drawings, folder)
 
 
 def _sweeps(axes: Any, arms: Mapping[str, Sequence[Record]]) -> None:
