@@ -292,7 +292,11 @@ TABLE: tuple[tuple[str, Try, tuple[str, ...]], ...] = (
         trained(same, "--learner.embeddings.mode=on", "--learner.optimizer.freeze=[visual]"),
         ("learner.embeddings.mode", "audio_tower", "add audio_tower to learner.optimizer.freeze"),
     ),
-    ("other_names", other_checkpoint, ("has no counterpart", "use a checkpoint of a supported")),
+    (
+        "other_names",
+        other_checkpoint,
+        ("do not make the model's", "use a checkpoint of a supported"),
+    ),
     ("no_tokenizer", encoded(removed("tokenizer.json")), ("no tokenizer.json", "base model")),
     ("tokenizer_torn", encoded(written("tokenizer.json", "{")), ("tokenizer", "cannot be loaded")),
     ("no_template", encoded(removed("chat_template.jinja")), ("no chat template", "base model")),

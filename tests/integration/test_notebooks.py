@@ -18,16 +18,21 @@ pytestmark = pytest.mark.skipif(
 
 
 def printed(cells: list[dict[str, Any]]) -> list[str]:
-    """What the cells wrote, a text for each output; pictures as a word."""
+    """What the cells wrote: a cell's lines as one text, however often the kernel flushed them on a
+    busy machine; pictures as a word."""
     found = []
-    for output in (output for cell in cells for output in cell.get("outputs", ())):
-        if output["output_type"] == "stream":
-            if output["name"] == "stdout":
-                found.append("".join(output["text"]))
-        elif "image/png" in output.get("data", {}):
-            found.append("a picture")
-        else:
-            found.append("".join(output["data"]["text/plain"]))
+    for cell in cells:
+        lines = ""
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream":
+                if output["name"] == "stdout":
+                    lines += "".join(output["text"])
+            elif "image/png" in output.get("data", {}):
+                found.append("a picture")
+            else:
+                found.append("".join(output["data"]["text/plain"]))
+        if lines:
+            found.append(lines)
     return found
 
 
