@@ -114,12 +114,17 @@ def wait_for(look: Callable[[], Any], seconds: float, what: str) -> Any:
 def browser() -> Iterator[Browser]:
     from selenium import webdriver
 
+    if CHROMIUM is None or DRIVER is None:
+        raise SystemExit(
+            "no chromium or no chromedriver on the PATH: install the system packages "
+            "chromium and chromium-driver"
+        )
     options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
+    options.binary_location = CHROMIUM
     for argument in ARGUMENTS:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
         yield Browser(driver)
     finally:
