@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +60,7 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
         )
     config = load_recipe(recipe, parse_overrides(overrides), preset_name=asked.preset)
     hand = overridden(renamed(raw, str(recipe)), parse_overrides(overrides))
-    _show_by_hand(against_preset(hand, asked.preset))
+    _remark(against_preset(hand, asked.preset))
     if not asked.dry_run:
         return train_and_summarise(config, asked.resume)
     print(to_yaml(config))
@@ -70,34 +70,44 @@ def train(recipe: Path, overrides: Sequence[str], asked: Asked) -> int:
 
 
 def _show_needs(config: RunConfig) -> None:
-    """Processes, and memory by part where the model's size is known."""
+    """Processes, memory by part where the model's size is known, and what is missing here."""
+    _remark(_needs(config))
+    _show_missing([config])
+    _check_shared_gpu(config)
+
+
+def _needs(config: RunConfig) -> list[str]:
+    """Processes, and memory by part where the model's size is known; a line each."""
     machine = config.resources.machine
     needs = asked_by(config) if machine is not None else needs_of(config)  # of this machine
-    for name, amount in needs.rows():
-        print(f"#   {name:<34} {amount}")
+    found = [f"  {name:<34} {amount}" for name, amount in needs.rows()]
     plan = MemoryPlan.of(config)
     if plan is not None:
-        print(f"# memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
-        for name, amount in plan.rows():
-            print(f"#   {name:<34} {amount}")
+        found.append(f"memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
+        found.extend(f"  {name:<34} {amount}" for name, amount in plan.rows())
     if machine is not None:
-        print(f"# the machine it is written for: {machine_words(machine)}")
-        for demand in demands(config):
-            print(f"#   {demand.what:<34} {demand.words()}")
-    if absent := missing_inputs(config):
-        print("# missing here")
-        for line in absent:
-            print(f"#   {line}")
-    gpus, _ = local_gpus()
-    if plan is not None and config.resources.colocate and gpus:
-        if misfits := plan.misfits(min(gpu.bytes for gpu in gpus)):
-            raise ResourceError(
-                f"{gpus[0].name} is too small for this recipe: " + "; ".join(misfits)
-            )
-        print(f"# it fits into the GPU here: {gpus[0].name}")
+        found.append(f"the machine it is written for: {machine_words(machine)}")
+        found.extend(f"  {demand.what:<34} {demand.words()}" for demand in demands(config))
+    return found
 
 
-def _show_by_hand(lines: Sequence[str]) -> None:
+def _show_missing(configs: Iterable[RunConfig]) -> None:
+    """What any of them needs and is not here, each once."""
+    if absent := dict.fromkeys(line for config in configs for line in missing_inputs(config)):
+        _remark(["missing here", *(f"  {line}" for line in absent)])
+
+
+def _check_shared_gpu(config: RunConfig) -> None:
+    """Raises ResourceError where engine and learner do not fit into a GPU of this machine."""
+    plan, (gpus, _) = MemoryPlan.of(config), local_gpus()
+    if plan is None or not config.resources.colocate or not gpus:
+        return
+    if misfits := plan.misfits(min(gpu.bytes for gpu in gpus)):
+        raise ResourceError(f"{gpus[0].name} is too small for this recipe: " + "; ".join(misfits))
+    print(f"# it fits into the GPU here: {gpus[0].name}")
+
+
+def _remark(lines: Sequence[str]) -> None:
     for line in lines:
         print(f"# {line}")
 
@@ -126,7 +136,7 @@ def _train_curriculum(raw: Overlay, source: str, overrides: Sequence[str], asked
     from avatar_rl.cluster.services.shared_storage import placed
 
     for stage in curriculum.stages:
-        _show_by_hand([f"stage {stage.name}: {line}" for line in stage.by_hand])
+        _remark([f"stage {stage.name}: {line}" for line in stage.by_hand])
     preflight({stage.name: _begun(stage) for stage in curriculum.stages})
     where = tuple(replace(stage, config=placed(stage.config)) for stage in curriculum.stages)
     curriculum = replace(curriculum, stages=where, folder=where[0].config.output.folder)
@@ -180,10 +190,14 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
             f"# ---- stage {number}: {stage.name} ({'SFT' if stage.is_sft else 'RL'}), from {start}"
         )
         print(f"# trains {config.data.select}; rewards {config.rewards.weights}")
-        _show_by_hand(stage.by_hand)
+        _remark(stage.by_hand)
         print(to_yaml(config))
-    print("# resources each stage asks for")
-    _show_needs(curriculum.stages[-1].config)
+    for stages, lines in _needs_of_stages(curriculum):
+        print(f"# resources that {stages} asks for")
+        _remark(lines)
+    _show_missing(_begun(stage) for stage in curriculum.stages)
+    for stage in curriculum.stages:
+        _check_shared_gpu(_begun(stage))
     print(f"# curriculum folder {curriculum.folder}")
     for name in names:
         known = "has a result" if state.get(name) is not None else "to be run"
@@ -191,6 +205,15 @@ def _show(curriculum: Curriculum, *, only: str | None, first: str | None) -> int
             known = f"begun: {state.underway.run}"
         print(f"#   {name:<34} {known if name in wanted else 'not asked for'}")
     return 0
+
+
+def _needs_of_stages(curriculum: Curriculum) -> Iterator[tuple[str, list[str]]]:
+    """What each stage asks for; stages that ask for the same, together."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for stage in curriculum.stages:
+        alike.setdefault(tuple(_needs(_begun(stage))), []).append(stage.name)
+    for lines, names in alike.items():
+        yield f"each of {', '.join(names)}" if len(names) > 1 else f"stage {names[0]}", list(lines)
 
 
 def evaluate_checkpoint(

@@ -39,9 +39,12 @@ class LearningWatch:
         self._masked_from_start = {
             name for name, weight in config.rewards.weights.items() if weight > 0
         }
+        self._masked: list[str] = []  # of these, those that had completions to mark
+        self._stats: Stats | None = None  # of the last step without a group
         self._steps = 0
         self._told_set_aside = 0
         self._held: dict[str, int] = Counter()  # condition -> steps it has held
+        self._messages: dict[str, str] = {}
         self._told: set[str] = set()
 
     def look(self, metrics: Mapping[str, float], stats: Stats) -> None:
@@ -51,6 +54,17 @@ class LearningWatch:
         self._look_for_groups(metrics, stats)
         self._look_at_marks(metrics)
         self._warn(metrics)
+
+    def end(self) -> None:
+        """After the last step of a run that began here: what held throughout is said even where the
+        run was too short for the counts above. Raises NothingLearntError as ``look`` does."""
+        if self._steps and self._empty == self._steps:
+            raise NothingLearntError(self._nothing_to_train_on())
+        if self._masked:
+            raise NothingLearntError(self._no_marks())
+        for name, message in self._messages.items():
+            if self._held[name] == self._steps > 1:
+                self._tell(name, message)
 
     # -- what ends a run ---------------------------------------------------------------------------
 
@@ -76,27 +90,34 @@ class LearningWatch:
             self._empty = 0
             return
         self._empty += 1
-        if self._empty < EMPTY_STEPS:
-            return
-        dropped = {name: count for name, count in stats.ledger.dropped.items() if count}
-        why = self._reasons() if stats.quarantined_prompts else ""
+        self._stats = stats
+        if self._empty >= EMPTY_STEPS:
+            raise NothingLearntError(self._nothing_to_train_on())
+
+    def _nothing_to_train_on(self) -> str:
+        assert self._stats is not None
+        dropped = {name: count for name, count in self._stats.ledger.dropped.items() if count}
+        why = self._reasons() if self._stats.quarantined_prompts else ""
         what = ", ".join(f"{count} groups dropped as {name}" for name, count in dropped.items())
-        raise NothingLearntError(
-            f"the last {self._empty} steps had no group to train on: "
-            + "; ".join(filter(None, [why, what, self._remedy(dropped)]))
+        return f"the last {self._empty} steps had no group to train on: " + "; ".join(
+            filter(None, [why, what, self._remedy(dropped)])
         )
 
     def _look_at_marks(self, metrics: Mapping[str, float]) -> None:
         self._masked_from_start -= {
             name for name in self._masked_from_start if metrics.get(f"masked/{name}", 1.0) < 1.0
         }
-        masked = sorted(name for name in self._masked_from_start if f"masked/{name}" in metrics)
-        if masked and self._steps >= MASKED_STEPS:
-            raise NothingLearntError(
-                f"reward {', '.join(masked)} had no mark in any completion of {self._steps} steps: "
-                "look at the judge's endpoint and log (avatar doctor RECIPE), or take the reward "
-                "out of rewards.weights"
-            )
+        seen = {name for name in self._masked_from_start if f"masked/{name}" in metrics}
+        self._masked = sorted(seen | (self._masked_from_start & set(self._masked)))
+        if self._masked and self._steps >= MASKED_STEPS:
+            raise NothingLearntError(self._no_marks())
+
+    def _no_marks(self) -> str:
+        return (
+            f"reward {', '.join(self._masked)} had no mark in any completion of {self._steps} "
+            "steps: look at the judge's endpoint and log (avatar doctor RECIPE), or take the "
+            "reward out of rewards.weights"
+        )
 
     def _remedy(self, dropped: Mapping[str, int]) -> str:
         if "unscored" in dropped:
@@ -166,7 +187,13 @@ class LearningWatch:
             self._told.discard(name)
             return
         self._held[name] += 1
-        if self._held[name] >= steps and name not in self._told:
+        self._messages[name] = message
+        if self._held[name] >= steps:
+            self._tell(name, message)
+
+    def _tell(self, name: str, message: str) -> None:
+        """Once, until the condition has ended."""
+        if name not in self._told:
             self._told.add(name)
             self.report("warning", f"for {self._held[name]} steps {message}")
 

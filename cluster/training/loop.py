@@ -60,6 +60,7 @@ def train(run: TrainingRun) -> None:
 
     Raises:
         Stopped: a signal asked for it; the supervisor can save a last checkpoint.
+        NothingLearntError: no step had anything to learn from.
         AvatarError: what ends a run, such as too many deaths (workers/supervision.py).
     """
     steps = run.config.loop.steps
@@ -77,6 +78,8 @@ def train(run: TrainingRun) -> None:
         done = evaluate(run, step)
         run.turns.learner(run.supervisor.look)  # its state may be copied
         run.supervisor.checkpoint(step, last=done)  # where one is due; or stop, if asked to
+    if run.first_step == 0:
+        run.learning.end()
     run.turns.rollouts(run.supervisor.look)
     run.heldout.evaluate(step, "evaluation after training", run.supervisor.watch)
     run.public_sets.evaluate(step, "public sets after training", run.supervisor.watch)

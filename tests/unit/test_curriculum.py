@@ -376,6 +376,25 @@ def test_dry_run_shows_every_stage_and_starts_nothing(
         load_recipe(recipe)
 
 
+def test_a_dry_run_names_what_any_stage_lacks(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    for number, stage in enumerate(raw["stages"]):
+        stage["overrides"] = {"data": {"train": f"gone{number}.jsonl"}}
+    raw["stages"][1]["overrides"]["rollout"] = {"workers": 3}
+    recipe = tmp_path / "course.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for number in range(len(raw["stages"])):
+        assert f"gone{number}.jsonl is missing" in shown
+    assert "resources that each of sft, hear asks for" in shown
+    assert "resources that stage see asks for" in shown
+    assert "3 x rollout actor" in shown and "1 x rollout actor" in shown
+
+
 def test_options_of_a_curriculum_need_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

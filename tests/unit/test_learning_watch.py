@@ -117,6 +117,45 @@ def test_steps_without_a_group_end_the_run() -> None:
         watched.step(groups__fresh=0.0)
 
 
+@pytest.mark.parametrize("steps", range(1, EMPTY_STEPS))
+def test_a_short_run_without_any_group_ends_as_one_that_learnt_nothing(steps: int) -> None:
+    watched = Watched()
+    watched.set_aside(2, WHY)
+    for _ in range(steps):
+        watched.step(groups__fresh=0.0)
+    with pytest.raises(NothingLearntError, match=rf"last {steps} steps had no group .*exceed"):
+        watched.watch.end()
+
+
+@pytest.mark.parametrize("steps", (1, MASKED_STEPS - 1))
+def test_a_short_run_whose_reward_was_masked_throughout_ends_so(steps: int) -> None:
+    watched = Watched(weights={"judge": 0.5})
+    for _ in range(steps):
+        watched.step(masked__judge=1.0)
+    with pytest.raises(NothingLearntError, match=rf"reward judge had no mark .* of {steps} steps"):
+        watched.watch.end()
+
+
+def test_a_short_run_with_something_to_learn_from_ends_well() -> None:
+    watched = Watched(weights={"judge": 0.5})
+    watched.step(groups__fresh=0.0)
+    watched.step(masked__judge=0.5)
+    watched.step(masked__judge=1.0)
+    watched.step(reward__std=0.0)
+    watched.watch.end()
+    assert watched.said == []
+
+
+def test_a_short_run_whose_rewards_were_all_alike_says_so_at_its_end() -> None:
+    watched = Watched()
+    for _ in range(3):
+        watched.step(reward__std=0.0)
+    assert watched.said == []
+    watched.watch.end()
+    [(kind, message)] = watched.said
+    assert kind == "warning" and message.startswith("for 3 steps all completions are paid alike")
+
+
 def test_a_step_of_replay_alone_is_a_step() -> None:
     watched = Watched()
     for _ in range(2 * EMPTY_STEPS):
