@@ -57,9 +57,9 @@ PROBLEM_TYPE_SPELLINGS: dict[str, ProblemType] = {
 
 
 class Strict(BaseModel):
-    """Immutable record that rejects unknown keys."""
+    """Immutable record that rejects unknown keys, and numbers that JSON cannot hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MediaItem(Strict):
@@ -77,7 +77,6 @@ class MediaItem(Strict):
     fps: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         description="video: sample at this rate instead of a frame count",
     )
     min_pixels: int | None = Field(None, ge=1, description="video/image: lower bound per frame")

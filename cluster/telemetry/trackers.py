@@ -7,6 +7,7 @@ a tracker without network, key or package costs one warning, and the run goes on
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import netrc
@@ -42,6 +43,8 @@ SAMPLE_COLUMNS = (
     "version",
     "media",
 )
+#: What MLflow knows a run by that is resumed.
+RUN_TAG = "avatar_rl.run"
 #: A clip that is larger is named and not sent.
 MOST_CLIP_BYTES = 4 << 20
 
@@ -117,7 +120,7 @@ class Tracker:
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         values = {name: value for name, value in metrics.items() if value is not None}
-        values |= aliases(values, self.names)
+        values |= aliases({**values, "step": float(step)}, self.names)
         self._put(lambda backend: backend.log(step, values))
 
     def samples(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -277,8 +280,21 @@ class _Trackio:
         import pandas
 
         named = [{column: row[column] for column in SAMPLE_COLUMNS} for row in rows]
+        for row, shown in zip(rows, named, strict=True):
+            shown["clip"] = self._shown(row["clip"])
         table = self.trackio.Table(dataframe=pandas.DataFrame(named))
         self.trackio.log({f"samples/{name}": table}, step=step)
+
+    def _shown(self, clip: Clip | None) -> object:
+        """A clip as trackio's own object; None where it does not take the format."""
+        if clip is None:
+            return None
+        suffix = clip.path.suffix.lstrip(".").lower()
+        if clip.kind == "video" and suffix in ("mp4", "webm", "gif"):
+            return self.trackio.Video(str(clip.path), format=suffix)
+        if clip.kind == "audio" and suffix == "wav":
+            return self.trackio.Audio(str(clip.path))
+        return self.trackio.Image(str(clip.path)) if clip.kind == "image" else None
 
     def finish(self) -> None:
         self.trackio.finish()
@@ -315,6 +331,8 @@ class _Mlflow:
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         content = {column: [row[column] for row in rows] for column in SAMPLE_COLUMNS}
         self.client.log_dict(self.run_id, content, f"samples/{name}_{step:06d}.json")
+        for clip in {row["clip"] for row in rows if row["clip"] is not None}:
+            self.client.log_artifact(self.run_id, str(clip.path), f"samples/{name}_{step:06d}")
 
     def finish(self) -> None:
         self.client.set_terminated(self.run_id)
@@ -329,11 +347,18 @@ def _begin_mlflow(run: Tracked) -> tuple[Backend, str]:
     client = MlflowClient(tracking_uri=place)
     known = client.get_experiment_by_name(run.project)
     experiment = known.experiment_id if known else client.create_experiment(run.project)
-    tags = {"mlflow.source.git.commit": run.commit} if run.commit else {}
-    begun = client.create_run(experiment, run_name=run.run_id, tags=tags)
-    for name, value in flat(run.config).items():
-        client.log_param(begun.info.run_id, name, str(value)[:500])
-    return _Mlflow(client, begun.info.run_id), place
+    tags = {RUN_TAG: run.run_id}
+    if run.commit:
+        tags["mlflow.source.git.commit"] = run.commit
+    wanted = f"tags.`{RUN_TAG}` = '{run.run_id}'"
+    if earlier := client.search_runs([experiment], wanted, max_results=1):  # a run that is resumed
+        name = earlier[0].info.run_id
+        client.update_run(name, status="RUNNING")
+    else:
+        name = client.create_run(experiment, run_name=run.run_id, tags=tags).info.run_id
+        for key, value in flat(run.config).items():
+            client.log_param(name, key, str(value)[:500])
+    return _Mlflow(client, name), place
 
 
 class _Swanlab:
@@ -346,6 +371,11 @@ class _Swanlab:
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         texts = [self.swanlab.Text(str(row.get("text")), caption=_caption(row)) for row in rows]
         self.swanlab.log({f"samples/{name}": texts}, step=step)
+        for kind, make in (("image", self.swanlab.Image), ("audio", self.swanlab.Audio)):
+            of_kind = [row for row in rows if row["clip"] is not None and row["clip"].kind == kind]
+            if of_kind:
+                shown = [make(str(row["clip"].path), caption=_caption(row)) for row in of_kind]
+                self.swanlab.log({f"samples/{name}/{kind}": shown}, step=step)
 
     def finish(self) -> None:
         self.swanlab.finish()
@@ -358,12 +388,16 @@ def _begin_swanlab(run: Tracked) -> tuple[Backend, str]:
     if mode is None:
         mode = "cloud" if os.environ.get("SWANLAB_API_KEY") else "offline"
     place = run.folder / "swanlog"
+    # Its own ids are of so many such characters; only its server knows a run again.
+    known = hashlib.sha256(run.run_id.encode()).hexdigest()[:21]
+    again = {"id": known, "resume": "allow"} if mode in ("cloud", "online") else {}
     swanlab.init(
         project=run.project,
         experiment_name=run.run_id,
         config={**run.config, "commit": run.commit},
         logdir=str(place),
         mode=mode,
+        **again,
     )
     return _Swanlab(swanlab), f"{mode}, in {place}"
 
