@@ -21,6 +21,7 @@ LOCAL = str(ROOT / "recipes" / "local.yaml")
 COURSE = str(ROOT / "recipes" / "curriculum_local.yaml")
 TINY = str(ROOT / "recipes" / "assets" / "tiny_omni")
 LONGEST_S = 3.0
+DOCUMENT = Path("docs/mistakes.md")
 SMOKE_EVERY = 10
 
 
@@ -148,7 +149,9 @@ def tried(mistake: Mistake, folder: Path) -> tuple[float, int, str]:
 
 
 def main() -> int:
-    options = parser(__doc__).parse_args()
+    options_of = parser(__doc__)
+    options_of.add_argument("--docs", action="store_true", help="write the table into docs/ too")
+    options = options_of.parse_args()
     mistakes = MISTAKES[:: SMOKE_EVERY if options.smoke else 1]
     figures = Figures("mistakes", options.out)
     rows, seconds, failed = [], [], 0
@@ -164,9 +167,12 @@ def main() -> int:
             seconds.append(took)
             line = " ".join(said.replace(f"{ROOT}/", "").split()).replace("|", "\\|")
             rows.append(f"| `{typed}` | {line[:300]} | {took:.1f} |")
-    text = "\n".join(["| typed | said | seconds |", "|---|---|---|", *rows])
+    text = "\n".join(["| typed | said | seconds |", "|---|---|---|", *rows]) + "\n"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "mistakes.md").write_text(text + "\n")
+    (options.out / "mistakes.md").write_text(text)
+    if options.docs:
+        page = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(page[: page.index("| typed |")] + text, encoding="utf-8")
     slow = sum(took > LONGEST_S for took in seconds)
     figures.add({"tried": len(mistakes), "named": len(mistakes) - failed, "slow": slow})
     figures.add({"longest_s": max(seconds), "median_s": sorted(seconds)[len(seconds) // 2]})

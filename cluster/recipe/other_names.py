@@ -30,7 +30,6 @@ class Counterpart:
         return f"{what} is {self.key} here" + (f" ({self.note})" if self.note else "")
 
 
-_COLOCATED = "rollout actors and learner ranks have GPUs of their own and overlap"
 _GROUPS = "a step is prompts times (fresh + replayed) completions; micro-batches are cut by tokens"
 _EPOCHS = "a run is counted in steps; steps x prompts_per_step over the dataset's size are epochs"
 _HALF_OFF = "0 evaluates only before and after"
@@ -76,7 +75,7 @@ _SHARED: tuple[tuple[str, str, str], ...] = (
     ("reward_weights", "rewards.weights", "name: weight, or an import path: weight"),
     ("ref_model", "model.reference", ""),
     ("use_vllm", "", "rollouts always come from vLLM (rollout.engine)"),
-    ("vllm_mode", "", _COLOCATED),
+    ("vllm_mode", "resources.colocate", "true for colocate, false for server"),
     ("vllm_gpu_memory_utilization", "rollout.engine.gpu_memory_utilization", ""),
     ("vllm_tensor_parallel_size", "rollout.engine.tensor_parallel_size", ""),
     ("seed", "seed", ""),
@@ -142,7 +141,7 @@ _SWIFT: tuple[tuple[str, str, str], ...] = (
     ("rollout_importance_sampling_threshold", "learner.objective.mismatch_cap", ""),
     ("async_generate", "loop.max_staleness", "above 0 generation runs ahead of learning"),
     ("offload_optimizer", "learner.optimizer.offload_optimizer", ""),
-    ("sleep_level", "", _COLOCATED),
+    ("sleep_level", "resources.colocate", "the engine sleeps in the learner's turn"),
     ("log_entropy", "", "the entropy is always logged"),
     ("reward_model", "rewards.judge.base_url", "a judge behind an OpenAI-compatible endpoint"),
 )
