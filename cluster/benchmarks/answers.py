@@ -80,6 +80,7 @@ class AnswerStore:
                 "score": one.score,
                 "tokens": one.tokens,
                 "completion": self.texts[one.question.id][0],
+                "about": one.question.cluster,
                 "parts": json.dumps(dict(one.question.parts), ensure_ascii=False),
             }
             for one in marked
@@ -108,10 +109,36 @@ def _check_asked(path: Path, asked: Mapping[str, Json] | None) -> None:
         )
 
 
-def read_scores(folder: Path) -> dict[str, float]:
-    """Question id -> score of a finished set. Raises DataError where there is none."""
+def read_answers(folder: Path) -> list[Marked]:
+    """The marked answers of a finished set, without their media.
+
+    Raises DataError where there are none, or where they lack what a table needs."""
     path = folder / "answers.parquet"
     if not path.is_file():
         raise DataError(f"{folder} holds no finished answers: evaluate that checkpoint first")
-    table = pq.read_table(path, columns=["id", "score"])
-    return dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    columns = ["id", "question", "answer", "given", "score", "tokens", "about", "parts"]
+    if lacks := set(columns) - set(pq.read_schema(path).names):
+        raise DataError(
+            f"{path} is of an earlier version and lacks {', '.join(sorted(lacks))}: evaluate that "
+            "checkpoint again"
+        )
+    return [
+        Marked(
+            Question(
+                id=row["id"],
+                text=row["question"],
+                answer=row["answer"],
+                kind="text",
+                parts={name: _part(value) for name, value in json.loads(row["parts"]).items()},
+                about=row["about"],
+            ),
+            row["given"],
+            row["score"],
+            row["tokens"],
+        )
+        for row in pq.read_table(path, columns=columns).to_pylist()
+    ]
+
+
+def _part(value: str | list[str]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)

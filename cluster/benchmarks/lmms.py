@@ -28,12 +28,14 @@ import yaml
 
 from avatar_rl.cluster.benchmarks.folder import SetFolder
 from avatar_rl.cluster.benchmarks.marks import final_part
+from avatar_rl.cluster.benchmarks.metrics import equal
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Marked, Question
 from avatar_rl.common.errors import ConfigError, InputError
 from avatar_rl.common.files import replaced_file
 from avatar_rl.prompts.record import MediaItem, Modality
 
 PREFIX = "lmms:"
+FOLDER_PREFIX = "lmms_"  # of a task's folders: a colon is no good in a path
 SOURCE = "https://github.com/EvolvingLMMs-Lab/lmms-eval"
 _KINDS: dict[str, Modality] = {
     **dict.fromkeys((".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"), "video"),
@@ -86,13 +88,14 @@ def lmms_set(name: str) -> BenchmarkSet:
         )
     task = _Task(wanted, files[wanted], settings)
     return BenchmarkSet(
-        name=f"lmms_{wanted}",
+        name=f"{FOLDER_PREFIX}{wanted}",
         title=wanted,
         paper=SOURCE,
         layout=SOURCE,
         senses=(),
         read=task.read,
-        metric=task.figures,
+        means=lambda marked: {"accuracy": equal(marked)},
+        others=task.figures,
         marked_by=task.mark,
         deviation="accuracy is the mean of the scores of single questions; the other figures are "
         "lmms-eval's own, on its own scale",
@@ -168,8 +171,8 @@ class _Task:
         return Marked(question, given, self._score(found), tokens)
 
     def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        """The mean score, then lmms-eval's own figures."""
-        found = {"accuracy": fmean(one.score for one in marked)}
+        """Lmms-eval's own."""
+        found: dict[str, float] = {}
         for entry in self.settings.get("metric_list", ()):
             name = str(entry["metric"])
             values = [

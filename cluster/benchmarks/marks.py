@@ -112,8 +112,9 @@ def number_in(text: str) -> float | None:
 
 
 def _count(question: Question, text: str) -> _Found:
+    """As CG-AV-Counting marks it (arXiv 2506.05328): no answer is taken for 0."""
     number = number_in(text)
-    return _shown(number), float(number is not None and number == float(question.answer))
+    return _shown(number), float(abs((number or 0.0) - float(question.answer)) <= 1e-5)
 
 
 def _relative(question: Question, text: str) -> _Found:

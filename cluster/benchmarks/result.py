@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from avatar_rl.cluster.benchmarks.answers import AnswerStore
-from avatar_rl.cluster.benchmarks.intervals import Interval, bootstrap
+from avatar_rl.cluster.benchmarks.intervals import Interval
 from avatar_rl.cluster.benchmarks.marks import mark
+from avatar_rl.cluster.benchmarks.metrics import interval_of
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Marked, Question
 from avatar_rl.common.errors import DataError
 from avatar_rl.common.text import shortened
@@ -43,7 +44,7 @@ class SetResult:
 
     name: str
     figures: dict[str, float]  # "accuracy" first
-    interval: Interval  # 95 %, of the mean score
+    intervals: dict[str, Interval]  # 95 %, of "accuracy" and its parts
     answered: int
     not_asked: int  # refused (``reasons``), or without media
     reasons: dict[str, int]  # why questions were refused, and how many for each reason
@@ -55,7 +56,7 @@ class SetResult:
         return {
             "name": self.name,
             "figures": dict(self.figures),
-            "interval": [self.interval.low, self.interval.high],
+            "intervals": {name: [one.low, one.high] for name, one in self.intervals.items()},
             "answered": self.answered,
             "not_asked": self.not_asked,
             "reasons": dict(self.reasons),
@@ -77,10 +78,11 @@ def finish(one: SetToAsk, asking: Asking) -> SetResult:
             "data.reader.frames and data.template.max_pixels so that its media fit, or correct the "
             "files"
         )
+    means = one.benchmark.means(marked)
     result = SetResult(
         name=one.benchmark.name,
         figures=one.benchmark.metric(marked),
-        interval=bootstrap([m.score for m in marked], clusters=[cluster_of(m) for m in marked]),
+        intervals={name: interval_of(mean) for name, mean in means.items()},
         answered=len(marked),
         not_asked=len(one.questions) - len(marked) + one.left_out,
         reasons=reasons,
@@ -103,11 +105,6 @@ def alike(reasons: Sequence[str]) -> dict[str, int]:
         example = examples.setdefault(pattern, shortened(reason, 240))
         counts[example] = counts.get(example, 0) + 1
     return counts
-
-
-def cluster_of(one: Marked) -> str:
-    """Questions about the same file are not independent of each other."""
-    return one.question.media[0].uri if one.question.media else one.question.id
 
 
 def by_length(marked: Sequence[Marked]) -> dict[str, float]:

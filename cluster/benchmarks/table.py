@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from avatar_rl.cluster.benchmarks.answers import read_scores
-from avatar_rl.cluster.benchmarks.intervals import paired
+from avatar_rl.cluster.benchmarks.answers import read_answers
+from avatar_rl.cluster.benchmarks.lmms import FOLDER_PREFIX
+from avatar_rl.cluster.benchmarks.metrics import accuracy, change, interval_of
+from avatar_rl.cluster.benchmarks.record import Marked, Means, Weighed, value_of
 from avatar_rl.cluster.benchmarks.sets import benchmark_set
 from avatar_rl.common.errors import ConfigError
 
-#: Not significant against the checkpoint before it (p >= 0.05, paired).
+#: Not significant against the first checkpoint (p >= 0.05, paired).
 DAGGER = "\N{DAGGER}"
+
+Figures = Mapping[str, Weighed]
 
 
 def finished_sets(folder: Path) -> list[str]:
@@ -21,11 +25,13 @@ def finished_sets(folder: Path) -> list[str]:
 
 
 def comparison(folders: Sequence[Path]) -> str:
-    """A Markdown table: a row for each set, a column for each checkpoint.
+    """A Markdown table: a column for each checkpoint, a row for each set and below it one for each
+    value of the set's first part (WorldSense: its tasks).
 
     Every cell has the accuracy in percent with its 95 % interval. From the second column on the
-    change against the first is added, with a dagger where it is not significant on the questions
-    that both answered. Raises ConfigError where a folder holds no result or none is shared."""
+    change against the first is added, with a dagger where it is not significant. Both are of the
+    questions that the two answered. Raises ConfigError where a folder holds no result or none is
+    shared, DataError where answers are missing."""
     names = [set(finished_sets(folder)) for folder in folders]
     for folder, found in zip(folders, names, strict=True):
         if not found:
@@ -37,34 +43,62 @@ def comparison(folders: Sequence[Path]) -> str:
         raise ConfigError(f"{', '.join(map(str, folders))} share no set: evaluate the same ones")
     head = ["set", *(folder.name for folder in folders)]
     lines = [_line(head), _line(["---", *("---:" for _ in folders)])]
-    lines += [_line([benchmark_set(name).title, *_cells(name, folders)]) for name in shared]
+    for name in shared:
+        lines += _rows(name, [read_answers(folder / name) for folder in folders])
     if len(folders) > 1:
         lines += [
             "",
-            f"Accuracy in %, [95 % interval], change against {folders[0].name}; {DAGGER} = not "
-            "significant (paired test, p >= 0.05).",
+            f"Accuracy in %, [95 % interval], change against {folders[0].name} over the questions "
+            f"that both answered; {DAGGER} = not significant (paired test, p >= 0.05).",
         ]
     return "\n".join(lines)
 
 
-def _cells(name: str, folders: Sequence[Path]) -> list[str]:
-    first = read_scores(folders[0] / name)
-    base = 0.0
-    cells = []
-    for position, folder in enumerate(folders):
-        result = json.loads((folder / name / "result.json").read_text())
-        accuracy = 100 * result["figures"]["accuracy"]
-        low, high = (100 * bound for bound in result["interval"])
-        cell = f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"
-        if position == 0:
-            base = accuracy
-        else:
-            scores = read_scores(folder / name)
-            both = sorted(first.keys() & scores.keys())
-            change = paired([first[id_] for id_ in both], [scores[id_] for id_ in both])
-            cell += f" {accuracy - base:+.1f}{'' if change.significant else DAGGER}"
-        cells.append(cell)
-    return cells
+def _rows(name: str, answers: Sequence[Sequence[Marked]]) -> list[str]:
+    title, means = _set_of(name)
+    columns = [means(marked) for marked in answers]
+    shared = [None, *(_shared(means, answers[0], other) for other in answers[1:])]
+    first = next((part for one in answers[0] for part in one.question.parts), None)
+    figures = [x for x in columns[0] if x == "accuracy" or x.partition("/")[0] == first]
+    return [
+        _line(
+            [
+                title if figure == "accuracy" else f"- {figure.partition('/')[2]}",
+                *(_cell(figure, *column) for column in zip(columns, shared, strict=True)),
+            ]
+        )
+        for figure in figures
+    ]
+
+
+def _cell(figure: str, column: Figures, shared: tuple[Figures, Figures] | None) -> str:
+    if figure not in column:
+        return ""
+    found, within = value_of(column[figure]), interval_of(column[figure])
+    cell = f"{100 * found:.1f} [{100 * within.low:.1f}, {100 * within.high:.1f}]"
+    if shared is None or figure not in shared[0]:
+        return cell
+    changed = change(*(figures[figure] for figures in shared))
+    return f"{cell} {100 * changed.value:+.1f}{'' if changed.significant else DAGGER}"
+
+
+def _shared(
+    means: Means, base: Sequence[Marked], other: Sequence[Marked]
+) -> tuple[Figures, Figures]:
+    """The figures of two checkpoints, both made of the questions that both answered."""
+    given = {one.question.id: one for one in other}
+    both = [one for one in base if one.question.id in given]
+    return means(both), means(
+        [replace(given[one.question.id], question=one.question) for one in both]
+    )
+
+
+def _set_of(name: str) -> tuple[str, Means]:
+    """Title and figures of a set; of a task of lmms-eval, which need not be installed here."""
+    if name.startswith(FOLDER_PREFIX):
+        return name.removeprefix(FOLDER_PREFIX), accuracy
+    one = benchmark_set(name)
+    return one.title, one.means
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -99,14 +99,16 @@ def evaluate_sets(
             config, model, sets, screen, wording=words["wording"], hears="audio" in senses
         )
     for one, result in zip(chosen, results, strict=True):
-        low, high = result.interval.low, result.interval.high
-        accuracy = result.figures["accuracy"]
+        interval, accuracy = result.intervals["accuracy"], result.figures["accuracy"]
         print(
-            f"{one.title:<20} {100 * accuracy:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  "
+            f"{one.title:<20} {100 * accuracy:5.1f} %  "
+            f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]  "
             f"{result.answered} answers, {result.mean_tokens:.0f} tokens each"
         )
         for name, value in list(result.figures.items())[1:]:
-            print(f"  {name:<40} {value:.3f}")
+            within = result.intervals.get(name)
+            shown = f" [{within.low:.3f}, {within.high:.3f}]" if within is not None else ""
+            print(f"  {name:<40} {value:.3f}{shown}")
         if one.deviation:
             print(f"  note: {one.deviation}")
         if result.not_asked:

@@ -24,15 +24,14 @@ from avatar_rl.cluster.benchmarks.convert import (
     to_prompt,
     write_prompts,
 )
-from avatar_rl.cluster.benchmarks.intervals import bootstrap
 from avatar_rl.cluster.benchmarks.marks import mark
-from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Question
+from avatar_rl.cluster.benchmarks.metrics import interval_of
+from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Question, value_of
 from avatar_rl.cluster.benchmarks.result import (
     Asking,
     SetResult,
     SetToAsk,
     alike,
-    cluster_of,
     finish,
 )
 from avatar_rl.cluster.benchmarks.sets import benchmark_set
@@ -286,9 +285,9 @@ class PublicSetRounds(EvaluationRounds):
                     out.write(json_line(row))
                 if not marked:
                     continue
-                by_set[one.name] = accuracy = one.metric(marked)["accuracy"]
-                scores, clusters = [m.score for m in marked], [cluster_of(m) for m in marked]
-                interval = bootstrap(scores, clusters=clusters)
+                headline = one.means(marked)["accuracy"]
+                by_set[one.name] = accuracy = value_of(headline)
+                interval = interval_of(headline)
                 metrics |= {
                     f"benchmark/accuracy/{one.name}": accuracy,
                     f"benchmark/low/{one.name}": interval.low,

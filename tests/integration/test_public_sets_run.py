@@ -25,7 +25,7 @@ def test_a_set_is_answered_and_only_what_is_open_is_asked_again(tmp_path: Path) 
     assert all("<answer>" in row["completion"] for row in rows)
     right = [row["given"] == row["answer"] for row in rows]
     assert result["figures"]["accuracy"] == sum(right) / asked
-    low, high = result["interval"]
+    low, high = result["intervals"]["accuracy"]
     assert low <= result["figures"]["accuracy"] <= high
 
     lines = (folder / "answers.jsonl").read_bytes().splitlines(keepends=True)

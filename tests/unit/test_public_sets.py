@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_scores
+from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_answers
 from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, to_prompt, write_prompts
-from avatar_rl.cluster.benchmarks.intervals import bootstrap, paired, wilson
+from avatar_rl.cluster.benchmarks.intervals import Groups, bootstrap, paired, wilson
 from avatar_rl.cluster.benchmarks.marks import final_part, letter_in, mark, relative_accuracy
-from avatar_rl.cluster.benchmarks.record import Question
-from avatar_rl.cluster.benchmarks.result import by_length
+from avatar_rl.cluster.benchmarks.metrics import change, interval_of
+from avatar_rl.cluster.benchmarks.record import Marked, Question
+from avatar_rl.cluster.benchmarks.result import Asking, SetToAsk, by_length, finish
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
 from avatar_rl.cluster.commands import doctor_inputs
@@ -255,34 +257,123 @@ def test_answers_survive_a_kill_and_are_asked_once(tmp_path: Path) -> None:
     marked = store.marked([question("1"), question("2"), question("3")])
     assert [one.score for one in marked] == [1.0, 0.0]
     store.finish(marked, {"figures": {"accuracy": 0.5}})
-    assert read_scores(tmp_path) == {"1": 1.0, "2": 0.0}
+    found = read_answers(tmp_path)
+    assert {one.question.id: one.score for one in found} == {"1": 1.0, "2": 0.0}
     with pytest.raises(ConfigError, match=r"asked otherwise.*model 'm', now 'n'"):
         AnswerStore(tmp_path, {"model": "n"})
 
 
-def finished(folder: Path, scores: list[float]) -> Path:
-    store = AnswerStore(folder / "mvbench", {})
-    questions = [question(str(i)) for i in range(len(scores))]
-    for one, score in zip(questions, scores, strict=True):
-        store.add(one.id, "A" if score else "B", 1)
-    share = sum(scores) / len(scores)
-    row = {"figures": {"accuracy": share}, "interval": [share - 0.1, share + 0.1]}
-    store.finish(store.marked(questions), row)
+def answered(task: str, right: int, of: int) -> list[Marked]:
+    """``right`` right answers first."""
+    return [
+        Marked(
+            Question(f"{task}-{n}", "?", "A", "choice", tuple(ABCD), parts={"task": task}),
+            "A" if n < right else "B",
+            float(n < right),
+        )
+        for n in range(of)
+    ]
+
+
+def finished(folder: Path, marked: list[Marked], name: str = "mvbench") -> Path:
+    store = AnswerStore(folder / name, {})
+    for one in marked:
+        store.add(one.question.id, one.given or "", 1)
+    store.finish(marked, {})
     return folder
 
 
 def test_a_table_shows_changes_and_what_is_not_significant(tmp_path: Path) -> None:
-    base = finished(tmp_path / "base", [0.0, 1.0] * 50)
-    same = finished(tmp_path / "grpo", [1.0, 0.0] * 49 + [1.0, 1.0])
-    best = finished(tmp_path / "avatar", [1.0] * 90 + [0.0] * 10)
+    base = finished(tmp_path / "base", answered("count", 50, 100))
+    same = finished(tmp_path / "grpo", answered("count", 51, 100))
+    best = finished(tmp_path / "avatar", answered("count", 90, 100))
     lines = comparison([base, same, best]).splitlines()
     assert lines[0] == "| set | base | grpo | avatar |"
-    assert lines[2].startswith("| MVBench | 50.0 [40.0, 60.0] | 51.0 [41.0, 61.0] +1.0" + DAGGER)
-    assert "90.0 [80.0, 100.0] +40.0 |" in lines[2]
+    assert lines[2].startswith("| MVBench | 50.0 [39.") and f"] +1.0{DAGGER} | 90.0 [8" in lines[2]
+    assert lines[2].endswith("] +40.0 |")
     with pytest.raises(ConfigError, match="holds no results"):
         comparison([base, tmp_path])
     with pytest.raises(DataError, match="evaluate that checkpoint first"):
-        read_scores(tmp_path)
+        read_answers(tmp_path)
+
+
+#: 170 of 180 and 2 of 20 right, then 158 and 8: the mean over tasks rises, that over questions
+#: falls.
+BEFORE = [*answered("count", 170, 180), *answered("order", 2, 20)]
+AFTER = [*answered("count", 158, 180), *answered("order", 8, 20)]
+
+
+def test_interval_and_test_are_of_the_headline_that_is_printed(tmp_path: Path) -> None:
+    folders = [finished(tmp_path / "a", BEFORE), finished(tmp_path / "b", AFTER)]
+    row = comparison(folders).splitlines()[2]
+    figures = [float(x) for x in re.findall(r"[+-]?\d+\.\d", row)]
+    before, low, high, after, low_after, high_after, changed = figures
+    assert (before, after, changed) == (52.2, 63.9, 11.7) and DAGGER not in row
+    assert low < before < high and low_after < after < high_after
+    # By hand: the error of a mean over two tasks is half the root of the sum of their squares.
+    error = 50 * np.sqrt(170 * 10 / 180**3 + 2 * 18 / 20**3)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["mvbench", "mlvu", "vsibench"])
+def test_a_result_has_the_interval_of_its_mean_over_tasks(name: str, tmp_path: Path) -> None:
+    one = benchmark_set(name)
+    found = interval_of(one.means(BEFORE)["accuracy"])
+    assert found.low < one.metric(BEFORE)["accuracy"] < found.high < 0.8
+    questions = [each.question for each in BEFORE]
+    store = AnswerStore(tmp_path, {})
+    for each in BEFORE:
+        store.add(each.question.id, each.given or "", 1)
+    result = finish(SetToAsk(one, questions, 0, store), Asking({}, 0.0))
+    assert result.intervals["accuracy"] == found
+    kept = json.loads((tmp_path / "result.json").read_text())["intervals"]
+    assert kept["accuracy"] == [found.low, found.high]
+    assert kept["task/order"][0] < 0.1 < kept["task/order"][1]
+
+
+def test_a_change_is_of_the_questions_that_both_answered(tmp_path: Path) -> None:
+    base = finished(tmp_path / "a", answered("count", 50, 100))
+    other = finished(tmp_path / "b", answered("count", 50, 60))  # none of those that a had wrong
+    assert f" +0.0{DAGGER} |" in comparison([base, other]).splitlines()[2]
+
+
+def test_questions_about_one_clip_are_tested_together() -> None:
+    """All 40 differences lie in two clips: 40 coins say something, two do not."""
+    a, b, clips = np.zeros(80), np.r_[np.ones(40), np.zeros(40)], [str(n // 20) for n in range(80)]
+    assert paired(a, b).significant and not paired(a, b, clusters=clips).significant
+
+    def of(scores: np.ndarray) -> list[tuple[float, list[Marked]]]:
+        asked = [Question(str(n), "?", "A", "choice", about=clip) for n, clip in enumerate(clips)]
+        return [(1.0, [Marked(q, None, float(x)) for q, x in zip(asked, scores, strict=True)])]
+
+    assert not change(of(a), of(b)).significant
+
+
+def test_parts_have_rows_and_intervals_in_the_table(tmp_path: Path) -> None:
+    """WorldSense's Halluc, TP and AC are tasks."""
+    marked = [*answered("Hallucination", 30, 40), *answered("Temporal Prediction", 5, 40)]
+    folders = [finished(tmp_path / "a", marked, "worldsense"), tmp_path / "b"]
+    finished(folders[1], [*answered("Hallucination", 39, 40), *marked[40:]], "worldsense")
+    lines = comparison(folders).splitlines()
+    assert lines[3].startswith("| - Hallucination | 75.0 [5") and lines[3].endswith("] +22.5 |")
+    assert lines[4].startswith("| - Temporal Prediction | 12.5 [") and DAGGER in lines[4]
+
+
+def test_a_task_of_lmms_eval_has_a_row_where_it_is_not_installed(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a", answered("count", 1, 2), "lmms_mmstar")
+    assert "| mmstar | 50.0 [" in comparison([folder])
+
+
+def test_the_interval_covers_a_mean_over_tasks() -> None:
+    rng, hits = np.random.default_rng(7), []
+    for seed in range(300):
+        sizes, rates = rng.integers(15, 120, 5), rng.uniform(0.2, 0.95, 5)
+        of = np.repeat(np.arange(5), sizes)
+        scores = (rng.random(len(of)) < rates[of]).astype(float)
+        groups = Groups(of, np.full(5, 0.2))
+        found = bootstrap(scores, groups=groups, seed=seed, resamples=300)
+        hits.append(found.low <= rates.mean() <= found.high)
+    assert np.mean(hits) >= 0.91  # 0.95 less three standard errors
 
 
 def test_accuracy_by_length() -> None:

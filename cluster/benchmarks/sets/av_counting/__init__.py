@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from avatar_rl.cluster.benchmarks.ask import video
 from avatar_rl.cluster.benchmarks.folder import SetFolder
-from avatar_rl.cluster.benchmarks.metrics import counting
+from avatar_rl.cluster.benchmarks.metrics import accuracy, count_errors
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Question
 
 
@@ -35,7 +35,8 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/cgav_counting",
     senses=("video", "audio"),
     read=read,
-    metric=counting,
+    means=accuracy,
+    others=count_errors,
     deviation="the white-box half (where each clue is: WCS, IFA) is not asked",
     listens=True,
 )

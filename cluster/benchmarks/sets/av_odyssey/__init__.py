@@ -70,6 +70,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/av_odyssey",
     senses=("audio",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="no answer is wrong; the published task counts it as A",
 )

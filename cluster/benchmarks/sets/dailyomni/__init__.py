@@ -47,6 +47,6 @@ SET = BenchmarkSet(
     layout="https://github.com/Lliar-liar/Daily-Omni",
     senses=("video", "audio"),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     listens=True,
 )

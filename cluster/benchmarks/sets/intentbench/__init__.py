@@ -75,7 +75,7 @@ SET = BenchmarkSet(
     layout="https://github.com/HumanMLLM/HumanOmniV2",
     senses=("video", "audio"),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="a number is compared by value: the authors also want a decimal point where the "
     "truth has one",
     listens=True,

@@ -51,5 +51,5 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/lvbench",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
 )

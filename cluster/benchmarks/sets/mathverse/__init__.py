@@ -51,6 +51,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/mathverse",
     senses=("image",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="answers are compared by rule; the authors let a language model extract and judge",
 )

@@ -47,7 +47,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/mathvista",
     senses=("image",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="the answer is taken out by rule, where the authors ask a language model; it is "
     "compared as they do",
 )

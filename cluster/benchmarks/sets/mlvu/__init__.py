@@ -52,6 +52,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/mlvu",
     senses=("video",),
     read=read,
-    metric=macro("task"),
+    means=macro("task"),
     deviation="the two generation tasks, which a language model judges, are not asked",
 )

@@ -38,6 +38,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/k12",
     senses=("image",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="the letter is taken out by rule, where the published task asks a language model",
 )

@@ -48,6 +48,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/mmvu",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="open answers are compared as numbers or words; the authors ask a language model",
 )

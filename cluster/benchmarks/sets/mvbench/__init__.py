@@ -77,6 +77,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/mvbench",
     senses=("video",),
     read=read,
-    metric=macro("task"),
+    means=macro("task"),
     deviation="the clips of episodic_reasoning are folders of frames: make videos of them",
 )

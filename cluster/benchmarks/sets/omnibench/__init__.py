@@ -47,5 +47,5 @@ SET = BenchmarkSet(
     layout="https://github.com/multimodal-art-projection/OmniBench",
     senses=("audio", "image"),
     read=read,
-    metric=accuracy,
+    means=accuracy,
 )

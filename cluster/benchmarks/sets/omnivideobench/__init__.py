@@ -58,6 +58,6 @@ SET = BenchmarkSet(
     layout="https://github.com/NJU-LINK/OmniVideoBench",
     senses=("video", "audio"),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     listens=True,
 )

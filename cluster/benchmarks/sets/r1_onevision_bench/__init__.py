@@ -62,7 +62,7 @@ SET = BenchmarkSet(
     layout="https://github.com/Fancy-MLLM/R1-Onevision",
     senses=("image",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="letters and open answers are compared by rule, where the authors ask a language "
     "model; the row without an answer is left out",
 )

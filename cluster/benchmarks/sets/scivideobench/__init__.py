@@ -35,7 +35,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/scivideobench",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="times in a question stay times: the published task turns them into frame numbers; "
     "no answer is wrong, where it draws a letter",
     listens=True,

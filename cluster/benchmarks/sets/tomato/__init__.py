@@ -60,6 +60,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/tomato",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="no answer is wrong; the published task counts it as A",
 )

@@ -41,7 +41,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/video_holmes",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="no answer is wrong; the published task draws a letter at random",
     listens=True,
 )

@@ -51,7 +51,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/video-tt",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="the open questions, which the authors let a language model judge, are not asked",
     listens=True,
 )

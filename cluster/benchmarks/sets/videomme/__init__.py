@@ -45,6 +45,6 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/videomme",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     listens=True,
 )

@@ -79,7 +79,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/videommmu",
     senses=("video",),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="open answers are compared as numbers or words; the picture of the adaptation track "
     "follows the video as an image",
     listens=True,

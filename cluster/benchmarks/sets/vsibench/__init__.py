@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 
 from avatar_rl.cluster.benchmarks.ask import LETTER_ONLY, gold_letter, joined, options_of, video
 from avatar_rl.cluster.benchmarks.folder import SetFolder
-from avatar_rl.cluster.benchmarks.metrics import by_part, mean
-from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Marked, Question
+from avatar_rl.cluster.benchmarks.metrics import by_part, equal, mean_of
+from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Marked, Question, Weighed
 from avatar_rl.common.errors import InputError
 
 CHOICES = (
@@ -55,15 +54,15 @@ def read(folder: SetFolder) -> Iterator[Question]:
         )
 
 
-def metric(marked: Sequence[Marked]) -> dict[str, float]:
+def means(marked: Sequence[Marked]) -> dict[str, Weighed]:
     """The mean over the tasks; the three levels of relative direction are one task."""
-    tasks = {name: mean(of_task) for name, of_task in by_part(marked, "task").items()}
-    levels = [value for name, value in tasks.items() if name.startswith(_DIRECTION)]
+    tasks = {name: equal(of_task) for name, of_task in by_part(marked, "task").items()}
     shown = {f"task/{name}": value for name, value in tasks.items()}
+    levels = [value for name, value in tasks.items() if name.startswith(_DIRECTION)]
     if levels:
         tasks = {name: value for name, value in tasks.items() if not name.startswith(_DIRECTION)}
-        tasks[_DIRECTION] = shown[f"task/{_DIRECTION}"] = fmean(levels)
-    return {"accuracy": fmean(tasks.values()) if tasks else 0.0} | shown
+        tasks[_DIRECTION] = shown[f"task/{_DIRECTION}"] = mean_of(levels)
+    return {"accuracy": mean_of(list(tasks.values()))} | shown
 
 
 SET = BenchmarkSet(
@@ -73,5 +72,5 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/vsibench",
     senses=("video",),
     read=read,
-    metric=metric,
+    means=means,
 )

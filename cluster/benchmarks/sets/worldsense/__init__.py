@@ -48,7 +48,7 @@ SET = BenchmarkSet(
     layout="https://github.com/EvolvingLMMs-Lab/lmms-eval/tree/main/lmms_eval/tasks/worldsense",
     senses=("video", "audio"),
     read=read,
-    metric=accuracy,
+    means=accuracy,
     deviation="no answer is wrong; the published task counts it as A",
     listens=True,
 )
