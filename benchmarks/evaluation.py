@@ -1,10 +1,15 @@
 """Public sets: how many are ready, how fast they are asked, whether a kill loses an answer, whether
 the intervals cover -> build/bench/evaluation.json; ``make bench NAME=evaluation``, ten minutes.
 
+``sets_ready``: sets that pass the round trip of tests/published_round_trip.py: the layout is cited,
+rows of ours in it are read with every field, and the figures come out as worked out by hand. What a
+set lacks is printed. ``sets_with_deviation``: those that score otherwise than their authors.
 ``throughput_ratio``: questions a second of `avatar evaluate --benchmark` (from the first question
 to the last answer, engines up) over vLLM's own ``LLM.generate`` on the same prompts, decoded and
 encoded beforehand in neither. ``resumed_lost`` and ``resumed_twice``: answers that are missing or
-there twice after a kill -9 in the middle and a second start. ``coverage``: of 2,000 simulated sets.
+there twice after a kill -9 in the middle and a second start. ``coverage`` and ``coverage_macro``:
+share of 2,000 simulated sets whose interval holds the truth, of a mean over questions and of one
+over tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import numpy as np
 
 from avatar_rl.actors.engine.launch import engine_arguments, model_kind, prepare_environment
 from avatar_rl.cluster.benchmarks.convert import read_questions, to_prompt
-from avatar_rl.cluster.benchmarks.intervals import bootstrap
+from avatar_rl.cluster.benchmarks.intervals import Groups, bootstrap
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.load import load_recipe, parse_overrides
@@ -36,6 +41,8 @@ from avatar_rl.prompts.readers.build import with_defaults
 from avatar_rl.prompts.record import Prompt
 from benchmarks.harness import Figures, parser
 from tests.public_set import write_daily_omni
+from tests.published_round_trip import faults
+from tests.unit.published_sets import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, RECIPE = ROOT / "recipes/assets/tiny_omni", ROOT / "recipes/local.yaml"
@@ -146,30 +153,68 @@ def coverage(sets: int, resamples: int) -> float:
     hits = 0
     for number in range(sets):
         accuracy, n = rng.uniform(0.2, 0.95), int(rng.integers(15, 100)) * 4
-        of = None
-        share: float | np.ndarray = accuracy
-        if number % 3 == 0:
-            share = rng.beta(6 * accuracy, 6 * (1 - accuracy), n // 4).repeat(4)
-            of = [str(i // 4) for i in range(n)]
-        scores = (rng.random(n) < share).astype(float)
+        scores, of = simulated(rng, accuracy, n, shared=number % 3 == 0)
         found = bootstrap(scores, clusters=of, seed=number, resamples=resamples)
         hits += found.low <= accuracy <= found.high
     return hits / sets
 
 
-def ready() -> int:
-    """Sets whose reader, wording and metric tests/unit/test_public_sets.py holds against the
-    layout that they name by address."""
-    return sum(bool(one.layout) for one in benchmark_sets().values())
+def coverage_macro(sets: int, resamples: int) -> float:
+    """The same of a mean over 3 to 20 tasks of 20 to 200 questions, each task of an accuracy of its
+    own; in a third of the sets questions of a task share a clip in fours."""
+    rng = np.random.default_rng(12)
+    hits = 0
+    for number in range(sets):
+        tasks = int(rng.integers(3, 21))
+        accuracies, sizes = rng.uniform(0.2, 0.95, tasks), rng.integers(5, 51, tasks) * 4
+        parts = [
+            simulated(rng, accuracy, int(n), shared=number % 3 == 0)
+            for accuracy, n in zip(accuracies, sizes, strict=True)
+        ]
+        found = bootstrap(
+            np.concatenate([scores for scores, _ in parts]),
+            clusters=[f"{task}/{one}" for task, (_, of) in enumerate(parts) for one in of],
+            groups=Groups(np.repeat(np.arange(tasks), sizes), np.full(tasks, 1 / tasks)),
+            seed=number,
+            resamples=resamples,
+        )
+        hits += found.low <= accuracies.mean() <= found.high
+    return hits / sets
+
+
+def simulated(
+    rng: np.random.Generator, accuracy: float, n: int, *, shared: bool
+) -> tuple[np.ndarray, list[str]]:
+    """(n,) right and wrong answers, and the clip of each: its own, or shared by four."""
+    share: float | np.ndarray = accuracy
+    if shared:
+        share = rng.beta(6 * accuracy, 6 * (1 - accuracy), n // 4).repeat(4)
+    return (rng.random(n) < share).astype(float), [str(i // 4 if shared else i) for i in range(n)]
+
+
+def ready(folder: Path) -> int:
+    """Sets that pass their published round trip; what the others lack is printed."""
+    count = 0
+    for name, one in benchmark_sets().items():
+        lacks = faults(one, PUBLISHED[name], folder) if name in PUBLISHED else ["no rows to read"]
+        for fault in lacks:
+            print(f"{name} is not ready: {fault}", flush=True)
+        count += not lacks
+    return count
 
 
 def main() -> None:
     options = parser(__doc__)
     chosen = options.parse_args()
     figures = Figures("evaluation", chosen.out)
-    figures.add({"sets_ready": ready()})
     smoke = chosen.smoke
-    figures.add({"coverage": coverage(60 if smoke else 2000, 200 if smoke else 1000)})
+    with tempfile.TemporaryDirectory() as folder:
+        figures.add({"sets_ready": ready(Path(folder))})
+    deviating = [one for one in benchmark_sets().values() if one.deviation]
+    figures.add({"sets_with_deviation": len(deviating)})
+    sets, resamples = (60, 200) if smoke else (2000, 1000)
+    figures.add({"coverage": coverage(sets, resamples)})
+    figures.add({"coverage_macro": coverage_macro(sets, resamples)})
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         # Four in ten of the world's questions have options.

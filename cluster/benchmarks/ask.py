@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avatar_rl.cluster.benchmarks.folder import SetRow
-from avatar_rl.common.errors import InputError
 from avatar_rl.common.text import normalise
 from avatar_rl.prompts.choices import lettered, split_option
 from avatar_rl.prompts.record import MediaItem
@@ -38,7 +37,7 @@ def options_of(row: SetRow, *names: str) -> tuple[str, ...]:
 def gold_letter(row: SetRow, options: Sequence[str], *names: str) -> str:
     """The right option's letter, however the set writes it: letter, number from 0, or its words.
 
-    Raises InputError where it is none of the options: no answer could reach it."""
+    What is none of the options stays as it is: ``read_questions`` names all such rows at once."""
     value = row.need(*names)
     letters = [split_option(option)[0] for option in options]
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
@@ -51,11 +50,18 @@ def gold_letter(row: SetRow, options: Sequence[str], *names: str) -> str:
     named = [x for x, option in map(split_option, options) if normalise(option) == words]
     if len(named) >= 1:
         return named[0]
-    raise InputError(
-        row.where,
-        f"the gold answer {text!r} is none of the options {list(options)}",
-        "no completion can reach it: correct the row or leave it out",
-    )
+    return text
+
+
+def gold_number(row: SetRow, *names: str) -> str:
+    """The truth as a plain number: "4" of 4.0. What is none stays as it is, as in
+    ``gold_letter``."""
+    text = row.text(*names)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
 
 
 def joined(*lines: str) -> str:

@@ -10,14 +10,18 @@ from typing import Literal
 import av
 
 from avatar_rl.cluster.benchmarks.folder import SetFolder
+from avatar_rl.cluster.benchmarks.marks import gold_fault
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Kind, Question
 from avatar_rl.common.errors import ConfigError, InputError
 from avatar_rl.common.files import json_line, replaced_file
+from avatar_rl.common.text import shortened
 from avatar_rl.prompts.record import MediaItem, MediaPlan, Modality, ProblemType, Prompt
 
 #: ``recipe``: the question and its options in the recipe's template, as the model was trained.
 #: ``official``: the authors' words alone.
 Wording = Literal["recipe", "official"]
+
+_MAX_NAMED = 10  # rows that an error names
 
 _TYPES: dict[Kind, ProblemType] = {
     "choice": ProblemType.MULTIPLE_CHOICE,
@@ -74,14 +78,20 @@ def read_questions(
         limit: the first questions alone.
         skip: leave questions without their media out instead of refusing.
 
-    Raises InputError naming the file or row at fault, before anything is asked."""
+    Raises InputError naming the file or rows at fault, before anything is asked: media that are not
+    there, and gold answers that no completion can reach."""
     folder = SetFolder(root, media)
     found: list[Question] = []
+    faults: list[str] = []
     absent: set[str] = set()
     for question in one.read(folder):
         found.append(question)
+        # A set with a rule of its own knows how its answers are meant.
+        if one.marked_by is None and (fault := gold_fault(question)):
+            faults.append(shortened(f"{folder.at}, question {question.id}: {fault}", 300))
         if limit is not None and len(found) == limit:
             break
+    _check_gold(faults, root)
     if folder.missing:
         if not skip:
             folder.check_media(questions=len(found))
@@ -91,6 +101,24 @@ def read_questions(
     if not kept:
         raise InputError(root, "no question is left to ask", "see whether its media are unpacked")
     return kept, len(found) - len(kept)
+
+
+class GoldError(InputError):
+    """Gold answers that no completion can reach, several of them in one message."""
+
+    MOST_CHARS = 400 * _MAX_NAMED
+
+
+def _check_gold(faults: Sequence[str], root: Path) -> None:
+    if not faults:
+        return
+    more = f" and {len(faults) - _MAX_NAMED} more" if len(faults) > _MAX_NAMED else ""
+    raise GoldError(
+        root,
+        f"{len(faults)} gold answers that no completion can reach: "
+        f"{'; '.join(faults[:_MAX_NAMED])}{more}",
+        "correct these rows or leave them out",
+    )
 
 
 def _check_ids(questions: Sequence[Question], root: Path) -> None:

@@ -60,17 +60,17 @@ class SetFolder:
     def __init__(self, root: Path, media: Path) -> None:
         self.root, self.media_folder = root, media
         self.missing: dict[Path, None] = {}  # media that rows name and that are not there
+        self.at = str(root)  # where the row stands that was read last
 
     def rows(self, *patterns: str) -> Iterator[SetRow]:
         """The rows of all files of the first pattern that any file fits.
 
         Raises InputError naming the files that were wanted."""
         for path in self.files(*patterns):
-            if path.suffix == ".tsv":
-                yield from _tsv(path)
-                continue
-            for row in iter_rows(path, "all"):
-                yield SetRow(row.data, row.where)
+            read = _tsv(path) if path.suffix == ".tsv" else _rows(path)
+            for row in read:
+                self.at = row.where
+                yield row
 
     def files(self, *patterns: str) -> list[Path]:
         for pattern in patterns:
@@ -132,6 +132,11 @@ class SetFolder:
             f"{names}{more}",
             "unpack the set's archives there, or leave their questions out with --skip-missing",
         )
+
+
+def _rows(path: Path) -> Iterator[SetRow]:
+    for row in iter_rows(path, "all"):
+        yield SetRow(row.data, row.where)
 
 
 def _tsv(path: Path) -> Iterator[SetRow]:

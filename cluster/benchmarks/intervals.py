@@ -85,6 +85,7 @@ def bootstrap(
         ]
     )
     high, low = np.quantile(studentised, [0.025, 0.975])
+    spread = np.sqrt(spread**2 + table.unknown())
     return Interval(
         float(max(min(estimate - low * spread, estimate), min(0.0, values.min()))),
         float(min(max(estimate - high * spread, estimate), max(1.0, values.max()))),
@@ -127,9 +128,15 @@ class _Table:
             n = int(rows.max()) + 1
         shape = (n, len(groups.weights))
         places = rows * shape[1] + groups.of
-        sums = np.bincount(places, values, minlength=shape[0] * shape[1]).reshape(shape)
-        sizes = np.bincount(places, minlength=shape[0] * shape[1]).reshape(shape)
-        return cls(sums, sizes.astype(np.float64), groups.weights)
+        sums = np.bincount(places, values, minlength=n * shape[1]).reshape(shape)
+        sizes = np.bincount(places, minlength=n * shape[1]).reshape(shape)
+        return cls(sums.astype(np.float64), sizes.astype(np.float64), groups.weights)
+
+    def unknown(self) -> float:
+        """What the square of the error lacks: a group of one cluster does not say how its scores
+        spread, so it counts with the widest spread that a score in [0, 1] can have."""
+        alone = (self.sizes > 0).sum(0) == 1
+        return float((self.weights[alone] ** 2).sum() / 4) if len(self.weights) > 1 else 0.0
 
     def figures(self, counts: _Array) -> tuple[_Array, _Array, _Array]:
         """Of each row of ``counts`` (B, n): the figure (B,), its standard error (B,), and what each

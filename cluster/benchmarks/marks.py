@@ -78,6 +78,30 @@ def mark(question: Question, completion: str, *, tokens: int = 0) -> Marked:
     return Marked(question, given, score, tokens)
 
 
+def gold_fault(question: Question) -> str | None:
+    """Why no completion can be marked right, by the kind of the question; None where one can."""
+    answer, kind = question.answer, question.kind
+    if kind in ("choice", "choices"):
+        letters = [split_option(option)[0] for option in question.options]
+        if not set(answer.split(",") if kind == "choices" else [answer]) <= set(letters):
+            return f"the gold answer {answer!r} is none of the options {list(question.options)}"
+    elif kind in ("count", "relative") and not _is_number(answer):
+        return f"the gold answer {answer!r} is no number"
+    elif kind == "yes_no" and answer.lower() not in ("yes", "no"):
+        return f"the gold answer {answer!r} is neither yes nor no"
+    if mark(question, f"<answer>{answer}</answer>").score < 1:
+        places = "" if question.decimals is None else f", after rounding to {question.decimals}"
+        return f"the gold answer {answer!r} itself would be marked wrong (as {kind}{places})"
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 _Found = tuple[str | None, float]
 
 
@@ -145,7 +169,7 @@ def _number(question: Question, text: str) -> _Found:
 def _text(question: Question, text: str) -> _Found:
     boxed = _BOXED.findall(text)
     given = normalise(boxed[-1] if boxed else text)
-    return given or None, float(given == normalise(question.answer))
+    return given or None, float(given != "" and given == normalise(question.answer))
 
 
 def _shown(number: float | None) -> str | None:

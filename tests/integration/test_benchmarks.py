@@ -38,7 +38,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "chaos": ("kills", "acknowledged_lost", "recovery_s_p50", "accuracy_chaos"),
     "embeddings": ("embeddings_vs_pixels", "embeddings_vs_pixels_decoding", "decode_hidden_share"),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
-    "evaluation": ("sets_ready", "coverage", "throughput_ratio", "resumed_kept"),
+    "evaluation": (
+        "sets_ready",
+        "sets_with_deviation",
+        "coverage",
+        "coverage_macro",
+        "throughput_ratio",
+        "resumed_kept",
+    ),
     "gpu": (
         "tower_ms_sdpa",
         "head_ms_tiled",

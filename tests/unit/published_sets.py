@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -32,6 +33,7 @@ class Published:
     media: Sequence[str]  # last part of each question's first medium, "" for an embedded one
     says: str  # in the authors' wording of the first question
     options: Sequence[int] = field(default_factory=list)  # how many each question has
+    unread: Sequence[str] = ()  # fields that are published and that nothing is made of here
 
 
 def touch(root: Path, *names: str) -> None:
@@ -48,6 +50,14 @@ def write_json(path: Path, rows: Any) -> None:
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_frames(folder: Path, count: int) -> None:
+    """JPEG frames 00001.jpg, ..., each of one grey, brighter from frame to frame."""
+    folder.mkdir(parents=True)
+    for number in range(1, count + 1):
+        picture = Image.new("RGB", (64, 48), (10 * number,) * 3)
+        picture.save(folder / f"{number:05d}.jpg", quality=95)
 
 
 ABCD = ["A. red", "B. green", "C. blue", "D. none"]
@@ -87,8 +97,10 @@ def _av_odyssey(root: Path) -> None:
     row |= {"question": "Which sounds like [img1]?", "image_path": ["i/1.png"], "video_path": []}
     row |= {"options": [f"{x}. [audio{n}]" for n, x in enumerate("ABCD", 1)]}
     row |= {"audio_path": [f"a/{n}.wav" for n in range(1, 5)]}
-    touch(root, "i/1.png", *(f"a/{n}.wav" for n in range(1, 5)))
-    (root / "test.jsonl").write_text(json.dumps(row))
+    touch(root, "i/1.png", "v/1.mp4", *(f"a/{n}.wav" for n in range(1, 5)))
+    seen = {"question_id": "1_2", "question": "Which fits [video1]?", "video_path": ["v/1.mp4"]}
+    rows = [row, row | seen | {"image_path": [], "subfield": "Beat"}]
+    (root / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def _intentbench(root: Path) -> None:
@@ -122,6 +134,10 @@ def _mvbench(root: Path) -> None:
     bounded = row | {"start": 1.5, "end": 3.0, "answer": "none"}
     write_json(root / "json/action_sequence.json", [bounded])
     touch(root, "video/perception/videos/a.mp4", "video/star/Charades_segment/a.mp4")
+    write_json(
+        root / "json/episodic_reasoning.json", [bounded | {"video": "castle_s01_clip_07", "fps": 3}]
+    )
+    write_frames(root / "video/tvqa/frames_fps3_hq/castle_s01_clip_07", 15)
 
 
 def _videomme(root: Path) -> None:
@@ -286,6 +302,7 @@ PUBLISHED: dict[str, Published] = {
         ["a.mp3", "a.mp3"],
         "Options:\nA. red",
         [4, 4],
+        unread=("audio content", "image content"),
     ),
     "dailyomni": Published(
         _dailyomni,
@@ -295,6 +312,7 @@ PUBLISHED: dict[str, Published] = {
         ["v1_video.mp4"] * 2,
         "Select the single most accurate answer",
         [4, 4],
+        unread=("content_parent_category",),
     ),
     "worldsense": Published(
         _worldsense,
@@ -304,15 +322,17 @@ PUBLISHED: dict[str, Published] = {
         ["a.mp4"] * 2,
         "Carefully watch this video",
         [4, 3],
+        unread=("subtitle_path",),
     ),
     "av_odyssey": Published(
         _av_odyssey,
-        "B",
-        ["(B)"],
-        {"accuracy": 1.0, "subfield/Timbre": 1.0},
-        ["1.png"],
+        "BB",
+        ["(B)", "(C)"],
+        {"accuracy": 0.5, "subfield/Timbre": 1.0, "subfield/Beat": 0.0},
+        ["1.png", "1.mp4"],
         "sounds like <image>?\nA. <audio>",
-        [4],
+        [4, 4],
+        unread=("data_type",),
     ),
     "intentbench": Published(  # F1 of {A, B} against {A, C}: one hit of two and two
         _intentbench,
@@ -332,15 +352,17 @@ PUBLISHED: dict[str, Published] = {
         ["v.mp4"] * 3,
         "Output only the number",
         [0, 0, 0],
+        unread=("clue", "query_interval"),
     ),
-    "mvbench": Published(  # tasks weigh alike: (1/2 + 1) / 2
+    "mvbench": Published(  # tasks weigh alike: (1/2 + 1 + 1) / 3
         _mvbench,
-        "CAD",
-        ["(C) blue", "C", "D"],
-        {"accuracy": 0.75, "task/action_count": 0.5, "task/action_sequence": 1.0},
-        ["a.mp4"] * 3,
+        "CADD",
+        ["(C) blue", "C", "D", "D"],
+        {"accuracy": 5 / 6, "task/action_count": 0.5, "task/action_sequence": 1.0}
+        | {"task/episodic_reasoning": 1.0},
+        ["a.mp4", "a.mp4", "a.mp4", ""],
         "Question:What?\nOption:\n(A) red",
-        [4, 4, 4],
+        [4, 4, 4, 4],
     ),
     "videomme": Published(
         _videomme,
@@ -350,6 +372,7 @@ PUBLISHED: dict[str, Published] = {
         ["y1.mp4"] * 2,
         "The best answer is:",
         [4, 4],
+        unread=("url", "video_id"),
     ),
     "lvbench": Published(
         _lvbench,
@@ -359,6 +382,7 @@ PUBLISHED: dict[str, Published] = {
         ["a.mp4"] * 2,
         "What is it?\n(A) red",
         [4, 4],
+        unread=("key", "time_reference"),
     ),
     "video_holmes": Published(
         _video_holmes,
@@ -368,6 +392,7 @@ PUBLISHED: dict[str, Published] = {
         ["h1.mkv"] * 2,
         "(A, B, C, D, E, or F)",
         [6, 6],
+        unread=("Explanation",),
     ),
     "mmvu": Published(
         _mmvu,
@@ -396,6 +421,7 @@ PUBLISHED: dict[str, Published] = {
         ["dev_Computer_Science_1.mp4"] * 3,
         "Please ignore the Quiz question",
         [4, 4, 0],
+        unread=("link_selected", "question_type"),
     ),
     "vsibench": Published(  # 2.5 for 2.0 is off by 0.25: within 0.5, 0.45, ... 0.25, six of ten
         _vsibench,
@@ -415,6 +441,7 @@ PUBLISHED: dict[str, Published] = {
         ["jove_9.mp4"],
         "At 01:05?",
         [10],
+        unread=("video_duration",),
     ),
     "video_tt": Published(
         _video_tt,
@@ -433,6 +460,7 @@ PUBLISHED: dict[str, Published] = {
         ["", ""],
         "Answer.\nFind x.",
         [4, 0],
+        unread=("metadata.split", "problem_index", "query_cot"),
     ),
     "mathvista": Published(  # 1.24 rounds to 1.2; 14.4 rounds to 14
         _mathvista,
@@ -442,6 +470,7 @@ PUBLISHED: dict[str, Published] = {
         ["", "", ""],
         "Hint: letter.",
         [4, 0, 0],
+        unread=("image", "unit"),
     ),
     "mmk12": Published(
         _mmk12,

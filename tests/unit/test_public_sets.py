@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_answers
 from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, to_prompt, write_prompts
 from avatar_rl.cluster.benchmarks.intervals import Groups, bootstrap, paired, wilson
-from avatar_rl.cluster.benchmarks.marks import final_part, letter_in, mark, relative_accuracy
-from avatar_rl.cluster.benchmarks.metrics import change, interval_of
-from avatar_rl.cluster.benchmarks.record import Marked, Question
+from avatar_rl.cluster.benchmarks.marks import (
+    final_part,
+    gold_fault,
+    letter_in,
+    mark,
+    relative_accuracy,
+)
+from avatar_rl.cluster.benchmarks.metrics import accuracy, change, interval_of
+from avatar_rl.cluster.benchmarks.record import Kind, Marked, Question
 from avatar_rl.cluster.benchmarks.result import Asking, SetToAsk, by_length, finish
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
@@ -23,8 +34,10 @@ from avatar_rl.cluster.commands import doctor_inputs
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.training.public_sets import evenly, public_questions
 from avatar_rl.common.errors import ConfigError, DataError, InputError
-from avatar_rl.prompts.config import DataConfig
+from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import load_prompts
+from avatar_rl.prompts.media.loader import DecodedVideo, MediaLoader
+from tests.published_round_trip import faults
 from tests.unit.published_sets import ABCD, PUBLISHED, write_json
 
 
@@ -36,21 +49,32 @@ def test_all_22_sets_of_the_papers_are_there() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_set_is_read_and_scored_as_published(name: str, tmp_path: Path) -> None:
-    published, one = PUBLISHED[name], benchmark_set(name)
-    published.write(root := tmp_path / name)
-    questions, left_out = read_questions(one, root, tmp_path / "media")
-    assert left_out == 0 and [q.answer for q in questions] == list(published.answers)
-    assert [len(q.options) for q in questions] == list(published.options)
-    assert published.says in questions[0].official
-    for question, end in zip(questions, published.media, strict=True):
-        path = Path(question.media[0].uri)
-        assert path.is_file() and (path.name == end if end else path.parent == tmp_path / "media")
-        assert question.text and question.parts
-    marked = [mark(q, text) for q, text in zip(questions, published.completions, strict=True)]
-    figures = one.metric(marked)
-    assert next(iter(figures)) == "accuracy"
-    for figure, value in published.figures.items():
-        assert figures[figure] == pytest.approx(value), figure
+    assert faults(benchmark_set(name), PUBLISHED[name], tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"answers": "DA"}, "gold answers"),
+        ({"figures": {"accuracy": 0.6}}, r"figure accuracy: 0\.5 for 0\.6"),
+        ({"unread": ()}, "fields: {'content_parent_category'}"),
+        ({"says": "Select two"}, "the authors' words"),
+        ({"options": [4, 5]}, "options"),
+        ({"media": ["v1_video.mp4", "v2.mp4"]}, "media"),
+    ],
+)
+def test_a_set_that_is_not_as_published_is_not_ready(
+    change: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
+    published = replace(PUBLISHED["dailyomni"], **change)
+    [found] = faults(benchmark_set("dailyomni"), published, tmp_path)
+    assert re.match(fault, found)
+
+
+def test_a_set_without_an_address_or_with_another_metric_is_not_ready(tmp_path: Path) -> None:
+    one = replace(benchmark_set("mvbench"), layout="", means=accuracy)
+    found = faults(one, PUBLISHED["mvbench"], tmp_path)
+    assert found[0].startswith("an address") and found[1].startswith("figure accuracy: 0.75")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -81,7 +105,8 @@ WITH_FILES = [name for name, one in PUBLISHED.items() if any(one.media)]
 @pytest.mark.parametrize("name", WITH_FILES)
 def test_missing_media_are_named_before_anything_is_asked(name: str, tmp_path: Path) -> None:
     PUBLISHED[name].write(root := tmp_path / name)
-    files = [p for p in root.rglob("*") if p.is_file() and p.read_bytes() == b"stand-in"]
+    media = {b"stand-in", *([p.read_bytes() for p in root.rglob("*.jpg")])}
+    files = [p for p in root.rglob("*") if p.is_file() and p.read_bytes() in media]
     for path in files:
         path.unlink()
     with pytest.raises(InputError, match=r"media files of .*\.(mp4|mp3|png|wav).*--skip-missing"):
@@ -96,12 +121,70 @@ def test_a_row_of_another_layout_names_what_it_lacks(tmp_path: Path) -> None:
         read_questions(benchmark_set("dailyomni"), tmp_path, tmp_path / "media")
 
 
-def test_a_gold_answer_that_nothing_can_reach_is_refused(tmp_path: Path) -> None:
+def test_gold_answers_that_nothing_can_reach_are_named_together(tmp_path: Path) -> None:
     PUBLISHED["dailyomni"].write(tmp_path)
     rows = json.loads((tmp_path / "qa.json").read_text())
-    write_json(tmp_path / "qa.json", [rows[0] | {"Answer": "E"}])
-    with pytest.raises(InputError, match=r"gold answer 'E' is none of the options.*reach"):
+    bad = [rows[0] | {"Answer": f"E{n}"} for n in range(12)]
+    lines = ",\n".join(map(json.dumps, [rows[0], *bad]))
+    (tmp_path / "qa.json").write_text(f"[{lines}]")
+    with pytest.raises(InputError, match="12 gold answers that no completion can reach") as error:
         read_questions(benchmark_set("dailyomni"), tmp_path, tmp_path / "media")
+    said = str(error.value)
+    assert "qa.json:2, question v1-1: the gold answer 'E0' is none of the options ['A. red'" in said
+    assert "'E9'" in said and "'E10'" not in said and "and 2 more" in said
+    assert "correct these rows" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "field", "change", "fault"),
+    [
+        ("av_counting", 0, "answer", "many", "'many' is no number"),
+        ("av_counting", 0, "answer", "nan", "'nan' is no number"),
+        ("vsibench", 0, "ground_truth", "far", "'far' is no number"),
+        ("omnibench", 0, "answer", "purple", "'purple' is none of the options"),
+        ("intentbench", 1, "solution", "<answer>A,Z</answer>", "'A,Z' is none of the options"),
+        (
+            "intentbench",
+            2,
+            "solution",
+            "<answer>Perhaps</answer>",
+            "'Perhaps' is neither yes nor no",
+        ),
+    ],
+)
+def test_a_gold_answer_is_checked_by_its_kind(
+    name: str, row: int, field: str, change: str, fault: str, tmp_path: Path
+) -> None:
+    PUBLISHED[name].write(tmp_path)
+    [path] = tmp_path.rglob("*.json*")
+    lines = path.suffix == ".jsonl"
+    text = path.read_text()
+    rows = [json.loads(x) for x in text.splitlines()] if lines else json.loads(text)
+    rows[row][field] = change
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=0))
+    with pytest.raises(InputError, match=rf"1 gold answers .*question \w+: .*{fault}"):
+        read_questions(benchmark_set(name), tmp_path, tmp_path / "media")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "decimals", "reachable"),
+    [
+        ("1.2", "number", 1, True),
+        ("1.25", "number", 1, False),  # every number is rounded to one decimal before
+        ("14", "number", 0, True),
+        ("x + 1", "number", None, True),  # compared as words
+        ("[1, 2]", "text", None, True),
+        ("...", "text", None, False),  # nothing is left of it in normal form
+        ("0", "relative", None, True),
+        ("inf", "relative", None, False),
+        ("1000000", "count", None, True),
+    ],
+)
+def test_what_a_completion_can_reach(
+    answer: str, kind: Kind, decimals: int | None, reachable: bool
+) -> None:
+    asked = Question("1", "?", answer, kind, decimals=decimals)
+    assert (gold_fault(asked) is None) == reachable
 
 
 def test_questions_without_their_media_can_be_left_out(tmp_path: Path) -> None:
@@ -111,6 +194,46 @@ def test_questions_without_their_media_can_be_left_out(tmp_path: Path) -> None:
         benchmark_set("omnibench"), tmp_path, tmp_path / "media", skip=True
     )
     assert [q.id for q in questions] == ["0"] and left_out == 1
+
+
+def test_a_folder_of_frames_is_seen_as_it_is(tmp_path: Path) -> None:
+    """MVBench's episodic_reasoning, 3 frames a second from 00001.jpg on, 1.5 s to 3 s."""
+    PUBLISHED["mvbench"].write(tmp_path)
+    read = partial(read_questions, benchmark_set("mvbench"), tmp_path, tmp_path / "media")
+    [item] = [q.media[0] for q in read()[0] if q.parts["task"] == "episodic_reasoning"]
+    loader = MediaLoader(MediaConfig(), tmp_path)
+    whole = loader.load(item.model_copy(update={"clip": None, "frames": 14}))
+    assert isinstance(whole, DecodedVideo) and whole.duration == pytest.approx(5.0)
+    cut = loader.load(item.model_copy(update={"frames": 4}))
+    assert isinstance(cut, DecodedVideo)
+    # Frame n is on the screen from (n - 1) / 3 s on, and its grey is 10 n.
+    times = 1.5 + (np.arange(4) + 0.5) * 1.5 / 4
+    greys = cut.frames.mean(axis=(1, 2, 3))
+    assert greys == pytest.approx(10 * (np.floor(times * 3) + 1), abs=1)
+    before = Path(item.uri).stat().st_mtime_ns
+    assert read()[0] and Path(item.uri).stat().st_mtime_ns == before  # written once
+    shutil.rmtree(tmp_path / "video/tvqa")
+    with pytest.raises(InputError, match=r"1 media files .*tvqa/.*castle_s01_clip_07"):
+        read()
+
+
+def test_the_first_release_of_mvbench_is_read_too(tmp_path: Path) -> None:
+    PUBLISHED["mvbench"].write(tmp_path)
+    star = tmp_path / "video/star"
+    (star / "Charades_segment").rename(star / "Charades_v1_480")
+    questions, _ = read_questions(benchmark_set("mvbench"), tmp_path, tmp_path / "media")
+    assert any("Charades_v1_480" in q.media[0].uri for q in questions)
+
+
+def test_frames_that_are_no_pictures_are_named(tmp_path: Path) -> None:
+    PUBLISHED["mvbench"].write(tmp_path)
+    frames = tmp_path / "video/tvqa/frames_fps3_hq/castle_s01_clip_07"
+    (frames / "00001.jpg").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"00001\.jpg.*is no picture.*copy it again"):
+        read_questions(benchmark_set("mvbench"), tmp_path, tmp_path / "media")
+    Image.new("RGB", (4, 4)).save(frames / "00002.png")
+    with pytest.raises(InputError, match="both JPEG and PNG"):
+        read_questions(benchmark_set("mvbench"), tmp_path, tmp_path / "media")
 
 
 def test_a_set_is_not_for_a_model_without_its_sense() -> None:

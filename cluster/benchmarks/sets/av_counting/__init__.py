@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from avatar_rl.cluster.benchmarks.ask import video
+from avatar_rl.cluster.benchmarks.ask import gold_number, video
 from avatar_rl.cluster.benchmarks.folder import SetFolder
 from avatar_rl.cluster.benchmarks.metrics import accuracy, count_errors
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Question
@@ -19,7 +19,7 @@ def read(folder: SetFolder) -> Iterator[Question]:
         yield Question(
             id=row.text("index"),
             text=text,
-            answer=f"{float(row.text('answer')):g}",
+            answer=gold_number(row, "answer"),
             kind="count",
             media=(video(path),),
             official=f"Please answer the question '{text}' with a number. Output only the number "

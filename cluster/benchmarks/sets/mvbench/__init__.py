@@ -7,10 +7,11 @@ from pathlib import Path
 
 from avatar_rl.cluster.benchmarks.ask import gold_letter, joined, options_of, video
 from avatar_rl.cluster.benchmarks.folder import SetFolder, SetRow, seconds
+from avatar_rl.cluster.benchmarks.frames import frames_in, video_of
 from avatar_rl.cluster.benchmarks.metrics import macro
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Question
 
-#: Where the videos of a task lie below video/ (or data0613/ in the first release).
+#: Where the videos of a task lie below video/ (or data0613/).
 FOLDERS = {
     "object_interaction": "star/Charades_segment",
     "action_sequence": "star/Charades_segment",
@@ -33,6 +34,19 @@ FOLDERS = {
     "object_existence": "clevrer/video_validation",
     "action_count": "perception/videos",
 }
+#: The same in the first release, where it differs.
+FIRST_RELEASE = {
+    "object_interaction": "star/Charades_v1_480",
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "action_localization": "sta/sta_video",
+    "fine_grained_pose": "nturgbd",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "action_antonym": "ssv2_video",
+}
+_ROOTS = ("video", "video/data0613", "data0613", ".")
+#: Of the frames of tvqa/frames_fps3_hq/<clip>/00001.jpg where the row does not say.
+_FRAMES_PER_S = 3
 
 
 def read(folder: SetFolder) -> Iterator[Question]:
@@ -58,9 +72,15 @@ def read(folder: SetFolder) -> Iterator[Question]:
 
 
 def _path(folder: SetFolder, task: str, row: SetRow) -> Path:
-    name, below = row.text("video"), FOLDERS.get(task, task)
-    roots = ("video", "video/data0613", "data0613", ".")
-    return folder.find(*(f"{root}/{below}/{name}" for root in roots))
+    """The video of a row; a clip that is published as a folder of frames becomes one."""
+    name = row.text("video")
+    below = dict.fromkeys((FOLDERS.get(task, task), FIRST_RELEASE.get(task, task)))
+    paths = [f"{root}/{one}/{name}" for root in _ROOTS for one in below]
+    for path in paths:
+        if frames := frames_in(folder.root / path):
+            rate = seconds(row.get("fps") or _FRAMES_PER_S, row.where)
+            return video_of(frames, round(rate), folder.media_folder)
+    return folder.find(*paths)
 
 
 def _clip(row: SetRow) -> tuple[float, float] | None:
@@ -78,5 +98,4 @@ SET = BenchmarkSet(
     senses=("video",),
     read=read,
     means=macro("task"),
-    deviation="the clips of episodic_reasoning are folders of frames: make videos of them",
 )
