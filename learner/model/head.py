@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from avatar_rl.learner.model.head_on_cpu import BlockedScores
+
 #: Tokens whose logits are held at once: 311 MB of a 152k vocabulary in float32.
 TILE = 512
 #: Bytes of probabilities that are kept for the backward pass instead of being made again. Small
 #: vocabularies fit whole. The backward pass comes next, so this does not add to its peak.
 KEPT = 256 << 20
-#: Rows of the head's weight that are widened at once on a CPU.
-WIDENED = 8192
 
 
 class TiledHead(nn.Module):
@@ -37,7 +37,9 @@ class TiledHead(nn.Module):
         """(M,) log-probabilities of ``tokens`` and entropies, from the states (M, H) that predict
         them."""
         kept = KEPT if torch.is_grad_enabled() else 0
-        return _Tiles.apply(states, self.weight, self.bias, tokens, temperature, self.softcap, kept)
+        is_short = self.weight.dtype != _wide(states.dtype)
+        scores = BlockedScores if is_short and not states.is_cuda else _Tiles
+        return scores.apply(states, self.weight, self.bias, tokens, temperature, self.softcap, kept)
 
 
 def chunked_scores(
@@ -169,13 +171,8 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     wide = _wide(states.dtype)
     if states.dtype == weight.dtype == wide:
         logits = F.linear(states, weight)
-    elif states.is_cuda:
-        logits = torch.mm(states.to(weight.dtype), weight.t(), out_dtype=wide)
     else:
-        logits = states.new_empty(len(states), len(weight), dtype=wide)
-        states = states.to(wide)
-        for rows in _row_blocks(weight):
-            torch.mm(states, weight[rows].to(wide).t(), out=logits[:, rows])
+        logits = torch.mm(states.to(weight.dtype), weight.t(), out_dtype=wide)
     if bias is not None:
         logits += bias
     if softcap is not None:
@@ -193,7 +190,7 @@ def _products(
 ) -> None:
     """Write the gradient of a tile's states and add to that of the weight."""
     wide = of_logits.dtype
-    if weight.dtype != wide and weight.is_cuda:
+    if weight.dtype != wide:
         short = of_logits.to(weight.dtype)
         if of_states is not None:
             of_states[part] = torch.mm(short, weight, out_dtype=wide)
@@ -203,16 +200,5 @@ def _products(
     states = states.to(wide)
     if of_weight is not None:
         of_weight.addmm_(of_logits.t(), states)
-    if of_states is None:
-        return
-    if weight.dtype == wide:
+    if of_states is not None:
         torch.mm(of_logits, weight, out=of_states[part])
-        return
-    total = torch.zeros_like(states)
-    for rows in _row_blocks(weight):
-        total.addmm_(of_logits[:, rows], weight[rows].to(wide))
-    of_states[part] = total
-
-
-def _row_blocks(weight: Tensor) -> list[slice]:
-    return [slice(start, start + WIDENED) for start in range(0, len(weight), WIDENED)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import avatar_rl.learner.model.head as head
+import avatar_rl.learner.model.head_on_cpu as head_on_cpu
 from avatar_rl.learner.model.head import TiledHead, chunked_scores, tiles
 
 VOCABULARY, WIDTH, TOKENS = 97, 12, 23
@@ -56,9 +57,11 @@ def test_scores_and_gradients_equal_plain_autograd(
     bias: bool,
     kept: int,
 ) -> None:
-    """Several tiles with a short last one; probabilities kept for none, all or some of them."""
-    for name, value in {"TILE": 5, "KEPT": kept, "WIDENED": 40}.items():
+    """Several tiles or blocks with a short last one; probabilities kept for none, all or some."""
+    for name, value in {"TILE": 5, "KEPT": kept}.items():
         monkeypatch.setattr(head, name, value)
+    for name, value in {"TOKENS": 5, "ROWS": 40}.items():
+        monkeypatch.setattr(head_on_cpu, name, value)
     linear, states, tokens, temperature, weights = made(dtype, bias)
     logprobs, entropy = TiledHead(linear, softcap)(states, tokens, temperature)
     assert logprobs.dtype == entropy.dtype == torch.promote_types(dtype, torch.float32)
@@ -84,16 +87,48 @@ def test_scores_and_gradients_equal_plain_autograd(
 def test_a_weight_of_many_tiles_sums_its_gradient_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(head, "TILE", 1)
+    monkeypatch.setattr(head, "KEPT", 0)
     linear, states, tokens, temperature, _ = made(torch.bfloat16, bias=False)
     found = []
     for tile in (1, TOKENS):
-        monkeypatch.setattr(head, "TILE", tile)
+        monkeypatch.setattr(head_on_cpu, "TOKENS", tile)
         linear.zero_grad()
         TiledHead(linear, None)(states, tokens, temperature)[0].sum().backward()
         assert linear.weight.grad is not None
         found.append(linear.weight.grad.clone())
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=2**-8)  # one rounding apart
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("rising", [False, True])
+def test_likely_tokens_of_a_bfloat16_model_keep_their_small_gradients(
+    monkeypatch: pytest.MonkeyPatch, kept: int, rising: bool
+) -> None:
+    """Logits of hundreds, the highest in the first block or the last: a token that has all but
+    1e-4 of the probability would get no gradient, or a tenth too much, from a rounded one."""
+    monkeypatch.setattr(head, "KEPT", kept)
+    monkeypatch.setattr(head_on_cpu, "ROWS", 8)
+    linear = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[:, 0] = torch.linspace(-300, 300, VOCABULARY) * (1 if rising else -1)
+        best = int(linear.weight[:, 0].argmax())
+        linear.weight[:, 1] = -1.0
+        linear.weight[best, 1] = 1.0  # so that its gradients do not cancel
+    linear.to(torch.bfloat16)
+    states = torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16)
+    states[:, 0] = 1.0
+    states.requires_grad_()
+    tokens, temperature = torch.full((TOKENS,), best), torch.linspace(0.7, 2, TOKENS)
+    logprobs, entropy = TiledHead(linear, None)(states, tokens, temperature)
+    expected, expected_entropy = plain(states, linear.weight, None, tokens, temperature, None)
+    torch.testing.assert_close(logprobs.double(), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=2e-5, rtol=2e-5)
+    logprobs.sum().backward()
+    found, states.grad = states.grad, None
+    expected.sum().backward()
+    assert found is not None and states.grad is not None and states.grad[:, 1].abs().min() > 0
+    torch.testing.assert_close(found[:, 1], states.grad[:, 1], atol=0, rtol=2e-2)
 
 
 def test_a_frozen_head_passes_the_gradient_on_and_gets_none() -> None:
