@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import ClassVar, Self, get_args
@@ -116,6 +117,7 @@ def current_keys(
     return found
 
 
+@cache  # a class of settings stays as it is
 def subsection(section: type[BaseModel], key: str) -> type[Section] | None:
     """The section behind ``key``, be it required or optional. None for a plain value."""
     if key not in section.model_fields:

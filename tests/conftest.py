@@ -27,11 +27,20 @@ LONG = (
     "test_template",
     "test_tiny_model",
     "test_validate",
+    "test_left_out",
+    "test_attention",
     "test_batch",
     "test_schedule",
     "test_synthetic",
-    "test_rewards_judge",
+    "test_public_sets",
+    "test_datasets",
+    "test_keys",
     "test_report",
+    "test_rewards_judge",
+    "test_hub",
+    "test_supervisor",
+    "test_deploy",
+    "test_cli_commands",
 )
 #: Files for one worker: transformers and half of torch are imported once, and the tiny model is
 #: built once.
@@ -40,17 +49,26 @@ TOGETHER = (
     "test_tiny_model.py",
     "test_ready_start.py",
     "test_validate.py",
+    "test_left_out.py",
+    "test_attention.py",
     "test_batch.py",
     "test_schedule.py",
 )
 
 
+#: Files whose tests share nothing that takes long to make: each goes to whichever worker is free.
+APART = ("test_benchmarks.py",)
+
+
 class Scheduling(LoadFileScheduling):
-    """A whole file goes to one worker, those of ``TOGETHER`` to the same one."""
+    """A whole file goes to one worker, those of ``TOGETHER`` to the same one; a test of a file of
+    ``APART`` goes by itself."""
 
     def _split_scope(self, nodeid: str) -> str:
         scope: str = super()._split_scope(nodeid)
-        return "together" if scope.endswith(TOGETHER) else scope
+        if scope.endswith(TOGETHER):
+            return "together"
+        return nodeid if scope.endswith(APART) else scope
 
 
 @pytest.hookimpl(optionalhook=True)

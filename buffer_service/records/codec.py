@@ -47,6 +47,7 @@ class _Fields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=Fa
     details: dict[str, float] = {}
 
 
+_FIELDS_BEFORE_3 = 0x90 + 13  # how an array of 13 begins in msgpack
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Fields).decode
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
@@ -126,6 +127,10 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
         raise RecordError(
             f"trajectory {name}: fields unreadable ({error}); the record is corrupt"
         ) from error
+    if version < 3 and data[_SIZE] != _FIELDS_BEFORE_3:  # the checksum does not cover the head
+        raise RecordError(
+            f"trajectory {name}: record format {version}, its fields are of another; it is damaged"
+        )
     if not fields.versions:
         raise RecordError(f"trajectory {name}: no policy version; the record is corrupt")
     return Trajectory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -39,13 +38,16 @@ class Key:
         return self.field.description or ""
 
 
-def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], bool]]:
+@cache  # it is asked for each key of a recipe
+def sections(root: type[Section], prefix: str = "") -> tuple[tuple[str, type[Section], bool], ...]:
     """(dotted path, section, whether it may be null) of all sections below ``root``, in order."""
+    found: list[tuple[str, type[Section], bool]] = []
     for key, field in root.model_fields.items():
         inner = subsection(root, key)
         if inner is not None:
-            yield f"{prefix}{key}", inner, NoneType in get_args(field.annotation)
-            yield from sections(inner, f"{prefix}{key}.")
+            found.append((f"{prefix}{key}", inner, NoneType in get_args(field.annotation)))
+            found += sections(inner, f"{prefix}{key}.")
+    return tuple(found)
 
 
 @cache

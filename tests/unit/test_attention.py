@@ -3,13 +3,13 @@ mask by the definition."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
 from avatar_rl.learner.batch.microbatch import Tree
 from avatar_rl.learner.model import attention
@@ -25,14 +25,19 @@ KINDS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def masks() -> ModuleType:
+    """transformers' masks. They bring half of torch: seconds, so not for whoever collects this."""
+    return importlib.import_module("transformers.masking_utils")
+
+
 def rule(kind: str) -> attention.Rule:
     """transformers' own rule of a layer."""
     if kind == "full":
-        return masking_utils.causal_mask_function  # type: ignore[return-value]
+        return masks().causal_mask_function  # type: ignore[return-value]
     if kind == "window":
-        return masking_utils.sliding_window_causal_mask_function(WINDOW)  # type: ignore[return-value]
+        return masks().sliding_window_causal_mask_function(WINDOW)  # type: ignore[return-value]
     none = torch.zeros(1, dtype=torch.long)
-    return masking_utils.chunked_causal_mask_function(WINDOW, none)  # type: ignore[return-value]
+    return masks().chunked_causal_mask_function(WINDOW, none)  # type: ignore[return-value]
 
 
 def dense(kind: str) -> Tensor:
@@ -71,11 +76,11 @@ def mask_of(kind: str) -> PackMask:
     }
     with attention.packed(TREES):
         if kind == "full":
-            return masking_utils.create_causal_mask(**arguments)
+            return masks().create_causal_mask(**arguments)
         config.sliding_window = config.attention_chunk_size = WINDOW
         if kind == "window":
-            return masking_utils.create_sliding_window_causal_mask(**arguments)
-        return masking_utils.create_chunked_causal_mask(**arguments)
+            return masks().create_sliding_window_causal_mask(**arguments)
+        return masks().create_chunked_causal_mask(**arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +149,7 @@ def test_outside_a_pack_masks_are_the_ordinary_ones() -> None:
     attention.register()
     config = SimpleNamespace(_attn_implementation=attention.NAME, is_causal=True)
     padded = torch.tensor([[0, 1, 1]])
-    mask = masking_utils.create_causal_mask(
+    mask = masks().create_causal_mask(
         config=config,
         inputs_embeds=torch.zeros(1, 3, 8),
         attention_mask=padded,

@@ -116,14 +116,29 @@ def test_what_msgpack_cannot_hold_is_a_typed_error() -> None:
             encode(msgspec.structs.replace(t, **changes))
 
 
-def test_a_record_of_the_format_before_has_no_details() -> None:
-    t = make_group(lease(), [1.0]).trajectories[0]
+def of_before(t: Trajectory, version: int) -> bytes:
+    """The record as format ``version``, 1 or 2, had it."""
     values = [getattr(t, name) for name in t.__struct_fields__ if name not in LATER]
     fields = msgspec.msgpack.encode(values)
     body = fields + bytes(-len(fields) % 4) + t.token_ids.tobytes() + t.logprobs.tobytes()
-    head = struct.pack("<4sHHIII", b"AVTR", 2, 0, len(fields), len(t.token_ids), checksum(body))
-    back = decode(head + body)
+    found = checksum(body, version)
+    return struct.pack("<4sHHIII", b"AVTR", version, 0, len(fields), len(t.token_ids), found) + body
+
+
+def test_a_record_of_the_format_before_has_no_details() -> None:
+    t = make_group(lease(), [1.0]).trajectories[0]
+    back = decode(of_before(t, 2))
     assert back.details == {} and (back.id, back.step) == (t.id, t.step)
+
+
+def test_every_bit_of_a_head_counts() -> None:
+    """The checksum does not cover the head: format 2 is one bit away from 3."""
+    good = encode(make_group(lease(), [1.0]).trajectories[0])
+    for bit in range(8 * 20):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RecordError):
+            decode(bytes(bad))
 
 
 def lease(seq: int = 3, kind: str = "train") -> RequestLease:
@@ -142,11 +157,12 @@ def test_newer_format_names_both_formats() -> None:
 
 def test_records_of_format_1_are_read_and_their_checksum_is_a_crc32() -> None:
     t = make_group(lease(), [1.0]).trajectories[0]
-    data = bytearray(encode(t))
+    data = bytearray(of_before(t, 2))
     struct.pack_into("<H", data, 4, 1)
     with pytest.raises(RecordError, match="checksum does not match"):
         decode(bytes(data), "x.1")
     struct.pack_into("<I", data, 16, zlib.crc32(data[20:]))
+    assert data == of_before(t, 1)
     back = decode(bytes(data))
     assert back.id == t.id and np.array_equal(back.logprobs, t.logprobs)
 

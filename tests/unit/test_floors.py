@@ -7,6 +7,7 @@ import ast
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ MODULES = sorted(file for package in FLOORS for file in (ROOT / package).rglob("
 Arrow = tuple[str, str]
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """(line, absolute module or name in it) of every import, those inside functions and
     TYPE_CHECKING blocks included."""
@@ -42,12 +48,13 @@ def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
-def violations(source: str, package: tuple[str, ...]) -> list[str]:
+def violations(source: str | ast.Module, package: tuple[str, ...]) -> list[str]:
     """Imports of ``source``, a module of ``package``, that go up or sideways, leave the root, or
     bypass it."""
     own = package[0]
     found = []
-    for line, module in imported(ast.parse(source), package):
+    tree = ast.parse(source) if isinstance(source, str) else source
+    for line, module in imported(tree, package):
         top, _, rest = module.partition(".")
         inner = rest.partition(".")[0]
         if top in ("tests", "benchmarks"):
@@ -72,7 +79,7 @@ def arrows() -> set[Arrow]:
     for file in MODULES:
         name = module_of(file)
         package = file.relative_to(ROOT).parts[:-1]
-        for _, target in imported(ast.parse(file.read_text()), package):
+        for _, target in imported(tree_of(file), package):
             target = target.removeprefix("avatar_rl.")
             while target and target not in known:
                 target = target.rpartition(".")[0]
@@ -101,7 +108,7 @@ def room_of(module: str) -> str:
 def test_imports_go_down() -> None:
     assert len(MODULES) > 50
     found = {
-        str(file.relative_to(ROOT)): violations(file.read_text(), file.relative_to(ROOT).parts[:-1])
+        str(file.relative_to(ROOT)): violations(tree_of(file), file.relative_to(ROOT).parts[:-1])
         for file in MODULES
     }
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -163,7 +170,7 @@ def test_modules_and_rooms_stay_readable() -> None:
 def test_every_room_says_what_is_in_it() -> None:
     rooms = [file for file in MODULES if file.name == "__init__.py"]
     assert len(rooms) > 20
-    silent = [str(file) for file in rooms if not ast.get_docstring(ast.parse(file.read_text()))]
+    silent = [str(file) for file in rooms if not ast.get_docstring(tree_of(file))]
     assert silent == []
 
 

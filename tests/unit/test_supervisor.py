@@ -6,7 +6,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,17 @@ class Buffer:
         path.write_bytes(bytes([self.at]))
         fixed()
         assert self.release.wait(30)
+
+
+@contextmanager
+def released_at_last(buffer: Buffer) -> Iterator[None]:
+    """A wait for ``buffer`` that should not be ends after 10 s: a fault fails and does not hang."""
+    timer = threading.Timer(10.0, buffer.release.set)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()  # the interpreter would wait for it at its end
 
 
 @pytest.fixture
@@ -117,8 +129,8 @@ def test_a_checkpoint_that_takes_too_long_does_not_hold_up_an_order_to_stop(
     supervisor.begin_checkpoint(1)
     buffer.at = 2
     supervisor.signals.asked, supervisor.signals.asked_at = signal.SIGTERM, time.monotonic()
-    threading.Timer(10.0, buffer.release.set).start()
-    supervisor.save_last()
+    with released_at_last(buffer):
+        supervisor.save_last()
     assert not buffer.release.is_set(), "it was waited for"
     assert folder.all[-1][0] == "checkpoint left out"
     buffer.release.set()
@@ -137,8 +149,7 @@ def test_an_order_to_stop_is_heard_while_a_step_waits_for_the_checkpoint_before(
         supervisor.signals.asked, supervisor.signals.asked_at = signal.SIGTERM, time.monotonic()
 
     threading.Timer(0.3, ask).start()
-    threading.Timer(10.0, buffer.release.set).start()
-    with pytest.raises(Stopped):
+    with released_at_last(buffer), pytest.raises(Stopped):
         supervisor.checkpoint(40)
     assert not buffer.release.is_set(), "it was waited for"
     buffer.release.set()

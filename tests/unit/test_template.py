@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
 from avatar_rl.actors.feeder import Feeder
 from avatar_rl.actors.shared_state import SharedState
@@ -136,6 +135,9 @@ CLIP = (60, 720, 1280)  # frames, height, width of 30 s of 720p at 2 frames a se
 
 
 def test_thirty_seconds_of_720p_fit_the_total_and_were_too_long_without_it() -> None:
+    # Not for whoever collects this file: it brings half of torch.
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
+
     config, grain = TemplateConfig(), FrameGrain(2, 28)
     bounds: PixelBounds = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
 
