@@ -337,7 +337,10 @@ class LearnerConfig(Section):
         1e-3, ge=0, description="Weight of that loss; read with `router: balanced` only."
     )
     reference_cache: int = Field(
-        20_000, ge=0, description="Trajectories whose reference log-probs are remembered."
+        20_000,
+        ge=0,
+        description="Trajectories whose reference log-probs are remembered, by every rank and in "
+        "checkpoints.",
     )
     max_skipped: int = Field(
         10,

@@ -26,6 +26,7 @@ from avatar_rl.common.process import (
     set_aside_imports,
 )
 from avatar_rl.common.turn_lock import TurnLock
+from avatar_rl.common.weight_files import fingerprint
 from avatar_rl.learner.adapter.base import BaseRecord
 from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.batch.microbatch import Row, collate
@@ -45,7 +46,7 @@ from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import JointReference, ReferencePolicy
 from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sequence import SequenceGroup
-from avatar_rl.learner.model.sharded_load import load_in_shares
+from avatar_rl.learner.model.sharded_load import NoSharesError, load_in_shares
 from avatar_rl.learner.publication import (
     AdapterPublication,
     Publication,
@@ -262,7 +263,7 @@ class LearnerRank:
 
     def _load_policy(self, dtype: str) -> tuple[Policy, Adapter | None]:
         spec = self.spec
-        model = self._load(spec.model, dtype)
+        model = self._load(spec.model, dtype, self._optimizer)
         self.names = NameMap.of(model, spec.model)
         self.routers = Routers(model, spec.learner.router, spec.learner.router_balance)
         adapter = None
@@ -281,20 +282,16 @@ class LearnerRank:
         return Policy(model, self._sequence()), adapter
 
     @property
-    def _splits(self) -> bool:
-        """Whether ZeRO splits weights over the ranks."""
-        return self._optimizer.zero_stage == 3 and self.ranks > 1
-
-    @property
     def _optimizer(self) -> OptimizerConfig:
         spec = self.spec
         return spec.sft.optimizer if spec.sft is not None else spec.learner.optimizer
 
-    def _load(self, folder: Path, dtype: str) -> nn.Module:
-        """A model, or this rank's share of it, without holding more of it on the host."""
-        if self._splits:
-            config = deepspeed_config(self._optimizer, self.ranks, dtype)
-            return load_in_shares(folder, dtype=dtype, deepspeed_config=config)
+    def _load(self, folder: Path, dtype: str, config: OptimizerConfig) -> nn.Module:
+        """A model, or under ZeRO 3 this rank's share of it, without holding more of it on the
+        host."""
+        if config.zero_stage == 3 and self.ranks > 1:
+            shares = deepspeed_config(config, self.ranks, dtype)
+            return load_in_shares(folder, dtype=dtype, deepspeed_config=shares)
         return load_model(folder, dtype=dtype, device=self.device)
 
     def _sequence(self) -> SequenceGroup | None:
@@ -308,30 +305,9 @@ class LearnerRank:
         """What trains the steps: with the reference policy where the loss has a KL term, and on
         rank 0 with the buffer."""
         spec = self.spec
-        reference: ReferencePolicy | None = None
         source = None
-        if spec.learner.objective.beta > 0 and spec.lora and spec.reference == spec.model:
-            reference = JointReference(
-                self.engine.score_base,
-                device=self.engine.device,
-                cached=spec.learner.reference_cache,
-            )
-        elif spec.learner.objective.beta > 0 and self._splits:
-            frozen = Policy(self._load(spec.reference, dtype), self.engine.policy.sequence)
-            reference = JointReference(
-                FrozenEngine(frozen, self._optimizer, world_size=self.ranks, dtype=dtype).score,
-                device=self.engine.device,
-                cached=spec.learner.reference_cache,
-                policy=frozen,
-            )
-        elif spec.learner.objective.beta > 0:
-            reference = ReferencePolicy(
-                spec.reference,
-                dtype=dtype,
-                device=self.engine.device,
-                cached=spec.learner.reference_cache,
-                sequence=self.engine.policy.sequence,
-            )
+        reference = self._reference(dtype) if spec.learner.objective.beta > 0 else None
+        self.replicator.reference = reference.cache if reference is not None else None
         if self.rank == 0:
             buffer = ReplayBuffer.connect(
                 spec.buffer, spec.run_id, url=spec.redis_url, create=False
@@ -349,6 +325,37 @@ class LearnerRank:
             source=source,
             publication=self.publication,
             routers=self.routers,
+        )
+
+    def _reference(self, dtype: str) -> ReferencePolicy:
+        """The policy with its adapter off where that is the reference; else a second model, of
+        which several ranks have a share each."""
+        spec, device = self.spec, self.engine.device
+        cached, name = spec.learner.reference_cache, f"{fingerprint(spec.reference)} {dtype}"
+        if spec.lora and spec.reference == spec.model:
+            score = self.engine.score_base
+            return JointReference(score, device=device, cached=cached, source=name)
+        sequence = self.engine.policy.sequence
+        config = self._optimizer.model_copy(update={"zero_stage": 3})
+        try:
+            shared = self._load(spec.reference, dtype, config) if self.ranks > 1 else None
+        except NoSharesError:
+            if self._optimizer.zero_stage == 3:
+                raise
+            shared = None
+        if shared is not None:
+            frozen = Policy(shared, sequence)
+            split = FrozenEngine(frozen, config, world_size=self.ranks, dtype=dtype)
+            return JointReference(
+                split.score, device=device, cached=cached, policy=frozen, source=name
+            )
+        return ReferencePolicy(
+            spec.reference,
+            dtype=dtype,
+            device=device,
+            cached=cached,
+            sequence=sequence,
+            source=name,
         )
 
     def sft(self, first: int, count: int) -> SftReport:

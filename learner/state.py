@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from avatar_rl.learner.engine import TrainEngine
+    from avatar_rl.learner.model.reference import ReferenceCache
+
+#: File of the reference's log-probabilities in a checkpoint. One without it is whole: what it lacks
+#: is computed again.
+REFERENCE = "reference.pt"
 
 T = TypeVar("T")
 
@@ -228,7 +233,10 @@ class StateReplicator:
         self.engine, self.rank, self.state_replica = engine, rank, state_replica
         self.base = base  # that the state belongs to: frozen weights are not in it
         self.max_bytes = max_bytes  # a larger state is written into checkpoints only
+        #: Of replays, kept in checkpoints; a rank that takes over from the replica computes anew.
+        self.reference: ReferenceCache | None = None
         self._captured: dict[str, Any] | None = None
+        self._reference: dict[str, Any] | None = None  # captured with it
 
     def replicate(self, version: int) -> None:
         """Leave a copy of the state that is about to become ``version`` with the state replica.
@@ -249,6 +257,8 @@ class StateReplicator:
         """Copy the state into this process's memory; training may continue while ``write`` writes
         it."""
         self._captured = snapshot(self.engine, self.rank)
+        if self.reference is not None and self.rank == 0:  # every rank has the same
+            self._reference = self.reference.state()
 
     def _with_base(self, files: Files) -> Files:
         if self.base is not None and self.rank == 0:
@@ -263,7 +273,11 @@ class StateReplicator:
             raise ModelError(
                 f"learner rank {self.rank} has captured no state to write: it is a new one"
             )
-        return write_files(self._with_base(serialise(held)), folder)
+        files = self._with_base(serialise(held))
+        known, self._reference = self._reference, None
+        if self.reference is not None and known is not None:
+            files[REFERENCE] = _serialised(self.reference.packed(known))
+        return write_files(files, folder)
 
     def restore(self, folder: Path) -> None:
         """Resume from a state that was written below ``folder``. Raises ModelError for one of
@@ -271,3 +285,6 @@ class StateReplicator:
         if self.base is not None:
             self.base.check(BaseRecord.read(folder / TAG), folder)
         restore(self.engine, self.rank, folder)
+        file = folder / TAG / REFERENCE
+        if self.reference is not None and file.is_file():
+            self.reference.load(load_weights(file))

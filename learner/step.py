@@ -129,6 +129,8 @@ class StepTrainer:
             self.generating = work.version if number == 0 and work.version > 0 else None
             self.forward_backward(plan, step_metrics)
             self.old.share()
+            if self.reference is not None:
+                self.reference.cache.share(self.ranks)
             grad_norm = self._optimizer_step(plan, lr, step_metrics)
         with self.timer("replicate"):
             self.replicator.replicate(work.version + 1)

@@ -53,6 +53,9 @@ class ReferenceLoop:
             model, MediaLoader(config.data.media, Path(".")), config.data.template
         )
         self.policy = Policy(load_reference(model))
+        for name, parameter in self.policy.named_parameters():
+            frozen = any(word in name for word in config.learner.optimizer.freeze)
+            parameter.requires_grad_(not frozen)
         self.reference = Policy(load_reference(model))
         self.engine = RolloutEngine(model, config.rollout.engine)
         self.rewards = RewardSuite(config.rewards)
@@ -60,8 +63,9 @@ class ReferenceLoop:
         self.fencing_token = self.buffer.replay.new_fencing_token()
         settings = config.learner.optimizer
         assert settings.weight_decay == 0
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.trained,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -206,9 +210,7 @@ class ReferenceLoop:
             loss = self._loss(plan, indices)
             loss.backward()
             total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(), config.optimizer.max_grad_norm
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.optimizer.max_grad_norm)
         steps, warmup = self.config.loop.steps, round(config.warmup * self.config.loop.steps)
         assert config.schedule == "constant" and work.step < steps
         for group in self.optimizer.param_groups:

@@ -44,7 +44,7 @@ class LearnerSetting:
     ranks: int = 1
     zero_stage: int = 0
     offload: bool = False  # the optimiser's state in host memory
-    reference: bool = True  # a second policy, whole on every rank but under ZeRO 3
+    reference: bool = True  # a second policy, split over the ranks whatever ZeRO does
     adapter_rank: int | None = None  # LoRA on the decoder; its reference is the base itself
     trains_towers: bool = False
     number: int = BFLOAT16  # bytes of a weight
@@ -139,7 +139,7 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
         "weights": model.parameters * number * setting.split(3),
         "gradients": setting.trained(model) * max(number, setting.gradient) * setting.split(2),
         "optimiser": 0.0 if setting.offload else optimizer,
-        "reference": model.parameters * number * setting.split(3) if setting.reference else 0.0,
+        "reference": model.parameters * number / setting.ranks if setting.reference else 0.0,
         "activations": activations,
         "logits": logits,
         "embeddings": embeddings,
@@ -279,10 +279,10 @@ class MemoryPlan:
         config, setting = self.config, self.setting
         optimizer = optimizer_bytes(self.model, setting) * setting.split(1)
         caches = config.data.template.cache_bytes + config.data.media.memory_cache_bytes
-        # ZeRO 3 keeps a share of each model, the others send each tensor on to the GPU.
+        # Of a model that is split a rank keeps its share; others send each tensor on to the GPU.
         loading = float(self.model.vocabulary * self.model.hidden * BFLOAT16)
-        if setting.split(3) < 1:
-            loading = max(loading, self.weights * setting.split(3))
+        if setting.ranks > 1 and (setting.split(3) < 1 or setting.reference):
+            loading = max(loading, self.weights / setting.ranks)
         return {
             "process": PROCESS_BYTES,
             "weights while loading": loading,

@@ -26,12 +26,16 @@ from avatar_rl.learner.model.stand_in import SmallError, blank_model, try_small
 log = logging.getLogger(__name__)
 
 
+class NoSharesError(ModelError):
+    """A model of this type can only be loaded whole."""
+
+
 def load_in_shares(path: Path, *, dtype: str, deepspeed_config: JsonObject) -> nn.Module:
     """The model of a folder as ``load_model`` gives it, its parameters split over the ranks by
     ZeRO 3. Collective. Where a checkpoint packs tensors in another way than the model (mixtures of
     experts), rank 0 loads all of it first.
 
-    Raises ModelError as ``load_model`` does.
+    Raises ModelError as ``load_model`` does, NoSharesError on every rank.
     """
     import deepspeed
 
@@ -43,7 +47,7 @@ def load_in_shares(path: Path, *, dtype: str, deepspeed_config: JsonObject) -> n
     try:
         try_small(kind, config, dtype)
     except SmallError as error:
-        raise ModelError(
+        raise NoSharesError(
             f"model type {kind!r} cannot be loaded in shares, since no small one can be tried in "
             f"its place ({error}): set learner.optimizer.zero_stage to 2"
         ) from error

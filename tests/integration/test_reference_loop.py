@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from avatar_rl.cluster.recipe.load import load_recipe
 from avatar_rl.cluster.services.services import CPU_ENVIRONMENT, ENVIRONMENT
 from avatar_rl.cluster.telemetry.run_files import read_metrics, read_status
 from avatar_rl.common.files import read_jsonl
@@ -72,9 +73,16 @@ def recipe(folder: Path) -> dict[str, Any]:
         "buffer": {"warm_up": 16, "capacity": 48, "hints": {"zero_patience": 1}},
         "learner": {
             "objective": {"beta": 0.1, "tas_lambda": 0.3},
-            "optimizer": {"lr": 5.0e-4, "max_grad_norm": 0.5},
+            "optimizer": {
+                "lr": 5.0e-4,
+                "max_grad_norm": 0.5,
+                "freeze": ["visual", "audio_tower"],
+            },
             "warmup": 0.5,
             "micro_batch_tokens": 512,
+            # The reference has neither: they must change nothing.
+            "gradient_checkpointing": True,
+            "embeddings": {"mode": "on", "folder": str(folder / "store")},
         },
         "probe": {"prompts": 2},
         # The reference knows nothing of public sets: they must change nothing.
@@ -183,9 +191,25 @@ def test_metrics_equal_the_reference_loop(outcome: tuple[Path, Path, Path]) -> N
     )
 
 
+def test_the_run_took_embeddings_and_recomputed_activations(
+    outcome: tuple[Path, Path, Path],
+) -> None:
+    """Packs, checkpointing and the embedding store were all on: what is compared below is theirs.
+
+    Only an encoder that takes embeddings reports hits; with ``mode: on`` there is no other."""
+    _, run, _ = outcome
+    config = load_recipe(run.parents[1] / "recipe.yaml").learner
+    assert config.gradient_checkpointing and config.embeddings.mode == "on"
+    rows = [row for row in read_metrics(run) if row["step"]]
+    assert [entry for entry in (run.parents[1] / "store").glob("*.embedding")]
+    assert all("media/store_hit_share" in row for row in rows)
+    # Replays ask for prompts that were encoded when they were fresh.
+    assert all(row["media/store_hit_share"] > 0 for row in rows[1:])
+
+
 def test_parameters_equal_the_reference_loop(outcome: tuple[Path, Path, Path]) -> None:
-    """All weights agree to 1e-6 of their norm, and what training changed of them to 1e-4 of the
-    change.
+    """Every number of every tensor agrees to 1e-5, and what training changed of them to 1e-4 of the
+    change. Towers stay as they were.
 
     Not bit for bit: vLLM batches requests as they come, which rounds log-probabilities differently
     (1e-7)."""
@@ -200,8 +224,11 @@ def test_parameters_equal_the_reference_loop(outcome: tuple[Path, Path, Path]) -
         return float(torch.stack([part.norm() for part in parts]).norm())
 
     assert norm(expected, start) > 1e-3 * norm(start)
-    assert norm(trained, expected) < 1e-6 * norm(expected)
     assert norm(trained, expected) < 1e-4 * norm(expected, start)
+    apart = {name: float((trained[name] - expected[name]).abs().max()) for name in expected}
+    frozen = [name for name in start if {"visual", "audio_tower"} & set(name.split("."))]
+    assert frozen and all(torch.equal(trained[name], start[name]) for name in frozen)
+    assert max(apart.values()) < 1e-5, max(apart, key=lambda name: apart[name])
 
 
 def test_nothing_is_left_behind(outcome: tuple[Path, Path, Path]) -> None:

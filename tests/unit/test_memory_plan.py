@@ -44,7 +44,7 @@ def test_zero_splits_optimiser_gradients_and_weights_in_this_order(
     assert found["optimiser"] == decoder * 12 / (8 if stage >= 1 else 1)
     assert found["gradients"] == decoder * 2 / (8 if stage >= 2 else 1)
     assert found["weights"] == (decoder + model.encoders) * 2 / (8 if stage >= 3 else 1)
-    assert found["reference"] == found["weights"]
+    assert found["reference"] == (decoder + model.encoders) * 2 / 8  # split at every stage
     summed = LearnerSetting(ranks=8, zero_stage=stage, gradient=4)
     assert learner_parts(model, summed)["gradients"] == 2 * found["gradients"]
     offloaded = LearnerSetting(ranks=8, zero_stage=max(1, stage), offload=True)
@@ -115,7 +115,9 @@ def test_the_plan_follows_what_the_recipe_trains() -> None:
     assert towers.setting.workers == 0
     without = of(("learner.objective.beta", "0"))
     assert without.learner_parts["reference"] == 0
-    # ZeRO 3 loads in shares, a reference too; the others send tensor by tensor on to the GPU.
+    # ZeRO 3 loads in shares, a reference always does; the others send tensors on to the GPU.
     assert of().learner_host["weights while loading"] == OMNI.parameters * 2 / 8
     below = of(("learner.optimizer.zero_stage", "2"))
+    assert below.learner_host["weights while loading"] == OMNI.parameters * 2 / 8
+    below = of(("learner.optimizer.zero_stage", "2"), ("learner.objective.beta", "0"))
     assert below.learner_host["weights while loading"] == 152_064 * 3584 * 2
