@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from avatar_rl.cluster.benchmarks.record import Marked, MarkedBy, Question
 from avatar_rl.cluster.checkpoints.resume import flatten
 from avatar_rl.common.errors import ConfigError, DataError
 from avatar_rl.common.files import Appender, json_line, read_jsonl, replace_text, replaced_file
-from avatar_rl.common.types import Json
+from avatar_rl.common.types import Json, JsonObject
 
 _JOURNAL = "answers.jsonl"
+_PLACE = "model.path"  # told, not compared: a model may move
 
 
 class AnswerStore:
@@ -25,16 +27,25 @@ class AnswerStore:
     answers.jsonl grows while questions are answered and survives a kill; ``finish`` writes
     answers.parquet beside it. Only one process may write."""
 
-    def __init__(self, folder: Path, asked: Mapping[str, Json]) -> None:
-        """Raises ConfigError where the folder holds answers that were asked otherwise, naming what
-        differs: its answers would be mixed with others."""
+    def __init__(
+        self, folder: Path, asked: Mapping[str, Json], questions: Sequence[Question] = ()
+    ) -> None:
+        """``asked`` is what the answers depend on; where the model lay (`model.path`) does not
+        count.
+
+        Raises ConfigError where the folder holds answers that were asked otherwise, or to other
+        questions, naming what differs: its answers would be mixed with others."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.texts: dict[str, tuple[str, int]] = {}  # question id -> completion, tokens
+        before: dict[str, str] = {}
         for row in read_jsonl(folder / _JOURNAL):
             self.texts.setdefault(str(row["id"]), (str(row["text"]), int(row["tokens"])))
+            before.setdefault(str(row["id"]), str(row.get("question")))
         self._trim()
         _check_asked(folder / "asked.json", asked if self.texts else None)
+        self._digests = {one.id: question_digest(one) for one in questions}
+        _check_questions(folder, before, self._digests)
         replace_text(folder / "asked.json", json.dumps(dict(asked), indent=2) + "\n")
         self._journal = Appender(folder / _JOURNAL, self._trouble)
 
@@ -57,7 +68,10 @@ class AnswerStore:
         """Keeps an answer; a second one to the same question is left out."""
         if question_id not in self.texts:
             self.texts[question_id] = (text, tokens)
-            self._journal.append(json_line({"id": question_id, "text": text, "tokens": tokens}))
+            row: JsonObject = {"id": question_id, "text": text, "tokens": tokens}
+            if question_id in self._digests:
+                row["question"] = self._digests[question_id]
+            self._journal.append(json_line(row))
 
     def marked(self, questions: Sequence[Question], by: MarkedBy = mark) -> list[Marked]:
         """The answered ones of ``questions``, marked, in their order."""
@@ -101,11 +115,38 @@ def _check_asked(path: Path, asked: Mapping[str, Json] | None) -> None:
         return
     before, now = dict(flatten(json.loads(path.read_text()))), dict(flatten(dict(asked)))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if names:
+    if names := [name for name in names if name != _PLACE]:
         what = "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise ConfigError(
             f"{path.parent} holds answers that were asked otherwise ({what}): choose another "
             "--out, or delete that folder"
+        )
+
+
+def question_digest(one: Question) -> str:
+    """Of what is asked: words, options, and each medium's name, size and window. The truth is no
+    part of it, since a corrected one only marks anew."""
+    media: list[Json] = [
+        [item.kind, Path(item.uri).name, _size(item.uri), list(item.clip or ())]
+        for item in one.media
+    ]
+    words: JsonObject = {"text": one.text, "official": one.official, "media": media}
+    words |= {"options": list(one.options), "in_text": one.in_text}
+    return hashlib.sha256(json_line(words)).hexdigest()[:16]
+
+
+def _size(uri: str) -> int:
+    path = Path(uri)
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _check_questions(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    others = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    if others:
+        raise ConfigError(
+            f"{folder} holds answers to other questions: {len(others)} were asked with other words "
+            f"or media than the set has now ({', '.join(others[:5])}): choose another --out, or "
+            "delete that folder"
         )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from avatar_rl.cluster.recipe.load import parse_overrides, read_recipe, resolve_recipe
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.common.types import JsonObject
+from avatar_rl.common.weight_files import fingerprint
 
 if TYPE_CHECKING:
     from avatar_rl.cluster.benchmarks.convert import Wording
     from avatar_rl.cluster.benchmarks.record import BenchmarkSet
     from avatar_rl.cluster.config import RunConfig
+    from avatar_rl.common.config import Section
     from avatar_rl.prompts.record import Modality
 
 
@@ -83,14 +86,9 @@ def evaluate_sets(
     ]
     for one, questions, _ in read:
         check_kinds(one, questions, senses, model)
-    asked: JsonObject = {
-        "model": str(model.resolve()),
-        "wording": words["wording"],
-        "template": config.data.template.model_dump(mode="json"),
-        "max_tokens": config.evaluation.max_tokens or config.rollout.sampling.max_tokens,
-    }
+    asked = asked_with(config, model, words["wording"])
     sets = [
-        SetToAsk(one, questions, left_out, AnswerStore(out / one.name, asked))
+        SetToAsk(one, questions, left_out, AnswerStore(out / one.name, asked, questions))
         for one, questions, left_out in read
     ]
     preflight({"": config})
@@ -120,6 +118,62 @@ def evaluate_sets(
             )
     print(f"every answer   {out}")
     return 0
+
+
+#: Keys of the sections that are put on record which do not change an answer: how rows are read,
+#: where media lie, caches, how much is computed at once.
+_NO_MATTER: Mapping[str, set[str]] = {
+    "reader": {
+        *("format", "split", "problem_type", "limit", "media_root", "extract_to"),
+        "ignore_columns",
+    },
+    "media": {"threads", "roots", "memory_cache_bytes", "disk_cache", "disk_cache_bytes"},
+    "template": {"cache_bytes"},
+    "engine": {
+        *("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"),
+        *("gpu_memory_utilization", "enforce_eager", "tensor_parallel_size", "block_size"),
+        *("prompt_cache_bytes", "weight_update", "threads"),
+    },
+    # Public sets are asked greedily; the length is told by itself.
+    "sampling": {"temperature", "top_p", "top_k", "max_tokens"},
+}
+#: Files of a model folder that say how it is asked: config, tokenizer, processor, chat template.
+_ASKED_BY = (".json", ".jinja", ".txt", ".model")
+
+
+def asked_with(config: RunConfig, model: Path, wording: Wording) -> JsonObject:
+    """What answers depend on besides their questions, by the recipe's keys. Raises ModelError for a
+    folder without weights."""
+    files = hashlib.sha256()
+    for file in sorted(model.iterdir()):
+        if file.suffix in _ASKED_BY and file.is_file():
+            files.update(f"{file.name}:{file.stat().st_size}:".encode() + file.read_bytes())
+
+    def kept(section: Section, name: str) -> JsonObject:
+        found: JsonObject = section.model_dump(mode="json", exclude=_NO_MATTER[name])
+        return found
+
+    data, rollout = config.data, config.rollout
+    return {
+        "model": {
+            "path": str(model.resolve()),
+            "weights": fingerprint(model)[:16],
+            "files": files.hexdigest()[:16],
+        },
+        "wording": wording,
+        "data": {
+            "reader": kept(data.reader, "reader"),
+            "media": kept(data.media, "media"),
+            "template": kept(data.template, "template"),
+        },
+        "rollout": {
+            "engine": kept(rollout.engine, "engine"),
+            "sampling": kept(rollout.sampling, "sampling"),
+        },
+        "evaluation": {
+            "max_tokens": config.evaluation.max_tokens or rollout.sampling.max_tokens,
+        },
+    }
 
 
 def _config(model: Path, recipe: Path, overrides: Sequence[str]) -> RunConfig:

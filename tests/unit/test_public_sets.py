@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
 from avatar_rl.cluster.benchmarks.answers import AnswerStore, read_answers
 from avatar_rl.cluster.benchmarks.convert import lacking, read_questions, to_prompt, write_prompts
@@ -31,12 +33,14 @@ from avatar_rl.cluster.benchmarks.result import Asking, SetToAsk, by_length, fin
 from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
 from avatar_rl.cluster.commands import doctor_inputs
+from avatar_rl.cluster.commands.public_sets import asked_with
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.training.public_sets import evenly, public_questions
 from avatar_rl.common.errors import ConfigError, DataError, InputError
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import load_prompts
 from avatar_rl.prompts.media.loader import DecodedVideo, MediaLoader
+from avatar_rl.prompts.record import MediaItem
 from tests.published_round_trip import faults
 from tests.unit.published_sets import ABCD, PUBLISHED, write_json
 
@@ -384,6 +388,92 @@ def test_answers_survive_a_kill_and_are_asked_once(tmp_path: Path) -> None:
     assert {one.question.id: one.score for one in found} == {"1": 1.0, "2": 0.0}
     with pytest.raises(ConfigError, match=r"asked otherwise.*model 'm', now 'n'"):
         AnswerStore(tmp_path, {"model": "n"})
+
+
+def model_folder(path: Path, value: float = 1.0) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text("{}")
+    save_file({"weight": np.full(64, value, np.float32)}, path / "model.safetensors")
+    return path
+
+
+#: What changes an answer, as a user would set it for the second start.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "data.reader.frames": {"data": {"reader": {"frames": 4}}},
+    "data.reader.fps": {"data": {"reader": {"fps": 1.0}}},
+    "data.media.fps": {"data": {"media": {"fps": 1.0}}},
+    "data.media.max_frames": {"data": {"media": {"max_frames": 8}}},
+    "data.media.missing_sound": {"data": {"media": {"missing_sound": "silence"}}},
+    "data.template.max_pixels": {"data": {"template": {"max_pixels": 200_000}}},
+    "rollout.engine.dtype": {"rollout": {"engine": {"dtype": "float16"}}},
+    "rollout.engine.max_model_len": {"rollout": {"engine": {"max_model_len": 20_000}}},
+    "rollout.engine.quantization": {
+        "rollout": {"engine": {"quantization": "fp8"}},
+        "probe": {"tolerance": 0.5},
+    },
+    "rollout.sampling.stop": {"rollout": {"sampling": {"stop": ["</answer>"]}}},
+    "evaluation.max_tokens": {"evaluation": {"max_tokens": 9}},
+}
+
+
+def config_of(changes: dict[str, Any]) -> RunConfig:
+    sections = {"data": {"train": "train.jsonl"} | changes.get("data", {})}
+    return RunConfig.model_validate(changes | sections)
+
+
+def answered_once(folder: Path, asked: Any, questions: Sequence[Question] = ()) -> None:
+    AnswerStore(folder, asked, questions).add("1", "A", 1)
+
+
+@pytest.mark.parametrize("key", OTHERWISE)
+def test_answers_that_were_asked_otherwise_are_not_mixed(key: str, tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    answered_once(tmp_path / "out", asked_with(config_of({}), model, "recipe"))
+    now = asked_with(config_of(OTHERWISE[key]), model, "recipe")
+    with pytest.raises(ConfigError, match=rf"otherwise \({key} .*choose another --out, or delete"):
+        AnswerStore(tmp_path / "out", now)
+
+
+def test_answers_of_another_model_are_not_mixed_and_a_moved_model_is_none(tmp_path: Path) -> None:
+    asked = partial(asked_with, config_of({}), wording="recipe")
+    model = model_folder(tmp_path / "model")
+    answered_once(tmp_path / "out", asked(model))
+    shutil.copytree(model, tmp_path / "moved")
+    assert AnswerStore(tmp_path / "out", asked(tmp_path / "moved")).texts == {"1": ("A", 1)}
+    shutil.rmtree(model)  # trained further and exported to the same place
+    model_folder(model, 2.0)
+    with pytest.raises(ConfigError, match=r"asked otherwise \(model\.weights '"):
+        AnswerStore(tmp_path / "out", asked(model))
+    (tmp_path / "moved/tokenizer_config.json").write_text('{"chat_template": "x"}')
+    with pytest.raises(ConfigError, match=r"asked otherwise \(model\.files '"):
+        AnswerStore(tmp_path / "out", asked(tmp_path / "moved"))
+
+
+def test_what_changes_no_answer_may_differ_on_resume(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    answered_once(tmp_path / "out", asked_with(config_of({}), model, "recipe"))
+    changes = {"data": {"media": {"threads": 4}}, "rollout": {"engine": {"max_num_seqs": 3}}}
+    now = asked_with(config_of(changes), model, "recipe")
+    assert AnswerStore(tmp_path / "out", now).texts == {"1": ("A", 1)}
+
+
+def test_answers_to_other_questions_are_not_mixed(tmp_path: Path) -> None:
+    asked = question("1")
+    answered_once(tmp_path / "out", {}, [asked])
+    more = [replace(asked, answer="B", parts={"task": "x"}), question("2")]
+    assert AnswerStore(tmp_path / "out", {}, more).texts  # a corrected truth, a higher --limit
+    clip = tmp_path / "a.mp4"
+    clip.write_bytes(b"now another one")
+    shown = MediaItem(kind="video", uri=str(clip))
+    others = {"text": "Who?", "options": ("A. x", "B. y"), "media": (shown,)}
+    for name, value in others.items():
+        with pytest.raises(ConfigError, match=r"other questions: 1 were .* now \(1\).*--out"):
+            AnswerStore(tmp_path / "out", {}, [replace(asked, **{name: value})])
+    answered_once(tmp_path / "seen", {}, [replace(asked, media=(shown,))])
+    clip.write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="holds answers to other questions"):
+        AnswerStore(tmp_path / "seen", {}, [replace(asked, media=(shown,))])
 
 
 def answered(task: str, right: int, of: int) -> list[Marked]:
