@@ -306,8 +306,8 @@ def hints() -> None:
     "--attach",
     multiple=True,
     type=click.Choice(["video", "image", "audio", "none"]),
-    default=("video", "image"),
-    help="Media that the teacher is shown; may be repeated (default: video and image).",
+    help="Media that the teacher is shown; may be repeated (default: video and image, and sound "
+    "where the teacher takes it).",
 )
 @click.option(
     "--frames", type=click.IntRange(min=1), default=8, help="Most frames of a prompt (default 8)."
@@ -320,7 +320,7 @@ def generate(attach: tuple[str, ...], frames: int, **asked: Unpack[EndpointOptio
     from avatar_rl.cluster.annotation.hints import generate
 
     kinds = cast("tuple[Modality, ...]", tuple(kind for kind in attach if kind != "none"))
-    return generate(asked, kinds, frames)
+    return generate(asked, kinds if attach else None, frames)
 
 
 @avatar.group()

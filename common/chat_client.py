@@ -143,6 +143,22 @@ class ChatClient:
                 self._cache.popitem(last=False)
         return result  # type: ignore[no-any-return]
 
+    async def takes(self, messages: Messages) -> bool:
+        """Whether the endpoint accepts such a message: a kind of content that it does not know is
+        refused. One that gives no reply within its attempts does not take it."""
+        for attempt in range(self._config.attempts):
+            self.counts["requests"] += 1
+            try:
+                await asyncio.wait_for(self._post(messages), self._config.request_timeout_s)
+                return True
+            except TimeoutError:
+                continue
+            except _Failed as error:
+                if not error.retry:
+                    return False
+                await asyncio.sleep(max(error.wait_s, self._config.backoff_s * 2**attempt))
+        return False
+
     async def check(self) -> None:
         """Raises ResourceError if the endpoint is silent, ConfigError if it refuses the key or
         lacks the model."""

@@ -10,22 +10,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, TypeAlias, TypedDict
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
 from avatar_rl.cluster.recipe.load import load_recipe
-from avatar_rl.common.chat_client import ChatClient
+from avatar_rl.common.chat_client import ChatClient, Messages
 from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import AvatarError, ConfigError, ResourceError
 from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import PromptIndex
-from avatar_rl.prompts.record import Modality, Prompt
-from avatar_rl.rewards.judges.attachments import MediaAttach
+from avatar_rl.prompts.media.loader import DecodedAudio, has_sound
+from avatar_rl.prompts.record import MediaItem, Modality, Prompt, resolve_uri
+from avatar_rl.rewards.judges.attachments import MediaAttach, audio_part
 from avatar_rl.rewards.judges.base import ContentPart
 
 #: Prompts without a reply, and none with one, after which nothing more is asked.
 HOPELESS = 16
+#: A tenth of a second of silence.
+_SOUND_CHECK: Messages = [
+    {
+        "role": "user",
+        "content": [
+            audio_part(DecodedAudio(np.zeros(1600, np.float32), 16_000)),
+            {"type": "text", "text": "Reply with the word yes."},
+        ],
+    }
+]
 #: What becomes of one prompt: it with the reply, or None where there was no reply.
 Ask: TypeAlias = Callable[
     [ChatClient, Prompt, Sequence[ContentPart], Counter[str]], Awaitable[Prompt | None]
@@ -131,6 +143,9 @@ class Asking:
     attach: tuple[Modality, ...] = ()
     frames: int = 8
     budget: Budget = Budget()
+    #: Show the sound, too, if the endpoint takes any: one short request asks it, before the first
+    #: prompt that has sound.
+    try_sound: bool = False
 
     def run(
         self,
@@ -176,6 +191,7 @@ class Asking:
         written = 0
         try:
             await client.check()
+            attach = await self._kinds(client, prompts)
             queue = iter(prompts)
 
             async def work() -> None:
@@ -184,7 +200,7 @@ class Asking:
                     if self._spent(client) or self._refuses(report.counts):
                         report.counts["unasked"] += 1
                         continue
-                    answered = await self._one(client, prompt, report.counts)
+                    answered = await self._one(client, prompt, attach, report.counts)
                     if answered is None:
                         report.counts["failed"] += 1
                     else:
@@ -214,10 +230,30 @@ class Asking:
                 f"{report.counts['failed']} prompts: see its log{shown}"
             )
 
-    async def _one(self, client: ChatClient, prompt: Prompt, counts: Counter[str]) -> Prompt | None:
+    async def _kinds(self, client: ChatClient, prompts: Sequence[Prompt]) -> tuple[Modality, ...]:
+        """What is shown: ``attach``, and sound where it is to be tried and the endpoint takes
+        it."""
+        if not self.try_sound or not await asyncio.to_thread(_any_sound, prompts):
+            return self.attach
+        if await client.takes(_SOUND_CHECK):
+            return (*self.attach, "audio")
+        Console(stderr=True).print(
+            f"{self.role} at {self.teacher.base_url} takes no sound: it is shown "
+            f"{' and '.join(self.attach) or 'text'} only (--attach video --attach audio insists)",
+            markup=False,
+        )
+        return self.attach
+
+    async def _one(
+        self,
+        client: ChatClient,
+        prompt: Prompt,
+        attach: tuple[Modality, ...],
+        counts: Counter[str],
+    ) -> Prompt | None:
         """The answered prompt; None where there was no reply, or its media cannot be shown."""
         try:
-            media = await asyncio.to_thread(self._media, prompt)
+            media = await asyncio.to_thread(self._media, prompt, attach)
         except (AvatarError, OSError) as error:
             counts["media_failed"] += 1
             if counts["media_failed"] == 1:
@@ -225,12 +261,14 @@ class Asking:
             return None
         return await self.ask(client, prompt, media, counts)
 
-    def _media(self, prompt: Prompt) -> Sequence[ContentPart]:
-        if not self.attach:
+    def _media(self, prompt: Prompt, attach: tuple[Modality, ...]) -> Sequence[ContentPart]:
+        if not attach:
             return ()
+        if "audio" in attach:
+            prompt = heard(prompt)
         # Every prompt is shown once: nothing is worth keeping.
         config = MediaConfig(memory_cache_bytes=0)
-        return MediaAttach(config, self.attach, frames=self.frames)(prompt)
+        return MediaAttach(config, attach, frames=self.frames)(prompt)
 
     @staticmethod
     def _refuses(counts: Counter[str]) -> bool:
@@ -241,6 +279,24 @@ class Asking:
         most, counts = self.budget.most, client.counts
         cost = self.budget.cost(counts["prompt_tokens"], counts["completion_tokens"])
         return most is not None and cost >= most
+
+
+def heard(prompt: Prompt) -> Prompt:
+    """The prompt with the sound tracks of its videos, where it names no sound of its own."""
+    media = prompt.media
+    if media.of("audio"):
+        return prompt
+    tracks = tuple(
+        MediaItem(kind="audio", uri=item.uri, clip=item.clip, digest=item.digest)
+        for item in media.of("video")
+        if has_sound(resolve_uri(item.uri, Path()))
+    )
+    items = {"items": (*media.items, *tracks)}
+    return prompt.model_copy(update={"media": media.model_copy(update=items)})
+
+
+def _any_sound(prompts: Sequence[Prompt]) -> bool:
+    return any(heard(prompt).media.of("audio") for prompt in prompts)
 
 
 def annotate(

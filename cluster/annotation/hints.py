@@ -24,6 +24,7 @@ from avatar_rl.prompts.record import Modality, Prompt
 from avatar_rl.rewards.judges.base import ContentPart
 from avatar_rl.rewards.judges.prompts import known_of
 
+SEEN: tuple[Modality, ...] = ("video", "image")
 LONGEST = 300  # characters of a hint
 REFUSED = "hint_refused"  # in Prompt.extra: the teacher could not do without the answer
 
@@ -38,8 +39,9 @@ the answer, about the way of looking and listening only."""
 REMINDER = f"Reply with one sentence of at most {LONGEST} characters and nothing else."
 
 
-def generate(options: EndpointOptions, attach: tuple[Modality, ...], frames: int) -> int:
-    """Exit code as of ``annotate``."""
+def generate(options: EndpointOptions, attach: tuple[Modality, ...] | None, frames: int) -> int:
+    """Exit code as of ``annotate``. ``attach`` None: frames, and sound where the teacher takes
+    it."""
 
     def said(counts: Counter[str]) -> str:
         return (
@@ -48,7 +50,8 @@ def generate(options: EndpointOptions, attach: tuple[Modality, ...], frames: int
             f"{counts['failed']} without a reply"
         )
 
-    hinted = partial(generate_hints, attach=attach, frames=frames)
+    shown = SEEN if attach is None else attach
+    hinted = partial(generate_hints, attach=shown, frames=frames, try_sound=attach is None)
     return annotate(options, hinted, doing="asking the teacher", temperature=0.7, said=said)
 
 
@@ -62,13 +65,15 @@ def generate_hints(
     attach: tuple[Modality, ...] = (),
     frames: int = 8,
     budget: Budget | None = None,
+    try_sound: bool = False,
 ) -> TeacherReport:
     """Write the dataset's prompts with hints to ``out``; see ``Asking.run``.
 
     A prompt whose hint is there and holds no answer is kept. One whose teacher gives the answer
     away twice is written without a hint and marked ``extra.hint_refused``. ``attach`` names the
-    media that the teacher is shown, at most ``frames`` frames of a prompt."""
-    asking = Asking(teacher, "hint teacher", _hinted, attach, frames, budget or Budget())
+    media that the teacher is shown, at most ``frames`` frames of a prompt; ``try_sound`` adds the
+    sound, where the teacher takes it."""
+    asking = Asking(teacher, "hint teacher", _hinted, attach, frames, budget or Budget(), try_sound)
     return asking.run(dataset, out, reader, progress)
 
 

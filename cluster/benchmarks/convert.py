@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import av
-
 from avatar_rl.cluster.benchmarks.folder import SetFolder
 from avatar_rl.cluster.benchmarks.marks import gold_fault
 from avatar_rl.cluster.benchmarks.record import BenchmarkSet, Kind, Question
 from avatar_rl.common.errors import ConfigError, InputError
 from avatar_rl.common.files import json_line, replaced_file
 from avatar_rl.common.text import shortened
+from avatar_rl.prompts.media.loader import has_sound
 from avatar_rl.prompts.record import MediaItem, MediaPlan, Modality, ProblemType, Prompt
 
 #: ``recipe``: the question and its options in the recipe's template, as the model was trained.
@@ -158,16 +157,6 @@ def _plan(one: BenchmarkSet, question: Question, hears: bool) -> MediaPlan:
     return MediaPlan(
         items=(*question.media, *tracks), in_text=question.in_text, audio_in_video=True
     )
-
-
-def has_sound(path: Path) -> bool:
-    """Whether a video has a sound track. A file that cannot be opened has none: the question that
-    it belongs to is refused when it is asked."""
-    try:
-        with av.open(str(path)) as container:
-            return bool(container.streams.audio)
-    except (av.error.FFmpegError, OSError):
-        return False
 
 
 def write_prompts(path: Path, prompts: Iterator[Prompt]) -> int:

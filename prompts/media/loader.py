@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -247,6 +248,16 @@ class MediaLoader:
                 "media cache %s cannot be written (%s): continuing without it", disk.folder, error
             )
             self.disk = None
+
+
+def has_sound(path: Path) -> bool:
+    """Whether a file has a sound track. One that cannot be opened has none here: what it belongs to
+    is refused with the reason when it is decoded."""
+    try:
+        with av.open(str(path)) as container:
+            return bool(container.streams.audio)
+    except (av.error.FFmpegError, OSError):
+        return False
 
 
 def _blank(array: NDArray[Any]) -> NDArray[Any]:

@@ -16,7 +16,8 @@ from avatar_rl.common.endpoint_config import EndpointConfig
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.prompts.config import DataConfig
 from avatar_rl.prompts.datasets import load_prompts
-from tests.unit.test_rewards_judge_server import Reply, judge_server
+from tests.unit.media_files import tone, write_video
+from tests.unit.test_rewards_judge_server import Reply, Server, judge_server
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 
@@ -180,3 +181,77 @@ def test_replies_that_are_no_sentence(reply: str) -> None:
 
 def test_a_sentence_is_unwrapped() -> None:
     assert one_line('<think>hm</think>\n "Hint: Look up." ') == "Look up."
+
+
+def write_clips(folder: Path) -> Path:
+    """A video with sound, one without, and a question about each."""
+    colours = [(30 * n, 0, 0) for n in range(8)]
+    write_video(folder / "loud.mp4", colours, sound=tone(440, 1.0, 48_000))
+    write_video(folder / "mute.mp4", colours)
+    rows = [
+        {
+            "id": name,
+            "question": f"What rings in {name}?",
+            "answer": "phone",
+            "video": f"{name}.mp4",
+        }
+        | {"problem_type": "free_form"}
+        for name in ("loud", "mute")
+    ]
+    file = folder / "clips.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def kinds_of(request: dict[str, Any]) -> list[str]:
+    return [part["type"] for part in request["messages"][-1]["content"]]
+
+
+def hinted_clips(dataset: Path, deaf: bool, *options: str) -> list[dict[str, Any]]:
+    """What a teacher was asked by `avatar hints generate`; a deaf one refuses sound."""
+    servers: list[Server] = []
+
+    def script(n: int) -> Reply:
+        heard = "input_audio" in json.dumps(servers[0].requests[n])
+        return Reply(status=400) if deaf and heard else says("Listen for what rings.")
+
+    with judge_server(script) as server:
+        servers.append(server)
+        told = ["hints", "generate", str(dataset), "--base-url", server.url, "--model", "judge"]
+        out = dataset.with_name(f"hinted-{deaf}.jsonl")
+        assert (
+            main([*told, "--out", str(out), "--concurrency", "1", "--frames", "2", *options]) == 0
+        )
+        hints = [prompt.hint for prompt in load_prompts(out, DataConfig())]
+        assert hints == ["Listen for what rings."] * 2
+        return server.requests
+
+
+def test_the_teacher_hears_what_the_rows_have_if_it_takes_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole clip, frames and sound, by default (docs/method.md 1.4)."""
+    asked = hinted_clips(write_clips(tmp_path), deaf=False)
+    assert kinds_of(asked[0]) == ["input_audio", "text"]  # whether it hears
+    seen = ["image_url", "image_url"]
+    assert kinds_of(asked[1]) == [*seen, "input_audio", "text"]
+    assert kinds_of(asked[2]) == [*seen, "text"] and len(asked) == 3
+    assert "takes no sound" not in capsys.readouterr().err
+
+
+def test_a_deaf_teacher_is_asked_once_and_shown_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = hinted_clips(write_clips(tmp_path), deaf=True)
+    seen = ["image_url", "image_url", "text"]
+    assert [kinds_of(one) for one in asked] == [["input_audio", "text"], seen, seen]
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "takes no sound: it is shown video and image only (--attach video --attach audio insists)"
+        in said
+    )
+
+
+def test_what_is_attached_by_hand_is_what_is_shown(tmp_path: Path) -> None:
+    asked = hinted_clips(write_clips(tmp_path), True, "--attach", "video")
+    assert [kinds_of(one) for one in asked] == [["image_url", "image_url", "text"]] * 2
