@@ -42,8 +42,20 @@ OURS = {
     "load_format": "weights come from the checkpoint",
     "skip_tokenizer_init": "completions are decoded",
     "enable_lora": "use learner.lora",
+    "max_lora_rank": "use learner.lora.rank",
+    "max_loras": "four versions run at once",
+    "max_cpu_loras": "four versions run at once",
+    "lora_dtype": "an adapter has the type of the model",
+    "lora_target_modules": "use learner.lora.targets",
+    "default_mm_loras": "every request runs with its version's adapter",
+    "enable_tower_connector_lora": "adapters on towers and projectors are merged",
+    "enable_mixed_moe_lora_format": "routed experts get no adapter",
+    "enable_moe_shared_loras": "routed experts get no adapter",
+    "max_lora_cls_labels": "a policy has no classification head",
     "enable_sleep_mode": "use resources.colocate",
 }
+#: That shape how adapters run, and are yours to set where rollouts take adapters.
+OF_ADAPTERS = frozenset({"fully_sharded_loras", "specialize_active_lora"})
 
 
 def check_arguments(given: Mapping[str, object]) -> None:

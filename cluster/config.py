@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from avatar_rl.actors.config import CPU_SEQUENCES, EngineConfig, SamplingConfig
 from avatar_rl.actors.groups import MAX_PARTS, DeadBy
 from avatar_rl.buffer_service.config import BufferConfig, WeightsConfig
-from avatar_rl.cluster.model_config import ModelSection
+from avatar_rl.cluster.model_config import ModelSection, adapter_faults
 from avatar_rl.cluster.upkeep_config import (
     CheckpointConfig as CheckpointConfig,
 )
@@ -357,6 +357,7 @@ class RunConfig(Section):
         if fewest < largest:
             yield f"rollout.max_sequences {fewest} is below one group of {largest}{what}"
         yield from self._quantised()
+        yield from adapter_faults(self.learner.lora, self.rollout.lora, self.rollout.engine.vllm)
 
     def _quantised(self) -> Iterator[str]:
         """Rollouts in FP8 sample from another policy than the one that learns."""

@@ -1,12 +1,15 @@
-"""The config section of the model that is trained."""
+"""The config section of the model that is trained, and what does not go with its adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from avatar_rl.actors.vllm_arguments import OF_ADAPTERS
 from avatar_rl.common.config import Section, expanded
+from avatar_rl.learner.lora_config import LoraConfig
 
 
 class ModelSection(Section):
@@ -32,3 +35,20 @@ class ModelSection(Section):
     @classmethod
     def _expand(cls, path: str) -> str:
         return str(expanded(path))
+
+
+def adapter_faults(lora: LoraConfig | None, road: str, vllm: Mapping[str, object]) -> Iterator[str]:
+    """Keys of adapters in a run whose rollouts take none. ``road`` is ``rollout.lora``, ``vllm``
+    the engine's arguments."""
+    if lora is None and road == "merged":
+        yield (
+            "rollout.lora merged says how rollouts take an adapter, and learner.lora is not set, "
+            "so that nothing reads it: set learner.lora, or leave rollout.lora out"
+        )
+    if lora is None or road == "merged":
+        why = "learner.lora is not set" if lora is None else "rollout.lora is merged"
+        for name in sorted(OF_ADAPTERS & vllm.keys()):
+            yield (
+                f"rollout.engine.vllm.{name} is for adapters, and rollouts take whole weights "
+                f"({why}): leave it out"
+            )

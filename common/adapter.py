@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """A rank and a scale: alpha / rank, or with ``rslora`` alpha / sqrt(rank)."""
+    """A rank and a scale: alpha / rank, or with ``rslora`` alpha / sqrt(rank). ``layers``: the last
+    words of the names of the layers that have one, such as q_proj."""
 
     rank: int
     alpha: float
     rslora: bool
+    layers: tuple[str, ...]

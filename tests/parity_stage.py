@@ -4,7 +4,7 @@ compared token by token, before and after weights that come by the board."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,10 +24,14 @@ from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
 from avatar_rl.buffer_service.weights.road_sender import Pass, RoadSender
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightMessage
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.workers.adapter_road import adapter_road
+from avatar_rl.learner.adapter.lora import Adapter
+from avatar_rl.learner.lora_config import LoraConfig
 from avatar_rl.learner.model.export import export_checkpoint
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.names import NameMap
-from avatar_rl.learner.publication import Road, Take, changing_tensors
+from avatar_rl.learner.publication import Road, Take, changing_tensors, published_adapter
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder
@@ -126,7 +130,14 @@ def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
 class Stage:
     """A family's tiny checkpoint, ``folder / "model"``, an engine on it and the learner's model."""
 
-    def __init__(self, folder: Path, family: str, config: EngineConfig = ENGINE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        config: EngineConfig = ENGINE,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        """With ``lora`` the learner's model has an adapter, which ``publish`` sends."""
         self.family, self.config = family, config
         self.folder = folder / "model"
         respawn(FAMILIES[family](folder / "base"), self.folder, seed=1)
@@ -136,7 +147,13 @@ class Stage:
         self.model = load_model(self.folder).eval()
         self.names, self.board = NameMap.of(self.model, self.folder), Board()
         self.sender = WeightSender(self.names.layout, cast("Outbox", self.board), dtype="float32")
-        self.engine = RolloutEngine(self.folder, config)
+        self.adapter, shape = None, None
+        if lora is not None:
+            recipe = {"data": {"synthetic": {}}, "learner": {"lora": lora.model_dump()}}
+            shape, why = adapter_road(RunConfig.model_validate(recipe), self.folder)
+            assert shape is not None, why
+            self.adapter = Adapter.attach(self.model, lora)
+        self.engine = RolloutEngine(self.folder, config, adapter=shape)
         self.twin: Twin | None = None
 
     def prompts(self, layouts: Layouts | None = None) -> list[Prompt]:
@@ -195,19 +212,40 @@ class Stage:
             size = parameter.std().nan_to_num() if parameter.numel() > 1 else 0.0
             parameter += 0.2 * size * torch.randn(parameter.shape, generator=generator)
 
+    @torch.no_grad()
+    def train_adapter(self, seed: int) -> None:
+        """Both sides of every layer are drawn anew."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    def serve_merged(self) -> None:
+        """From now on an engine that takes whole weights, as a fresh one begins."""
+        self.engine.close()
+        self.engine = RolloutEngine(self.folder, self.config)
+
     def parts(self, names: NameMap) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors, part by part."""
-        state = self.model.state_dict()
+        """The model's tensors, part by part; with an adapter in them where there is one."""
+        state: Mapping[str, Tensor] = self.model.state_dict()
+        if self.adapter is not None:
+            state = self.adapter.merged(state)
         return ({name: state[name] for name in part} for part in names.parts)
 
     def publish(self, road: str = "board") -> None:
-        """The learner's weights to the engine, by the board or by the gloo twin."""
+        """The learner's weights to the engine, by the board (merged, with an adapter) or by
+        the gloo twin; or the adapter alone."""
         version = self.engine.version + 1
         if road == "twin":
             self.twin = self.twin or Twin(self.folder.parent / "redis", self)
             held = self.twin.publish(self, version)
             assert self.engine.adopt(version, held)
             assert not self.engine.adopt(version + 1, held)  # once only
+            return
+        if road == "adapter":
+            assert self.adapter is not None
+            tensors = self.adapter.tensors(self.model.state_dict())
+            self.engine.adopt(version, published_adapter(tensors, self.names).items())
             return
         self.sender.publish(version, self.names.publish(self.parts(self.names)))
         assert self.board.message is not None

@@ -128,16 +128,17 @@ def swaps(
 
 def adapters(report: Report, sizes: Sizes) -> dict[str, float]:
     """An engine with adapters: their change, and its speed."""
-    shape = AdapterShape(rank=sizes.rank, alpha=2.0 * sizes.rank, rslora=False)
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
         folder = random_omni(Path(name) / "model", sizes.model, report.device)
         loader, of_engine = ArrayLoader(), EngineSizes()
         encoder = PromptEncoder(folder, loader, TemplateConfig())
         asked = prompts(loader, of_engine, 16)
         config = EngineConfig(max_model_len=of_engine.longest, max_num_seqs=64)
+        versions = [random_adapter(folder, sizes.rank, seed) for seed in range(VERSIONS)]
+        layers = {name.split(".lora_")[0].rpartition(".")[2] for name in versions[0]}
+        shape = AdapterShape(sizes.rank, 2.0 * sizes.rank, False, tuple(sorted(layers)))
         engine = RolloutEngine(folder, config, adapter=shape)
         try:
-            versions = [random_adapter(folder, sizes.rank, seed) for seed in range(VERSIONS)]
             found = swaps(engine, encoder, asked[:4], versions)
             found["tokens_per_s_64_adapter"] = speed(engine, encoder, asked, of_engine.tokens)
         finally:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from avatar_rl.cluster.commands.doctor import missing_inputs
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
 from avatar_rl.cluster.machine.fit import demands, machine_words
+from avatar_rl.cluster.recipe.assets import checkpoint_folder
 from avatar_rl.cluster.recipe.gpus import local_gpus
 from avatar_rl.cluster.recipe.load import (
     against_preset,
@@ -25,7 +26,8 @@ from avatar_rl.cluster.recipe.load import (
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
 from avatar_rl.cluster.recipe.resources import asked_by, needs_of
-from avatar_rl.common.errors import ConfigError, ResourceError
+from avatar_rl.cluster.workers.adapter_road import road_words
+from avatar_rl.common.errors import AvatarError, ConfigError, ResourceError
 from avatar_rl.learner.adapter.files import is_adapter
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ def _needs(config: RunConfig) -> list[str]:
     machine = config.resources.machine
     needs = asked_by(config) if machine is not None else needs_of(config)  # of this machine
     found = [f"  {name:<34} {amount}" for name, amount in needs.rows()]
+    if road := _adapter_words(config):
+        found.append(f"  {'rollouts take':<34} {road}")
     plan = MemoryPlan.of(config)
     if plan is not None:
         found.append(f"memory for {plan.model.name} in GiB, by arithmetic (docs/cluster.md)")
@@ -89,6 +93,15 @@ def _needs(config: RunConfig) -> list[str]:
         found.append(f"the machine it is written for: {machine_words(machine)}")
         found.extend(f"  {demand.what:<34} {demand.words()}" for demand in demands(config))
     return found
+
+
+def _adapter_words(config: RunConfig) -> str:
+    """What rollouts take of a LoRA run. A folder that cannot be read is told of by its own
+    finding."""
+    try:
+        return road_words(config, checkpoint_folder(config))
+    except (AvatarError, OSError, ValueError):
+        return road_words(config, None)
 
 
 def _show_missing(configs: Iterable[RunConfig]) -> None:

@@ -55,7 +55,7 @@ from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Origin, Supervisor
 from avatar_rl.cluster.training.system import System, recorded, running_system
-from avatar_rl.cluster.workers.adapter_road import adapter_road
+from avatar_rl.cluster.workers.adapter_road import road_words
 from avatar_rl.cluster.workers.judge_states import JudgeStates
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec
@@ -216,6 +216,8 @@ def training_run(
         model = system.starting_policy(inputs.base)
         if checkpoint is not None:
             check_assets(checkpoint, model, inputs.datasets)
+        if road := road_words(config, model):
+            system.report("lora", f"rollouts take {road}")
         system.screen.phase(
             "starting actors", f"{config.rollout.workers} vLLM, {config.learner.ranks} DeepSpeed"
         )
@@ -223,7 +225,7 @@ def training_run(
         fleet = system.rollout_fleet(config, lock.run_id, model, buffer)
         stack.callback(fleet.stop)
         learner = _learner(system, lock.run_id, model, replica, buffer)
-        dtype = _start_actors(system, fleet, learner, adapter_road(config, model)[1])
+        dtype = _start_actors(system, fleet, learner)
         turns = SharedDevice(fleet, learner) if config.resources.colocate else Turns()
         if config.weights.transport != "board":
             on_gpu = system.services.on_gpu
@@ -372,12 +374,9 @@ def _learner(
     )
 
 
-def _start_actors(
-    system: System, fleet: RolloutFleet, learner: LearnerGroup, why_merged: str
-) -> str:
+def _start_actors(system: System, fleet: RolloutFleet, learner: LearnerGroup) -> str:
     """Start all actors together and wait until they are ready; the data type the learner computes
-    in. On shared devices the engines come first, and sleep while the learner loads.
-    ``why_merged``: see ``adapter_road``."""
+    in. On shared devices the engines come first, and sleep while the learner loads."""
     config, pool = system.config, system.pool
     fleet.start(config.rollout.workers)
     if config.resources.colocate:
@@ -391,9 +390,8 @@ def _start_actors(
         system.report("model", warning)
     if first["why_pixels"]:
         system.folder.event("embedding store off", first["why_pixels"])
-    if config.learner.lora is not None:
-        road = f"merged weights: {why_merged}" if why_merged else "the adapter"
-        system.report("lora", f"{first['lora']}; rollouts take {road}")
+    if first["lora"]:
+        system.report("lora", first["lora"])
     pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
     system.folder.event(
         "actors started",

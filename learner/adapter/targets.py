@@ -19,6 +19,9 @@ _AUDIO = frozenset({"audio_tower", "audio_model", "audio_encoder"})
 _LEFT_OUT = frozenset(
     {"lm_head", "embed_tokens", "embed_positions", "pos_embed", "talker", "token2wav", "code2wav"}
 )
+#: Nor these of a mixture of experts: transformers holds the routed experts of a layer as one
+#: tensor and its router as another, whatever a checkpoint has.
+_ROUTED, _ROUTER = "experts", ["mlp", "gate"]
 
 #: (outputs, inputs) of a linear layer by its dotted name.
 Shapes = Mapping[str, tuple[int, int]]
@@ -27,7 +30,7 @@ Shapes = Mapping[str, tuple[int, int]]
 def part_of(name: str) -> str | None:
     """The part of a model that the layer ``name`` belongs to; None for one that gets no adapter."""
     words = name.split(".")
-    if not _LEFT_OUT.isdisjoint(words):
+    if not _LEFT_OUT.isdisjoint(words) or _ROUTED in words or words[-2:] == _ROUTER:
         return None
     if not _PROJECTORS.isdisjoint(words) or words[-2:] == ["audio_tower", "proj"]:
         return PROJECTOR

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,10 +114,20 @@ class NameMap:
 
     def published_name(self, ours: str) -> str:
         """The one published name of a tensor. Raises ModelError where several make it."""
-        for group in (group for part in self._by_part for group in part):
-            if ours in group.ours and group.convert is None:
-                return next(iter(group.published))
-        raise ModelError(f"{ours!r} has no published tensor of its own: it cannot have an adapter")
+        found = self._plain.get(ours)
+        if found is None:
+            raise ModelError(
+                f"{ours!r} has no published tensor of its own: it cannot have an adapter"
+            )
+        return found
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
+        """Published names by ours, of tensors that are published as they are: an adapter's are
+        looked up with every version."""
+        groups = [group for part in self._by_part for group in part if group.convert is None]
+        # the first of several, as publication goes
+        return {group.ours[0]: next(iter(group.published)) for group in reversed(groups)}
 
     @torch.no_grad()
     def publish(self, weights: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

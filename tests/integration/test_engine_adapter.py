@@ -22,7 +22,8 @@ from benchmarks.gpu_blocks.transfer import random_adapter, swaps
 from tests.integration.test_engine import CONFIG, drain, tokens
 from tests.tiny_models import ArrayLoader, audio, image, make_prompt, respawn, video
 
-SHAPE = AdapterShape(rank=6, alpha=12.0, rslora=False)
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPE = AdapterShape(rank=6, alpha=12.0, rslora=False, layers=LAYERS)
 VERSIONS = 3
 GREEDY = RequestSampling(temperature=0, max_tokens=24, ignore_eos=True)
 

@@ -29,6 +29,8 @@ LAYERS = {
     "thinker.model.layers.0.mlp.down_proj": "llm",
     "model.language_model.layers.3.mlp.gate_proj": "llm",
     "model.layers.0.mlp.shared_expert.up_proj": "llm",
+    "thinker.model.layers.0.mlp.experts.7.up_proj": None,
+    "thinker.model.layers.0.mlp.gate": None,
     "thinker.visual.blocks.0.attn.qkv": "vision",
     "model.visual.blocks.1.mlp.linear_fc1": "vision",
     "thinker.visual.merger.mlp.0": "projector",

@@ -29,6 +29,8 @@ def test_what_is_not_ours_reaches_the_engine(tmp_path: Path) -> None:
         ("model", r"vllm\.model is not yours to set: model\.path"),
         ("logprobs_mode", r"vllm\.logprobs_mode is not yours to set"),
         ("tensor_parallel_size", r"use rollout\.engine\.tensor_parallel_size"),
+        ("max_lora_rank", r"vllm\.max_lora_rank is not yours to set: use learner\.lora\.rank"),
+        ("enable_moe_shared_loras", r"routed experts get no adapter"),
         ("enable_expert_paralel", r"no argument of the installed vLLM.*enable_expert_parallel\?"),
     ],
 )
