@@ -7,6 +7,7 @@ holds up nothing but its own leases (docs/architecture.md).
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from avatar_rl.actors.config import RequestSampling
-from avatar_rl.actors.feeder import Feeder
+from avatar_rl.actors.feeder import Feeder, render
 from avatar_rl.actors.generation import Generation
 from avatar_rl.actors.scoring_loop import ScoringLoop
 from avatar_rl.actors.shared_state import SharedState
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.actors.update_policy import WeightUpdatePolicy
+from avatar_rl.common.errors import DataError
 from avatar_rl.common.process import HeapTrimmer, name_log, no_collections
 from avatar_rl.common.turn_lock import TurnLock
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from avatar_rl.buffer_service.weights.receiver import WeightReceiver
     from avatar_rl.buffer_service.weights.road_receiver import RoadReceiver
     from avatar_rl.common.types import JsonObject
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 
@@ -115,13 +119,33 @@ class RolloutActor:
         """Answers once the engine is up."""
         return {"name": self.name, "version": self.engine.version}
 
-    def probe(self, prompt_ids: list[str], max_tokens: int) -> list[ProbeCompletion]:
-        """One completion of each prompt, in order, outside the stream: for the learner to compare
-        its log-probabilities with. The engine must be idle."""
+    def probe(self, prompt_ids: list[str], wanted: int, max_tokens: int) -> list[ProbeCompletion]:
+        """One completion each of the first ``wanted`` prompts that can be trained on, in order,
+        outside the stream: for the learner to compare its log-probabilities with. The engine must
+        be idle.
+
+        Prompts that training sets aside, with broken media or above max_prompt_tokens, are left out
+        here, too. Raises the first one's DataError where all of them are.
+        """
         sampling = RequestSampling.of(self.spec.sampling, 1, max_tokens=max_tokens)
-        for number, prompt_id in enumerate(prompt_ids):
-            engine_input = self.encoder.engine_input(self.prompts[prompt_id], hinted=False)
-            self.engine.submit(prompt_id, engine_input, sampling, seed=self.spec.seed + number)
+        faults: list[DataError] = []
+        asked: list[str] = []
+        for prompt_id in prompt_ids:
+            if len(asked) == wanted:
+                break
+            prompt = self.prompts[prompt_id]
+            try:
+                rendered = render(self.engine, self.encoder, prompt, hinted=False)
+                self.encoder.check_length(prompt, len(rendered["prompt_token_ids"]))
+                seed = self.spec.seed + len(asked)
+                self.engine.submit(prompt_id, rendered, sampling, seed=seed)
+            except DataError as error:
+                log.warning("parity probe: prompt %s is left out: %s", prompt_id, error)
+                faults.append(error)
+            else:
+                asked.append(prompt_id)
+        if faults and not asked:
+            raise faults[0]
         answers: dict[str, ProbeCompletion] = {}
         while self.engine.in_flight:
             for finished in self.engine.step():
@@ -133,7 +157,7 @@ class RolloutActor:
                     "logprobs": completion.logprobs,
                     "text": completion.text,
                 }
-        return [answers[prompt_id] for prompt_id in prompt_ids]
+        return [answers[prompt_id] for prompt_id in asked]
 
     def run(self) -> JsonObject:
         """Work until ``stop`` or ``drain``, then give unfinished leases back.

@@ -1,6 +1,6 @@
 """Engine and learner on tiny random checkpoints of every family: log-probabilities and greedy
-tokens, before and after three adoptions by the board and three by the gloo twin, and against an
-engine that was started anew.
+tokens, before and after three adoptions by the board and three by the gloo twin, against an engine
+that was started anew, and by an engine that takes three versions of an adapter.
 
     make bench NAME=parity                     # all families
     make bench NAME=parity ARGS="--only qwen3_omni_moe"
@@ -19,6 +19,7 @@ import numpy as np
 
 from avatar_rl.actors.config import RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.learner.lora_config import LoraConfig
 from benchmarks.harness import Figures, parser
 from tests.parity_stage import Stage, layouts_of, run
 from tests.tiny_families import FAMILIES
@@ -26,6 +27,7 @@ from tests.tiny_families import FAMILIES
 GREEDY = RequestSampling(temperature=0, max_tokens=24)
 SAMPLED = RequestSampling(n=2, max_tokens=24)
 ADOPTIONS = 3
+LORA = LoraConfig(rank=6, alpha=12.0)
 SMOKE = ("tied", "qwen3_vl_moe")
 
 
@@ -75,6 +77,27 @@ def measure(family: str, folder: Path, layouts: int | None, figures: Figures) ->
     )
 
 
+def measure_adapter(family: str, folder: Path, layouts: int | None, figures: Figures) -> None:
+    """The same family with an adapter on its language model, taken by vLLM as it is."""
+    stage = Stage(folder / f"{family}-adapter", family, lora=LORA)
+    try:
+        prompts = stage.prompts(dict(list(layouts_of(family).items())[:layouts]))
+        worst = other = 0.0
+        for seed in range(1, ADOPTIONS + 1):
+            stage.train_adapter(seed)
+            stage.publish("adapter")
+            for gap in stage.gaps(prompts, GREEDY).values():
+                worst, other = max(worst, gap.logprob), max(other, gap.greedy)
+    finally:
+        stage.close()
+    figures.add(
+        {
+            f"logprob_adapter_{family}": 1e6 * worst,
+            f"greedy_other_adapter_{family}": other,
+        }
+    )
+
+
 def difference(here: Sequence[FinishedRequest], anew: Sequence[FinishedRequest]) -> float:
     """Largest log-probability difference of two engines' greedy completions; infinite where their
     tokens differ."""
@@ -99,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
             measure(family, Path(folder), layouts, figures)
+            measure_adapter(family, Path(folder), layouts, figures)
     worst = [value for name, value in figures.values.items() if name.startswith("logprob_")]
     figures.add({"families": len(families), "logprob_worst": max(worst)})
     figures.write()

@@ -28,6 +28,8 @@ QUANTILE = 0.99
 #: The average of any one prompt may be this share of the tolerance.
 MEAN_SHARE = 0.25
 PROBE_TOKENS = 32
+#: Prompts that may be looked at for each that is wanted: some are set aside.
+CANDIDATES = 8
 #: After an update the average over at least so many tokens may be this share of it.
 LEAST_TOKENS = 32
 ADOPTED_SHARE = 0.5
@@ -74,7 +76,7 @@ def probe_parity(
             if turns.alternate:
                 fleet.await_ready()  # one that died in the learner's turn is there again
             sampling = system.config.rollout.sampling
-            asked = _ask_rollouts(system.pool, prompt_ids[: probe.prompts], sampling)
+            asked = _ask_rollouts(system.pool, prompt_ids, probe.prompts, sampling)
             turns.learner()
             seen = _ask_learner(system.pool, asked, sampling)
             break
@@ -114,14 +116,16 @@ def check_adopted(metrics: Mapping[str, float], tolerance: float) -> None:
 
 
 def _ask_rollouts(
-    pool: Pool, prompt_ids: Sequence[str], sampling: SamplingConfig
+    pool: Pool, prompt_ids: Sequence[str], wanted: int, sampling: SamplingConfig
 ) -> list[ProbeCompletion]:
-    """Completions of the first rollout actor. Raises Ray's errors."""
+    """Completions of the first rollout actor, of the first ``wanted`` prompts that can be trained
+    on. Raises Ray's errors."""
     import ray
 
     tokens = min(PROBE_TOKENS, sampling.max_tokens)
     first = next(iter(pool.rollouts.values()))
-    asked: list[ProbeCompletion] = ray.get(first.probe.remote(list(prompt_ids), tokens))
+    candidates = list(prompt_ids[: CANDIDATES * wanted])
+    asked: list[ProbeCompletion] = ray.get(first.probe.remote(candidates, wanted, tokens))
     return asked
 
 

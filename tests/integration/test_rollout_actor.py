@@ -15,7 +15,7 @@ from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.buffer_service.records.requests import RolloutRequest
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.buffer_service.weights.block import pack_weights
-from avatar_rl.common.errors import AvatarError
+from avatar_rl.common.errors import AvatarError, DataError
 from avatar_rl.common.scoring import CompletionScore, UnscoredGroup
 from avatar_rl.rewards.actor import RewardActor
 from avatar_rl.rewards.config import RewardConfig
@@ -151,6 +151,24 @@ def test_a_prompt_with_a_broken_clip_is_quarantined_and_the_rest_goes_on(
     assert ".mp4" in buffer.requests.quarantined()[BROKEN]
     books = buffer.stats.check_ledger()
     assert books.generated == 3 and sum(books.dropped.values()) == 1
+
+
+def test_the_parity_probe_leaves_out_what_training_sets_aside(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"train-{number:05d}" for number in range(8)]
+    sizes = {one["prompt_id"]: len(one["prompt_token_ids"]) for one in stage.actor.probe(ids, 8, 4)}
+    assert list(sizes) == [name for name in ids if name != BROKEN]  # in order
+    longest = max(sizes, key=lambda name: sizes[name])
+    template = stage.actor.encoder.config.model_copy(
+        update={"max_prompt_tokens": sizes[longest] - 1}
+    )
+    monkeypatch.setattr(stage.actor.encoder, "config", template)
+    found = [one["prompt_id"] for one in stage.actor.probe([BROKEN, longest, *ids], 2, 4)]
+    fitting = [name for name in sizes if sizes[name] < sizes[longest]]
+    assert found == fitting[:2]
+    with pytest.raises(DataError, match=f"{longest}.* max_prompt_tokens is"):
+        stage.actor.probe([longest], 2, 4)
 
 
 def test_evaluation_is_greedy_and_answers_each_prompt_once(

@@ -9,8 +9,9 @@ import pytest
 
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.commands.doctor import preflight, shortcomings
+from avatar_rl.cluster.curriculum.stages import resolve
 from avatar_rl.cluster.machine.fit import RESERVE, demands, learner_nodes
-from avatar_rl.cluster.recipe.load import load_recipe
+from avatar_rl.cluster.recipe.load import load_recipe, read_recipe
 from avatar_rl.cluster.recipe.memory import GIB, MemoryPlan
 from avatar_rl.common.errors import ConfigError
 
@@ -84,6 +85,23 @@ def test_half_a_minute_of_720p_fits_its_prompt(recipe: Path) -> None:
     assert total + TEXT_TOKENS + (SOUND_TOKENS if data.reader.audio_in_video else 0) <= longest
     if "omni" in recipe.stem:  # sound where clips have it, and prompts without it beside
         assert data.reader.audio_in_video and data.media.missing_sound == "silence"
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes").glob("*omni_*.yaml")), ids=lambda file: file.stem
+)
+def test_omni_recipes_of_a_cluster_hear_their_clips(recipe: Path) -> None:
+    data = load_recipe(recipe).data
+    assert data.reader.audio_in_video and data.media.missing_sound == "silence"
+
+
+def test_the_curriculum_hears_its_clips_in_every_stage() -> None:
+    file = ROOT / "recipes" / "avatar_curriculum_7b.yaml"
+    stages = resolve(read_recipe(file), (), preset_name=None, source=file.name).stages
+    assert len(stages) == 4
+    for data in (stage.config.data for stage in stages):
+        assert data.reader.audio_in_video and data.media.missing_sound == "silence"
+        assert data.reader.frames == 32 and data.reader.fps is None
 
 
 def test_a_recipe_that_is_changed_is_held_against_its_machine(tmp_path: Path) -> None:
