@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -34,9 +36,17 @@ from avatar_rl.cluster.benchmarks.sets import benchmark_set, benchmark_sets
 from avatar_rl.cluster.benchmarks.table import DAGGER, comparison
 from avatar_rl.cluster.commands import doctor_inputs
 from avatar_rl.cluster.commands.public_sets import asked_with
-from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.training.public_sets import evenly, public_questions
+from avatar_rl.cluster.config import EvaluationConfig, RunConfig
+from avatar_rl.cluster.telemetry.run_folder import RunFolder
+from avatar_rl.cluster.telemetry.screen import Screen
+from avatar_rl.cluster.training.public_sets import (
+    PublicQuestions,
+    PublicSetRounds,
+    evenly,
+    public_questions,
+)
 from avatar_rl.common.errors import ConfigError, DataError, InputError
+from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.config import DataConfig, MediaConfig
 from avatar_rl.prompts.datasets import load_prompts
 from avatar_rl.prompts.media.loader import DecodedVideo, MediaLoader
@@ -355,6 +365,13 @@ def test_intervals_of_equal_scores_and_of_none() -> None:
     assert bootstrap([0.0, 1.0] * 40, seed=3) == bootstrap([0.0, 1.0] * 40, seed=3)
 
 
+def test_a_task_of_one_question_is_as_unsure_as_can_be() -> None:
+    scores = np.r_[np.ones(1), np.tile([0.0, 1.0], 50)]
+    groups = Groups(np.r_[0, np.ones(100, int)], np.full(2, 0.5))
+    found = bootstrap(scores, groups=groups)
+    assert found.low < 0.4 and found.high == 1.0  # the mean of 1 and 0.5 is 0.75
+
+
 def test_two_checkpoints_differ_or_do_not() -> None:
     rng = np.random.default_rng(0)
     a = (rng.random(300) < 0.5).astype(float)
@@ -528,6 +545,23 @@ def test_interval_and_test_are_of_the_headline_that_is_printed(tmp_path: Path) -
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
+def test_a_run_reports_the_interval_of_its_headline(tmp_path: Path) -> None:
+    asked = tuple(one.question for one in BEFORE)
+    public = PublicQuestions(((benchmark_set("mvbench"), asked),), tmp_path / "questions.jsonl")
+    folder, nothing = RunFolder(tmp_path / "run"), cast(Any, None)
+    screen = cast(Screen, SimpleNamespace(event=lambda text: None))
+    rounds = PublicSetRounds(EvaluationConfig(), nothing, public, folder, screen)
+    texts = {one.question.id: one.given for one in BEFORE}
+    answers = [{"text": texts[q.id], "tokens": 1, "version": 0} for q in asked]
+    rounds.report(3, 1, {n: json.dumps(one).encode() for n, one in enumerate(answers)})
+    folder.close()
+    [row] = read_jsonl(tmp_path / "run/metrics.jsonl")
+    due = interval_of(benchmark_set("mvbench").means(BEFORE)["accuracy"])
+    assert row["benchmark/accuracy/mvbench"] == pytest.approx(0.522, abs=1e-3)
+    assert row["benchmark/low/mvbench"] == pytest.approx(due.low)
+    assert row["benchmark/high/mvbench"] == pytest.approx(due.high)
+
+
 @pytest.mark.parametrize("name", ["mvbench", "mlvu", "vsibench"])
 def test_a_result_has_the_interval_of_its_mean_over_tasks(name: str, tmp_path: Path) -> None:
     one = benchmark_set(name)
@@ -570,6 +604,22 @@ def test_parts_have_rows_and_intervals_in_the_table(tmp_path: Path) -> None:
     lines = comparison(folders).splitlines()
     assert lines[3].startswith("| - Hallucination | 75.0 [5") and lines[3].endswith("] +22.5 |")
     assert lines[4].startswith("| - Temporal Prediction | 12.5 [") and DAGGER in lines[4]
+
+
+def test_answers_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a", answered("count", 1, 2))
+    path = folder / "mvbench/answers.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["about"]), path)
+    with pytest.raises(DataError, match=r"earlier version and lacks about: evaluate .* again"):
+        comparison([folder])
+
+
+def test_no_answer_to_a_count_is_zero_in_headline_and_score() -> None:
+    """As CG-AV-Counting counts it; the interval is of the scores, so they must agree."""
+    asked = [Question(str(n), "?", truth, "count") for n, truth in enumerate(("0", "3"))]
+    marked = [mark(one, "I cannot say") for one in asked]
+    assert [one.score for one in marked] == [1.0, 0.0]
+    assert benchmark_set("av_counting").metric(marked)["accuracy"] == 0.5
 
 
 def test_a_task_of_lmms_eval_has_a_row_where_it_is_not_installed(tmp_path: Path) -> None:
