@@ -7,16 +7,48 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from avatar_rl.common.types import JsonObject
+from avatar_rl.learner.adapter.targets import AUDIO, LLM, VISION, matching, part_of
+
+#: (outputs, inputs) of linear layers by their dotted names.
+Linear = Mapping[str, tuple[int, int]]
+#: Words of learner.optimizer.freeze that freeze a model's towers.
+SIGHT, SOUND = "visual", "audio_tower"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision or audio tower with its projector. Widths in features."""
+
+    word: str  # of its parameters' names: SIGHT or SOUND
+    parameters: float
+    layers: int
+    hidden: int
+    mlp: int
+    positions: float  # of its layers, for one position of the decoder
+    inputs: int  # numbers of the medium that become one position of its layers
+    linear: Linear = field(repr=False, default_factory=dict)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two branches."""
+        return any(name.endswith("gate_proj") for name in self.linear)
+
+    def numbers(self) -> float:
+        """What a layer's backward pass needs of the forward, numbers of a position: two normed
+        inputs before and after their weights, queries, keys and values, the first two also after
+        rotation, the attention's result by window and together, and the products of the MLP."""
+        return 12 * self.hidden + (4 if self.gated else 2) * self.mlp
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder and its encoders. Widths in features; ``experts`` 1 means a dense MLP of width
+    """A decoder and its towers. Widths in features; ``experts`` 1 means a dense MLP of width
     ``mlp``."""
 
     name: str
@@ -26,11 +58,20 @@ class Architecture:
     queries: int  # heads x head size
     keys: int  # key-value heads x head size
     mlp: int
-    encoders: float  # parameters of vision and audio towers
+    towers: tuple[Tower, ...] = ()
     experts: int = 1
     active_experts: int = 1  # of a token
     tied: bool = False
-    hears: bool = False  # has an audio tower
+
+    @property
+    def encoders(self) -> float:
+        """Parameters of vision and audio towers."""
+        return sum(tower.parameters for tower in self.towers)
+
+    @property
+    def hears(self) -> bool:
+        """Whether it has an audio tower."""
+        return any(tower.word == SOUND for tower in self.towers)
 
     @property
     def layer(self) -> int:
@@ -76,33 +117,114 @@ class Architecture:
         """Keys and values of ``tokens`` tokens, ``number`` bytes each (bfloat16)."""
         return tokens * self.layers * 2 * self.keys * number
 
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on every linear layer of the decoder; a router and fused experts have
-        none."""
-        widths = [self.hidden + self.queries] * 2 + [self.hidden + self.keys] * 2
+    @cached_property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """The linear layers that an adapter may lie on; a router and fused experts are none."""
+        own = {"q_proj": (self.queries, self.hidden), "o_proj": (self.hidden, self.queries)}
+        own |= {name: (self.keys, self.hidden) for name in ("k_proj", "v_proj")}
+        layer = {f"self_attn.{name}": shape for name, shape in own.items()}
         if self.experts == 1:
-            widths += [self.hidden + self.mlp] * 3
-        return self.layers * rank * sum(widths)
+            layer |= {f"mlp.{name}": (self.mlp, self.hidden) for name in ("gate_proj", "up_proj")}
+            layer["mlp.down_proj"] = (self.hidden, self.mlp)
+        found = _repeated("language_model.layers", self.layers, layer)
+        for tower in self.towers:
+            found |= tower.linear
+        return found
+
+    def adapted(self, targets: Iterable[str]) -> list[str]:
+        """Names of the layers that LoRA's ``targets`` mean; of what matches nothing none."""
+        return sorted({name for target in targets for name in matching(self.linear, target)})
+
+    def adapter(self, rank: int, targets: Iterable[str] = (LLM,)) -> int:
+        """Parameters of LoRA on these layers: A (rank, inputs) and B (outputs, rank) each."""
+        return rank * sum(sum(self.linear[name]) for name in self.adapted(targets))
 
 
-def _vision(depth: int, hidden: int, mlp_matrices: float, out: int) -> float:
-    """Blocks, patch embedding of 2 x 14 x 14 x 3, and the 2 x 2 merger."""
+def _repeated(prefix: str, count: int, layer: Linear) -> dict[str, tuple[int, int]]:
+    return {
+        f"{prefix}.{number}.{name}": shape
+        for number in range(count)
+        for name, shape in layer.items()
+    }
+
+
+def vision_tower(
+    depth: int,
+    hidden: int,
+    mlp: int,
+    out: int,
+    *,
+    patch: int,
+    split: bool = False,
+    gated: bool = True,
+    mergers: Sequence[str] = ("merger.mlp.0", "merger.mlp.2"),
+    tables: int = 0,
+) -> Tower:
+    """A published tower of the Qwen family: ``depth`` blocks over patches of 2 x side x side x 3 =
+    ``patch`` numbers, and mergers of 2 x 2 positions.
+
+    ``split``: queries, keys and values are three layers. ``mergers`` are pairs of linear layers.
+    ``tables`` are parameters of learned positions.
+    """
+    joint = {"attn.qkv": (3 * hidden, hidden)}
+    block = {f"attn.{name}": (hidden, hidden) for name in "qkv"} if split else joint
+    block["attn.proj"] = (hidden, hidden)
+    if gated:
+        block |= {f"mlp.{name}": (mlp, hidden) for name in ("gate_proj", "up_proj")}
+        block["mlp.down_proj"] = (hidden, mlp)
+    else:
+        block |= {"mlp.linear_fc1": (mlp, hidden), "mlp.linear_fc2": (hidden, mlp)}
     merged = 4 * hidden
-    return depth * (4 * hidden**2 + mlp_matrices) + 1176 * hidden + merged * (merged + out)
+    linear = _repeated("visual.blocks", depth, block)
+    for number, name in enumerate(mergers):
+        linear[f"visual.{name}"] = (out if number % 2 else merged, merged)
+    size = sum(a * b for a, b in linear.values()) + patch * hidden + tables
+    return Tower(SIGHT, size, depth, hidden, mlp, 4, patch, linear)
 
 
-VISION_2_5 = {"depth": 32, "hidden": 1280, "mlp_matrices": 3 * 1280 * 3420}
+def audio_tower(
+    layers: int, hidden: int, mlp: int, out: int, *, mels: int, published: float | None = None
+) -> Tower:
+    """Whisper's encoder with a projector: two convolutions of width 3, the second of which halves
+    the frames; two positions of a layer become one of the decoder.
+
+    ``published``: the size of a tower of another kind, which has eight times fewer frames and two
+    projecting layers.
+    """
+    layer = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    layer |= {"fc1": (mlp, hidden), "fc2": (hidden, mlp)}
+    linear = _repeated("audio_tower.layers", layers, layer)
+    if published is not None:
+        linear |= {"audio_tower.proj1": (hidden, hidden), "audio_tower.proj2": (out, hidden)}
+        linear["audio_tower.conv_out"] = (hidden, 480 * mels // 8)
+        return Tower(SOUND, published, layers, hidden, mlp, 1, 8 * mels, linear)
+    linear["audio_tower.proj"] = (out, hidden)
+    size = sum(a * b for a, b in linear.values()) + 3 * hidden * (mels + hidden)
+    return Tower(SOUND, size, layers, hidden, mlp, 2, 2 * mels, linear)
 
 
-def _vision_3(out: int) -> float:
-    """Blocks, patch embedding of 2 x 16 x 16 x 3, positions, and four 2 x 2 mergers, three of them
-    for the decoder's first layers."""
-    hidden, merged = 1152, 4 * 1152
-    blocks = 27 * (4 * hidden**2 + 2 * hidden * 4304)
-    return blocks + 1536 * hidden + 2304 * hidden + 4 * merged * (merged + out)
+def _sight_2_5(out: int, *, split: bool = False) -> Tower:
+    return vision_tower(32, 1280, 3420, out, patch=1176, split=split)
 
 
-AUDIO = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 3 * 1280 * (128 + 1280)  # Whisper large's encoder
+#: Four mergers, three of them for the decoder's first layers.
+_DEEP_VL = tuple(
+    f"{name}.linear_fc{number}"
+    for name in ("merger", *(f"deepstack_merger_list.{i}" for i in range(3)))
+    for number in (1, 2)
+)
+_DEEP_OMNI = tuple(
+    f"{name}.mlp.{number}"
+    for name in ("merger", *(f"merger_list.{i}" for i in range(3)))
+    for number in (0, 2)
+)
+
+
+def _sight_3(out: int, mergers: Sequence[str] = _DEEP_VL) -> Tower:
+    return vision_tower(
+        27, 1152, 4304, out, patch=1536, gated=False, mergers=mergers, tables=2304 * 1152
+    )
+
 
 ARCHITECTURES = (
     Architecture(
@@ -113,8 +235,7 @@ ARCHITECTURES = (
         2048,
         256,
         11_008,
-        _vision(**VISION_2_5, out=2048) + AUDIO + 1280 * 2048,
-        hears=True,
+        (_sight_2_5(2048, split=True), audio_tower(32, 1280, 5120, 2048, mels=128)),
     ),
     Architecture(
         "Qwen2.5-Omni-7B",
@@ -124,13 +245,10 @@ ARCHITECTURES = (
         3584,
         512,
         18_944,
-        _vision(**VISION_2_5, out=3584) + AUDIO + 1280 * 3584,
-        hears=True,
+        (_sight_2_5(3584, split=True), audio_tower(32, 1280, 5120, 3584, mels=128)),
     ),
-    Architecture(
-        "Qwen2.5-VL-7B", 152_064, 3584, 28, 3584, 512, 18_944, _vision(**VISION_2_5, out=3584)
-    ),
-    Architecture("Qwen3-VL-8B", 151_936, 4096, 36, 4096, 1024, 12_288, _vision_3(out=4096)),
+    Architecture("Qwen2.5-VL-7B", 152_064, 3584, 28, 3584, 512, 18_944, (_sight_2_5(3584),)),
+    Architecture("Qwen3-VL-8B", 151_936, 4096, 36, 4096, 1024, 12_288, (_sight_3(4096),)),
     Architecture(
         "Qwen3-VL-30B-A3B",
         151_936,
@@ -139,11 +257,11 @@ ARCHITECTURES = (
         4096,
         512,
         768,
-        _vision_3(out=2048),
+        (_sight_3(2048),),
         experts=128,
         active_experts=8,
     ),
-    Architecture("Qwen3-8B", 151_936, 4096, 36, 4096, 1024, 12_288, 0.0),
+    Architecture("Qwen3-8B", 151_936, 4096, 36, 4096, 1024, 12_288),
     Architecture(
         "Qwen3-Omni-30B-A3B",
         152_064,
@@ -152,17 +270,22 @@ ARCHITECTURES = (
         4096,
         512,
         768,
-        0.54e9 + 0.65e9,
+        (
+            _sight_3(2048, _DEEP_OMNI),
+            audio_tower(32, 1280, 5120, 2048, mels=128, published=0.65e9),  # rounded
+        ),
         experts=128,
         active_experts=8,
-        hears=True,
-    ),  # towers as published, rounded
+    ),
 )
 
 
 #: Parts of an omni model that are neither trained nor served.
 _LEFT_OUT = ("talker", "token2wav", "code2wav")
-_ENCODERS = frozenset({"visual", "vision_tower", "audio_tower", "vision_model"})
+#: Words of a tower's names by the part that LoRA calls it.
+_ENCODERS = {VISION: ("visual", "vision_tower", "vision_model"), AUDIO: ("audio_tower",)}
+#: Matrices that are tables and no layers.
+_TABLES = frozenset({"audio_bos_eos_token", "position_embedding", "position_embeddings"})
 
 
 def architecture_of(path: str) -> Architecture | None:
@@ -193,11 +316,10 @@ def _of_config(folder: Path, config: JsonObject) -> Architecture:
         heads * size,
         _number(text, "num_key_value_heads", default=heads) * size,
         _number(text, "moe_intermediate_size", default=mlp) if experts > 1 else mlp,
-        float(sum(_encoder_sizes(folder))),
+        _towers(folder, _outer(config)),
         experts=experts,
         active_experts=_number(text, "num_experts_per_tok", default=1),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        hears="audio_config" in _outer(config),
     )
 
 
@@ -232,8 +354,44 @@ def _outer(config: JsonObject) -> JsonObject:
     return thinker if isinstance(thinker, dict) else config
 
 
-def _encoder_sizes(folder: Path) -> Iterator[int]:
-    """Parameters of each tensor of a tower, by the headers of the weight files."""
+def _towers(folder: Path, config: JsonObject) -> tuple[Tower, ...]:
+    """By the headers of the weight files, and the sections of the towers."""
+    tensors = dict(_shapes(folder))
+    found = []
+    for part, words in _ENCODERS.items():
+        shapes = {
+            name: shape
+            for name, shape in tensors.items()
+            if (own := set(name.split("."))).isdisjoint(_LEFT_OUT) and not own.isdisjoint(words)
+        }
+        if not shapes:
+            continue
+        section = config.get("vision_config" if part == VISION else "audio_config")
+        numbers: JsonObject = section if isinstance(section, dict) else {}
+        linear = {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in shapes.items()
+            if len(shape) == 2
+            and name.endswith(".weight")
+            and _TABLES.isdisjoint(name.split("."))
+            and part_of(name.removesuffix(".weight")) is not None
+        }
+        found.append(
+            Tower(
+                SIGHT if part == VISION else SOUND,
+                float(sum(math.prod(shape) for shape in shapes.values())),
+                _number(numbers, "depth", "encoder_layers", "num_hidden_layers", default=0),
+                _number(numbers, "embed_dim", "d_model", "hidden_size", default=0),
+                _number(numbers, "encoder_ffn_dim", "intermediate_size", default=0),
+                *_positions(part, numbers, linear),
+                linear,
+            )
+        )
+    return tuple(found)
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Of each tensor, by the headers of the weight files. Raises ValueError for what is none."""
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -241,6 +399,16 @@ def _encoder_sizes(folder: Path) -> Iterator[int]:
                 raise ValueError(f"{file} is no weight file")
             header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
         for name, entry in header.items():
-            parts = name.split(".")
-            if parts[0] not in _LEFT_OUT and not _ENCODERS.isdisjoint(parts):
-                yield math.prod(entry["shape"])
+            if "shape" in entry:
+                yield name, entry["shape"]
+
+
+def _positions(part: str, section: JsonObject, linear: Linear) -> tuple[float, int]:
+    """Positions of a tower's layers for one of the decoder, and the numbers that become one."""
+    if part == VISION:
+        merged = _number(section, "spatial_merge_size", default=2)
+        side = _number(section, "patch_size", default=14)
+        frames = _number(section, "temporal_patch_size", default=1)
+        return float(merged**2), 3 * frames * side**2
+    mels = _number(section, "num_mel_bins", default=128)
+    return (1.0, 8 * mels) if any("conv_out" in name for name in linear) else (2.0, 2 * mels)

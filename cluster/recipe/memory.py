@@ -5,15 +5,23 @@ and the allocator's gaps come on top: leave 10 GiB per GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.architecture import ARCHITECTURES, Architecture, architecture_of
+from avatar_rl.cluster.recipe.architecture import (
+    ARCHITECTURES,
+    SIGHT,
+    SOUND,
+    Architecture,
+    Tower,
+    architecture_of,
+)
 from avatar_rl.cluster.recipe.assets import checkpoint_folder
 from avatar_rl.cluster.recipe.gpus import local_gpus
 from avatar_rl.common.errors import AvatarError
+from avatar_rl.learner.adapter.targets import LLM, PROJECTOR, part_of
 
 GIB = 1 << 30
 #: Bytes of a parameter, or of a number of its activations.
@@ -29,8 +37,6 @@ PROCESS_BYTES = 3 << 29  # resident size of a vLLM or DeepSpeed process with a t
 SHARED_RESERVE = 4 * GIB
 #: A media worker beside its towers: on the host, and of a GPU the CUDA context.
 WORKER_BYTES, CONTEXT_BYTES = GIB, GIB >> 1
-#: Words of learner.optimizer.freeze that freeze a model's towers.
-SIGHT, SOUND = "visual", "audio_tower"
 #: Tokens of an engine's step where nobody says; actors/engine/launch.py has it (a test compares).
 BATCHED_TOKENS = 8192
 
@@ -45,8 +51,9 @@ class LearnerSetting:
     zero_stage: int = 0
     offload: bool = False  # the optimiser's state in host memory
     reference: bool = True  # a second policy, split over the ranks whatever ZeRO does
-    adapter_rank: int | None = None  # LoRA on the decoder; its reference is the base itself
-    trains_towers: bool = False
+    adapter_rank: int | None = None  # LoRA; its reference is the base itself
+    targets: tuple[str, ...] = (LLM,)  # of LoRA
+    frozen: tuple[str, ...] = (SIGHT, SOUND)  # towers whose own weights do not train
     number: int = BFLOAT16  # bytes of a weight
     gradient: int = BFLOAT16  # bytes of a gradient, where weights have no more
     pack_tokens: int = 0
@@ -59,11 +66,10 @@ class LearnerSetting:
     def of(cls, config: RunConfig, model: Architecture, *, number: int) -> LearnerSetting:
         learner, optimizer = config.learner, config.learner.optimizer
         lora = learner.lora
-        towers = {SIGHT, SOUND} if model.hears else {SIGHT}
-        frozen = lora is not None or not model.encoders or set(optimizer.freeze) >= towers
-        adapted = lora is not None and bool(lora.encoder_targets)
-        stored = frozen and not adapted and learner.embeddings.mode != "off"
-        stored = stored and model.encoders > 0
+        frozen = tuple(w for w in (SIGHT, SOUND) if lora is not None or w in optimizer.freeze)
+        targets = () if lora is None else lora.targets
+        trained = [t for t in model.towers if t.word not in frozen or _adapted(model, t, targets)]
+        stored = bool(model.towers) and not trained and learner.embeddings.mode != "off"
         return cls(
             ranks=learner.ranks,
             zero_stage=optimizer.zero_stage,
@@ -71,7 +77,8 @@ class LearnerSetting:
             reference=learner.objective.beta > 0
             and (lora is None or config.model.reference is not None),
             adapter_rank=None if lora is None else lora.rank,
-            trains_towers=not frozen,
+            targets=targets,
+            frozen=frozen,
             number=number,
             gradient=FLOAT32 if optimizer.accumulate_in_float32 else BFLOAT16,
             pack_tokens=config.pack_tokens,
@@ -88,8 +95,8 @@ class LearnerSetting:
     def trained(self, model: Architecture) -> float:
         """Parameters that train."""
         if self.adapter_rank is not None:
-            return model.adapter(self.adapter_rank)
-        return model.decoder + (model.encoders if self.trains_towers else 0)
+            return model.adapter(self.adapter_rank, self.targets)
+        return model.decoder + sum(t.parameters for t in model.towers if t.word not in self.frozen)
 
 
 def optimizer_bytes(model: Architecture, setting: LearnerSetting) -> float:
@@ -117,6 +124,40 @@ def activation_bytes(
     return inputs + inside if checkpointing else model.layers * inside
 
 
+def _adapted(model: Architecture, tower: Tower, targets: Sequence[str]) -> list[str]:
+    """The tower's layers that have an adapter."""
+    return [name for name in model.adapted(targets) if name in tower.linear]
+
+
+def tower_activations(model: Architecture, setting: LearnerSetting) -> tuple[float, float]:
+    """What the backward pass keeps of the towers' forward over a pack that is all media, and what
+    computing one layer again takes besides, in bytes.
+
+    A tower whose projector alone has an adapter runs without a graph: that keeps its own inputs. A
+    position is either sight or sound, so the larger tower counts. Nothing is divided by the ranks
+    that share the pack: each runs the towers."""
+    kept, again = 0.0, 0.0
+    for tower in model.towers:
+        adapted = _adapted(model, tower, setting.targets) if setting.adapter_rank else []
+        projector = [name for name in tower.linear if part_of(name) == PROJECTOR]
+        if tower.word not in setting.frozen:
+            trains, inputs = True, projector
+        else:
+            trains = any(part_of(name) != PROJECTOR for name in adapted)
+            inputs = projector if trains else [name for name in adapted if name in projector]
+        widths = sum(tower.linear[name][1] for name in inputs)
+        ends = float(setting.pack_tokens * setting.number * widths)
+        positions = setting.pack_tokens * tower.positions if trains else 0.0
+        layer = positions * (setting.number * tower.numbers() + 2 * FLOAT32 * tower.hidden)
+        ends += positions * tower.inputs * FLOAT32  # as the processor gives them
+        if setting.checkpointing:
+            kept = max(kept, ends + tower.layers * positions * setting.number * tower.hidden)
+            again = max(again, layer)
+        else:
+            kept = max(kept, ends + tower.layers * layer)
+    return kept, again
+
+
 def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, float]:
     """Bytes on one learner GPU (without GPUs, in a rank's memory), by part.
 
@@ -135,12 +176,16 @@ def learner_parts(model: Architecture, setting: LearnerSetting) -> dict[str, flo
     # Publication gathers a layer, or the table of words, when there are no activations any more.
     part = model.largest_part * number * (1 - setting.split(3))
     towers = model.encoders * number + CONTEXT_BYTES
+    of_towers, again = tower_activations(model, setting)
+    # They are computed again when the decoder's activations are gone.
+    of_towers += max(0.0, again - activations)
     return {
         "weights": model.parameters * number * setting.split(3),
         "gradients": setting.trained(model) * max(number, setting.gradient) * setting.split(2),
         "optimiser": 0.0 if setting.offload else optimizer,
         "reference": model.parameters * number / setting.ranks if setting.reference else 0.0,
         "activations": activations,
+        "towers' activations": of_towers,
         "logits": logits,
         "embeddings": embeddings,
         "publication beyond these": max(0.0, part - activations - logits - embeddings),
@@ -308,7 +353,7 @@ class MemoryPlan:
         lora = self.config.learner.lora
         if lora is None or self.config.rollout.lora == "merged" or lora.encoder_targets:
             return self.weights
-        return float(self.model.adapter(lora.rank) * BFLOAT16)
+        return float(self.model.adapter(lora.rank, lora.targets) * BFLOAT16)
 
     @property
     def published(self) -> float:

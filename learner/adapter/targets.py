@@ -39,6 +39,15 @@ def part_of(name: str) -> str | None:
     return AUDIO if not _AUDIO.isdisjoint(words) else LLM
 
 
+def matching(names: Iterable[str], target: str) -> list[str]:
+    """Those of the layers ``names`` that a word of ``targets`` means."""
+    return [
+        name
+        for name in names
+        if (part := part_of(name)) is not None and _matches(name, part, target)
+    ]
+
+
 def choose(layers: Shapes, config: LoraConfig, *, key: str = "learner.lora") -> list[str]:
     """Names of the linear layers that get an adapter, in the order of ``layers``.
 
@@ -48,7 +57,7 @@ def choose(layers: Shapes, config: LoraConfig, *, key: str = "learner.lora") -> 
     parts = {name: part for name in layers if (part := part_of(name)) is not None}
     chosen: set[str] = set()
     for target in config.targets:
-        found = [name for name, part in parts.items() if _matches(name, part, target)]
+        found = matching(parts, target)
         if not found:
             raise ConfigError(
                 f"{key}.targets: {target!r} matches no linear layer of the model; there are "

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import redis
+import torch
+from torch import Tensor
 
 from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
 from avatar_rl.buffer_service.records.requests import PromptKl, RolloutRequest
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
+from avatar_rl.learner.batch.microbatch import Row, collate
+from avatar_rl.learner.config import ObjectiveConfig
+from avatar_rl.learner.model.load import load_model
+from avatar_rl.learner.model.policy import Policy
+from avatar_rl.learner.objective.loss import StepTotals, policy_loss
+from avatar_rl.learner.objective.step_metrics import StepMetrics
+from avatar_rl.prompts.encoding.template import EncodedPrompt
 from tests.buffer_records import CONFIG, make_group, tier_of
+from tests.tiny_models import build_vision_language
 
 # -- ties and accuracy throughout
 
@@ -157,8 +169,10 @@ class Gate:
         kl: float | None = None,
         others: tuple[float, float] = (0.8, 0.9),
         accuracies: list[float] | None = None,
+        heard: PromptKl | None = None,
     ) -> bool:
-        """Whether "x" was hinted. ``kl`` is its mean KL in this step."""
+        """Whether "x" was hinted. ``kl`` is its mean KL in this step, ``heard`` what a learner
+        said of it instead."""
         self.step += 1
         first = 3 * self.step
         self.buffer.requests.push(
@@ -185,6 +199,8 @@ class Gate:
         found = [PromptKl(prompt_id="y", k3=500.0, tokens=100, fresh=True)]  # an outlier
         if kl is not None:
             found.append(PromptKl(prompt_id="x", k3=100 * kl, tokens=100, fresh=True))
+        if heard is not None:
+            found.append(heard)
         assert self.buffer.replay.report_behaviour_kl(self.step, found)
         assert not self.buffer.replay.report_behaviour_kl(self.step, found)  # a repeat
         assert not hinted["y"] and not hinted["z"]
@@ -272,3 +288,93 @@ def test_imputed_rewards_count_for_no_average(buffer: ReplayBuffer) -> None:
         group = msgspec.structs.replace(make_group(lease, rewards), imputed=imputed)
         buffer.requests.add_group(group, lease, tokens_generated=4)
         assert buffer.replay.averages(["p"]) == {"p": pytest.approx(wanted[seq])}
+
+
+# -- from a policy to the gate
+
+#: Of a completion.
+TOKENS = 150
+
+
+class Sampled:
+    """Completions of a prompt that a policy sampled, and what the learner makes of them later."""
+
+    def __init__(self, folder: Path) -> None:
+        self.policy = Policy(load_model(build_vision_language(folder, "qwen3")))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.arange(10, 22)
+        prompt = EncodedPrompt(ids, torch.arange(len(ids))[None], len(ids))
+        drawn = torch.randint(10, 250, (2, TOKENS), generator=generator).numpy().astype(np.int32)
+        self.batch = collate([Row(("x", False), prompt, tokens) for tokens in drawn])
+        self.behaviour = self.logprobs()
+
+    @torch.no_grad()
+    def logprobs(self) -> Tensor:
+        return self.policy(self.batch).logprobs
+
+    @torch.no_grad()
+    def move(self, by: float) -> None:
+        """Every weight by so much, as an update does."""
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.policy.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator).sign()
+
+    def heard(self, logprobs: Tensor | None = None) -> PromptKl:
+        """What the learner reports of them: its loss, its metrics, its capped KL."""
+        now = self.logprobs() if logprobs is None else logprobs
+        rows = len(now)
+        is_replay = torch.zeros(rows, dtype=torch.bool)
+        config = ObjectiveConfig(beta=0)
+        lengths = self.batch.mask.sum(1)
+        result = policy_loss(
+            now,
+            self.behaviour,
+            self.batch.mask,
+            torch.zeros(rows),
+            torch.ones_like(self.batch.mask),
+            is_replay,
+            None,
+            config,
+            totals=StepTotals.count(lengths, is_replay, config),
+        )
+        metrics = StepMetrics()
+        metrics.add(result, prompt_ids=["x"] * rows)
+        [found] = metrics.behaviour_kl()
+        assert found.fresh and found.tokens == rows * TOKENS
+        return found
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Sampled:
+    return Sampled(tmp_path_factory.mktemp("policy") / "model")
+
+
+def test_a_policy_that_moves_gets_no_hint_and_one_that_stands_still_does(
+    gate: Gate, sampled: Sampled
+) -> None:
+    """From log-probabilities of a model, before and after its weights moved, to the gate."""
+    low = [0.1, 0.1]
+    still = sampled.heard()
+    sampled.move(0.04)
+    moved = sampled.heard()
+    assert still.k3 / still.tokens < 1e-6 and moved.k3 / moved.tokens > 0.04
+    assert [gate.visit(low, heard=moved) for _ in range(5)] == [False] * 5
+    sampled.move(-0.04)
+    back = sampled.heard()
+    assert back.k3 / back.tokens < 1e-6
+    assert [gate.visit(low, heard=back) for _ in range(3)] == [
+        False
+    ] * 3  # of three visits one moved
+    assert gate.visit(low)
+
+
+def test_one_wild_token_of_a_policy_that_stands_still_does_not_hold_the_hint_back(
+    gate: Gate, sampled: Sampled
+) -> None:
+    """Its k3 is e^12 nats. Capped at 1 nat it leaves the mean of 300 tokens at 0.0033."""
+    wild = sampled.behaviour.clone()
+    wild[0, 7] += 12.0
+    heard = sampled.heard(wild)
+    assert heard.k3 == pytest.approx(1.0, abs=1e-3)
+    assert [gate.visit([0.1, 0.1], heard=heard) for _ in range(3)] == [False] * 3
+    assert gate.visit([0.1, 0.1])

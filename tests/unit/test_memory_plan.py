@@ -107,7 +107,7 @@ def test_the_plan_follows_what_the_recipe_trains() -> None:
     assert of().setting.workers == 1
     assert of(("learner.embeddings.mode", "off")).setting.workers == 0
     trained = of(("learner.optimizer.freeze", "[]"))
-    assert trained.setting.trains_towers and trained.setting.workers == 0
+    assert trained.setting.frozen == () and trained.setting.workers == 0
     assert trained.learner_parts["gradients"] > of().learner_parts["gradients"]
     lora = of(("learner.lora", "{rank: 32}"))
     assert lora.learner_parts["reference"] == 0 and lora.checkpoint < of().checkpoint
@@ -121,3 +121,27 @@ def test_the_plan_follows_what_the_recipe_trains() -> None:
     assert below.learner_host["weights while loading"] == OMNI.parameters * 2 / 8
     below = of(("learner.optimizer.zero_stage", "2"), ("learner.objective.beta", "0"))
     assert below.learner_host["weights while loading"] == 152_064 * 3584 * 2
+
+
+def test_adapters_on_towers_count_with_their_activations() -> None:
+    def of(*changes: tuple[str, str]) -> MemoryPlan:
+        plan = MemoryPlan.of(load_recipe(ROOT / "recipes" / "maths_vl_7b.yaml", changes))
+        assert plan is not None
+        return plan
+
+    whole, decoder = of(), of(("learner.lora", "{targets: [llm]}"))
+    # r 16 on 32 blocks: qkv (1280 + 3840), proj (2 x 1280), gate, up, down (1280 + 3420 each);
+    # the merger's two layers (5120 + 5120, 5120 + 3584).
+    blocks = 32 * (5120 + 2560 + 3 * 4700)
+    tower = 16 * (blocks + 10_240 + 8704)
+    assert whole.setting.trained(whole.model) - decoder.setting.trained(decoder.model) == tower
+    assert decoder.learner_parts["towers' activations"] == 0
+    # Four patches a token: the inputs of 32 blocks, of the merger's layers, and the pixels.
+    patches = 4 * 16_384
+    inputs = patches * (32 * 1280 * 2 + 1176 * 4) + 16_384 * 2 * 5120 * 2
+    assert whole.learner_parts["towers' activations"] == inputs
+    without = of(("learner.gradient_checkpointing", "false"))
+    assert without.learner_parts["towers' activations"] > 20 * inputs
+    assert whole.learner_gpu > decoder.learner_gpu
+    projector = of(("learner.lora", "{targets: [projector]}"))
+    assert projector.learner_parts["towers' activations"] == 16_384 * 2 * 5120 * 2
