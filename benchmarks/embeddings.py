@@ -6,8 +6,9 @@ stored embeddings. Both are warm, nothing is decoded, and loss and gradients wer
 towers are as deep as it takes to cost, beside the language model, what they do for a 7B model on
 5,500 tokens of video (``WANTED``). ``..._decoding`` is the same where both sides read files.
 ``decode_hidden_share``: share of the media time of worker processes that no step waited for, while
-each step's prompts are new and were named one step ahead. docs/benchmarks.md says how to read
-them."""
+each step's prompts are new and were named one step ahead. ``pixels_hidden_share`` is the same where
+the towers train: workers decode and process, the step runs the towers. docs/benchmarks.md says how
+to read them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -138,8 +139,11 @@ def plain_encoder(spec: LearnerSpec, *, cached: bool) -> PromptEncoder:
     return PromptEncoder(spec.model, MediaLoader(media, base=Path(".")), template)
 
 
-def stored_encoder(spec: LearnerSpec, folder: Path, *, cached: bool, workers: int) -> AheadEncoder:
-    """Embeddings of a store in ``folder``; without a cache they are read from disk every time."""
+def stored_encoder(
+    spec: LearnerSpec, folder: Path, *, cached: bool, workers: int, pixels: bool = False
+) -> AheadEncoder:
+    """Embeddings, or pixels, of a store in ``folder``; without a cache they are read from disk
+    every time."""
     setting = MediaSetting(
         model=spec.model,
         reference=spec.reference,
@@ -150,7 +154,8 @@ def stored_encoder(spec: LearnerSpec, folder: Path, *, cached: bool, workers: in
         template=spec.template,
         threads=1,
     )
-    config = EmbeddingsConfig(mode="on", folder=folder, workers=workers)
+    mode: Literal["on", "pixels"] = "pixels" if pixels else "on"
+    config = EmbeddingsConfig(mode=mode, folder=folder, workers=workers)
     encoder, _ = open_encoder(plain_encoder(spec, cached=cached), config, setting)
     assert isinstance(encoder, AheadEncoder)
     return encoder
@@ -243,8 +248,11 @@ def embeddings_vs_pixels(spec: LearnerSpec, folder: Path, rounds: int, sizes: Si
             yield f"step_ms_{name}{label}", 1e3 * statistics.median(values)
 
 
-def decode_hidden(spec: LearnerSpec, folder: Path, sizes: Sizes) -> Figure:
+def decode_hidden(spec: LearnerSpec, folder: Path, sizes: Sizes, *, pixels: bool = False) -> Figure:
     """Steps of new prompts, each named to the worker while the step before is trained."""
+    if pixels:
+        optimizer = spec.learner.optimizer.model_copy(update={"freeze": ()})
+        spec = replace(spec, learner=spec.learner.model_copy(update={"optimizer": optimizer}))
     plain = BenchLearner(spec)
     asked = train_prompts(plain)
     shares = [asked[i : i + sizes.clips] for i in range(0, len(asked), sizes.clips)]
@@ -253,7 +261,8 @@ def decode_hidden(spec: LearnerSpec, folder: Path, sizes: Sizes) -> Figure:
         encoded = {prompt.id: plain.encoder.encode(prompt, False) for prompt in share}
         works.append(make_work(number, plain, encoded, LONG))
     learner = BenchLearner(spec)
-    encoder = stored_encoder(spec, folder / "hidden", cached=False, workers=1)
+    own = folder / ("pixels" if pixels else "hidden")
+    encoder = stored_encoder(spec, own, cached=False, workers=1, pixels=pixels)
     learner.encoder = learner.trainer.encoder = encoder
     try:
         # The first step's prompts come while rollouts generate; its reference pass is the warm-up.
@@ -272,10 +281,11 @@ def decode_hidden(spec: LearnerSpec, folder: Path, sizes: Sizes) -> Figure:
         spent = time.perf_counter() - start
     finally:
         encoder.close()
-    yield "decode_hidden_share", max(0.0, 1 - waited / busy)
-    yield "media_s_per_step", busy / max(1, len(works) - 1)
-    yield "media_waited_s", waited
-    yield "media_over_llm", busy / (len(works) - 1) / ((spent - waited) / len(works))
+    yield ("pixels" if pixels else "decode") + "_hidden_share", max(0.0, 1 - waited / busy)
+    name = "pixels" if pixels else "media"
+    yield f"{name}_s_per_step", busy / max(1, len(works) - 1)
+    yield f"{name}_waited_s", waited
+    yield f"{name}_over_llm", busy / (len(works) - 1) / ((spent - waited) / len(works))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -299,8 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures.add({"tower_over_llm": found})
         for figure in embeddings_vs_pixels(spec, folder, rounds, sizes):
             figures.add(dict([figure]))
-        for figure in decode_hidden(spec, folder, sizes):
-            figures.add(dict([figure]))
+        for pixels in (False, True):
+            for figure in decode_hidden(spec, folder, sizes, pixels=pixels):
+                figures.add(dict([figure]))
     figures.write()
 
 

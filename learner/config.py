@@ -246,11 +246,12 @@ class OptimizerConfig(Section):
 class EmbeddingsConfig(Section):
     """Frozen towers run once per medium; what they made of it is kept on the node's disk."""
 
-    mode: Literal["auto", "on", "off"] = Field(
+    mode: Literal["auto", "on", "off", "pixels"] = Field(
         "auto",
         description="auto stores embeddings where every vision and audio tower is frozen "
         "(learner.optimizer.freeze), and says why where it cannot; on refuses such a run; off runs "
-        "the towers in every step.",
+        "the towers in every step; pixels does so, too, but workers decode and process media ahead "
+        "of it, as auto does on a GPU where a tower trains.",
     )
     folder: Path | None = Field(
         None,

@@ -251,8 +251,8 @@ class LearnerRank:
         )
         self.encoder, why = open_encoder(encoder, spec.learner.embeddings, setting)
         share = node_share(self.rank, self.ranks)
-        # Its workers would encode on the device in the engine's turn.
-        ahead = spec.sft is None and spec.turn_lock is None
+        # Workers with towers would encode on the device in the engine's turn.
+        ahead = spec.sft is None and (spec.turn_lock is None or bool(why))
         if isinstance(self.encoder, AheadEncoder) and ahead:
             buffer = ReplayBuffer.connect(
                 spec.buffer, spec.run_id, url=spec.redis_url, create=False

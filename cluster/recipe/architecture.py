@@ -355,7 +355,8 @@ def _outer(config: JsonObject) -> JsonObject:
 
 
 def _towers(folder: Path, config: JsonObject) -> tuple[Tower, ...]:
-    """By the headers of the weight files, and the sections of the towers."""
+    """By the headers of the weight files, and the sections of the towers. Without weights their
+    layers are not known: parameters count as none."""
     tensors = dict(_shapes(folder))
     found = []
     for part, words in _ENCODERS.items():
@@ -364,9 +365,9 @@ def _towers(folder: Path, config: JsonObject) -> tuple[Tower, ...]:
             for name, shape in tensors.items()
             if (own := set(name.split("."))).isdisjoint(_LEFT_OUT) and not own.isdisjoint(words)
         }
-        if not shapes:
-            continue
         section = config.get("vision_config" if part == VISION else "audio_config")
+        if not shapes and section is None:
+            continue
         numbers: JsonObject = section if isinstance(section, dict) else {}
         linear = {
             name.removesuffix(".weight"): (shape[0], shape[1])

@@ -60,6 +60,7 @@ class LearnerSetting:
     sequence: int = 1  # ranks that share a pack
     checkpointing: bool = False
     workers: int = 0  # media worker processes with towers of their own
+    decoders: int = 0  # the same without towers: they make pixels
     own_towers: bool = False  # without them: towers apart from the policy's in the rank itself
 
     @classmethod
@@ -69,7 +70,10 @@ class LearnerSetting:
         frozen = tuple(w for w in (SIGHT, SOUND) if lora is not None or w in optimizer.freeze)
         targets = () if lora is None else lora.targets
         trained = [t for t in model.towers if t.word not in frozen or _adapted(model, t, targets)]
-        stored = bool(model.towers) and not trained and learner.embeddings.mode != "off"
+        store, workers = learner.embeddings.mode, learner.embeddings.workers
+        stored = model.encoders > 0 and not trained and store in ("auto", "on")
+        # With GPUs, which this is for: where a tower trains, workers make its pixels.
+        decoded = model.encoders > 0 and not stored and store in ("auto", "pixels")
         return cls(
             ranks=learner.ranks,
             zero_stage=optimizer.zero_stage,
@@ -84,8 +88,9 @@ class LearnerSetting:
             pack_tokens=config.pack_tokens,
             sequence=learner.sequence_parallel,
             checkpointing=learner.gradient_checkpointing,
-            workers=learner.embeddings.workers if stored else 0,
-            own_towers=stored and not learner.embeddings.workers,
+            workers=workers if stored else 0,
+            decoders=workers if decoded else 0,
+            own_towers=stored and not workers,
         )
 
     def split(self, stage: int) -> float:
@@ -333,7 +338,7 @@ class MemoryPlan:
             "weights while loading": loading,
             "optimiser": optimizer if setting.offload else 0.0,
             "prompts and media": caches,
-            "media workers": setting.workers * WORKER_BYTES,
+            "media workers": (setting.workers + setting.decoders) * WORKER_BYTES,
             "away from the GPU": self._away_on_host,
         }
 
@@ -406,7 +411,8 @@ class MemoryPlan:
         """For the dry run: place, and its parts in words."""
         learner, engine = self.config.learner, self.config.rollout.engine
         store = self.config.learner.embeddings
-        disk = f"up to {_gib(store.bytes)} of embeddings" if self.setting.workers else "none"
+        what = "embeddings" if self.setting.workers else "pixels" if self.setting.decoders else ""
+        disk = f"up to {_gib(store.bytes)} of {what}" if what else "none"
         gpus = [
             (f"learner GPU, each of {learner.ranks}", _words(self.learner_parts)),
             (f"rollout GPU, {engine.tensor_parallel_size} per actor", _words(self.rollout_parts)),

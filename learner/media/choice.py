@@ -25,8 +25,8 @@ def why_off(
     learner.embeddings.mode asks for the store and it cannot be.
     """
     towers = trained_towers(trained)
-    if config.mode == "off":
-        return "learner.embeddings.mode is off"
+    if config.mode in ("off", "pixels"):
+        return f"learner.embeddings.mode is {config.mode}"
     if not revision:
         why, remedy = f"model type {kind!r} has no vision or audio tower", "set it to auto"
     elif towers:

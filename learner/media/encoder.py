@@ -64,12 +64,19 @@ class StoredEncoder:
     def key(self, prompt: Prompt, hinted: bool) -> str:
         """Name of the prompt's layout. Raises DataError as ``PromptEncoder.text`` and
         ``MediaLoader.address`` do."""
+        return self._of_prompt("layout", prompt, self.prompts.text(prompt, hinted))
+
+    def media_name(self, prompt: Prompt) -> str:
+        """Name of all media of the prompt together, with its hint or without."""
+        return self._of_prompt("media", prompt)
+
+    def _of_prompt(self, what: str, prompt: Prompt, *words: str) -> str:
         config = self.prompts.config
         loader = self.prompts.loader
         return _name(
-            "layout",
+            what,
             self.revision,
-            self.prompts.text(prompt, hinted),
+            *words,
             str(prompt.media.audio_in_video),
             *(loader.address(item) for item in prompt.media.items),
             *(f"{item.kind} {item.min_pixels} {item.max_pixels}" for item in prompt.media.items),

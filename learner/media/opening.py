@@ -1,4 +1,4 @@
-"""Which encoder a rank takes: embeddings from the store, or pixels where towers train."""
+"""Which encoder a rank takes: embeddings from the store, or pixels, made ahead or in the step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class MediaSetting:
 def open_encoder(
     prompts: PromptEncoder, config: EmbeddingsConfig, setting: MediaSetting
 ) -> tuple[PromptEncoder | AheadEncoder, str]:
-    """``prompts`` itself with the reason, or an encoder that takes embeddings and an empty text.
+    """An encoder that takes embeddings and an empty text; else the reason, with an encoder whose
+    workers make pixels ahead, or with ``prompts`` itself where there are no workers or no media.
 
     Raises ConfigError where ``config.mode`` asks for what cannot be, InputError where the store's
     folder cannot be made.
@@ -57,21 +58,27 @@ def open_encoder(
         revision=revision,
         reference="" if reference is None else other,
     )
-    if why:
+    # Of towers that change with every step only the pixels can be made ahead. On a CPU workers
+    # would take the step's own cores, so there somebody has to ask for it.
+    wanted = config.mode == "pixels" or (config.mode == "auto" and setting.device.type == "cuda")
+    pixels = bool(why) and wanted and has_media and config.workers > 0
+    if why and not pixels:
         return prompts, why
+    of_weights = "" if pixels else revision
     spec = WorkerSpec(
         model=model,
         dtype=setting.dtype,
         device=str(setting.device),
-        revision=revision_of([revision, *processing_words(model, setting.dtype)]),
+        revision=revision_of([of_weights, *processing_words(model, setting.dtype)]),
         media=setting.media,
         template=setting.template.model_copy(update={"cache_bytes": 0}),
         folder=config.folder or default_folder(),
         bytes=config.bytes,
         threads=setting.threads,
+        pixels=pixels,
     )
     workers = MediaWorkers(spec, config.workers) if config.workers else None
-    return AheadEncoder(make_encoder(spec, prompts), workers), ""
+    return AheadEncoder(make_encoder(spec, prompts), workers), why
 
 
 def node_share(rank: int, ranks: int) -> tuple[int, int]:

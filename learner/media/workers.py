@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from avatar_rl.learner.media.encoder import StoredEncoder
+from avatar_rl.learner.media.pixels import StoredPixels
 from avatar_rl.learner.media.store import EmbeddingStore
 from avatar_rl.learner.media.towers import Towers
 from avatar_rl.prompts.config import MediaConfig, TemplateConfig
@@ -45,6 +46,7 @@ class WorkerSpec:
     folder: Path
     bytes: int
     threads: int
+    pixels: bool = False  # towers train: media are decoded and processed, and no more
 
 
 _Name = tuple[str, bool]  # prompt id, hinted
@@ -73,7 +75,10 @@ def make_encoder(spec: WorkerSpec, prompts: PromptEncoder | None = None) -> Stor
     prompts = prompts or PromptEncoder(
         spec.model, MediaLoader(spec.media, base=Path(".")), spec.template
     )
-    return StoredEncoder(prompts, EmbeddingStore(spec.folder, spec.bytes), spec.revision, towers)
+    store = EmbeddingStore(spec.folder, spec.bytes)
+    if spec.pixels:
+        return StoredPixels(prompts, store, spec.revision)
+    return StoredEncoder(prompts, store, spec.revision, towers)
 
 
 class WorkerGoneError(Exception):

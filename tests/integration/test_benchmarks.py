@@ -36,7 +36,12 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "bad_input": ("tried", "named_errors", "median_s", "faults", "recovered", "stopped_by_name"),
     "buffer": ("insert_ratio", "draw_ratio", "growth_insert", "bytes_per_trajectory"),
     "chaos": ("kills", "acknowledged_lost", "recovery_s_p50", "accuracy_chaos"),
-    "embeddings": ("embeddings_vs_pixels", "embeddings_vs_pixels_decoding", "decode_hidden_share"),
+    "embeddings": (
+        "embeddings_vs_pixels",
+        "embeddings_vs_pixels_decoding",
+        "decode_hidden_share",
+        "pixels_hidden_share",
+    ),
     "footprint": ("memory_mib_driver", "memory_mib_learner", "memory_mib_rollout"),
     "evaluation": (
         "sets_ready",

@@ -4,12 +4,14 @@ that make them."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,6 +223,7 @@ def test_one_medium_of_two_prompts_runs_its_tower_once(folder: Path, tmp_path: P
 _WRITER = """
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np, torch
 from avatar_rl.learner.media.store import EmbeddingStore
 from avatar_rl.prompts.datasets import PromptIndex
@@ -357,3 +360,89 @@ def test_a_store_without_room_and_a_killed_worker_cost_time_only(vl: Path, tmp_p
         assert took.misses == 2 and took.waited > 0 and took.busy > 0
     finally:
         encoder.close()
+
+
+# -- pixels, where towers train --------------------------------------------------------------------
+
+
+def pixels(model: Path, store: Path, device: str = "cpu", **changes: object) -> Any:
+    """What a rank whose vision tower trains is given."""
+    plain = PromptEncoder(
+        model, MediaLoader(MediaConfig(), Path(".")), TemplateConfig(cache_bytes=0)
+    )
+    config = EmbeddingsConfig.model_validate({"mode": "pixels", "folder": store, **changes})
+    setting = MediaSetting(
+        model=model,
+        reference=model,
+        trained=["model.visual.blocks.0.attn.qkv.lora_A.default.weight"],
+        dtype="float32",
+        device=torch.device(device),
+        media=MediaConfig(),
+        template=TemplateConfig(),
+        threads=1,
+    )
+    return open_encoder(plain, config, setting)
+
+
+def test_workers_make_the_pixels_of_towers_that_train(vl: Path, tmp_path: Path) -> None:
+    """Ahead of the step, once for a prompt with and without its hint, and bit for bit."""
+    prompts = picture_prompts(tmp_path, 3)
+    prompts[0] = prompts[0].model_copy(update={"hint": "look at the left"})
+    plain = PromptEncoder(vl, MediaLoader(MediaConfig(), Path(".")), TemplateConfig())
+    encoder, why = pixels(vl, tmp_path / "store")
+    assert isinstance(encoder, AheadEncoder) and "is pixels" in why
+    try:
+        asked = [(prompts[0], True), *((prompt, False) for prompt in prompts)]
+        encoder.ahead(asked)
+        # Four layouts, three media.
+        _await(lambda: len(list((tmp_path / "store").glob("*.embedding"))) == 7)
+        for prompt, hinted in asked:
+            found, expected = encoder.encode(prompt, hinted), plain.encode(prompt, hinted)
+            assert found.media is None and found.digest == expected.digest
+            assert torch.equal(found.input_ids, expected.input_ids)
+            assert torch.equal(found.position_ids, expected.position_ids)
+            assert found.next_position == expected.next_position
+            assert found.features.keys() == expected.features.keys()
+            for name, value in expected.features.items():
+                assert torch.equal(found.features[name], value)
+        took = encoder.seconds()
+        assert (took.hits, took.misses, took.waited) == (4, 0, 0) and took.busy > 0
+        assert encoder.modules == []  # no towers but the policy's
+    finally:
+        encoder.close()
+
+
+def test_pixels_that_the_store_cannot_take_come_through_the_pipe(vl: Path, tmp_path: Path) -> None:
+    [prompt] = picture_prompts(tmp_path, 1)
+    encoder, _ = pixels(vl, tmp_path / "store", bytes=0)
+    try:
+        found = encoder.encode(prompt, False)
+        assert found.features and not list((tmp_path / "store").glob("*.embedding"))
+        torn = MediaItem(kind="image", uri=str(tmp_path / "none.png"))
+        missing = prompt.model_copy(update={"id": "q", "media": MediaPlan(items=(torn,))})
+        with pytest.raises(DataError, match="no such file"):
+            encoder.encode(missing, False)
+    finally:
+        encoder.close()
+
+
+def test_pixels_are_made_ahead_where_they_are_asked_for_or_hide(vl: Path, tmp_path: Path) -> None:
+    on_cpu, why = pixels(vl, tmp_path / "store", mode="auto")
+    assert isinstance(on_cpu, PromptEncoder) and "the towers train: visual" in why
+    on_gpu, why = pixels(vl, tmp_path / "store", device="cuda", mode="auto")
+    assert isinstance(on_gpu, AheadEncoder) and "the towers train: visual" in why
+    for changes in ({"mode": "off"}, {"workers": 0}):
+        assert isinstance(pixels(vl, tmp_path / "store", **changes)[0], PromptEncoder)
+    # What was processed for another model is not taken.
+    config = vl.parent / "other"
+    shutil.copytree(vl, config)
+    text = (config / "config.json").read_text()
+    (config / "config.json").write_text(
+        text.replace('"spatial_merge_size"', '"spatial_merge_size" ')
+    )
+    one, other = (pixels(path, tmp_path / "store")[0] for path in (vl, config))
+    [prompt] = picture_prompts(tmp_path, 1)
+    assert one._stored.key(prompt, False) != other._stored.key(prompt, False)
+    assert one._stored.key(prompt, False) != opened(vl, tmp_path / "store")._stored.key(
+        prompt, False
+    )

@@ -213,7 +213,9 @@ def test_gpus_are_held_against_recipe_and_plan(
 ) -> None:
     monkeypatch.setattr(doctor_plan, "local_gpus", lambda: (have, ""))
     monkeypatch.setattr(doctor_plan, "flavour", lambda: "gpu")
-    config = config_of(model={"path": "/models/Qwen2.5-VL-7B-Instruct"})
+    config = config_of(
+        model={"path": "/models/Qwen2.5-VL-7B-Instruct"}, learner={"gradient_checkpointing": True}
+    )
     [found] = doctor_plan.gpu(config)
     assert found.level == "fail" and words in found.found and found.remedy
     monkeypatch.setattr(doctor_plan, "local_gpus", lambda: ([Gpu("H200", 300 << 30, 590)] * 2, ""))

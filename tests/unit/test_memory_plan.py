@@ -17,6 +17,7 @@ from avatar_rl.cluster.recipe.memory import (
     optimizer_bytes,
 )
 
+DISK, MODE_OFF = "node's disk", ("learner.embeddings.mode", "off")
 ROOT = Path(__file__).parents[2]
 BY_NAME = {item.name: item for item in ARCHITECTURES}
 OMNI, MOE = BY_NAME["Qwen2.5-Omni-7B"], BY_NAME["Qwen3-Omni-30B-A3B"]
@@ -112,7 +113,12 @@ def test_the_plan_follows_what_the_recipe_trains() -> None:
     lora = of(("learner.lora", "{rank: 32}"))
     assert lora.learner_parts["reference"] == 0 and lora.checkpoint < of().checkpoint
     towers = of(("learner.lora", "{rank: 32, targets: [llm, vision]}"))
-    assert towers.setting.workers == 0
+    assert towers.setting.workers == 0 and towers.setting.decoders == 1  # they make pixels
+    assert towers.learner_host["media workers"] == GIB and "pixels" in dict(towers.rows())[DISK]
+    assert towers.learner_parts["media workers"] == 0  # on the host alone
+    off = of(("learner.lora", "{rank: 32, targets: [llm, vision]}"), MODE_OFF)
+    assert off.setting.decoders == 0 and dict(off.rows())[DISK] == "none"
+    assert "embeddings" in dict(of().rows())[DISK]
     without = of(("learner.objective.beta", "0"))
     assert without.learner_parts["reference"] == 0
     # ZeRO 3 loads in shares, a reference always does; the others send tensors on to the GPU.
