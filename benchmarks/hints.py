@@ -11,7 +11,6 @@ docs/benchmarks.md says how to read them."""
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -27,18 +26,15 @@ from avatar_rl.cluster.recipe.overlays import merge
 from avatar_rl.cluster.recipe.presets import stated
 from avatar_rl.cluster.telemetry.screen import Screen
 from avatar_rl.cluster.training.evaluate import evaluate
-from avatar_rl.common.files import read_jsonl, replace_text
+from avatar_rl.common.files import read_jsonl
 from avatar_rl.prompts.synthetic.config import Category, WorldConfig
-from avatar_rl.prompts.synthetic.world import synthesize
 from avatar_rl.rewards.answers.accuracy import SOLVED
 from benchmarks.harness import Figures, parser
+from benchmarks.studies.habits import Habits, make_world
 
 METHODS = {"grpo": "grpo", "no_hint": "avatar_no_hint", "hint": "avatar"}
 TYPE = Category.LOCALISE
-HABIT = "Left: low / Right: high"
-HINTED_SHARE = 0.5
-# of the prompts without a hint that are answered by looking: RL alone has a little to find
-LOOK_SHARE = 0.04
+HABITS = Habits({TYPE: "Left: low / Right: high"})
 POOL = 24
 WORLD = WorldConfig(
     n_train=10 * POOL,
@@ -77,33 +73,6 @@ RECIPE: dict[str, Any] = {
     "output": {"samples_every": 1, "samples": 8, "report": False, "export": False},
     "screen": "plain",
 }
-
-
-def make_world(folder: Path, world: WorldConfig) -> dict[str, str]:
-    """The pool and the cold start's prompts beside their media; made once."""
-    if not folder.is_dir():
-        synthesize(folder, world)
-    taught = []
-    for number, row in enumerate(read_jsonl(folder / "sft.jsonl")):
-        if row["category"] == TYPE:
-            if number % round(1 / HINTED_SHARE) == 0:
-                row["extra"]["hinted"] = "true"
-            elif number % round(1 / LOOK_SHARE) != 1:
-                row |= {"answer": HABIT, "reasoning": f"maybe {HABIT}"}
-        taught.append(row)
-    pool = [row for row in read_jsonl(folder / "train.jsonl") if not _habit_scores(row["answer"])][
-        :POOL
-    ]
-    assert len(pool) == POOL, f"only {len(pool)} prompts have nothing of the habit: raise n_train"
-    files = {}
-    for name, rows in (("sft", taught), ("train", pool)):
-        files[name] = str((folder / f"bench-{name}.jsonl").resolve())
-        replace_text(Path(files[name]), "".join(json.dumps(row) + "\n" for row in rows))
-    return files
-
-
-def _habit_scores(answer: str) -> bool:
-    return any(part in answer for part in HABIT.split(" / "))
 
 
 def steps_for(completions: int, loop: LoopConfig, warm_up: int) -> int:
@@ -181,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = WORLD.model_copy(update={"n_train": 3 * POOL, "n_sft": 32})
     options.folder.mkdir(parents=True, exist_ok=True)
     figures = Figures("hints", options.out)
-    files = make_world(options.folder / f"world-{key(world.model_dump(mode='json'))}", world)
+    folder = options.folder / f"world-{key(world.model_dump(mode='json'))}"
+    files = make_world(folder, world, HABITS, pool=POOL)
     optimizer = {"lr": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.01}
     sft = {"steps": options.sft_steps, "batch_size": 32, "ranks": 2, "optimizer": optimizer}
     cache = options.cache or options.folder / "cache"

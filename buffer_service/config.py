@@ -12,7 +12,9 @@ from pydantic import Field, SecretStr, model_validator
 from avatar_rl.common.config import Section
 from avatar_rl.common.errors import ConfigError
 
-Strategy = Literal["stratified", "same_prompt", "uniform", "recent", "priority"]
+Strategy = Literal["stratified", "same_prompt", "uniform", "recent", "priority", "magnitude"]
+#: Those that draw by stored advantages, and with replacement.
+BY_ADVANTAGE = ("priority", "magnitude")
 AppendFsync = Literal["always", "everysec", "no"]
 
 #: Seconds that a consumer may hold work without renewing, where it does not say.
@@ -171,12 +173,19 @@ class BufferConfig(Section):
     strategy: Strategy = Field(
         "stratified",
         description="How replays are chosen; priority: stratified, but within a tier by stored "
-        "advantage and with replacement (docs/method.md 1.6).",
+        "advantage and with replacement (docs/method.md 1.6); magnitude: over all tiers by the "
+        "size of the stored advantage, with replacement.",
     )
     priority_temperature: float = Field(
         1.0,
         ge=0.05,
         description="Of strategy priority: weights are exp(advantage / temperature).",
+    )
+    priority_half_life: float = Field(
+        0.0,
+        ge=0,
+        description="Of strategies priority and magnitude: policy versions of age with which a "
+        "weight halves; 0: age does not count.",
     )
     reward_diverse: bool = Field(
         False, description="Prefer as many successes as failures among the replays."
@@ -218,10 +227,15 @@ class BufferConfig(Section):
             raise ValueError(
                 "reward_diverse has no meaning for strategy recent: turn one of them off"
             )
-        if self.strategy == "priority" and (self.reward_diverse or self.max_reuse):
+        if self.strategy in BY_ADVANTAGE and (self.reward_diverse or self.max_reuse):
             raise ValueError(
-                "strategy priority draws with replacement and by advantage alone: leave "
+                f"strategy {self.strategy} draws with replacement and by advantage alone: leave "
                 "reward_diverse off and max_reuse 0"
+            )
+        if self.priority_half_life and self.strategy not in BY_ADVANTAGE:
+            raise ValueError(
+                f"priority_half_life says nothing to strategy {self.strategy}: set strategy to "
+                f"{' or '.join(BY_ADVANTAGE)}, or priority_half_life to 0"
             )
         return self
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 from redis.client import Pipeline
 
-from avatar_rl.buffer_service.config import DEFAULT_LEASE_S, Strategy
+from avatar_rl.buffer_service.config import BY_ADVANTAGE, DEFAULT_LEASE_S, Strategy
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.codec import decode
 from avatar_rl.buffer_service.records.requests import (
@@ -192,10 +192,10 @@ class ReplayStock:
         share: tuple[int, int] = (0, 1),
     ) -> list[Trajectory]:
         """Replayed trajectories for ``step``, none while fewer than ``warm_up`` are stored.
-        O(count log N), of strategy ``priority`` O(N).
+        O(count log N), of strategies ``priority`` and ``magnitude`` O(N).
 
         Equal contents, seed and step give equal draws. No trajectory comes twice unless the stock
-        is smaller than ``count``, or the strategy is ``priority``. Reuse is counted once per step,
+        is smaller than ``count``, or the strategy is one of those two. Reuse is counted once per step,
         when it is committed. Damaged records leave the stock.
 
         Args:
@@ -209,14 +209,15 @@ class ReplayStock:
         diverse = config.reward_diverse if reward_diverse is None else reward_diverse
         if (
             count < 0
-            or (strategy in ("recent", "priority") and diverse)
-            or (strategy == "priority" and config.max_reuse)
+            or (strategy in ("recent", *BY_ADVANTAGE) and diverse)
+            or (strategy in BY_ADVANTAGE and config.max_reuse)
             or (strategy == "same_prompt" and not prompt_ids)
         ):
             raise ReplayBufferError(
                 f"draw: count {count}, strategy {strategy}, reward_diverse {diverse}, "
                 f"{len(prompt_ids)} prompts; "
-                "recent and priority cannot be diverse, priority goes without max_reuse, "
+                "recent, priority and magnitude cannot be diverse, priority and magnitude go "
+                "without max_reuse, "
                 "same_prompt needs prompt_ids"
             )
         _checked(share)
@@ -224,8 +225,8 @@ class ReplayStock:
             return []
         x, y = seed_state(seed, step)
         extra: tuple[Word, ...] = tuple(prompt_ids) if strategy == "same_prompt" else ()
-        if strategy == "priority":
-            extra = (repr(config.priority_temperature),)
+        if strategy in BY_ADVANTAGE:
+            extra = (repr(config.priority_temperature), repr(config.priority_half_life))
         ask = (count, step, x, y, strategy, int(diverse), version, seed, *share)
         listed = f"share:{seed}:{share[0]}"
 

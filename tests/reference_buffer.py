@@ -684,12 +684,18 @@ class _Draw:
         for (tier, first), quota in zip(tiers, quotas, strict=True):
             self.mix(self.b._members(tier, False), self.b._members(tier, True), quota, first)
 
-    def by_advantage(self, tier: Tier, n: int) -> None:
-        names = self.b._members(tier, False) + self.b._members(tier, True)
+    def by_advantage(self, names: list[str], n: int, magnitude: bool = False) -> None:
         if not names:
             return
+        config = self.b.config
         values = np.array([self.b.advantages[tid] for tid in names])
-        sums = np.cumsum(np.exp((values - values.max()) / self.b.config.priority_temperature))
+        weights = np.exp((values - values.max()) / config.priority_temperature)
+        if magnitude:
+            weights = np.abs(values) + 0.05
+        if config.priority_half_life:
+            versions = np.array([self.b.stock[tid].version for tid in names])
+            weights = weights * 0.5 ** ((versions.max() - versions) / config.priority_half_life)
+        sums = np.cumsum(weights)
         for _ in range(min(n, len(names))):
             at = (self.below(1 << 20) * (1 << 20) + self.below(1 << 20)) / (1 << 40) * sums[-1]
             self.out.append(names[int(np.searchsorted(sums, at, side="right"))])
@@ -704,10 +710,14 @@ class _Draw:
             self.out = [tid for _, tid in newest[: self.count]]
         elif strategy == "uniform":
             self.mix(self.everything(False), self.everything(True), self.count, "s")
+        elif strategy == "magnitude":
+            self.by_advantage(self.everything(False) + self.everything(True), self.count, True)
         elif strategy == "priority":
             tiers: tuple[Tier, ...] = ("easy", "medium", "hard")
             for tier, quota in zip(tiers, self.quotas(self.count), strict=True):
-                self.by_advantage(tier, quota)
+                self.by_advantage(
+                    self.b._members(tier, False) + self.b._members(tier, True), quota
+                )
             if len(self.out) < self.count:
                 self.pick(
                     self.everything(False) + self.everything(True), self.count - len(self.out)

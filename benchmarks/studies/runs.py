@@ -85,7 +85,7 @@ def prepare_ground(pool: Pool, cache: Path, folder: Path, recipe: Path = RECIPE)
     local = load_recipe(recipe, [("output.cache", str(cache))])
     datasets, base = prepare_datasets(local, print), prepare_base_model(local, print)
     folder.mkdir(parents=True, exist_ok=True)
-    start = _cold_start(local, base, datasets, folder)
+    start = cold_start(local, base, datasets, folder)
     assert datasets.heldout is not None
     return Ground(
         raw=yaml.safe_load(recipe.read_text()),
@@ -121,7 +121,7 @@ def on_ground(ground: Ground, cache: Path) -> Overlay:
     )
 
 
-def _cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) -> Path:
+def cold_start(local: RunConfig, base: Path, datasets: Datasets, folder: Path) -> Path:
     """The recipe's own where it is ready; else from the cache, trained first (about 5 minutes)
     where it has none."""
     if local.cold_start is None:  # the model that it names has one behind it

@@ -305,14 +305,14 @@ class BufferMachine(RuleBasedStateMachine):
         count=st.integers(1, 12),
         seed=st.integers(0, 3),
         strategy=st.sampled_from(
-            [None, "stratified", "same_prompt", "uniform", "recent", "priority"]
+            [None, "stratified", "same_prompt", "uniform", "recent", "priority", "magnitude"]
         ),
         diverse=st.sampled_from([False, True]),
     )
     def draw(self, count: int, seed: int, strategy: Any, diverse: bool) -> None:
-        if strategy == "priority" and self.model.config.max_reuse:
+        if strategy in BY_ADVANTAGE and self.model.config.max_reuse:
             strategy = "stratified"
-        diverse = diverse and strategy not in ("recent", "priority")
+        diverse = diverse and strategy not in ("recent", *BY_ADVANTAGE)
 
         def ids(b: Any) -> Any:
             step = self.model.trained + 1
@@ -328,7 +328,7 @@ class BufferMachine(RuleBasedStateMachine):
 
         drawn = self.both(ids)
         HAPPENED["drawn"] += len(drawn)
-        if strategy != "priority":  # which draws with replacement
+        if strategy not in BY_ADVANTAGE:  # which draw with replacement
             assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
 
     @rule(

@@ -1,6 +1,6 @@
 -- requires: tiers stock random
 -- ARGV: count, step, seed x, seed y, strategy, reward diverse 0|1, version, seed name, rank, world, list them 0|1,
--- prompt ids... (strategy priority: its temperature). Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then
+-- prompt ids... (strategies priority and magnitude: temperature, half-life). Returns the tids, separated by spaces, and leaves them in a list if asked: a SORT behind this call then
 -- reads the values in the same round trip (through Lua they would take longer). One that is removed meanwhile lingers.
 -- Choices are by rank in sorted sets whose order depends on contents only: equal contents and seed give equal draws.
 local m = meta()
@@ -93,15 +93,14 @@ local function stratified(n)
   mix(of_tier(HARD, 'f'), of_tier(HARD, 's'), hard, 's')
 end
 
--- n of a tier with replacement, weights exp(advantage / temperature): the draw of AVATAR's released code, O(tier).
-local function by_advantage(tier, n)
-  local names, values, most = {}, {}, -math.huge
-  for _, kind in ipairs(KINDS) do
-    local s = seg[tier][kind]
-    if s.size > 0 then
-      for _, tid in ipairs(call('ZRANGE', K('stock:' .. kind), s.first, s.first + s.size - 1)) do
-        names[#names + 1] = tid
-      end
+-- n of some ranges with replacement, by the advantage that was stored: exp(advantage / temperature), the draw of
+-- AVATAR's released code; `magnitude`: |advantage| and a little for those without. A weight halves with every half-life
+-- of versions that a trajectory is older than the newest of them. O(ranges).
+local function by_advantage(ranges, n, magnitude)
+  local names, values, versions, most, newest = {}, {}, {}, -math.huge, 0
+  for _, r in ipairs(ranges) do
+    if r.size > 0 then
+      for _, tid in ipairs(call('ZRANGE', r.key, r.first, r.first + r.size - 1)) do names[#names + 1] = tid end
     end
   end
   n = math.min(n, #names)
@@ -109,13 +108,17 @@ local function by_advantage(tier, n)
   for first = 1, #names, 1000 do
     local raws = call('HMGET', K('trajs'), unpack(names, first, math.min(first + 999, #names)))
     for i, raw in ipairs(raws) do
-      local value = cmsgpack.unpack(raw)[4] or 0 -- none in a stock of an older release
-      values[first + i - 1], most = value, math.max(most, value)
+      local known = cmsgpack.unpack(raw)
+      local value = known[4] or 0 -- none in a stock of an older release
+      values[first + i - 1], versions[first + i - 1] = value, known[3]
+      most, newest = math.max(most, value), math.max(newest, known[3])
     end
   end
-  local temperature, sums, total = tonumber(ARGV[12]), {}, 0
+  local temperature, half_life, sums, total = tonumber(ARGV[12]), tonumber(ARGV[13]), {}, 0
   for i, value in ipairs(values) do
-    total = total + math.exp((value - most) / temperature)
+    local weight = magnitude and math.abs(value) + 0.05 or math.exp((value - most) / temperature)
+    if half_life > 0 then weight = weight * 0.5 ^ ((newest - versions[i]) / half_life) end
+    total = total + weight
     sums[i] = total
   end
   for _ = 1, n do
@@ -133,11 +136,13 @@ if strategy == 'recent' then
   out = call('ZREVRANGE', K('stock:v'), 0, want - 1)
 elseif strategy == 'uniform' then
   mix(all('f'), all('s'), want, 's')
+elseif strategy == 'magnitude' then
+  by_advantage({ all('f'), all('s') }, want, true)
 elseif strategy == 'priority' then
   local easy, medium, hard = quotas(want)
-  by_advantage(EASY, easy)
-  by_advantage(MEDIUM, medium)
-  by_advantage(HARD, hard)
+  by_advantage({ of_tier(EASY, 'f'), of_tier(EASY, 's') }, easy)
+  by_advantage({ of_tier(MEDIUM, 'f'), of_tier(MEDIUM, 's') }, medium)
+  by_advantage({ of_tier(HARD, 'f'), of_tier(HARD, 's') }, hard)
   if #out < want then pick({ all('f'), all('s') }, want - #out) end
 else
   if strategy == 'same_prompt' then
