@@ -11,8 +11,6 @@ measurement can be stopped and resumed, and records of other settings than today
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +43,7 @@ from benchmarks.studies.runs import (
     add_options,
     on_ground,
     prepare_ground,
+    recipe_digest,
     report_or_run,
     resolve,
 )
@@ -70,20 +69,16 @@ def configure(ground: Ground, name: str, seed: int, cache: Path, completions: in
     return resolve(base, arm, seed, completions)
 
 
-def recipe_digest(config: RunConfig, *, ground: Ground, pool: Pool, start: str) -> str:
-    """Of what the recipe says; what it leaves open is the code's, which the record's commit names.
-    ``start`` is the cold start's sha256. No file has to be there."""
-    settings = config.model_dump(
-        mode="json",
-        exclude={"output", "screen", "name", "seed", "model", "resources"},
-        exclude_unset=True,
+def digest_of(config: RunConfig, *, ground: Ground, pool: Pool, start: str) -> str:
+    """``recipe_digest`` of an arm. ``start`` is the cold start's sha256."""
+    return recipe_digest(
+        config,
+        {
+            "world": ground.raw["data"]["synthetic"],
+            "pool": asdict(pool),
+            "start": None if config.model.path == str(ground.untrained) else start,
+        },
     )
-    for key in ("train", "heldout", "reader"):
-        settings["data"].pop(key)
-    settings["world"] = ground.raw["data"]["synthetic"]
-    settings["pool"] = asdict(pool)
-    settings["start"] = None if config.model.path == str(ground.untrained) else start
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def stale(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -97,7 +92,7 @@ def stale(records: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for one in records:
         config = configure(ground, one["arm"], one["seed"], at, COMPLETIONS)
-        if recipe_digest(config, ground=ground, pool=POOL, start=sha) != one["digest"]:
+        if digest_of(config, ground=ground, pool=POOL, start=sha) != one["digest"]:
             found.append(f"{one['arm']} seed {one['seed']} (commit {one['commit']})")
     return found
 
@@ -120,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run:
         ground = prepare_ground(pool, options.cache, folder, recipe)
         sha = sha256_of(ground.start / "model.safetensors")
-        key_of = partial(recipe_digest, ground=ground, pool=pool, start=sha)
+        key_of = partial(digest_of, ground=ground, pool=pool, start=sha)
         # Seed by seed, so that a measurement cut short has whole seeds.
         jobs = [
             (name, seed, configure(ground, name, seed, options.cache, completions))

@@ -715,9 +715,7 @@ class _Draw:
         elif strategy == "priority":
             tiers: tuple[Tier, ...] = ("easy", "medium", "hard")
             for tier, quota in zip(tiers, self.quotas(self.count), strict=True):
-                self.by_advantage(
-                    self.b._members(tier, False) + self.b._members(tier, True), quota
-                )
+                self.by_advantage(self.b._members(tier, False) + self.b._members(tier, True), quota)
             if len(self.out) < self.count:
                 self.pick(
                     self.everything(False) + self.everything(True), self.count - len(self.out)

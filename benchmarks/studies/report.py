@@ -55,9 +55,15 @@ def bootstrap(over: Sequence[float], under: Sequence[float], seed: int = 0) -> t
 
 
 class Study:
-    """The records by arm."""
+    """The records by arm; ``order``: of the arms."""
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        order: Sequence[str] = (*ARMS, *CANDIDATES),
+        cap: float = CAP,
+    ) -> None:
+        self.order, self.cap = order, cap
         self.by_arm: dict[str, list[Record]] = defaultdict(list)
         for record in records:
             self.by_arm[record["arm"]].append(record)
@@ -65,7 +71,7 @@ class Study:
     @property
     def arms(self) -> list[str]:
         """In the order of the study."""
-        return [name for name in (*ARMS, *CANDIDATES) if name in self.by_arm]
+        return [name for name in self.order if name in self.by_arm]
 
     def passages(self, arm: str, target: float, column: int = COMPLETIONS) -> list[float]:
         return [passage(record, target, column) for record in self.by_arm[arm]]
@@ -78,7 +84,7 @@ class Study:
 
     def _rank(self, name: str, target: float) -> tuple[float, float]:
         passages = self.passages(name, target)
-        return median(passages), fmean(min(value, 2.0 * CAP) for value in passages)
+        return median(passages), fmean(min(value, 2.0 * self.cap) for value in passages)
 
     def mean(self, arm: str, name: str) -> float:
         values = [record[name] for record in self.by_arm[arm] if record.get(name) is not None]

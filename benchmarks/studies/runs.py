@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -183,6 +184,20 @@ def digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def recipe_digest(config: RunConfig, ground: Overlay) -> str:
+    """Of what the recipe says; what it leaves open is the code's, which the record's commit names.
+    ``ground`` stands for its files, so that none has to be there."""
+    settings = config.model_dump(
+        mode="json",
+        exclude={"output", "screen", "name", "seed", "model", "resources"},
+        exclude_unset=True,
+    )
+    for key in ("train", "heldout", "reader"):
+        settings["data"].pop(key)
+    settings |= ground
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def perform(config: RunConfig, prefix: Sequence[str] = ()) -> dict[str, Any]:
     """Train in a process of its own (behind ``prefix``, a command) and boil its run folder down to
     a record.
@@ -220,25 +235,40 @@ def perform_all(
     records: Records,
     workers: int,
     key_of: Callable[[RunConfig], str],
+    *,
+    minutes: float = math.inf,
+    beside: Mapping[str, Any] | None = None,
+    keep_crashes: bool = False,
 ) -> list[str]:
-    """Perform what the records do not have; returns what failed."""
+    """Perform what the records do not have; returns what failed.
+
+    Nothing is begun after ``minutes``. Every record gets the fields ``beside``. With
+    ``keep_crashes`` a run that fails is recorded by the end of its output (field ``crashed``), and
+    repeated by the next call.
+    """
     started, commit = time.monotonic(), commit_of_code()
 
     def one(job: tuple[str, int, RunConfig]) -> str | None:
         name, seed, config = job
         key = key_of(config)
-        if records.get(name, seed, key) is not None:
+        known = records.get(name, seed, key)
+        if known is not None and "crashed" not in known:
             return None
+        if time.monotonic() - started > 60 * minutes:
+            return None
+        about = {"arm": name, "seed": seed, "digest": key, "commit": commit, **(beside or {})}
         try:
             found: dict[str, Any] = perform(config)
         except AvatarError as error:
             print(f"{name} seed {seed} FAILED: {error}", flush=True)
+            if keep_crashes:
+                records.add({**about, "crashed": str(error)[-1000:]})
             return f"{name} seed {seed}"
-        records.add({"arm": name, "seed": seed, "digest": key, "commit": commit, **found})
+        records.add({**about, **found})
         completions, *_, accuracy = found["curve"][-1]
-        minutes = (time.monotonic() - started) / 60
+        spent = (time.monotonic() - started) / 60
         print(
-            f"{minutes:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} "
+            f"{spent:5.1f} min  {name:16s} seed {seed}: {accuracy:.3f} at {completions:.0f} "
             "completions",
             flush=True,
         )
@@ -358,6 +388,9 @@ class Records:
         last = {(arm, seed): record for (arm, seed, _), record in self._found.items()}
         wanted = [(arm, seed) for seed in seeds for arm in arms]
         return [last[key] for key in wanted if key in last]
+
+    def all(self) -> list[dict[str, Any]]:
+        return list(self._found.values())
 
     def add(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "soak": ("--output.cache", CACHE),
     "step_files": ("--output.cache", CACHE),
     "study": ("--cache", CACHE),
+    "study_sparse": ("--cache", CACHE),
     "ablations": ("--cache", CACHE),
     "sweeps": ("--cache", CACHE),
 }
@@ -79,6 +80,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "step_files": ("files", "lines", "files_learner"),
     "ablations": ("seeds_plus_VCRS", "solved_plus_VCRS"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
+    "study_sparse": ("seeds_avatar_plus", "censored_share_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
     "walk": ("pages", "blocks", "commands", "lines_found", "not_run"),
@@ -157,7 +159,7 @@ def test_every_benchmark_is_run_here() -> None:
     assert programs == FIGURES.keys()
 
 
-@pytest.mark.parametrize("name", ["study", "sweeps", "ablations"])
+@pytest.mark.parametrize("name", ["study", "sweeps", "ablations", "study_sparse"])
 def test_nothing_is_trained_unless_asked(name: str) -> None:
     records = FOLDER / "records" / f"{name}.jsonl"
     if records.exists():

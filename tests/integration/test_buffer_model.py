@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from avatar_rl.buffer_service.config import BufferConfig, HintGateConfig
+from avatar_rl.buffer_service.config import BY_ADVANTAGE, BufferConfig, HintGateConfig
 from avatar_rl.buffer_service.records.requests import PromptKl, RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.trajectory import Group
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
@@ -48,6 +48,14 @@ CONFIGS = [
         quantile_high=0.5,
         max_reuse=1,
         strategy="uniform",
+    ),
+    BufferConfig(
+        capacity=30,
+        warm_up=4,
+        strategy="magnitude",
+        priority_half_life=2.0,
+        priority_temperature=0.5,
+        hints=NO_HINTS,
     ),
 ]
 ENDINGS = ["expire", "expire", "release", "renew", "quarantine", "drop", "reap"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -116,6 +117,36 @@ def test_priority_prefers_what_was_better_than_its_group(buffer: ReplayBuffer) -
         buffer.replay.draw(4, step=1, seed=0, strategy="priority", reward_diverse=True)
     with pytest.raises(ValueError, match="reward_diverse off and max_reuse 0"):
         BufferConfig(strategy="priority", max_reuse=2)
+
+
+def test_magnitude_prefers_large_advantages_and_young_trajectories(server: EmbeddedRedis) -> None:
+    """Step 0 and step 4 store the same groups of one success in four: sizes 1.5 and 0.5, so weights
+    1.55 : 0.55 : 0.55 : 0.55. With a half-life of 2 versions the older ones weigh a quarter."""
+    redis.Redis.from_url(server.url).flushall()
+    group = [(1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
+    update = {"warm_up": 0, "strategy": "magnitude", "priority_half_life": 2.0}
+    with ReplayBuffer.connect(CONFIG.model_copy(update=update), "run", server.url) as b:
+        for step in range(5):
+            # Nobody learns from what is alike: sizes of 0.05 keep it in the draw.
+            alike = {"p": [(1.0, 1.0)] * 2} if step in (1, 2, 3) else {"p": group, "q": group}
+            seen(b, step, alike)
+        draws, drawn = 400, Counter[tuple[int, float]]()
+        for seed in range(draws):
+            for one in b.replay.draw(4, step=5, seed=seed):
+                drawn[one.version, one.reward or 0.0] += 1
+        weights = {
+            (version, reward): decay * size
+            for version, decay in ((0, 0.25), (4, 1.0))
+            for reward, size in ((1.0, 2 * 1.55), (0.0, 6 * 0.55))
+        }
+        weights |= {(v, 1.0): 2 * 0.05 * 0.5 ** ((4 - v) / 2) for v in (1, 2, 3)}
+        total = sum(weights.values())
+        for kind, weight in weights.items():
+            assert drawn[kind] / (4 * draws) == pytest.approx(weight / total, abs=0.045), kind
+    with pytest.raises(ValueError, match="priority_half_life says nothing to strategy uniform"):
+        BufferConfig(strategy="uniform", priority_half_life=4.0)
+    with pytest.raises(ValueError, match="strategy magnitude draws with replacement"):
+        BufferConfig(strategy="magnitude", reward_diverse=True)
 
 
 def test_an_unsolved_pool_is_hard_whatever_the_rank(buffer: ReplayBuffer) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.ablations import RECIPE, configure, recipe_digest, stale
+from benchmarks.ablations import RECIPE, configure, digest_of, stale
 from benchmarks.studies.ablation_arms import (
     ARMS,
     BASE,
@@ -106,7 +106,7 @@ def test_the_digest_is_of_what_the_recipe_says(raw: dict[str, object]) -> None:
     def of(arm: str, seed: int = 0, start: str = "s", **over: object) -> str:
         made = ground({**raw, **over})
         config = configure(made, arm, seed, Path("cache"), COMPLETIONS)
-        return recipe_digest(config, ground=made, pool=POOL, start=start)
+        return digest_of(config, ground=made, pool=POOL, start=start)
 
     first = of(BASE)
     assert first == of(BASE, seed=1) and first != of("lambda 2") and first != of(BASE, start="t")
