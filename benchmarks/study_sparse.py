@@ -7,7 +7,8 @@ sampling, hints, more updates; the paper's rule; avatar_plus; plain and prioriti
     python -m benchmarks.study_sparse --run --tune         the tuning seeds instead, kept in build/
 
 The cold start answers 97 of 100 completions wrong, by habits that it was taught
-(studies/habits.py). It is trained once (five minutes) and kept in the cache. What is compared is
+(studies/habits.py) on top of the demo's cold start. It is trained once (two minutes) and kept in
+the cache. What is compared is
 fixed in studies/sparse_arms.py. Every arm gets a seed before any gets its second, the most
 important first. A finished run is a line of benchmarks/records/study_sparse.jsonl, so a study can
 be stopped and resumed; records of another protocol are refused, those of other settings named."""
@@ -42,6 +43,7 @@ from benchmarks.studies.runs import (
 )
 from benchmarks.studies.sparse_arms import (
     ARMS,
+    BEFORE,
     CANDIDATES,
     CAP,
     COLD_START,
@@ -83,7 +85,7 @@ def prepare(
     files = make_world(at, world, HABITS, pool=pool, heldout=heldout)
     raw: Overlay = {
         "name": "sparse-start",
-        "model": {"path": "tiny"},
+        "model": {"path": BEFORE},
         "data": files,
         "cold_start": start,
         "output": {"cache": str(cache), "folder": str(folder / "start")},

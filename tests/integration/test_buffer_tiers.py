@@ -113,7 +113,7 @@ def test_priority_prefers_what_was_better_than_its_group(buffer: ReplayBuffer) -
     assert best / (4 * draws) == pytest.approx(expected, abs=0.045)  # 3.7 deviations
     again = [buffer.replay.draw(4, step=1, seed=7, strategy="priority") for _ in range(2)]
     assert [t.id for t in again[0]] == [t.id for t in again[1]]
-    with pytest.raises(ReplayBufferError, match="priority cannot be diverse"):
+    with pytest.raises(ReplayBufferError, match="priority and magnitude cannot be diverse"):
         buffer.replay.draw(4, step=1, seed=0, strategy="priority", reward_diverse=True)
     with pytest.raises(ValueError, match="reward_diverse off and max_reuse 0"):
         BufferConfig(strategy="priority", max_reuse=2)
