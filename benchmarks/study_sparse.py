@@ -193,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keep_crashes=True,
         )
         if not options.smoke:  # the pool is looked at before hours are spent on it
-            measure(jobs[:1], minutes=options.minutes)
+            if measure(jobs[:1], minutes=options.minutes):
+                raise SystemExit("the first run crashed, so no other is begun: see above")
             refuse_solved(records.all())
         failed = measure(jobs, minutes=options.minutes)
         if failed:

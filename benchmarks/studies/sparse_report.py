@@ -204,6 +204,8 @@ COLOURS = (VERMILION, BLUE, SKY, "#003f5c", GREEN, PURPLE, ORANGE, GREY, "#b5a30
 def draw(study: Study, folder: Path) -> list[Path]:
     """Accuracy and dead groups over completions; returns the files."""
     shown = [arm for arm in study.arms if any(one.get("curve") for one in study.by_arm[arm])]
+    if not shown:
+        return []
     return draw_all(
         (
             Drawing("sparse_efficiency", (8, 4.6), lambda axes: _accuracy(axes[0], study, shown)),
