@@ -195,8 +195,8 @@ class ReplayStock:
         O(count log N), of strategies ``priority`` and ``magnitude`` O(N).
 
         Equal contents, seed and step give equal draws. No trajectory comes twice unless the stock
-        is smaller than ``count``, or the strategy is one of those two. Reuse is counted once per step,
-        when it is committed. Damaged records leave the stock.
+        is smaller than ``count``, or the strategy is one of those two. Reuse is counted once per
+        step, when it is committed. Damaged records leave the stock.
 
         Args:
             prompt_ids: over which strategy ``same_prompt`` spreads the count.
