@@ -320,7 +320,8 @@ class BufferMachine(RuleBasedStateMachine):
     def draw(self, count: int, seed: int, strategy: Any, diverse: bool) -> None:
         if strategy in BY_ADVANTAGE and self.model.config.max_reuse:
             strategy = "stratified"
-        diverse = diverse and strategy not in ("recent", *BY_ADVANTAGE)
+        chosen = strategy or self.model.config.strategy
+        diverse = diverse and chosen not in ("recent", *BY_ADVANTAGE)
 
         def ids(b: Any) -> Any:
             step = self.model.trained + 1
@@ -336,7 +337,7 @@ class BufferMachine(RuleBasedStateMachine):
 
         drawn = self.both(ids)
         HAPPENED["drawn"] += len(drawn)
-        if strategy not in BY_ADVANTAGE:  # which draw with replacement
+        if chosen not in BY_ADVANTAGE:  # which draw with replacement
             assert len(set(drawn)) == min(len(drawn), len(self.model.stock))
 
     @rule(
