@@ -61,7 +61,7 @@ from tests.tiny_families import gemma3
 
 Figure = Iterator[tuple[str, float]]
 HELDOUT = 256
-PROBLEMS = {"heldout": HELDOUT, "sft": 600, "train": 1000}
+PROBLEMS = {"heldout": HELDOUT, "sft": 1000, "train": 1000}
 LORA = {"rank": 16, "alpha": 32}
 RECIPE: dict[str, Any] = {
     "name": "real-text",
@@ -69,8 +69,8 @@ RECIPE: dict[str, Any] = {
     "preset": "avatar",
     "data": {"template": {"max_prompt_tokens": 128}},
     "cold_start": {
-        "steps": 30,
-        "batch_size": 16,
+        "steps": 40,
+        "batch_size": 24,
         "ranks": 2,
         "warmup": 5,
         "lora": LORA,
@@ -85,13 +85,14 @@ RECIPE: dict[str, Any] = {
             "max_num_batched_tokens": 2048,
             "kv_cache_memory_bytes": 256 << 20,
         },
-        "sampling": {"max_tokens": 64},
+        "sampling": {"max_tokens": 48},
     },
     "rewards": {"numeric": "exact"},
     "learner": {
+        "ranks": 2,
         "lora": LORA,
         "objective": {"beta": 0.0},
-        "optimizer": {"lr": 5e-4, "dtype": "bfloat16"},
+        "optimizer": {"lr": 3e-4, "dtype": "bfloat16"},
     },
     "buffer": {"warm_up": 32},
     "loop": {"steps": 60, "prompts_per_step": 4},

@@ -71,8 +71,8 @@ KINDS: tuple[Callable[[random.Random, str, str], tuple[str, str, int]], ...] = (
 
 
 def write_problems(folder: Path, counts: Mapping[str, int], *, seed: int = 0) -> dict[str, str]:
-    """A file ``folder/NAME.jsonl`` with so many problems for each name; no question is in two of
-    them. The paths, by name."""
+    """A file ``folder/NAME.jsonl`` with so many problems for each name; no sum is in two of them,
+    nor twice in one, whatever names and things it is told of. The paths, by name."""
     rng = random.Random(seed)
     seen: set[str] = set()
     files = {}
@@ -82,9 +82,9 @@ def write_problems(folder: Path, counts: Mapping[str, int], *, seed: int = 0) ->
         while len(rows) < count:
             kind = rng.choice(KINDS)
             question, reasoning, answer = kind(rng, rng.choice(NAMES), rng.choice(THINGS))
-            if question in seen:
+            if reasoning in seen:
                 continue
-            seen.add(question)
+            seen.add(reasoning)
             rows.append(
                 {
                     "id": f"{name}-{len(rows)}",
