@@ -165,6 +165,11 @@ class EngineConfig(Section):
         description="keep: requests in flight continue with new weights (their context is "
         "prefilled again); drain: new weights wait until the engine is idle.",
     )
+    async_scheduling: bool = Field(
+        False,
+        description="On a GPU: vLLM schedules a step while the one before computes. Versions stay "
+        "exact; equal seeds no longer give equal completions across an update of the weights.",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of the engine; ignored on a GPU.")
     vllm: dict[str, JsonValue] = Field(
         {},

@@ -32,7 +32,7 @@ OURS = {
     "override_generation_config": "sampling is the recipe's alone",
     "logprobs_mode": "log-probabilities must be the learner's",
     "max_logprobs": "log-probabilities must be the learner's",
-    "async_scheduling": "tokens of a step come from the weights of that step",
+    "async_scheduling": "use rollout.engine.async_scheduling",
     "speculative_config": "log-probabilities must be the learner's",
     "disable_log_stats": "metrics are the run's",
     "mm_processor_cache_gb": "use rollout.engine.prompt_cache_bytes",

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vllm.inputs import TokensPrompt
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.core_client import InprocClient
 
 log = logging.getLogger(__name__)
 
@@ -326,8 +327,10 @@ class RolloutEngine:
                 self.version = version
                 return True
             load = partial(self._engine.collective_rpc, "adopt_weights", args=(checked,))
+        self._settle()
         # Preempt before the caches are emptied: a running request would otherwise look for encoder
-        # outputs that are gone.
+        # outputs that are gone. With async scheduling a step is under way, computed with the old
+        # weights: vLLM drops its tokens, and they are sampled again from the new ones.
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.reset_encoder_cache()
         try:
@@ -355,6 +358,7 @@ class RolloutEngine:
                 f"the engine cannot sleep with {len(self._pending)} requests in flight: step until "
                 "idle"
             )
+        self._settle()
         self._engine.sleep(level=1)
         if self.device == "cpu":
             self._engine.collective_rpc("free_caches")
@@ -415,6 +419,19 @@ class RolloutEngine:
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    def _settle(self) -> None:
+        """Without a request in flight: no step is under way either, of one that ended meanwhile.
+        Async scheduling begins a step before it knows who ended in the one before."""
+        while not self._pending and self.steps_under_way:
+            self._engine.step()
+
+    @property
+    def steps_under_way(self) -> int:
+        """Steps that vLLM has begun and not told of; without async scheduling always 0."""
+        client = cast("InprocClient", self._engine.engine_core)
+        core = getattr(client, "engine_core", None)  # where the environment puts it in this process
+        return len(core.batch_queue or ()) if core is not None else 0
 
     def _forget(self, request_id: str) -> int | None:
         """The adapter's version of a request that is over; None without adapters."""

@@ -45,6 +45,11 @@ def pick_device(config: EngineConfig) -> str:
         raise ResourceError(
             f"rollout.engine.quantization {config.quantization} needs a GPU: set it to null"
         )
+    if device == "cpu" and config.async_scheduling:
+        raise ResourceError(
+            "rollout.engine.async_scheduling needs a GPU, vLLM's CPU build has none: set it to "
+            "false"
+        )
     if device == "cuda" and config.tensor_parallel_size > torch.cuda.device_count():
         raise ResourceError(
             f"tensor_parallel_size {config.tensor_parallel_size} needs as many GPUs in the actor, "
@@ -126,7 +131,8 @@ def engine_arguments(
         "seed": 0,  # every request brings its own
         "generation_config": "vllm",  # sampling is ours alone, never the folder's defaults
         "logprobs_mode": "raw_logprobs",  # RolloutSampler decides what that means
-        "async_scheduling": False,  # tokens of a step come from the weights of that step
+        # vLLM would choose it on a GPU. RolloutEngine.adopt keeps versions exact with it.
+        "async_scheduling": config.async_scheduling,
         "disable_log_stats": True,
         "mm_processor_cache_gb": 0,  # PromptCache keeps whole prompts
         "worker_extension_cls": "avatar_rl.actors.engine.vllm_plugin.worker.WorkerExtension",
