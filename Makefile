@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/local.yaml
 ARGS ?=
+# Processes that run tests: two suit two cores, a training run in a test has several of its own.
+WORKERS ?= 2
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
 # A quarter of what is installed, never imported here: left to be compiled by whoever does import it.
@@ -41,10 +43,10 @@ cold-start: setup  # makes recipes/assets/tiny_omni anew
 	@$(BIN)/python -m avatar_rl.cluster.training.make_ready $(RECIPE)
 
 test: setup
-	@$(BIN)/python -m pytest tests -m 'not chaos' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest tests -m 'not chaos' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unit: setup
-	@$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest tests/unit -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-chaos: setup
 	@$(BIN)/python -m pytest tests -m chaos $(ARGS)

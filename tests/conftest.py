@@ -12,6 +12,9 @@ from xdist.scheduler import LoadFileScheduling
 # per worker too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray runs actors at nice 15: beside a training run of the other worker of `make test`, which is not
+# nice, they would stand still for minutes. Runs of ours set it too.
+os.environ.setdefault("RAY_worker_niceness", "0")
 gc.disable()  # while test files are imported (prompts.heap.no_collections)
 
 #: Files that take longest, in that order: begun first, so that both workers of `make test` end at
