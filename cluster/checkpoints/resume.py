@@ -24,6 +24,7 @@ from avatar_rl.cluster.telemetry.run_folder import SAMPLES_BYTES, RunFolder
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.config import current_keys
 from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.common.plain_yaml import parse_plain
 from avatar_rl.common.types import Json, JsonObject, ReadOnlyJson
 from avatar_rl.learner.config import LearnerConfig
 
@@ -150,7 +151,7 @@ def saved_config(run: Path) -> JsonObject:
     mapping."""
     file = run / "config.yaml"
     try:
-        found = yaml.safe_load(file.read_text())
+        found = parse_plain(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise DataError(
             f"{file} cannot be read ({error}): restore it, or start a new run"

@@ -26,8 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, SupportsFloat, TypedDict, Unpack
 
-import yaml
-
 from avatar_rl.cluster.telemetry.run_files import (
     DISTRIBUTIONS,
     RunStatus,
@@ -41,6 +39,7 @@ from avatar_rl.cluster.telemetry.samples import rotate, sample_lines, samples_ma
 from avatar_rl.cluster.telemetry.sinks import Sink
 from avatar_rl.common.errors import ConfigError, ResourceError
 from avatar_rl.common.files import Appender, json_line, replace_text
+from avatar_rl.common.plain_yaml import plain_yaml
 from avatar_rl.common.types import ReadOnlyJson
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class RunFolder:
         """Write the resolved configuration (JSON-ready values), secrets masked."""
         self._guarded(
             self.path / "config.yaml",
-            yaml.safe_dump(mask_secrets(resolved), sort_keys=False, width=110),
+            plain_yaml(mask_secrets(resolved)),
         )
 
     def metrics(

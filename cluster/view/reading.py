@@ -14,6 +14,7 @@ import yaml
 from avatar_rl.cluster.telemetry.metrics import OLD_NAMES, describe
 from avatar_rl.cluster.telemetry.run_files import RunStatus, read_status
 from avatar_rl.common.errors import DataError
+from avatar_rl.common.plain_yaml import parse_plain
 from avatar_rl.common.types import Json, JsonObject
 
 #: Points of a curve that are sent; a longer run is thinned evenly.
@@ -167,7 +168,7 @@ def config_of(run: Path, faults: Faults) -> dict[str, Json]:
     """The resolved recipe as dotted keys."""
     file = run / "config.yaml"
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = parse_plain(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:

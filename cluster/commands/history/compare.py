@@ -14,6 +14,7 @@ from avatar_rl.cluster.commands.history.listing import seconds_of, state_of
 from avatar_rl.cluster.telemetry.run_files import RunStatus, read_metrics, read_status
 from avatar_rl.cluster.telemetry.screen import duration
 from avatar_rl.common.errors import ConfigError, DataError
+from avatar_rl.common.plain_yaml import parse_plain
 from avatar_rl.common.text import printable
 from avatar_rl.common.types import JsonObject, ReadOnlyJson
 
@@ -53,7 +54,7 @@ class Run:
         except DataError:
             rows = []
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            config = parse_plain((path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             config = {}
         return cls(path.name, status, config if isinstance(config, dict) else {}, rows)
