@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -34,6 +35,8 @@ OldRule = Literal["behaviour", "trainer", "current"]
 Rejection = Literal["none", "geometric", "k3"]
 #: Threshold of a rejection where none is given.
 REJECTION_THRESHOLD = {"geometric": 1.01, "k3": 0.01}
+#: CPU threads of a rank where a recipe leaves it open: rollouts want cores, too.
+MOST_THREADS = 4
 #: Tokens of a pack where nothing longer has to fit.
 PACK_TOKENS = 16_384
 
@@ -352,7 +355,17 @@ class LearnerConfig(Section):
     lease_s: float = Field(
         600, gt=0, description="Seconds until the groups of a silent learner are given away."
     )
-    threads: int = Field(1, ge=1, description="CPU threads per rank; ignored on a GPU.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads per rank; null: the machine's cores over its ranks, at most 4. "
+        "Ignored on a GPU.",
+    )
+
+    def threads_of(self, ranks: int) -> int:
+        """CPU threads of each of ``ranks`` ranks on this machine."""
+        share = (os.cpu_count() or 1) // ranks
+        return self.threads or max(1, min(MOST_THREADS, share))
 
     def pack_tokens(self, longest: int = 0) -> int:
         """Budget of a pack; ``longest`` is a prompt with one completion."""

@@ -166,10 +166,11 @@ class LearnerRank:
             MASTER_PORT=str(port),
         )
         spec, on_gpu = self.spec, sees_gpu()
-        if not on_gpu:
-            torch.set_num_threads(spec.learner.threads)
         self.turn.begin()
         init_distributed(on_gpu=on_gpu, timeout=COLLECTIVE_TIMEOUT)
+        if not on_gpu:
+            _, on_this_node = node_share(self.rank, self.ranks)
+            torch.set_num_threads(spec.learner.threads_of(on_this_node))
         set_aside_imports()
         optimizer = self._optimizer
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -247,7 +248,7 @@ class LearnerRank:
             device=self.engine.device,
             media=spec.media,
             template=spec.template,
-            threads=spec.learner.threads,
+            threads=spec.learner.threads or 1,
         )
         self.encoder, why = open_encoder(encoder, spec.learner.embeddings, setting)
         share = node_share(self.rank, self.ranks)

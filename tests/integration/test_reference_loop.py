@@ -83,6 +83,7 @@ def recipe(folder: Path) -> dict[str, Any]:
             # The reference has neither: they must change nothing.
             "gradient_checkpointing": True,
             "embeddings": {"mode": "on", "folder": str(folder / "store")},
+            "threads": 1,  # as the reference: rewards and tokens must be the very same
         },
         "probe": {"prompts": 2},
         # The reference knows nothing of public sets: they must change nothing.
