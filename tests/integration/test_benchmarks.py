@@ -72,6 +72,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "padding_share",
     ),
     "loading": ("host_share_ratio", "whole_load_ratio"),
+    "loop": ("image_fresh", "image_ceiling", "image_trl_core_s", "image_target_seeds_trl"),
     "mistakes": ("tried", "named", "slow", "longest_s", "median_s"),
     "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
     "parity": ("logprob_worst", "logprob_fresh_qwen3_vl_moe", "families"),
