@@ -50,6 +50,7 @@ class Sizes:
     image_rows: tuple[int, ...] = (2, 4, 8)
     text_steps: int = 7
     image_steps: int = 40
+    image_prompts: int = 32
     rounds: int = 2
     trials: int = 3  # steps of TRL by which its micro-batch is chosen
     arms: tuple[str, ...] = ("fresh", "mixed")
@@ -60,7 +61,9 @@ class Sizes:
     sft_steps: int = tasks.SFT_STEPS
 
 
-SMOKE = Sizes(image_rows=(8,), image_steps=4, rounds=1, arms=("fresh",), sft_steps=2)
+SMOKE = Sizes(
+    image_rows=(8,), image_steps=3, image_prompts=4, rounds=1, arms=("fresh",), sft_steps=1
+)
 SMOKE_PARTS = ("image", "target")  # the others differ in sizes only, and take a run each
 
 
@@ -82,7 +85,9 @@ class Bench:
         model = self.folder / "image_model"
         if not (model / "config.json").is_file():
             tasks.build_image_model(model)
-        rows = tasks.write_image_rows(self.folder / "image" / "rows.jsonl", 32)
+        rows = tasks.write_image_rows(
+            self.folder / "image" / "rows.jsonl", self.sizes.image_prompts
+        )
         start = self.folder / f"image_start_{self.sizes.sft_steps}"
         if not (start / "config.json").is_file():
             tasks.cold_start(model, rows, start, self.sizes.sft_steps)

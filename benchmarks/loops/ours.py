@@ -133,12 +133,17 @@ def train(
             start_new_session=True,
         )
         clock, stopped = Clock(process.pid), False
-        while process.poll() is None:
-            time.sleep(POLL_S)
-            if until is not None and not stopped and until(OurRun(steps_of(folder), [])):
-                stopped = True
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                if until is not None and not stopped and until(OurRun(steps_of(folder), [])):
+                    stopped = True
+                    process.terminate()
+        finally:  # an interrupted benchmark leaves no run behind
+            if process.poll() is None:
                 process.terminate()
-        clock.stop()
+                process.wait()
+            clock.stop()
     if process.returncode and not stopped:
         text = (folder / "output.txt").read_text()
         raise SystemExit(f"our run ended with {process.returncode}:\n{text[-3000:]}")
