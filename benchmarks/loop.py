@@ -149,7 +149,9 @@ def against_trl(bench: Bench, task: Task, candidates: Sequence[int], steps: int)
 
 def check_same(task: Task, trl: theirs.TrlRun, run: ours.OurRun) -> None:
     """Prompts are equally long on both sides, and so are completions. Raises SystemExit."""
-    prompt = run.rows[-1]["tokens/computed"] - run.rows[-1]["tokens/trained"]
+    row, completions = run.rows[-1], task.prompts * tasks.GROUP
+    # the last token of a completion is predicted, and predicts nothing
+    prompt = row["tokens/computed"] - (row["tokens/trained"] - completions)
     if prompt != task.prompts * len(trl.prompt_ids):
         raise SystemExit(
             f"{task.name}: {task.prompts} prompts have {prompt:.0f} tokens here and "
