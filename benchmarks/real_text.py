@@ -92,7 +92,8 @@ RECIPE: dict[str, Any] = {
         "ranks": 2,
         "lora": LORA,
         "objective": {"beta": 0.0},
-        "optimizer": {"lr": 3e-4, "dtype": "bfloat16"},
+        # at 3e-4 the first update moved the policy by 0.17 nats a token, at this one by 0.0003
+        "optimizer": {"lr": 3e-5, "dtype": "bfloat16"},
     },
     "loop": {"steps": 150, "prompts_per_step": 8},
     "evaluation": {"every": 0},
