@@ -70,6 +70,7 @@ def a_run(said: list[str], *, first_step: int = 0, met_at: int | None = None, **
         ),
         metrics=SimpleNamespace(measure=lambda *step: {}, write=lambda *step: None, stats=None),
         tolerance=None,
+        learning=SimpleNamespace(end=lambda: said.append("learnt?")),
         folder=SimpleNamespace(event=lambda kind, message: said.append(kind), status=lambda **_: 0),
         screen=SimpleNamespace(phase=lambda name: None),
     )
@@ -83,7 +84,7 @@ def test_events_of_a_run_in_order() -> None:
         *("work", "heldout at 0"),
         *("request 0", "request 1", "train 0 (4)", "checkpoint 1"),
         *("request 2", "train 1 (0)", "heldout begins at 2", "checkpoint 2"),
-        *("train 2 (0)", "checkpoint 3", "heldout at 3", "written"),
+        *("train 2 (0)", "checkpoint 3", "learnt?", "heldout at 3", "written"),
     ]
     assert run.supervisor.signals.orderly is False
 
@@ -108,15 +109,17 @@ def test_a_resumed_run_requests_from_its_own_step_on() -> None:
     train(run)
     assert said[:3] == ["work", "request 4", "request 5"]
     assert [word for word in said if "train" in word] == ["train 4 (0)", "train 5 (0)"]
+    assert "learnt?" not in said  # what its earlier life learnt is not known here
 
 
 def test_the_step_that_meets_the_target_is_the_last_and_is_saved() -> None:
     said: list[str] = []
     train(a_run(said, met_at=2))
-    assert said[-5:] == [
+    assert said[-6:] == [
         "pool at 2",
         "pool accuracy reached",
         "checkpoint 2 last",
+        "learnt?",
         "heldout at 2",
         "written",
     ]
