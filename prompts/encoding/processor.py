@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required, TypeAlias, TypedDict
 
@@ -86,6 +87,8 @@ def load_processor(model_path: Path) -> tuple[Any, PretrainedConfig]:
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+    # Decoded media are kept for the next look and are read-only; processors only read them.
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     if not (model_path / "config.json").is_file():
         raise ModelError(
             f"model folder {model_path} has no config.json: give a Hugging Face checkpoint folder"
