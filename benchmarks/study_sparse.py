@@ -7,21 +7,27 @@ sampling, hints, more updates; the paper's rule; avatar_plus; plain and prioriti
     python -m benchmarks.study_sparse --run --tune         the tuning seeds instead, kept in build/
 
 The cold start answers 97 of 100 completions wrong, by habits that it was taught
-(studies/habits.py) on top of the demo's cold start. It is trained once (two minutes) and kept in
-the cache. What is compared is
-fixed in studies/sparse_arms.py. Every arm gets a seed before any gets its second, the most
+(studies/habits.py) on top of the demo's cold start. The one that the records began with is in
+benchmarks/records/starts; another is trained in two minutes. What is compared is fixed in
+studies/sparse_arms.py. Every arm gets a seed before any gets its second, the most
 important first. A finished run is a line of benchmarks/records/study_sparse.jsonl, so a study can
 be stopped and resumed; records of another protocol are refused, those of other settings named."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
+from avatar_rl.cluster.recipe.assets import (
+    cold_start_folder,
+    prepare_base_model,
+    prepare_datasets,
+)
 from avatar_rl.cluster.recipe.content import key
 from avatar_rl.cluster.recipe.load import check
 from avatar_rl.cluster.recipe.overlays import Overlay, merge
@@ -93,9 +99,20 @@ def prepare(
     }
     config = check(merge(RECIPE, raw), source="cold start of the sparse study")
     datasets, base = prepare_datasets(config, print), prepare_base_model(config, print)
+    assert datasets.heldout is not None and datasets.sft is not None
+    take_kept(cold_start_folder(config, base, datasets.sft))
     taught = cold_start(config, base, datasets, folder)
-    assert datasets.heldout is not None
     return Ground(RECIPE, taught, base, datasets.train, datasets.heldout, at.resolve())
+
+
+def take_kept(wanted: Path) -> None:
+    """The cold start that the records began with, out of the repository. Trained again it would not
+    be the same to the bit, and its runs could not stand beside them."""
+    kept = RECORDS / "starts" / wanted.name
+    if kept.is_dir() and not wanted.is_dir():
+        half = wanted.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copytree(kept, half)
+        half.rename(wanted)
 
 
 def configure(ground: Ground, name: str, seed: int, cache: Path, cap: int = CAP) -> RunConfig:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from avatar_rl.cluster.recipe.overlays import Overlay
+from avatar_rl.common.files import read_jsonl, sha256_of
 from avatar_rl.prompts.synthetic.config import Category
 from benchmarks.studies.habits import Habits
-from benchmarks.studies.runs import Ground, Records, perform_all, recipe_digest
+from benchmarks.studies.runs import RECORDS, Ground, Records, perform_all, recipe_digest
 from benchmarks.studies.sparse_arms import (
     ARMS,
     CANDIDATES,
@@ -37,7 +38,7 @@ from benchmarks.studies.sparse_report import (
     in_order,
     tables,
 )
-from benchmarks.study_sparse import configure, refuse_others, refuse_solved, stale
+from benchmarks.study_sparse import configure, refuse_others, refuse_solved, stale, take_kept
 from tests.unit.test_study import record
 
 AT = Path("nowhere")
@@ -188,3 +189,17 @@ def test_habits_are_taught_where_nothing_is_shown_and_never_right_in_the_pool() 
     assert habits.taught(3, row | {"category": "pitch"})["reasoning"] == "look"
     assert habits.fails(row)
     assert not habits.fails(row | {"answer": "Left: low / Center: mid"})
+
+
+def test_the_records_began_with_the_cold_start_that_is_kept(tmp_path: Path) -> None:
+    [kept] = (RECORDS / "starts").iterdir()
+    wanted = tmp_path / kept.name
+    take_kept(wanted)
+    found = sha256_of(wanted / "model.safetensors")[:12]
+    records = list(read_jsonl(RECORDS / "study_sparse.jsonl"))
+    assert records and {one["start"] for one in records} == {found}
+    (wanted / "mine").touch()
+    take_kept(wanted)  # what is there stays
+    assert (wanted / "mine").exists()
+    take_kept(tmp_path / "cold-start-another")
+    assert not (tmp_path / "cold-start-another").exists()
