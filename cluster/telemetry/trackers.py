@@ -196,7 +196,22 @@ def open_trackers(
     return found
 
 
+def _shown(tracker: Any, clip: Clip | None, videos: Sequence[str]) -> object:
+    """A clip as W&B's or trackio's own object, which have one interface; None where it does not
+    take the format. ``videos``: those it does."""
+    if clip is None:
+        return None
+    suffix = clip.path.suffix.lstrip(".").lower()
+    if clip.kind == "video" and suffix in videos:
+        return tracker.Video(str(clip.path), format=suffix)
+    if clip.kind == "audio" and suffix == "wav":
+        return tracker.Audio(str(clip.path))
+    return tracker.Image(str(clip.path)) if clip.kind == "image" else None
+
+
 class _Wandb:
+    VIDEOS = ("mp4", "webm", "ogg", "gif")
+
     def __init__(self, run: Any, wandb: Any) -> None:
         self.run, self.wandb = run, wandb
 
@@ -204,7 +219,8 @@ class _Wandb:
         self.run.log(dict(values), step=step)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        columns, clips = list(SAMPLE_COLUMNS), [self._shown(row["clip"]) for row in rows]
+        columns = list(SAMPLE_COLUMNS)
+        clips = [_shown(self.wandb, row["clip"], self.VIDEOS) for row in rows]
         data = [[row[column] for column in columns] for row in rows]
         # A column of W&B's has one type: that of the first clip.
         first = next((clip for clip in clips if clip is not None), None)
@@ -214,19 +230,6 @@ class _Wandb:
                 row.append(clip if type(clip) is type(first) else None)
         table = self.wandb.Table(columns=columns, data=data)
         self.run.log({f"samples/{name}": table}, step=step)
-
-    def _shown(self, clip: Clip | None) -> object:
-        """A clip as W&B's own object; None where it does not take the format."""
-        if clip is None:
-            return None
-        suffix = clip.path.suffix.lstrip(".").lower()
-        if clip.kind == "video" and suffix in ("mp4", "webm", "ogg", "gif"):
-            return self.wandb.Video(str(clip.path), format=suffix)
-        if clip.kind == "audio" and suffix == "wav":
-            return self.wandb.Audio(str(clip.path))
-        if clip.kind == "image":
-            return self.wandb.Image(str(clip.path))
-        return None
 
     def finish(self) -> None:
         self.run.finish()
@@ -270,6 +273,8 @@ def _has_netrc() -> bool:
 
 
 class _Trackio:
+    VIDEOS = ("mp4", "webm", "gif")
+
     def __init__(self, trackio: Any) -> None:
         self.trackio = trackio
 
@@ -281,20 +286,9 @@ class _Trackio:
 
         named = [{column: row[column] for column in SAMPLE_COLUMNS} for row in rows]
         for row, shown in zip(rows, named, strict=True):
-            shown["clip"] = self._shown(row["clip"])
+            shown["clip"] = _shown(self.trackio, row["clip"], self.VIDEOS)
         table = self.trackio.Table(dataframe=pandas.DataFrame(named))
         self.trackio.log({f"samples/{name}": table}, step=step)
-
-    def _shown(self, clip: Clip | None) -> object:
-        """A clip as trackio's own object; None where it does not take the format."""
-        if clip is None:
-            return None
-        suffix = clip.path.suffix.lstrip(".").lower()
-        if clip.kind == "video" and suffix in ("mp4", "webm", "gif"):
-            return self.trackio.Video(str(clip.path), format=suffix)
-        if clip.kind == "audio" and suffix == "wav":
-            return self.trackio.Audio(str(clip.path))
-        return self.trackio.Image(str(clip.path)) if clip.kind == "image" else None
 
     def finish(self) -> None:
         self.trackio.finish()

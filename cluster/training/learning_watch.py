@@ -39,7 +39,7 @@ class LearningWatch:
         self._masked_from_start = {
             name for name, weight in config.rewards.weights.items() if weight > 0
         }
-        self._masked: list[str] = []  # of these, those that had completions to mark
+        self._masked: set[str] = set()  # of these, those that had completions to mark
         self._stats: Stats | None = None  # of the last step without a group
         self._steps = 0
         self._told_set_aside = 0
@@ -107,15 +107,16 @@ class LearningWatch:
         self._masked_from_start -= {
             name for name in self._masked_from_start if metrics.get(f"masked/{name}", 1.0) < 1.0
         }
-        seen = {name for name in self._masked_from_start if f"masked/{name}" in metrics}
-        self._masked = sorted(seen | (self._masked_from_start & set(self._masked)))
+        self._masked |= {name for name in self._masked_from_start if f"masked/{name}" in metrics}
+        self._masked &= self._masked_from_start
         if self._masked and self._steps >= MASKED_STEPS:
             raise NothingLearntError(self._no_marks())
 
     def _no_marks(self) -> str:
+        masked = ", ".join(sorted(self._masked))
         return (
-            f"reward {', '.join(self._masked)} had no mark in any completion of {self._steps} "
-            "steps: look at the judge's endpoint and log (avatar doctor RECIPE), or take the "
+            f"reward {masked} had no mark in any completion of {self._steps} steps: look at the "
+            "judge's endpoint and log (avatar doctor RECIPE), or take the "
             "reward out of rewards.weights"
         )
 

@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.learner.batch.plan import StepWork
 from avatar_rl.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
@@ -21,13 +20,12 @@ from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.objective.step_metrics import StepMetrics
-from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepTrainer
-from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from benchmarks.learner_side import make_spec
 from tests.ranks import rank_main, rank_results, run_ranks
 
 pytestmark = pytest.mark.timeout(600)
@@ -154,25 +152,8 @@ def clip_shares(folder: Path, case: Case) -> list[float]:
         warmup=0,
         micro_batch_tokens=PROMPT + GROUP * TOKENS,
     )
-    spec = LearnerSpec(
-        run_id="r",
-        seed=0,
-        model=folder / "model",
-        reference=folder / "model",
-        datasets=(),
-        data=DataConfig(),
-        media=MediaConfig(),
-        template=TemplateConfig(),
-        learner=config,
-        sft=None,
-        buffer=BufferConfig(),
-        redis_url="",
-        steps=2,
-        replayed=0,
-        max_tokens=TOKENS,
-        step_timeout_s=1.0,
-        engine_dtype=case.dtype,
-    )
+    model = folder / "model"
+    spec = make_spec(model, model, config, steps=2, max_tokens=TOKENS, engine_dtype=case.dtype)
     policy = Policy(load_model(spec.model, dtype=case.dtype))
     engine = TrainEngine(policy, config.optimizer, world_size=1, dtype=case.dtype)
     trainer = StepTrainer(

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import avatar_rl.learner.batch.microbatch
-from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.weights.sender import Outbox
@@ -33,9 +32,9 @@ from avatar_rl.learner.rank import LearnerRank
 from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.step import StepTrainer
 from avatar_rl.learner.turn import RankTurn
-from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
+from benchmarks.learner_side import make_spec
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import build_vision_language
 
@@ -229,24 +228,7 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             max_skipped=patience,
             warmup=0,
         )
-        spec = LearnerSpec(
-            run_id="r",
-            seed=0,
-            model=folder / "text",
-            reference=folder / "text",
-            datasets=(),
-            data=DataConfig(),
-            media=MediaConfig(),
-            template=TemplateConfig(),
-            learner=config,
-            sft=None,
-            buffer=BufferConfig(),
-            redis_url="",
-            steps=5,
-            replayed=0,
-            max_tokens=8,
-            step_timeout_s=1.0,
-        )
+        spec = make_spec(folder / "text", folder / "text", config, steps=5, max_tokens=8)
         unlucky = UnluckyRank(spec, rank, ranks)
         unlucky.setup("127.0.0.1", 1)  # the group has met already
         watch_collation(unlucky.events)

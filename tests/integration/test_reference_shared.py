@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import avatar_rl.learner.engine
-from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.records.requests import PromptKl
 from avatar_rl.buffer_service.weights.sender import Outbox
 from avatar_rl.learner.batch.microbatch import Row
@@ -29,9 +28,9 @@ from avatar_rl.learner.spec import LearnerSpec
 from avatar_rl.learner.state import REFERENCE
 from avatar_rl.learner.state_replica import TAG
 from avatar_rl.learner.turn import RankTurn
-from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.encoding.template import PromptEncoder
+from benchmarks.learner_side import make_spec
 from tests.integration.test_learner_rank import Encoder, Numbers, step_work
 from tests.ranks import rank_main, rank_results, run_ranks
 from tests.tiny_models import build_vision_language, respawn
@@ -81,24 +80,7 @@ def make_rank(folder: Path, rank: int, ranks: int, stage: int, *, cached: int = 
         reference_cache=cached,
         warmup=0,
     )
-    spec = LearnerSpec(
-        run_id="r",
-        seed=0,
-        model=folder / "text",
-        reference=folder / "other",
-        datasets=(),
-        data=DataConfig(),
-        media=MediaConfig(),
-        template=TemplateConfig(),
-        learner=config,
-        sft=None,
-        buffer=BufferConfig(),
-        redis_url="",
-        steps=3,
-        replayed=2,
-        max_tokens=8,
-        step_timeout_s=1.0,
-    )
+    spec = make_spec(folder / "text", folder / "other", config, steps=3, replayed=2, max_tokens=8)
     made = Rank(spec, rank, ranks)
     with (
         mock.patch("avatar_rl.learner.rank.StepSource", lambda *_: Steps()),
