@@ -3,7 +3,9 @@ small runs."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,3 +36,19 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     this session."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-cache"
+
+
+@pytest.fixture
+def without_ray_token() -> Iterator[pytest.MonkeyPatch]:
+    """A monkeypatch, with ``RAY_AUTH_MODE`` and tokens taken away. Ray keeps what it has read of
+    them, so it reads again once they are back: the next test that starts Ray in this process would
+    otherwise have a server with a token and a client without one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+            patch.delenv(name, raising=False)
+        yield patch
+    if "ray" in sys.modules:
+        native = importlib.import_module("ray._raylet")
+        native.Config.initialize("")
+        native.AuthenticationTokenLoader.instance().reset_cache()

@@ -360,14 +360,13 @@ def test_a_long_temporary_folder_is_refused_by_name(
 
 
 def test_a_user_without_a_home_gets_one_for_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_ray_token: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch = without_ray_token
     monkeypatch.setenv("HOME", str(tmp_path / "absent"))
     assert not has_home()
     [found] = doctor_network.home()
     assert found.level == "warn" and "cannot be written" in found.found
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
     before, node = dict(os.environ), PrivateNode()
     node.start()
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])

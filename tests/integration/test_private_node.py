@@ -28,12 +28,12 @@ def listening() -> Iterator[tuple[str, str]]:
 
 
 def test_ray_listens_on_loopback_with_a_token_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_ray_token: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch = without_ray_token
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HOME", "/proc/no-home")  # where Ray would keep its token
     before = dict(os.environ)
     config = RunConfig.model_validate({"data": {"synthetic": {"n_train": 4}}})
