@@ -25,21 +25,22 @@ _DENIED = (
 _KIND = rf"(?:(?!{_DENIED})[a-z][a-z-]{{2,14}}\s+){{0,3}}"
 _IS = (
     r"(?:(?:'s|\s+(?:is|should be|would be|must be|will be|seems to be|appears to be|was|has to be)"
-    r"(?:\s+(?:definitely|clearly|most likely|likely|probably|simply|indeed|therefore|thus"
-    r"|obviously|certainly|then))?)(?=[\s:*_$\"'`(\[<{\\]))?"
+    r"(?:\s+(?:definitely|clearly|most likely|likely|probably|simply|only|just|indeed"
+    r"|therefore|thus|obviously|certainly|then))?)(?=[\s:*_$\"'`(\[<{\\]))?"
 )
 #: What stands before the letter in a closing sentence, in the languages that datasets are written
 #: in. Each alternative ends where the letter begins.
 _CONNECTIVE = (
-    r"(?:therefore|thus|hence|so|consequently|accordingly|overall|finally|in conclusion|in summary"
-    r"|to conclude|clearly|obviously|evidently|indeed|okay|ok|yes|well|ultimately|as a result"
-    r"|i(?:'d| would)? (?:think|believe|say)|in my opinion|based on (?:the|this|these) [\w ]{1,40}"
+    r"(?:only|just|therefore|thus|hence|so|consequently|accordingly|overall|finally|in conclusion"
+    r"|in summary|to conclude|clearly|obviously|evidently|indeed|okay|ok|yes|well|ultimately"
+    r"|as a result|i(?:'d| would)? (?:think|believe|say)|in my opinion"
+    r"|based on (?:the|this|these) [\w ]{1,40}"
     r"|given (?:the|this|these) [\w ]{1,40}|according to (?:the|this) [\w ]{1,40})"
 )
 _ENGLISH = (
     rf"(?:{_CONNECTIVE}[,:]?\s+(?:that\s+)?){{0,3}}"
     r"(?:(?:(?:the|my|our)\s+)?" + _KIND + _NOUN + _IS + r"[\s:=*_–—-]{0,16}"
-    r"|(?:it|this|that)(?:'s|\s+(?:is|must be|should be))\s+"
+    r"|(?:it|this|that)(?:'s|\s+(?:is|must be|should be))\s+(?:only\s+|just\s+)?"
     r"|(?:(?:i|we)(?:'d|'ll)?\s+(?:would\s+|will\s+|should\s+|must\s+)?)?"
     r"(?:choose|select|pick|chose|selected|picked|go with|answer)[\s:]{1,4})"
     r"(?:(?:the\s+)?" + _KIND + _NOUN + r"[\s:]{1,4})?"
@@ -121,6 +122,13 @@ _LEAD_TEXT = re.compile(
     r"|(?:it|this|that)(?:'s|\s+(?:is|was))\s+|答案(?:是|为|:)\s*|选择?)",
     re.IGNORECASE,
 )
+#: What only changes how an answer looks.
+_TAG = re.compile(
+    r"<(b|i|u|em|strong|span|p|font|mark|code|div)(?:\s[^<>]{0,80})?>([^<>]*)</\1>", re.IGNORECASE
+)
+_BREAK = re.compile(r"<br\s?/?>", re.IGNORECASE)
+_NUMBER_ALONE = re.compile(r"\W*(\d{1,2})(?:번|番)?\W*")
+_OWN_NUMBER = re.compile(r"\W*(\d{1,2})(?:[.):、]\s*|\s+)(?=\D)")
 _ARTICLE = re.compile(r"\W*(?:(?:so|thus|hence|therefore)\W+)?(?:it|this|that)\b", re.IGNORECASE)
 _SAYS_SO = re.compile(
     r"is (?:the )?(?:correct|right)(?: (?:answer|option|choice|one))?"
@@ -168,12 +176,14 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
 def choice_letter(answer: str, options: Sequence[str]) -> str | None:
     """The one option an answer names, as an upper-case letter; None when it names none or hedges.
 
-    Accepts "B", "(b)", "B. red", "B - red", "Option B", "Therefore, the answer is B", "B is
-    correct", "答案是B", "\\boxed{B}", "\\(B\\)", a full-width letter, and the text of exactly one
-    option. Refuses "A or B", "not B", "A. B. C.", a letter with another option's text, and letters
-    beyond the options."""
-    answer = unicodedata.normalize("NFKC", answer)
+    Accepts "B", "(b)", "<b>B</b>", "only B", "B. red", "B - red", "Option B", "Therefore, the
+    answer is B", "B is correct", "答案是B", "\\boxed{B}", "\\(B\\)", a full-width letter, the text
+    of exactly one option, and its number where options carry numbers ("② green"). Refuses "A or B",
+    "not B", "A. B. C.", a letter with another option's text, and letters beyond the options."""
+    answer = _unformatted(unicodedata.normalize("NFKC", answer))
     table = option_texts(options)
+    if numbered := _numbered(answer, table):
+        return numbered
     text = normalise(answer)
     by_text = [letter for letter, option in table.items() if option == text]
     if len(by_text) == 1 and not (len(text) == 1 and text.isalpha()):
@@ -201,6 +211,23 @@ def choice_letter(answer: str, options: Sequence[str]) -> str | None:
     return (
         letter if separated and not hedged else None
     )  # without a mark, "A red ball" is an article
+
+
+def _unformatted(answer: str) -> str:
+    plain = _BREAK.sub(" ", answer)
+    return _TAG.sub(r"\2", _TAG.sub(r"\2", plain))  # "<p><b>B</b></p>"
+
+
+def _numbered(answer: str, table: Mapping[str, str]) -> str | None:
+    """The option of "②" or "2." where the options carry numbers of their own, in order."""
+    match = _NUMBER_ALONE.fullmatch(answer)
+    if match is None:
+        return None
+    own = [_OWN_NUMBER.match(text) for text in table.values()]
+    numbers = [int(found[1]) if found else 0 for found in own]
+    if numbers != list(range(1, len(numbers) + 1)) or int(match[1]) not in numbers:
+        return None
+    return list(table)[int(match[1]) - 1]
 
 
 def _stated(answer: str, table: Mapping[str, str]) -> str | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from avatar_rl.rewards.answers.chinese_numerals import chinese_number
 from avatar_rl.rewards.answers.scales import ATTACHED, EAST_ASIAN, EXPONENTS, UNCLEAR, WORDS
 
 NumericMode = Literal["rmae", "exact", "relative"]
@@ -161,7 +162,7 @@ def parse_number(text: str) -> float | None:
 
     Reads signs, thousands separators (also blanks, "5{,}000"), exponents, powers of ten
     ("3 \\times 10^8"), scales ("5k", "1.2M", "3万", "5 lakh", "5 million"), fractions ("3/4",
-    "3\\frac{1}{2}"), units around it; "twenty-five", "one hundred" where no digits stand.
+    "3\\frac{1}{2}"), units around it; "twenty-five", "one hundred", "十二" where no digits stand.
     "\\sqrt{2}", "4\\pi", "2^5", "1.000.000", "1m30s" are None, as is a scale that could be a
     unit ("5 M")."""
     plain = _FRAC.sub(_fraction, _written_out(text).lower())
@@ -171,6 +172,8 @@ def parse_number(text: str) -> float | None:
     if not found:
         found = {_scaled(_named(match[1]), match[2]) for match in _NAME.finditer(plain)}
         rest = _NAME.sub("\0", plain)
+    if not found and (counted := chinese_number(text)) is not None:
+        return float(counted)
     if len(found) != 1 or _ALTERED.search(rest):  # several numbers are a hedge, not an answer
         return None
     (value,) = found

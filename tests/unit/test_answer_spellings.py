@@ -34,6 +34,37 @@ def test_scales_of_other_languages_and_spellings(text: str, number: float) -> No
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("十", 10), ("十二", 12), ("二十五", 25), ("一百零三", 103), ("一百一十", 110)),
+        *(("一千零一十", 1010), ("两百", 200), ("三万五千", 35000), ("五百万零三", 5000003)),
+        *(("一万亿", 10**12), ("二〇二四", 2024), ("负三", -3), ("答案是十二。", 12)),
+        *(("一共有十二个", 12), ("兩萬", 20000)),
+    ],
+)
+def test_chinese_numerals_are_numbers(text: str, number: int) -> None:
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["一百二", "百十", "一二个", "十二或十三", "第三", "不是三", "约十"]
+)
+def test_numerals_that_are_read_in_two_ways_state_no_number(text: str) -> None:
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"), [("②", "B"), ("2.", "B"), ("(3)", "C"), ("1번", "A"), ("4", None)]
+)
+def test_options_with_numbers_of_their_own_are_named_by_them(
+    answer: str, letter: str | None
+) -> None:
+    assert choice_letter(answer, ("① red", "② green", "③ blue")) == letter
+    assert choice_letter(answer, ("A. 1) red", "B. 2) green", "C. 3) blue")) == letter
+    assert choice_letter(answer, OPTIONS) is None
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *("5 K", "300 K", "1.5m people", "5 bin", "5 biliun", "3십", "3万多", "0,111", "x < 5"),
@@ -55,6 +86,7 @@ def test_what_states_no_plain_number_pays_no_bare_digits(text: str) -> None:
         *("B because it is green", "B, since the ball is green", "B is correct because it shines"),
         *("故答案为：B", "本题选B", "正确的是B", "Cevap: B", "Odpowiedź: B", "Đáp án là B"),
         *("คำตอบคือ B", "Jawaban: B", "الإجابة: B", "उत्तर: B", "Antwoord: B", "Svaret är B"),
+        *("<b>B</b>", "<p><strong>B. green ball</strong></p>", "B<br/>", "only B", "It's only B"),
         *("Відповідь: B", "Válasz: B", "Απάντηση: B", "התשובה היא B", "A resposta é B"),
     ],
 )
