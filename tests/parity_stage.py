@@ -24,8 +24,8 @@ from avatar_rl.buffer_service.weights.road_receiver import HeldWeights
 from avatar_rl.buffer_service.weights.road_sender import Pass, RoadSender
 from avatar_rl.buffer_service.weights.sender import Outbox, WeightSender
 from avatar_rl.buffer_service.weights.store import WeightMessage
+from avatar_rl.cluster.adapter_road import adapter_road
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.learner.adapter.lora import Adapter
 from avatar_rl.learner.lora_config import LoraConfig
 from avatar_rl.learner.model.export import export_checkpoint

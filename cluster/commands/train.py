@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avatar_rl.cluster.adapter_road import road_words
 from avatar_rl.cluster.commands.doctor import missing_inputs
 from avatar_rl.cluster.commands.runs import stoppable, train_and_summarise
 from avatar_rl.cluster.machine.fit import demands, machine_words
@@ -26,7 +27,6 @@ from avatar_rl.cluster.recipe.load import (
 from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.cluster.recipe.overlays import Overlay
 from avatar_rl.cluster.recipe.resources import asked_by, needs_of
-from avatar_rl.cluster.workers.adapter_road import road_words
 from avatar_rl.common.errors import AvatarError, ConfigError, ResourceError
 from avatar_rl.learner.adapter.files import is_adapter
 

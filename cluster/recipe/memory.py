@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from avatar_rl.cluster.adapter_road import takes_adapter
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import (
     ARCHITECTURES,
@@ -205,6 +207,7 @@ class MemoryPlan:
 
     config: RunConfig
     model: Architecture
+    folder: Path | None = None  # where its checkpoint is, or would be
 
     @classmethod
     def of(cls, config: RunConfig | None) -> MemoryPlan | None:
@@ -213,7 +216,7 @@ class MemoryPlan:
         with suppress(AvatarError):  # an adapter without its base: the model's own finding says it
             path = checkpoint_folder(config) if config is not None else None
         model = architecture_of(str(path)) if path is not None else None
-        return cls(config, model) if config is not None and model is not None else None
+        return cls(config, model, path) if config is not None and model is not None else None
 
     @property
     def setting(self) -> LearnerSetting:
@@ -354,9 +357,10 @@ class MemoryPlan:
 
     @property
     def version(self) -> float:
-        """What rollouts get of a version: the adapter alone, or all weights."""
+        """What rollouts get of a version: the adapter alone, or all weights, as the learner
+        publishes it."""
         lora = self.config.learner.lora
-        if lora is None or self.config.rollout.lora == "merged" or lora.encoder_targets:
+        if lora is None or not takes_adapter(self.config, self.folder):
             return self.weights
         return float(self.model.adapter(lora.rank, lora.targets) * BFLOAT16)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from avatar_rl.buffer_service.redis.connection import pauses_told
 from avatar_rl.buffer_service.store import ReplayBuffer
+from avatar_rl.cluster.adapter_road import road_words
 from avatar_rl.cluster.checkpoints.checkpoint import Checkpoint
 from avatar_rl.cluster.checkpoints.resume import (
     Resumption,
@@ -55,7 +56,6 @@ from avatar_rl.cluster.training.replay_import import first_seq, import_replay
 from avatar_rl.cluster.training.run_metrics import RunMetrics
 from avatar_rl.cluster.training.supervisor import Origin, Supervisor
 from avatar_rl.cluster.training.system import System, recorded, running_system
-from avatar_rl.cluster.workers.adapter_road import road_words
 from avatar_rl.cluster.workers.judge_states import JudgeStates
 from avatar_rl.cluster.workers.learner_group import LearnerGroup
 from avatar_rl.cluster.workers.pool import learner_spec

@@ -15,11 +15,11 @@ from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.actors.spec import RolloutSpec
 from avatar_rl.buffer_service.control import RunControl
 from avatar_rl.buffer_service.weights.store import WeightStore
+from avatar_rl.cluster.adapter_road import adapter_road
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
-from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.cluster.workers.supervision import StartWatch
 from avatar_rl.cluster.workers.weight_road import engine_device, weight_transport
 from avatar_rl.common import errors

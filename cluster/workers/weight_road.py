@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from avatar_rl.cluster.adapter_road import adapter_road
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.workers.adapter_road import adapter_road
 from avatar_rl.common.errors import ConfigError
 
 

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from avatar_rl.actors import vllm_models
 from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
 from avatar_rl.buffer_service.weights.receiver import WeightContract
+from avatar_rl.cluster.adapter_road import adapter_road, road_words
 from avatar_rl.cluster.cli import main
 from avatar_rl.cluster.config import RunConfig
-from avatar_rl.cluster.workers.adapter_road import adapter_road, road_words
+from avatar_rl.cluster.recipe.memory import MemoryPlan
 from avatar_rl.common.adapter import AdapterShape
 from avatar_rl.common.errors import ModelError
 
@@ -78,6 +79,37 @@ def test_a_model_that_vllm_does_not_adapt_is_merged(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", "GPT2LMHeadModel")
     shape, why = adapter_road(recipe(learner={"lora": {"rank": 4}}), folder)
     assert shape is None and "takes no adapters for GPT2LMHeadModel" in why
+
+
+@pytest.mark.parametrize(
+    ("lora", "architecture", "whole"),
+    [
+        ({"rank": 4}, "Qwen3ForCausalLM", False),
+        ({"rank": 513}, "Qwen3ForCausalLM", True),
+        ({"rank": 4, "targets": ["qkv"]}, "Qwen3ForCausalLM", True),  # a tower's, by no word
+        pytest.param({"rank": 4}, "GPT2LMHeadModel", True, marks=NEEDS_VLLM),
+    ],
+)
+def test_the_memory_plan_counts_a_version_as_it_is_published(
+    tmp_path: Path, lora: dict[str, object], architecture: str, whole: bool
+) -> None:
+    folder = checkpoint(tmp_path / "Qwen2.5-Omni-7B", architecture)  # its size by its name
+    config = recipe(learner={"lora": lora}, model={"path": str(folder)})
+    plan = MemoryPlan.of(config)
+    assert plan is not None and (adapter_road(config, folder)[0] is None) is whole
+    assert (plan.version == plan.weights) is whole
+    assert whole or plan.version < plan.weights / 100
+
+
+def test_without_the_checkpoint_the_recipe_says_what_is_published(tmp_path: Path) -> None:
+    def version(lora: dict[str, object]) -> float:
+        path = str(tmp_path / "Qwen2.5-Omni-7B")
+        plan = MemoryPlan.of(recipe(learner={"lora": lora}, model={"path": path}))
+        assert plan is not None
+        return plan.version / plan.weights
+
+    assert version({"rank": 4}) < 0.01
+    assert version({"rank": 513}) == version({"targets": ["llm", "vision"]}) == 1.0
 
 
 @NEEDS_VLLM

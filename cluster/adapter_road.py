@@ -8,8 +8,10 @@ from pathlib import Path
 from avatar_rl.actors.vllm_models import takes_adapters
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.common.adapter import AdapterShape
+from avatar_rl.common.errors import AvatarError
 from avatar_rl.learner.adapter.files import chosen_layers
 from avatar_rl.learner.adapter.targets import encoder_layers
+from avatar_rl.learner.lora_config import LoraConfig
 
 #: The largest rank that vLLM has room for.
 MAX_RANK = 512
@@ -25,10 +27,8 @@ def adapter_road(config: RunConfig, model: Path) -> tuple[AdapterShape | None, s
     lora = config.learner.lora
     if lora is None:
         return None, "learner.lora is not set"
-    if config.rollout.lora == "merged":
-        return None, "rollout.lora is merged"
-    if lora.rank > MAX_RANK:
-        return None, f"learner.lora.rank is {lora.rank}, and vLLM takes ranks up to {MAX_RANK}"
+    if why := _said_by_recipe(config, lora):
+        return None, why
     layers = chosen_layers(model, lora)
     if encoders := encoder_layers(layers):
         return None, (
@@ -42,6 +42,18 @@ def adapter_road(config: RunConfig, model: Path) -> tuple[AdapterShape | None, s
     return AdapterShape(lora.rank, lora.alpha, lora.rslora, words), ""
 
 
+def takes_adapter(config: RunConfig, model: Path | None) -> bool:
+    """Whether rollouts take the adapter itself: what ``adapter_road`` decides of the checkpoint
+    ``model``; where there is none, or none that can be read, what the recipe's words say."""
+    lora = config.learner.lora
+    if lora is None:
+        return False
+    try:
+        return not _why_merged(config, lora, model)
+    except (AvatarError, OSError, ValueError):  # the model's own finding says it
+        return not _why_merged(config, lora, None)
+
+
 def road_words(config: RunConfig, model: Path | None) -> str:
     """What rollouts take of a version, with the reason where that is not the adapter itself; empty
     without one. ``model``: the checkpoint, None where it is not here; then by the recipe's words.
@@ -51,13 +63,26 @@ def road_words(config: RunConfig, model: Path | None) -> str:
     lora = config.learner.lora
     if lora is None:
         return ""
+    if why := _why_merged(config, lora, model):
+        return f"merged weights: {why}"
+    return "the adapter" if model else "the adapter; its layers are checked where the model is"
+
+
+def _why_merged(config: RunConfig, lora: LoraConfig, model: Path | None) -> str:
+    """Why an adapter does not travel by itself; empty where it does."""
     if model is not None:
-        why = adapter_road(config, model)[1]
-        return f"merged weights: {why}" if why else "the adapter"
-    if config.rollout.lora == "merged":
-        return "merged weights: rollout.lora is merged"
+        return adapter_road(config, model)[1]
+    if why := _said_by_recipe(config, lora):
+        return why
     if encoders := lora.encoder_targets:
-        return (
-            f"merged weights: vLLM adapts no towers or projectors, and targets name {encoders[0]}"
-        )
-    return "the adapter; its layers are checked where the model is"
+        return f"vLLM adapts no towers or projectors, and targets name {encoders[0]}"
+    return ""
+
+
+def _said_by_recipe(config: RunConfig, lora: LoraConfig) -> str:
+    """Why it is merged whatever the model; empty where that depends on the model."""
+    if config.rollout.lora == "merged":
+        return "rollout.lora is merged"
+    if lora.rank > MAX_RANK:
+        return f"learner.lora.rank is {lora.rank}, and vLLM takes ranks up to {MAX_RANK}"
+    return ""
