@@ -136,19 +136,6 @@ def stale(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def refuse_others(records: Records, fields: dict[str, str]) -> None:
-    """Raises SystemExit where the file holds runs of another protocol or from another cold start:
-    they cannot stand in one table."""
-    for one in records.all():
-        for name, ours in fields.items():
-            if one[name] != ours:
-                raise SystemExit(
-                    f"{records.path}: {one['arm']} seed {one['seed']} (commit {one['commit']}) has "
-                    f"{name} {one[name]}, here it is {ours}: measure into another file "
-                    "(--records FILE), or move this one away"
-                )
-
-
 def refuse_solved(records: Sequence[dict[str, Any]]) -> None:
     """Raises SystemExit where the start's accuracy is none of rare successes."""
     starts = [one["curve"][0][-1] for one in records if one.get("curve")]
@@ -194,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fields = {"protocol": protocol()}
         ground = prepare(folder, options.cache, world, start, pool=pool, heldout=heldout)
         fields["start"] = sha256_of(ground.start / "model.safetensors")[:12]
-        refuse_others(records, fields)
+        records.refuse_others(fields)
         stood = ground_of(start, pool)
         jobs = [
             (name, seed, configure(ground, name, seed, options.cache, cap))

@@ -392,6 +392,18 @@ class Records:
     def all(self) -> list[dict[str, Any]]:
         return list(self._found.values())
 
+    def refuse_others(self, fields: Mapping[str, str]) -> None:
+        """Raises SystemExit where the file holds runs of another protocol or from another cold
+        start: they cannot stand in one table."""
+        for one in self.all():
+            for name, ours in fields.items():
+                if one[name] != ours:
+                    raise SystemExit(
+                        f"{self.path}: {one['arm']} seed {one['seed']} (commit {one['commit']}) "
+                        f"has {name} {one[name]}, here it is {ours}: measure into another file "
+                        "(--records FILE), or move this one away"
+                    )
+
     def add(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

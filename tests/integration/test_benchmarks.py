@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "footprint": ("--output.cache", CACHE),
     "embeddings": ("--cache", CACHE),
     "hints": ("--cache", CACHE),
+    "length": ("--cache", CACHE),
     "orchestration": ("--cache", CACHE),
     "soak": ("--output.cache", CACHE),
     "step_files": ("--output.cache", CACHE),
@@ -81,6 +82,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "step_files": ("files", "lines", "files_learner"),
     "ablations": ("seeds_plus_VCRS", "solved_plus_VCRS"),
     "study": ("seeds_avatar_plus", "heldout_after_avatar_plus"),
+    "length": ("seeds_short_uniform", "judge_long_none", "judge_long_plan"),
     "study_sparse": ("seeds_avatar_plus", "censored_share_avatar_plus"),
     "view": ("rollouts", "paint_s", "list_s", "clip_s"),
     "sweeps": ("seeds_avatar", "accuracy_avatar", "zero_spike_avatar"),
@@ -160,7 +162,7 @@ def test_every_benchmark_is_run_here() -> None:
     assert programs == FIGURES.keys()
 
 
-@pytest.mark.parametrize("name", ["study", "sweeps", "ablations", "study_sparse"])
+@pytest.mark.parametrize("name", ["study", "sweeps", "ablations", "study_sparse", "length"])
 def test_nothing_is_trained_unless_asked(name: str) -> None:
     records = FOLDER / "records" / f"{name}.jsonl"
     if records.exists():

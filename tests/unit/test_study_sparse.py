@@ -38,7 +38,7 @@ from benchmarks.studies.sparse_report import (
     in_order,
     tables,
 )
-from benchmarks.study_sparse import configure, refuse_others, refuse_solved, stale, take_kept
+from benchmarks.study_sparse import configure, refuse_solved, stale, take_kept
 from tests.unit.test_study import record
 
 AT = Path("nowhere")
@@ -95,10 +95,10 @@ def test_a_study_is_not_resumed_with_another_protocol_or_start(tmp_path: Path) -
     records = Records(tmp_path / "runs.jsonl")
     fields = {"protocol": protocol(), "start": "aaa"}
     records.add(run("avatar_plus", 0, 64) | {"digest": "d", **fields})
-    refuse_others(records, fields)
+    records.refuse_others(fields)
     for name in fields:
         with pytest.raises(SystemExit, match=rf"avatar_plus seed 0 .* has {name} .*--records FILE"):
-            refuse_others(records, fields | {name: "other"})
+            records.refuse_others(fields | {name: "other"})
 
 
 def test_a_pool_that_the_start_solves_is_refused() -> None:
