@@ -16,6 +16,7 @@ from avatar_rl.common.weight_files import fingerprint
 if TYPE_CHECKING:
     from avatar_rl.cluster.benchmarks.convert import Wording
     from avatar_rl.cluster.benchmarks.record import BenchmarkSet
+    from avatar_rl.cluster.benchmarks.result import SetResult, SetToAsk
     from avatar_rl.cluster.config import RunConfig
     from avatar_rl.common.config import Section
     from avatar_rl.prompts.record import Modality
@@ -48,13 +49,7 @@ def evaluate_sets(
 
     Raises ConfigError for an unknown set or a model that lacks a sense a set needs, InputError for
     files that are not as published."""
-    from avatar_rl.cluster.benchmarks.convert import (
-        check_kinds,
-        lacking,
-        read_questions,
-        senses_of,
-    )
-    from avatar_rl.cluster.benchmarks.result import SetToAsk
+    from avatar_rl.cluster.benchmarks.convert import senses_of
     from avatar_rl.cluster.benchmarks.sets import benchmark_set
     from avatar_rl.cluster.commands.doctor import preflight
     from avatar_rl.cluster.commands.train import policy_folder
@@ -67,57 +62,72 @@ def evaluate_sets(
     model = policy_folder(model)
     config = _config(model, recipe, overrides)
     senses = senses_of(model)
-    for one in chosen:
-        _check_senses(one, lacking(one, senses), model)
-    from avatar_rl.cluster.benchmarks.answers import AnswerStore
-
-    read = [
-        (
-            one,
-            *read_questions(
-                one,
-                words["sets"] / one.name,
-                out / "media" / one.name,
-                limit=words["limit"],
-                skip=words["skip_missing"],
-            ),
-        )
-        for one in chosen
-    ]
-    for one, questions, _ in read:
-        check_kinds(one, questions, senses, model)
-    asked = asked_with(config, model, words["wording"])
-    sets = [
-        SetToAsk(one, questions, left_out, AnswerStore(out / one.name, asked, questions))
-        for one, questions, left_out in read
-    ]
+    sets = _sets_to_ask(chosen, config, model, senses, words, out)
     preflight({"": config})
     with open_screen(config.screen, 1, title="evaluate") as screen:
         results = ask_sets(
             config, model, sets, screen, wording=words["wording"], hears="audio" in senses
         )
     for one, result in zip(chosen, results, strict=True):
-        interval, accuracy = result.intervals["accuracy"], result.figures["accuracy"]
-        print(
-            f"{one.title:<20} {100 * accuracy:5.1f} %  "
-            f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]  "
-            f"{result.answered} answers, {result.mean_tokens:.0f} tokens each"
-        )
-        for name, value in list(result.figures.items())[1:]:
-            within = result.intervals.get(name)
-            shown = f" [{within.low:.3f}, {within.high:.3f}]" if within is not None else ""
-            print(f"  {name:<40} {value:.3f}{shown}")
-        if one.deviation:
-            print(f"  note: {one.deviation}")
-        if result.not_asked:
-            why = ", ".join(f"{count} x {reason}" for reason, count in result.reasons.items())
-            print(
-                f"  {result.not_asked} questions were not asked and are not counted "
-                f"({why or 'their media are missing'})",
-                file=sys.stderr,
-            )
+        _print_result(one, result)
     print(f"every answer   {out}")
     return 0
+
+
+def _sets_to_ask(
+    chosen: Sequence[BenchmarkSet],
+    config: RunConfig,
+    model: Path,
+    senses: set[Modality],
+    words: PublicSetWords,
+    out: Path,
+) -> list[SetToAsk]:
+    """The sets with their questions and the answers of an earlier start.
+
+    No answer's folder is touched before every set is known to be complete and to suit the model."""
+    from avatar_rl.cluster.benchmarks.answers import AnswerStore
+    from avatar_rl.cluster.benchmarks.convert import check_kinds, lacking, read_questions
+    from avatar_rl.cluster.benchmarks.result import SetToAsk
+
+    for one in chosen:
+        _check_senses(one, lacking(one, senses), model)
+    limit, skip = words["limit"], words["skip_missing"]
+    read = [
+        read_questions(
+            one, words["sets"] / one.name, out / "media" / one.name, limit=limit, skip=skip
+        )
+        for one in chosen
+    ]
+    for one, (questions, _) in zip(chosen, read, strict=True):
+        check_kinds(one, questions, senses, model)
+    asked = asked_with(config, model, words["wording"])
+    return [
+        SetToAsk(one, questions, left_out, AnswerStore(out / one.name, asked, questions))
+        for one, (questions, left_out) in zip(chosen, read, strict=True)
+    ]
+
+
+def _print_result(one: BenchmarkSet, result: SetResult) -> None:
+    """A set's figures; what could not be asked goes to stderr."""
+    interval, accuracy = result.intervals["accuracy"], result.figures["accuracy"]
+    print(
+        f"{one.title:<20} {100 * accuracy:5.1f} %  "
+        f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]  "
+        f"{result.answered} answers, {result.mean_tokens:.0f} tokens each"
+    )
+    for name, value in list(result.figures.items())[1:]:
+        within = result.intervals.get(name)
+        shown = f" [{within.low:.3f}, {within.high:.3f}]" if within is not None else ""
+        print(f"  {name:<40} {value:.3f}{shown}")
+    if one.deviation:
+        print(f"  note: {one.deviation}")
+    if result.not_asked:
+        why = ", ".join(f"{count} x {reason}" for reason, count in result.reasons.items())
+        print(
+            f"  {result.not_asked} questions were not asked and are not counted "
+            f"({why or 'their media are missing'})",
+            file=sys.stderr,
+        )
 
 
 #: Keys of the sections that are put on record which do not change an answer: how rows are read,
