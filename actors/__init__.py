@@ -3,6 +3,6 @@
 rollout.py is the actor and starts the threads: feeder.py leases and prepares prompts, generation.py
 drives the engine, scoring_loop.py delivers finished groups. groups.py says what a group is on its
 way, shared_state.py what the threads share, update_policy.py when new weights are taken in,
-engine_turn.py when the engine sleeps for the learner. engine/ is vLLM. Nobody calls an actor while
-it runs. Read first: shared_state.py, generation.py.
+gathering.py when the engine waits for prompts, engine_turn.py when it sleeps for the learner.
+engine/ is vLLM. Nobody calls an actor while it runs. Read first: shared_state.py, generation.py.
 """

@@ -58,6 +58,7 @@ class Feeder:
         while self.state.running and not self.state.drain.is_set():
             room = 0 if self.state.rest.is_set() else self._room()
             leases = self._lease(room) if room >= smallest else []
+            self.state.preparing = bool(leases)
             # An expired lease of our own that came back goes on under its new attempt.
             self.prepare(self.state.hold(leases))
             if leases:
@@ -66,6 +67,7 @@ class Feeder:
                 smallest = 1
                 self.state.wake.wait(BUSY_POLL_S if self.engine.in_flight else IDLE_POLL_S)
                 self.state.wake.clear()
+        self.state.preparing = False
 
     def prepare(self, leases: list[RequestLease]) -> None:
         """Preprocess the media of ``leases`` and queue their groups, a bunch at a time."""

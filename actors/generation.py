@@ -9,6 +9,7 @@ import numpy as np
 
 from avatar_rl.actors.config import RequestSampling
 from avatar_rl.actors.engine_turn import EngineTurn
+from avatar_rl.actors.gathering import GatherPolicy
 from avatar_rl.actors.groups import UNIMODAL, WHOLE, PendingGroup, read_request_id
 from avatar_rl.actors.scoring_loop import ScoringLoop
 from avatar_rl.actors.shared_state import SharedState
@@ -42,6 +43,7 @@ class Generation:
         self.spec, self.buffer, self.engine, self.state = spec, buffer, engine, state
         self.update_policy, self.scoring_loop = update_policy, scoring_loop
         self.turn = turn  # of an engine that shares its device
+        self.gather_policy = GatherPolicy(spec.max_sequences)
 
     def run(self) -> None:
         """Generate until the actor stops or breaks, or has delivered all when it drains."""
@@ -61,16 +63,27 @@ class Generation:
             if not state.incoming or self.engine.adopts_in_flight:
                 self._submit_ready()
             in_flight = self.engine.in_flight
-            if in_flight:
+            steps = not self._gathers() and in_flight > 0
+            if steps:
                 self._step(in_flight)
             now = time.perf_counter()
             spent, mark = now - mark, now
-            if in_flight:
+            if steps:
                 state.totals.busy_s += spent
-            else:
-                state.totals.wait_s += spent
+                continue
+            state.totals.wait_s += spent
+            if not in_flight:
                 self.update_policy.prefill_follows()
-                time.sleep(IDLE_S)
+            time.sleep(IDLE_S)
+
+    def _gathers(self) -> bool:
+        """Whether the engine waits for more questions of an evaluation before it steps."""
+        state = self.state
+        working = state.working.values()
+        if any(group.lease.request.kind != "eval" for group in working):
+            return False  # a step of training waits for its groups
+        in_flight = sum(group.sequences for group in working)
+        return self.gather_policy.waits(in_flight, state.preparing, time.monotonic())
 
     def _step(self, in_flight: int) -> None:
         working, start = self.state.working, time.perf_counter()

@@ -252,15 +252,17 @@ def is_dead(group: Group, by: DeadBy) -> bool:
 def evaluation_payload(
     prompt: Prompt, finished: FinishedRequest, scores: list[CompletionScore]
 ) -> JsonObject:
-    """The result of one held-out prompt, JSON-ready; accuracy is the mean over its completions."""
+    """The result of one held-out prompt, JSON-ready; accuracy is the mean over its completions.
+
+    Without ``scores`` it holds what was said alone."""
     accuracies = [score.components.get("accuracy") for score in scores]
     known = [value for value in accuracies if value is not None]
     first = finished.completions[0]
     return {
         **prompt.label(),
         "accuracy": sum(known) / len(known) if known else None,
-        "components": {**scores[0].components},
-        "details": {**scores[0].details},
+        "components": {**scores[0].components} if scores else {},
+        "details": {**scores[0].details} if scores else {},
         "text": first.text,
         "version": first.versions[0][0],
         "tokens": sum(len(item.token_ids) for item in finished.completions),

@@ -54,12 +54,13 @@ class RolloutActor:
     """Owns the engine and starts and joins the five threads of a run (see ``SharedState``).
 
     A plain class; the cluster makes it a Ray actor with a thread each for ``run``, ``stop`` and the
-    questions. ``scorer`` is a reward actor, ``weight_store`` the weight store.
+    questions. ``scorer`` is a reward actor, or None (``ScoringLoop``); ``weight_store`` the weight
+    store.
     """
 
     @no_collections()
     def __init__(
-        self, name: str, spec: RolloutSpec, scorer: ActorHandle, weight_store: ActorHandle
+        self, name: str, spec: RolloutSpec, scorer: ActorHandle | None, weight_store: ActorHandle
     ) -> None:
         from avatar_rl.buffer_service.control import StartBeats
         from avatar_rl.buffer_service.store import ReplayBuffer

@@ -47,9 +47,14 @@ class ScoringLoop:
     come."""
 
     def __init__(
-        self, spec: RolloutSpec, buffer: ReplayBuffer, scorer: ActorHandle, state: SharedState
+        self,
+        spec: RolloutSpec,
+        buffer: ReplayBuffer,
+        scorer: ActorHandle | None,
+        state: SharedState,
     ) -> None:
-        """``scorer`` is a reward actor: ``score.remote(unscored groups)`` gives its answers."""
+        """``scorer`` is a reward actor: ``score.remote(unscored groups)`` gives its answers. None
+        where only evaluations are asked and whoever asked marks them."""
         self.spec, self.buffer, self.scorer, self.state = spec, buffer, scorer, state
         self._queue: SimpleQueue[PendingGroup | ScoredGroup | None] = SimpleQueue()  # None: closed
 
@@ -109,6 +114,10 @@ class ScoringLoop:
                 asked.append((group, group.unscored()))
             except AvatarError as error:
                 self.give_up(group.lease, error)
+        if self.scorer is None:
+            for group, _ in asked:
+                self._deliver(ScoredGroup(group, []))
+            return 0
         together = max(1, len(asked)) if self.spec.scores_together else 1
         for first in range(0, len(asked), together):
             part = asked[first : first + together]

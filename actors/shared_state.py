@@ -34,7 +34,8 @@ class SharedState:
     ========= ==================================== ==============================================
     engine    ``Generation.run``                   ``working``; takes from ``ready`` and
                                                    ``incoming``; ``busy_s, wait_s, adopt_s``
-    feeder    ``Feeder.run``                       adds to ``ready``; notes leases in ``held``
+    feeder    ``Feeder.run``                       adds to ``ready``; notes leases in ``held``;
+                                                   ``preparing``
     scoring   ``ScoringLoop.run``                  ``tokens, groups``
     weights   ``RolloutActor._receive_weights``    adds to ``incoming``
     heartbeat ``RolloutActor._keep_alive``         nothing; it reads ``held`` and the totals
@@ -71,6 +72,7 @@ class SharedState:
 
     def __init__(self) -> None:
         self.ready: deque[PendingGroup] = deque()  # prepared, in the order of their leases
+        self.preparing = False  # the feeder's last look brought leases: more comes into ``ready``
         self.working: dict[str, PendingGroup] = {}  # in the engine, by request key
         self.held: dict[str, RequestLease] = {}  # leased and not yet settled, by request key
         self._held_lock = threading.Lock()

@@ -81,7 +81,8 @@ def ask_sets(
             (to_prompt(one.benchmark, q, wording, hears=hears) for one, q in open_),
         )
         datasets = Datasets(train=prompts, heldout=None, sft=None)
-        needs = replace(needs_of(config), learners=0)
+        # Answers are marked by the sets' own rules, so there is no reward actor.
+        needs = replace(needs_of(config), learners=0, scorers=0)
         with contextlib.closing(folder), recorded(folder):
             with running_system(config, folder, screen, datasets, needs=needs) as system:
                 asking = _ask(system, model, open_)
@@ -91,17 +92,15 @@ def ask_sets(
 
 def _ask(system: System, model: Path, asked: Sequence[tuple[SetToAsk, Question]]) -> Asking:
     """Asks until every question is answered or refused."""
-    config, pool = system.config, system.pool
+    config = system.config
     run_id = system.folder.path.name[-64:]
     owners = {f"{one.benchmark.name}/{q.id}": (one.store, q.id) for one, q in asked}
-    pool.start_scorers(system.datasets.asked)
     with ReplayBuffer.connect(config.buffer, run_id, url=system.services.redis_url) as buffer:
         fleet = system.rollout_fleet(config, run_id, model, buffer)
         system.screen.phase("starting actors", f"{config.rollout.workers} vLLM")
         with contextlib.closing(fleet):
             fleet.start(config.rollout.workers)
             fleet.await_ready()
-            pool.wait_ready([scorer.check.remote() for scorer in pool.scorers], "reward actors")
             fleet.work()
             system.screen.phase("asking", f"{len(asked)} questions, greedy")
             rounds = _Rounds(buffer, list(owners), owners, config.evaluation.timeout_s)

@@ -127,7 +127,8 @@ class Pool:
         ]
 
     def start_rollouts(self, spec: RolloutSpec, names: Sequence[str]) -> list[ray.ObjectRef[None]]:
-        """New rollout actors; returns references that resolve when each is ready."""
+        """New rollout actors; returns references that resolve when each is ready. Without scorers
+        they answer evaluations only, unscored."""
         resources = self.config.resources
         for number, name in enumerate(names):
             where: dict[str, Any] = {
@@ -144,7 +145,7 @@ class Pool:
                 resources=resources.rollout_resources,
                 **where,
             )
-            scorer = self.scorers[number % len(self.scorers)]
+            scorer = self.scorers[number % len(self.scorers)] if self.scorers else None
             self.rollouts[name] = make.remote(name, spec, scorer, self.weight_store)
         self._watch_starts(spec)
         return [self.rollouts[name].ready.remote() for name in names]

@@ -174,3 +174,9 @@ def test_the_accuracy_of_an_evaluation_is_the_mean_of_what_was_scored() -> None:
     assert (payload["accuracy"], payload["components"]) == (0.75, {"accuracy": 1.0})
     assert (payload["prompt_id"], payload["version"], payload["tokens"]) == ("p", 2, 9)
     assert evaluation_payload(prompt(), finished(1), [MASKED])["accuracy"] is None
+
+
+def test_an_evaluation_that_is_marked_elsewhere_says_what_was_said_alone() -> None:
+    scored = evaluation_payload(prompt(), finished(2), [SCORED])
+    payload = evaluation_payload(prompt(), finished(2), [])
+    assert payload == scored | {"accuracy": None, "components": {}, "details": {}}
