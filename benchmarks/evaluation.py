@@ -5,11 +5,12 @@ the intervals cover -> build/bench/evaluation.json; ``make bench NAME=evaluation
 rows of ours in it are read with every field, and the figures come out as worked out by hand. What a
 set lacks is printed. ``sets_with_deviation``: those that score otherwise than their authors.
 ``throughput_ratio``: questions a second of `avatar evaluate --benchmark` (from the first question
-to the last answer, engines up) over vLLM's own ``LLM.generate`` on the same prompts, decoded and
-encoded beforehand in neither. ``resumed_lost`` and ``resumed_twice``: answers that are missing or
-there twice after a kill -9 in the middle and a second start. ``coverage`` and ``coverage_macro``:
-share of 2,000 simulated sets whose interval holds the truth, of a mean over questions and of one
-over tasks.
+to the last answer, engines up) over vLLM's own ``LLM.generate`` on the same prompts. Either side is
+given clips as files and decodes, preprocesses and generates while the clock runs; the engines have
+the same settings. ``answers_differ``: questions that the two answered otherwise. ``resumed_lost``
+and ``resumed_twice``: answers that are missing or there twice after a kill -9 in the middle and a
+second start. ``coverage`` and ``coverage_macro``: share of 2,000 simulated sets whose interval
+holds the truth, of a mean over questions and of one over tasks.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def bare(folder: Path) -> float:
 
 
 def bare_side(folder: Path) -> float:
-    """The measuring of ``bare``, in a process of its own."""
+    """The measuring of ``bare``, in a process of its own; its answers go to bare.json."""
     config = load_recipe(RECIPE, parse_overrides(SMALL))
     questions, _ = read_questions(benchmark_set(SET), folder / "sets" / SET, folder / "media")
     prompts = [to_prompt(benchmark_set(SET), q, "recipe", hears=True) for q in questions]
@@ -101,8 +102,11 @@ def bare_side(folder: Path) -> float:
     llm.generate([encoder.engine_input(placed[0], hinted=False)], greedy, use_tqdm=False)  # warm
     begin = time.perf_counter()
     inputs = [encoder.engine_input(prompt, hinted=False) for prompt in placed]
-    llm.generate(inputs, greedy, use_tqdm=False)
-    return len(prompts) / (time.perf_counter() - begin)
+    outputs = llm.generate(inputs, greedy, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    texts = {q.id: out.outputs[0].text for q, out in zip(questions, outputs, strict=True)}
+    (folder / "bare.json").write_text(json.dumps(texts))
+    return len(prompts) / seconds
 
 
 def _placed(prompt: Prompt, folder: Path, config: RunConfig) -> Prompt:
@@ -123,6 +127,10 @@ def throughput(folder: Path, questions: int, rounds: int) -> Iterator[tuple[str,
     yield "questions_per_s", max(ours)
     yield "bare_questions_per_s", max(theirs)
     yield "throughput_ratio", max(ours) / max(theirs)
+    bare_texts = json.loads((folder / "bare.json").read_text())
+    journal = read_jsonl(folder / "out-0" / SET / "answers.jsonl")
+    texts = {row["id"]: row["text"] for row in journal}
+    yield "answers_differ", sum(text != texts.get(name) for name, text in bare_texts.items())
 
 
 def resumed(folder: Path, questions: int) -> Iterator[tuple[str, float]]:
