@@ -102,13 +102,12 @@ def check_group(group: Group) -> None:
             raise RecordError(
                 f"trajectory {t.id} of group {group.id}: position {i} asks for {group.id}.{i}"
             )
-        same = (t.group_id, t.prompt_id, t.step, t.hinted) == (
-            group.id,
-            group.prompt_id,
-            group.step,
-            group.hinted,
-        )
-        if not same:
+        if (
+            t.group_id != group.id
+            or t.prompt_id != group.prompt_id
+            or t.step != group.step
+            or t.hinted != group.hinted
+        ):
             raise RecordError(
                 f"trajectory {t.id}: group, prompt, step or hint flag differs from its group's"
             )

@@ -1,9 +1,13 @@
-"""The atomic operations: each is one file of scripts/ behind the parts (scripts/parts/) that it
-requires."""
+"""The atomic operations: each is one file of scripts/ with the parts (scripts/parts/) that it
+requires.
+
+A part stands where a line of the file requires it. Redis makes the functions of a script anew in
+each call, so those that only a rare way needs are required behind the return of the usual one."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -23,24 +27,24 @@ class Script(msgspec.Struct, frozen=True):
     sha: str
 
 
-def _collect(folder: Traversable, name: str, texts: dict[str, str]) -> None:
-    """Adds the file ``name`` to ``texts``, behind the parts that its first line requires."""
-    if name in texts:
-        return
-    text = (folder / f"{name}.lua").read_text()
-    first = text.partition("\n")[0]
-    if first.startswith(_REQUIRES):
-        for part in first.removeprefix(_REQUIRES).split():
-            _collect(folder, f"parts/{part}", texts)
-    texts[name] = text
+def _lines(folder: Traversable, name: str, included: set[str]) -> Iterator[str]:
+    """The lines of the file ``name``. A line that requires parts is followed by those that have not
+    been ``included`` before it. It stands outside of blocks, so that all below sees them."""
+    for line in (folder / f"{name}.lua").read_text().splitlines():
+        yield line
+        if line.startswith(_REQUIRES):
+            for part in line.removeprefix(_REQUIRES).split():
+                if part not in included:
+                    included.add(part)
+                    yield from _lines(folder, f"parts/{part}", included)
 
 
 @lru_cache
 def script(name: str) -> Script:
     """The operation ``name`` (a file of scripts/ without .lua)."""
     folder = files(__package__) / "scripts"
-    texts: dict[str, str] = {}
-    for file in ("parts/base", name):
-        _collect(folder, file, texts)
-    text = "\n".join(texts.values())
+    included: set[str] = set()
+    text = "\n".join(
+        line for file in ("parts/base", name) for line in _lines(folder, file, included)
+    )
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())

@@ -1,4 +1,4 @@
--- requires: requests prompts replayable
+-- requires: requests prompts stock
 -- ARGV[1]: the packed head (NewGroup of requests.py). ARGV[2]: the packed state, kept as it is while the group is fresh
 -- (GroupState). ARGV[3..]: the encoded trajectories. An imported group comes from a file, for replay only, without a
 -- request. Returns {status, evicted}. Every check comes before the first write.
@@ -51,14 +51,14 @@ end
 local function rescore(old, new)
   local members = call('ZRANGE', K('pt:' .. pid), 0, -1, 'WITHSCORES')
   if #members == 0 then return end
-  local moved = bin_of(old) ~= bin_of(new)
+  local moved, score = bin_of(old) ~= bin_of(new), string.format('%.17g', new) -- once: numbers are slow to write out
   for _, kind in ipairs(KINDS) do
     local scored, names, aged = {}, {}, {}
     for i = 1, #members, 2 do
       if (members[i + 1] == '1') == (kind == 's') then
-        scored[#scored + 1], scored[#scored + 2] = new, members[i]
+        scored[#scored + 1], scored[#scored + 2] = score, members[i]
         names[#names + 1] = members[i]
-        aged[#aged + 1], aged[#aged + 2] = 0, members[i]
+        aged[#aged + 1], aged[#aged + 2] = '0', members[i]
       end
     end
     many('ZADD', K('stock:' .. kind), scored)
@@ -93,8 +93,8 @@ local function fold_visit()
 end
 
 local late = imported or step <= m.trained or (bound ~= UNCHECKED and step + bound < m.version)
-local values, n = {}, #rewards
-for i = 1, n do values[2 * i - 1], values[2 * i] = K('t:' .. tid_of(gid, i - 1)), ARGV[i + 2] end
+local values, n, start = {}, #rewards, K('t:' .. gid .. '.')
+for i = 1, n do values[2 * i - 1], values[2 * i] = start .. i - 1, ARGV[i + 2] end
 call('MSET', unpack(values)) -- first, so that a full Redis refuses before anything else is written
 call('SETBIT', K('seen'), seq, 1)
 if r then drop_request(m, rkey, r) end -- a passed step's request may be gone; its group still serves replay
@@ -108,6 +108,9 @@ if not late then
   if replace and r and #r.spares > 0 then ask_spare(m, r) end
   return { 'fresh', 0 }
 end
+
+-- What follows is for late groups alone: their parts cost the others nothing.
+-- requires: replayable
 local q = thresholds(m)
 make_replayable(m, q, gid, group(ARGV[2]))
 count('replay_only', 1)

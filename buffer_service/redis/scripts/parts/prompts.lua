@@ -3,36 +3,29 @@
 -- matter. `marks` has a text for each visit, a letter for each reward: accuracy 0, 1 or anything else ('?'); it is
 -- shorter where an older release stored the visit. `rank` orders prompts by Rbar.
 local FIXED = 268435456 -- Rbar is a multiple of 2^-28
-local FIELDS = {
-  'rbar', 'hinted_rbar', 'visits', 'hinted_visits', 'hard_streak', 'zero_streak', 'hint_on', 'hint_since',
-  'marks', 'hinted_marks', 'throughout', 'hint_rbar', 'kls', -- not in snapshots of older releases
-}
 
-local function new_prompt()
+-- Of the packed values; without any, of a new prompt.
+local function prompt_of(v)
   return {
-    rbar = false, hinted_rbar = false, visits = {}, hinted_visits = {},
-    hard_streak = 0, zero_streak = 0, hint_on = 0, hint_since = 0,
-    marks = {}, hinted_marks = {}, throughout = false, hint_rbar = false, kls = {},
+    rbar = v[1] or false, hinted_rbar = v[2] or false, visits = v[3] or {}, hinted_visits = v[4] or {},
+    hard_streak = v[5] or 0, zero_streak = v[6] or 0, hint_on = v[7] or 0, hint_since = v[8] or 0,
+    marks = v[9] or {}, hinted_marks = v[10] or {}, throughout = v[11] or false, hint_rbar = v[12] or false,
+    kls = v[13] or {}, -- from `marks` on, not in snapshots of older releases
   }
 end
 
-local function unpack_prompt(raw)
-  local s, values = new_prompt(), cmsgpack.unpack(raw)
-  for i, name in ipairs(FIELDS) do
-    if values[i] ~= nil then s[name] = values[i] end
-  end
-  return s
-end
+local function unpack_prompt(raw) return prompt_of(cmsgpack.unpack(raw)) end
 
 local function load_prompt(pid)
   local raw = call('HGET', K('prompts'), pid)
-  return raw and unpack_prompt(raw) or new_prompt()
+  return prompt_of(raw and cmsgpack.unpack(raw) or {})
 end
 
 local function store_prompt(m, pid, s)
-  local values = {}
-  for i, name in ipairs(FIELDS) do values[i] = s[name] end
-  put(m, 'prompts', pid, cmsgpack.pack(values))
+  put(m, 'prompts', pid, cmsgpack.pack({
+    s.rbar, s.hinted_rbar, s.visits, s.hinted_visits, s.hard_streak, s.zero_streak, s.hint_on, s.hint_since,
+    s.marks, s.hinted_marks, s.throughout, s.hint_rbar, s.kls,
+  }))
 end
 
 -- Mean of the last rewards, false without any; and '0' or '1' where the accuracy of each of them was that, else false.

@@ -1,11 +1,11 @@
 -- requires: snapshot
 -- Rollout requests, in the hash `tickets`. One waits in `pend:t` (train) or `pend:e` (eval), or is in `leased`.
 local function request(raw)
-  local r = {}
-  r.prompt, r.step, r.epoch, r.kind, r.round, r.n, r.min_version, r.seq, r.attempt, r.consumer, r.spares =
-    unpack(cmsgpack.unpack(raw))
-  r.spares = r.spares or {} -- of an older release
-  return r
+  local v = cmsgpack.unpack(raw)
+  return {
+    prompt = v[1], step = v[2], epoch = v[3], kind = v[4], round = v[5], n = v[6], min_version = v[7], seq = v[8],
+    attempt = v[9], consumer = v[10], spares = v[11] or {}, -- no spares of an older release
+  }
 end
 
 local function packed_request(r)

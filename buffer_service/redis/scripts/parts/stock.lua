@@ -2,6 +2,7 @@
 -- The replayable trajectories: `trajs` has {prompt, success 0|1, version, advantage} of each, stock:f and stock:s order them by
 -- their prompt's place, stock:v by version, pt:<prompt> by success; age:<kind>:<bin> has those of one 1/16 of places,
 -- oldest first.
+local KINDS = { 'f', 's' } -- failures, successes
 local LINGER_MS, SNAPSHOT_LINGER_MS = 10000, 3600000 -- a removed value stays readable for who has just drawn it
 
 local function kind_of(success) return success == 1 and 's' or 'f' end

@@ -1,7 +1,7 @@
+-- requires: stock
 -- A tier is a score range: `stock:f` and `stock:s` hold the replayable failures and successes scored by their prompt's
 -- place (parts/prompts.lua). Nothing moves when only the thresholds do (docs/method.md 1.3).
 local HARD, MEDIUM, EASY = 1, 2, 3
-local KINDS = { 'f', 's' }
 
 -- {low, high}: the largest Rbar of a prompt that is Hard, and of one that is Medium, by its mid-rank (below + equal / 2)
 -- / n; -inf where none is. nil before the first prompt.
