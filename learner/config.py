@@ -309,6 +309,12 @@ class LearnerConfig(Section):
         description="Optimiser updates per step: each trains on the step's fresh groups and on "
         "its own share of the replays, of which the step draws this many times as many.",
     )
+    skip_dead: bool = Field(
+        True,
+        description="Leave completions with an advantage of 0 out of the update where they cannot "
+        "change the gradient: beta 0, no balanced routers, no hints. Metrics of tokens are then of "
+        "the others.",
+    )
     warmup: float = Field(
         0.05, ge=0, le=1, description="Share of the steps with a rising learning rate."
     )

@@ -44,3 +44,20 @@ class LearnerSpec:
     def lora(self) -> LoraConfig | None:
         """The adapter that this group trains; None: it trains the model."""
         return self.sft.lora if self.sft is not None else self.learner.lora
+
+    @property
+    def only_advantages(self) -> bool:
+        """Whether completions with an advantage of 0 are left out of the update.
+
+        They add nothing to the gradient where no other term of the loss looks at them: no KL to a
+        reference, no balance of routers. The hint gate wants the KL of their prompts, and with
+        ``joint`` a later update of the step may give them an advantage.
+        """
+        objective = self.learner.objective
+        return (
+            self.learner.skip_dead
+            and objective.beta == 0
+            and self.learner.router != "balanced"
+            and not self.buffer.hints.enabled
+            and (objective.replay_advantage != "joint" or self.learner.updates == 1)
+        )

@@ -166,7 +166,13 @@ class StepTrainer:
     def plan(self, work: StepWork) -> StepPlan:
         """Advantages and shares of one optimiser update, the same on every rank."""
         shares = self.ranks // self.spec.learner.sequence_parallel
-        return plan_step(work, self.spec.learner, ranks=shares, max_tokens=self.spec.max_tokens)
+        return plan_step(
+            work,
+            self.spec.learner,
+            ranks=shares,
+            max_tokens=self.spec.max_tokens,
+            only_advantages=self.spec.only_advantages,
+        )
 
     def forward_backward(self, plan: StepPlan, step_metrics: StepMetrics) -> None:
         """Forward and backward over this rank's micro-batches: adds to the gradients and to

@@ -3,10 +3,17 @@ lengths only, so that no medium has to be decoded for it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from avatar_rl.common.errors import ConfigError
+
+#: A rank may have this many times the tokens of an even share before packs are made smaller.
+UNEVEN = 1.1
+#: Packs per rank that are tried, and how much larger than an even share of the tokens: first fit
+#: seldom fills a pack to its last token.
+_PARTS, _ROOM = (1, 2, 4), (1.0, 1.1, 1.25)
 
 
 class Size(NamedTuple):
@@ -79,6 +86,37 @@ def _tokens(indices: Sequence[int], sizes: Sequence[Size]) -> int:
     """Tokens of these completions and of their distinct prompts."""
     prompts = {sizes[i].key: sizes[i].prompt_tokens for i in indices}
     return sum(prompts.values()) + sum(sizes[i].tokens for i in indices)
+
+
+def split(sizes: Sequence[Size], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Packs per rank of a step.
+
+    As few as the budget allows, where that keeps the ranks about equally busy. Otherwise smaller
+    ones, so that a step that fits one pack is not left to one rank. That computes a prompt more
+    than once where its completions go to several ranks, so it is done only where the busiest rank
+    has at least a twentieth less to do. Deterministic. Raises ConfigError as ``pack`` does.
+    """
+    shares = share_out(pack(sizes, budget), sizes, ranks)
+    if ranks == 1 or not sizes:
+        return shares
+    most, even = _busiest(shares, sizes), _tokens(range(len(sizes)), sizes) / ranks
+    longest = max(size.prompt_tokens + size.tokens for size in sizes)
+    tried = {budget}
+    for parts in _PARTS:
+        for room in _ROOM:
+            smaller = max(longest, math.ceil(room * even / parts))
+            if most <= UNEVEN * even or smaller > budget or smaller in tried:
+                continue
+            tried.add(smaller)
+            candidate = share_out(pack(sizes, smaller), sizes, ranks)
+            if (load := _busiest(candidate, sizes)) < 0.95 * most:
+                shares, most = candidate, load
+    return shares
+
+
+def _busiest(shares: Sequence[Sequence[list[int]]], sizes: Sequence[Size]) -> int:
+    """Tokens of the rank that has most."""
+    return max(sum(_tokens(indices, sizes) for indices in share) for share in shares)
 
 
 def share_out(

@@ -15,7 +15,7 @@ from avatar_rl.buffer_service.records.requests import PromptKl, Tier
 from avatar_rl.buffer_service.records.trajectory import Group, Trajectory
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.common.errors import ReplayBufferError
-from avatar_rl.learner.batch.packing import Size, pack, share_out
+from avatar_rl.learner.batch.packing import Size, split
 from avatar_rl.learner.config import LearnerConfig
 from avatar_rl.learner.objective.advantages import Advantages, rewards_tensor, step_advantages
 from avatar_rl.learner.objective.loss import StepTotals
@@ -165,9 +165,17 @@ class StepPlan:
         return int((self.is_replay == kind).sum())
 
 
-def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: int) -> StepPlan:
+def plan_step(
+    work: StepWork,
+    config: LearnerConfig,
+    *,
+    ranks: int,
+    max_tokens: int,
+    only_advantages: bool = False,
+) -> StepPlan:
     """Advantages over the whole step (docs/method.md 1.1) and a split that every rank computes
-    alike; ``ranks`` that share packs count as one."""
+    alike; ``ranks`` that share packs count as one. With ``only_advantages`` completions whose
+    advantage is 0 are in no share."""
     fresh = [trajectory for group in work.groups for trajectory in group.trajectories]
     trajectories = [*fresh, *work.replays]
     hosts = _hosts(work.groups, work.replays)
@@ -198,7 +206,10 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
         replay_sign=objective.replay_sign,
     )
     sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
-    batches = pack(sizes, config.pack_tokens())
+    chosen = range(len(sizes))
+    if only_advantages:
+        chosen = advantages.values.nonzero()[:, 0].tolist()
+    shares = split([sizes[i] for i in chosen], config.pack_tokens(), ranks)
     return StepPlan(
         trajectories=trajectories,
         is_replay=is_replay,
@@ -212,7 +223,7 @@ def plan_step(work: StepWork, config: LearnerConfig, *, ranks: int, max_tokens: 
             max_completion_tokens=max_tokens,
         ),
         ages=torch.tensor([work.version - replay.version for replay in work.replays]),
-        shares=share_out(batches, sizes, ranks),
+        shares=[[[chosen[i] for i in pack] for pack in packs] for packs in shares],
     )
 
 

@@ -330,6 +330,8 @@ def test_steps_on_shared_packs_are_the_steps_of_ranks_with_packs_of_their_own(
         for one, other in zip(shared["metrics"], own["metrics"], strict=True):
             assert one.keys() == other.keys()
             for name, value in other.items():
+                if name in ("tokens/computed", "tokens/pairs"):
+                    continue  # four ranks compute a prompt more than once where that is sooner done
                 assert one[name] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), name
 
 

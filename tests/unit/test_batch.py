@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.batch.microbatch import Pending, Row, Tree, collate, padded
-from avatar_rl.learner.batch.packing import Size, pack, share_out
+from avatar_rl.learner.batch.packing import UNEVEN, Size, pack, share_out, split
 from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import EncodedPrompt
 
@@ -99,6 +99,40 @@ def test_ranks_share_every_pack_once_and_evenly(sizes: list[Size], budget: int, 
     # Heaviest first onto the least loaded: ranks differ by at most one pack.
     if batches:
         assert max(loads) - min(loads) <= max(cost(batch, sizes) for batch in batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=rows_of(), budget=st.integers(100, 200), ranks=st.integers(1, 5))
+def test_a_step_is_split_within_the_budget_and_never_worse_than_by_large_packs(
+    sizes: list[Size], budget: int, ranks: int
+) -> None:
+    shares = split(sizes, budget, ranks)
+    assert len(shares) == ranks and shares == split(sizes, budget, ranks)
+    packs = [indices for share in shares for indices in share]
+    assert sorted(i for indices in packs for i in indices) == list(range(len(sizes)))
+    assert all(cost(indices, sizes) <= budget for indices in packs)
+
+    def busiest(shares: list[list[list[int]]]) -> int:
+        return max(sum(cost(indices, sizes) for indices in share) for share in shares)
+
+    assert busiest(shares) <= busiest(share_out(pack(sizes, budget), sizes, ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_step_that_fits_one_pack_keeps_every_rank_about_equally_busy(ranks: int) -> None:
+    sizes = [Size((f"p{i // 4}", False), 30, 40) for i in range(64)]
+    shares = split(sizes, 16_384, ranks)
+    loads = [sum(cost(indices, sizes) for indices in share) for share in shares]
+    assert max(loads) <= UNEVEN * sum(loads) / ranks
+    assert sum(loads) == 16 * 30 + 64 * 40  # no prompt is computed twice
+    assert split(sizes, 16_384, 1) == [pack(sizes, 16_384)]
+
+
+def test_a_group_of_one_long_prompt_is_spread_where_that_pays() -> None:
+    short = [Size(("p", False), 100, 500)] * 8  # 4,100 tokens; 2,100 on each of two ranks
+    assert [len(share) for share in split(short, 16_384, 2)] == [1, 1]
+    long = [Size(("p", False), 10_000, 50)] * 8  # 10,400 together, 10,200 on each of two
+    assert sorted(len(share) for share in split(long, 16_384, 2)) == [0, 1]
 
 
 def encoded(ids: list[int], **features: torch.Tensor) -> EncodedPrompt:

@@ -226,3 +226,26 @@ def test_fresh_vcrs_takes_the_average_of_the_groups_prompt() -> None:
         False,
         False,
     ]
+
+
+def test_a_step_that_fits_one_pack_is_shared_by_the_ranks() -> None:
+    """One pack of all eight completions would leave three of four ranks without work."""
+    shares = plan(GROUPS, REPLAYS, BASELINES, ranks=4).shares
+    assert all(shares) and sorted(i for packs in shares for p in packs for i in p) == list(range(8))
+    assert [len(packs) for packs in plan(GROUPS, REPLAYS, BASELINES, ranks=1).shares] == [1]
+
+
+def test_completions_that_cannot_change_the_gradient_are_in_no_share() -> None:
+    work = StepWork(6, 6, tuple(GROUPS), REPLAYS[:2], (0.25, 0.0))
+    whole, kept = (
+        plan_step(work, LearnerConfig(), ranks=1, max_tokens=8, only_advantages=only)
+        for only in (False, True)
+    )
+    # the group "b" is all alike, and the replay of "c" got what its prompt gets on average
+    assert sorted(whole.shares[0][0]) == [0, 1, 2, 3, 4, 5]
+    assert sorted(kept.shares[0][0]) == [0, 1, 4]
+    assert kept.totals == whole.totals and kept.trajectories == whole.trajectories
+    assert kept.advantages.values.tolist() == whole.advantages.values.tolist()
+    dead = StepWork(6, 6, (GROUPS[1],), (), ())
+    none = plan_step(dead, LearnerConfig(), ranks=2, max_tokens=8, only_advantages=True)
+    assert none.shares == [[], []] and len(none.trajectories) == 2
