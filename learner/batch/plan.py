@@ -206,7 +206,7 @@ def plan_step(
         replay_sign=objective.replay_sign,
     )
     sizes = [Size((t.prompt_id, t.hinted), t.prompt_tokens, len(t.token_ids)) for t in trajectories]
-    chosen = range(len(sizes))
+    chosen = list(range(len(sizes)))
     if only_advantages:
         chosen = advantages.values.nonzero()[:, 0].tolist()
     shares = split([sizes[i] for i in chosen], config.pack_tokens(), ranks)
