@@ -1,5 +1,5 @@
 """A real pretrained text model learns on two cores -> build/bench/real_text.json; ``make bench
-NAME=real_text``, forty minutes.
+NAME=real_text``, half an hour.
 
 Gemma 3 270M (benchmarks/real_model.py) is asked sums in two steps (benchmarks/word_problems.py) as
 it is, after a short cold start, and after RL with LoRA; all three on the same held-out prompts,
@@ -64,11 +64,13 @@ from tests.tiny_families import gemma3
 Figure = Iterator[tuple[str, float]]
 HELDOUT = 256
 PROBLEMS = {"heldout": HELDOUT, "sft": 1000, "train": 1000}
+#: What the cold start mostly learns is to guess: RL has to find out that working it out pays.
+GUESSED = {"sft": 0.65}
 LORA = {"rank": 16, "alpha": 32}
 RECIPE: dict[str, Any] = {
     "name": "real-text",
     "seed": 0,
-    "preset": "grpo4",  # on two cores to learn costs more than to generate: replay saves nothing
+    "preset": "grpo",  # on two cores to learn costs as much as to generate: replay saves nothing
     "data": {"template": {"max_prompt_tokens": 128}},
     "cold_start": {
         "steps": 40,
@@ -86,6 +88,7 @@ RECIPE: dict[str, Any] = {
             "max_num_seqs": 64,
             "max_num_batched_tokens": 2048,
             "kv_cache_memory_bytes": 256 << 20,
+            "threads": 2,  # the learner waits for rollouts more than half of its time
         },
         "sampling": {"max_tokens": 48},
     },
@@ -94,10 +97,9 @@ RECIPE: dict[str, Any] = {
         "ranks": 2,
         "lora": LORA,
         "objective": {"beta": 0.0},
-        # at 3e-4 the first update moved the policy by 0.17 nats a token, at this one by 0.0003
-        "optimizer": {"lr": 3e-5, "dtype": "bfloat16"},
+        "optimizer": {"lr": 1e-4, "dtype": "bfloat16"},
     },
-    "loop": {"steps": 150, "prompts_per_step": 8},
+    "loop": {"steps": 40, "prompts_per_step": 8},
     "evaluation": {"every": 0},
     "output": {"report": False, "export": False},
     "screen": "plain",
@@ -293,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except Absent as error:
         raise SystemExit(f"{error}\nGive another text model with --model FOLDER.") from error
-    files = write_problems(options.folder / "rows", PROBLEMS)
+    files = write_problems(options.folder / "rows", PROBLEMS, guessed=GUESSED)
     figures.add({"make_s": time.perf_counter() - began})
     prompts = PromptIndex.read((Path(files["train"]),), DataConfig())
     if "parity" in which:

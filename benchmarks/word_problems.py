@@ -13,6 +13,9 @@ from avatar_rl.common.files import replace_text
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Kim", "Leo", "Mia")
 THINGS = ("apples", "books", "coins", "cards", "pens", "shells", "stamps", "marbles", "pears")
 
+#: How far a guess is off.
+MISSES = tuple(miss for miss in range(-9, 10) if miss)
+
 
 class Problem(TypedDict):
     """A row of the native layout (docs/data.md)."""
@@ -70,10 +73,18 @@ KINDS: tuple[Callable[[random.Random, str, str], tuple[str, str, int]], ...] = (
 )
 
 
-def write_problems(folder: Path, counts: Mapping[str, int], *, seed: int = 0) -> dict[str, str]:
+def write_problems(
+    folder: Path,
+    counts: Mapping[str, int],
+    *,
+    guessed: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> dict[str, str]:
     """A file ``folder/NAME.jsonl`` with so many problems for each name; no sum is in two of them,
-    nor twice in one, whatever names and things it is told of. The paths, by name."""
-    rng = random.Random(seed)
+    nor twice in one, whatever names and things it is told of. The paths, by name.
+
+    ``guessed``: by name, the share of its rows that guess in place of working it out, and miss."""
+    rng, guessing = random.Random(seed), random.Random(seed + 1)
     seen: set[str] = set()
     files = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +96,8 @@ def write_problems(folder: Path, counts: Mapping[str, int], *, seed: int = 0) ->
             if reasoning in seen:
                 continue
             seen.add(reasoning)
+            if guessing.random() < (guessed or {}).get(name, 0.0):
+                reasoning, answer = "I guess.", answer + guessing.choice(MISSES)
             rows.append(
                 {
                     "id": f"{name}-{len(rows)}",
