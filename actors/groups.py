@@ -208,6 +208,7 @@ def make_group(
             prompt_digest=digest,
             token_ids=item.token_ids,
             logprobs=item.logprobs,
+            experts=item.experts,
             versions=item.versions,
             finish_reason=item.finish_reason,
             temperature=temperature,

@@ -94,7 +94,11 @@ class RolloutActor:
         if lock is not None:
             lock.take()
         self.engine = RolloutEngine(
-            spec.model, spec.engine, adapter=spec.adapter, sleeps=lock is not None
+            spec.model,
+            spec.engine,
+            adapter=spec.adapter,
+            sleeps=lock is not None,
+            records_experts=spec.records_experts,
         )
         self.receiver = self._open_receiver(WeightReceiver(self.weight_store, self.engine.version))
         self.state = SharedState()

@@ -39,4 +39,5 @@ class RolloutSpec:
     dead_by: DeadBy = "accuracy"  # of groups that are replaced (loop.dynamic_sampling)
     adapter: AdapterShape | None = None  # set: versions are adapters on ``model``
     turn_lock: Path | None = None  # set: the learner works on the same device, by turns
+    records_experts: bool = False  # the learner takes the experts that the engine took
     transport: str = "board"  # how versions come: weights.transport, resolved

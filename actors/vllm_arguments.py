@@ -53,6 +53,8 @@ OURS = {
     "enable_moe_shared_loras": "routed experts get no adapter",
     "max_lora_cls_labels": "a policy has no classification head",
     "enable_sleep_mode": "use resources.colocate",
+    "enable_return_routed_experts": "use learner.router: replay",
+    "aux_output_config": "use learner.router: replay",
 }
 #: That shape how adapters run, and are yours to set where rollouts take adapters.
 OF_ADAPTERS = frozenset({"fully_sharded_loras", "specialize_active_lora"})

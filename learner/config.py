@@ -26,7 +26,7 @@ TasShape = Literal["parabolic", "uniform", "linear_decay", "linear_incline", "in
 TasNormalize = Literal["none", "unit_mean"]
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16"]
-RouterMode = Literal["frozen", "trained", "balanced"]
+RouterMode = Literal["frozen", "trained", "balanced", "replay"]
 MismatchCorrection = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
 ]
@@ -341,7 +341,8 @@ class LearnerConfig(Section):
     router: RouterMode = Field(
         "frozen",
         description="Of mixtures of experts: frozen keeps the routers' weights, trained lets them "
-        "learn, balanced does so with an auxiliary loss that spreads tokens over the experts.",
+        "learn, balanced does so with an auxiliary loss that spreads tokens over the experts, "
+        "replay lets them learn while completions take the experts that they took in the engine.",
     )
     router_balance: float = Field(
         1e-3, ge=0, description="Weight of that loss; read with `router: balanced` only."

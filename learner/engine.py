@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -303,8 +304,8 @@ class TrainEngine:
         ``Lockstep.runs``."""
         assert self.adapter is not None
         for number, batch, needs in self.lockstep.runs(micro_batches, spare, wanted):
-            with self.adapter.off():
-                output = self.forward(batch, needs)
+            with self.adapter.off():  # the base chooses its own experts, as another reference does
+                output = self.forward(replace(batch, experts=None), needs)
             if number < len(micro_batches):
                 yield number, output
 

@@ -280,7 +280,7 @@ class LearnerRank:
             recompute_activations(model)
         if adapter is not None:
             adapter.drop(active=False)
-        return Policy(model, self._sequence()), adapter
+        return Policy(model, self._sequence(), self.routers.replay), adapter
 
     @property
     def _optimizer(self) -> OptimizerConfig:

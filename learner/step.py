@@ -263,6 +263,7 @@ class StepTrainer:
             trajectory.token_ids,
             trajectory.temperature,
             encoded.media,
+            trajectory.experts if self.spec.learner.router == "replay" else None,
         )
 
     def loss(

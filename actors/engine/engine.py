@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -33,10 +33,12 @@ from avatar_rl.actors.engine.launch import (
     pick_device,
     prepare_environment,
     quieten,
+    recording_arguments,
     sleep_arguments,
     stop_token_ids,
 )
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
+from avatar_rl.actors.engine.routes import ExpertRoutes
 from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
 from avatar_rl.buffer_service.weights.member import MemberSettings
 from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
@@ -66,6 +68,9 @@ class GeneratedCompletion:
     finish_reason: str  # "stop" | "length"
     versions: tuple[tuple[int, int], ...]  # ((policy version, tokens generated with it), ...)
     text: str  # without the end-of-turn token, special tokens spelt out
+    #: (T - 1, decoder layers, k), the experts of each token but the last, which the engine never
+    #: computes; None of an engine that does not record them.
+    experts: NDArray[np.uint8] | NDArray[np.uint16] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class RolloutEngine:
         version: int = 0,
         adapter: AdapterShape | None = None,
         sleeps: bool = False,
+        records_experts: bool = False,
     ) -> None:
         self.config = config
         self.version = version
@@ -123,6 +129,7 @@ class RolloutEngine:
             arguments = engine_arguments(path, kind, config, self.device)
             arguments |= adapter_arguments(adapter) if adapter is not None else {}
             arguments |= sleep_arguments(self.device) if sleeps else {}
+            arguments |= recording_arguments(arguments) if records_experts else {}
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
@@ -139,6 +146,7 @@ class RolloutEngine:
         self._prompts = PromptCache(config.prompt_cache_bytes)
         self._adapters = Adapters(self._engine, adapter) if adapter is not None else None
         self._pending: dict[str, RequestSampling] = {}
+        self._routes = ExpertRoutes(self._engine) if records_experts else None
         self._broken: str | None = None
         self.asleep = False
         self._warned = False
@@ -243,10 +251,11 @@ class RolloutEngine:
         finished = []
         for output in self._engine.step():
             assert isinstance(output, RequestOutput)
-            if output.finished and self._pending.pop(output.request_id, None) is not None:
+            if output.finished and (sampling := self._pending.pop(output.request_id, None)):
                 version = self._forget(output.request_id)
+                experts = self._routes.of(output, sampling.n) if self._routes else {}
                 completions = tuple(
-                    self._completion(part, version)
+                    replace(self._completion(part, version), experts=experts.get(part.index))
                     for part in sorted(output.outputs, key=lambda o: o.index)
                 )
                 prompt = np.asarray(output.prompt_token_ids, dtype=np.int32)
@@ -382,7 +391,9 @@ class RolloutEngine:
         chosen = [request_id for request_id in named if request_id in self._pending]
         self._engine.abort_request(chosen)
         for request_id in chosen:
-            del self._pending[request_id]
+            n = self._pending.pop(request_id).n
+            if self._routes is not None:
+                self._routes.forget(request_id, n)
             self._forget(request_id)
         return chosen
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avatar_rl.actors.config import EngineConfig
+from avatar_rl.actors.engine.vllm_plugin.routes import KEY
 from avatar_rl.common.errors import ModelError, ResourceError
 from avatar_rl.common.process import sees_gpu
 from avatar_rl.common.weight_files import loadable_folder
@@ -170,6 +171,11 @@ def sleep_arguments(device: str) -> dict[str, Any]:
     CPU it has no sleep mode.
     """
     return {} if device == "cpu" else {"enable_sleep_mode": True, "gpu_memory_utilization": 0.01}
+
+
+def recording_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Further arguments of an engine that records which experts tokens take."""
+    return {"additional_config": (arguments.get("additional_config") or {}) | {KEY: True}}
 
 
 def model_kind(model_path: Path) -> str:

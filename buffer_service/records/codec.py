@@ -4,9 +4,10 @@ pickle.
 0  magic "AVTR"   4  format u16   6  zero u16   8  length of the fields u32
 12  T u32   16  checksum of the rest u32
 20 fields (msgpack array, zero-padded to 4 bytes), token ids int32[T], log-probabilities float32[T]
+then in format 4 the experts, (T - 1, layers, k) of one or two bytes each, as its last field says
 
-The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). Format 2 had no details,
-format 1 a CRC-32 besides; both can still be read."""
+The checksum is the low half of XXH3-64 (eight times as fast as CRC-32). A record without experts is
+of format 3. Format 2 had no details, format 1 a CRC-32 besides; both can still be read."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ import zlib
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from avatar_rl.buffer_service.errors import RecordError
 from avatar_rl.buffer_service.records.trajectory import Trajectory
 
 MAGIC = b"AVTR"
-FORMAT = 3
+FORMAT = 4  # the newest; written where there are experts, else the one before
 _HEAD = struct.Struct("<4sHHIII")
 _SIZE = _HEAD.size
 _unpack = _HEAD.unpack_from
@@ -47,10 +49,19 @@ class _Fields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=Fa
     details: dict[str, float] = {}
 
 
-_FIELDS_BEFORE_3 = 0x90 + 13  # how an array of 13 begins in msgpack
+class _FieldsOfFour(_Fields, array_like=True, forbid_unknown_fields=True, gc=False, kw_only=True):
+    """With the layers, k and bytes of a number of the experts."""
+
+    experts: tuple[int, int, int]
+
+
+#: How the fields begin in msgpack: an array of so many.
+_BEGINS = {1: 0x90 + 13, 2: 0x90 + 13, 3: 0x90 + 14, 4: 0x90 + 15}
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Fields).decode
+_decode_four = msgspec.msgpack.Decoder(_FieldsOfFour).decode
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_SHORT, _LONG = np.dtype("<u1"), np.dtype("<u2")  # of an expert's number, of one or two bytes
 _array = np.frombuffer
 
 
@@ -60,35 +71,46 @@ def checksum(body: bytes | memoryview, version: int = FORMAT) -> int:
 
 
 def encode(t: Trajectory) -> bytes:
-    """Bytes of one trajectory (about 8 T + 200). Raises RecordError for what msgpack cannot
-    hold."""
+    """Bytes of one trajectory (about 8 T + 200, and its experts). Raises RecordError for what
+    msgpack cannot hold."""
     try:
-        fields = _encode(
-            _Fields(
-                t.id,
-                t.group_id,
-                t.prompt_id,
-                t.index,
-                t.hinted,
-                t.prompt_tokens,
-                t.prompt_digest,
-                t.versions,
-                t.finish_reason,
-                float(t.temperature),
-                float(t.reward),
-                t.components,
-                t.step,
-                t.details,
-            )
-        )
+        fields = _encode(_fields(t))
     except (OverflowError, UnicodeEncodeError) as error:
         raise RecordError(
             f"trajectory {t.id!r}: {error}; give UTF-8 text and integers of 64 bits"
         ) from error
     tokens = np.asarray(t.token_ids, _INT).tobytes()
     logprobs = np.asarray(t.logprobs, _FLOAT).tobytes()
-    body = b"".join((fields, _PADDING[-len(fields) % 4], tokens, logprobs))
-    return _HEAD.pack(MAGIC, FORMAT, 0, len(fields), len(tokens) // 4, checksum(body)) + body
+    parts = [fields, _PADDING[-len(fields) % 4], tokens, logprobs]
+    version = FORMAT - 1
+    if t.experts is not None:
+        version = FORMAT
+        parts.append(np.asarray(t.experts, _SHORT if t.experts.itemsize == 1 else _LONG).tobytes())
+    body = b"".join(parts)
+    return _HEAD.pack(MAGIC, version, 0, len(fields), len(tokens) // 4, checksum(body)) + body
+
+
+def _fields(t: Trajectory) -> _Fields:
+    fields = _Fields(
+        t.id,
+        t.group_id,
+        t.prompt_id,
+        t.index,
+        t.hinted,
+        t.prompt_tokens,
+        t.prompt_digest,
+        t.versions,
+        t.finish_reason,
+        float(t.temperature),
+        float(t.reward),
+        t.components,
+        t.step,
+        t.details,
+    )
+    if t.experts is None:
+        return fields
+    _, layers, k = t.experts.shape
+    return _FieldsOfFour(*msgspec.structs.astuple(fields), experts=(layers, k, t.experts.itemsize))
 
 
 def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
@@ -113,7 +135,7 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
         )
     end = _SIZE + length
     at = end + (-length % 4)
-    if size != at + 8 * tokens:
+    if size != at + 8 * tokens if version < FORMAT else size < at + 8 * tokens:
         raise RecordError(
             f"trajectory {name}: {size} bytes, its head says {at + 8 * tokens}; it is damaged"
         )
@@ -122,12 +144,12 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
             f"trajectory {name}: checksum does not match; remove it or restore a snapshot"
         )
     try:
-        fields = _decode(data[_SIZE:end])
+        fields = (_decode if version < FORMAT else _decode_four)(data[_SIZE:end])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError included
         raise RecordError(
             f"trajectory {name}: fields unreadable ({error}); the record is corrupt"
         ) from error
-    if version < 3 and data[_SIZE] != _FIELDS_BEFORE_3:  # the checksum does not cover the head
+    if data[_SIZE] != _BEGINS[version]:  # the checksum does not cover the head
         raise RecordError(
             f"trajectory {name}: record format {version}, its fields are of another; it is damaged"
         )
@@ -150,4 +172,24 @@ def decode(data: bytes | memoryview, name: str = "?") -> Trajectory:
         components=fields.components,
         step=fields.step,
         details=fields.details,
+        experts=_experts(fields, data, tokens, at + 8 * tokens, name),
     )
+
+
+def _experts(
+    fields: _Fields, data: bytes | memoryview, tokens: int, at: int, name: str
+) -> NDArray[np.uint8] | NDArray[np.uint16] | None:
+    """The experts that begin at byte ``at``; None of a record without."""
+    if not isinstance(fields, _FieldsOfFour):
+        return None
+    layers, k, size = fields.experts
+    count = max(0, tokens - 1) * layers * k
+    if size not in (1, 2) or min(layers, k) < 1 or len(data) != at + count * size:
+        raise RecordError(
+            f"trajectory {name}: {len(data) - at} bytes of experts for {tokens} tokens, {layers} "
+            f"layers, {k} each; it is damaged"
+        )
+    shape = (tokens - 1, layers, k)
+    if size == 1:
+        return _array(data, _SHORT, count, at).reshape(shape)
+    return _array(data, _LONG, count, at).reshape(shape)

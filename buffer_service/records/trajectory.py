@@ -28,6 +28,9 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     step: int  # learner step this group was generated for
     #: What components are made of, such as a judge's criteria ("judge/visual_id_score").
     details: dict[str, float] = {}
+    #: (T - 1, decoder layers, k), the experts that each token but the last took in the engine, in
+    #: no order; None where nobody recorded them. uint8, above 256 experts uint16.
+    experts: NDArray[np.uint8] | NDArray[np.uint16] | None = None
 
     @property
     def version(self) -> int:

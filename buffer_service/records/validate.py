@@ -37,6 +37,13 @@ def _fault(t: Trajectory) -> str | None:
         )
     if tokens.size == 0:
         return "empty completion; mask it before it gets here, or count it as dropped"
+    if t.experts is not None:
+        shape, kind = t.experts.shape, t.experts.dtype
+        if len(shape) != 3 or shape[0] != tokens.size - 1 or kind not in (np.uint8, np.uint16):
+            return (
+                f"experts {shape} of type {kind} must be (T - 1, layers, k) of uint8 or uint16, "
+                f"with {tokens.size} tokens"
+            )
     accounted = 0
     for version, n in t.versions:
         if version < 0 or n < 0:

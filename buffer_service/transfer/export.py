@@ -68,6 +68,7 @@ def rows(connection: Connection) -> Iterator[Row]:
                 continue
             t = decode(data, tid.decode())
             row = msgspec.structs.asdict(t)
+            del row["experts"]  # of use to a learner of the same model alone
             row["token_ids"], row["logprobs"] = t.token_ids.tolist(), t.logprobs.tolist()
             row["versions"] = list(t.versions)
             yield Row(**row)

@@ -341,6 +341,7 @@ def rollout_spec(
         dead_by=config.loop.dynamic_sampling.by,
         adapter=adapter_road(config, model)[0],
         turn_lock=turn_lock,
+        records_experts=config.learner.router == "replay",
         transport=weight_transport(config, model, on_gpu=on_gpu)[0],
     )
 

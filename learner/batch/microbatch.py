@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avatar_rl.common.errors import ModelError
 from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import FEATURES, EncodedPrompt
 
@@ -34,6 +35,8 @@ class Row:
     token_ids: NDArray[np.int32]  # (T,)
     temperature: float = 1.0
     media: MediaEmbeddings | None = None  # takes the place of the prompt's media tensors
+    #: (T - 1, layers, k), the experts that the tokens but the last shall take; None: their own.
+    experts: NDArray[np.uint8] | NDArray[np.uint16] | None = None
 
 
 class Tree(NamedTuple):
@@ -58,6 +61,9 @@ class MicroBatch:
     token_ids: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) float, 1 = token
     temperature: Tensor  # (B,) float
+    #: (N, layers, k) int32, the experts that the positions shall take, -1 for their own; None: all
+    #: their own.
+    experts: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(
@@ -71,6 +77,7 @@ class MicroBatch:
             token_ids=self.token_ids.to(device),
             mask=self.mask.to(device),
             temperature=self.temperature.to(device),
+            experts=None if self.experts is None else self.experts.to(device),
         )
 
     @property
@@ -117,6 +124,7 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     ids: list[Tensor] = []
     positions: list[Tensor] = []
     trees: list[Tree] = []
+    places: list[int] = [0] * len(rows)
     start = 0
     for members in groups.values():
         prompt = rows[members[0]].prompt
@@ -130,6 +138,7 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
             ids.append(tokens[number][:-1])
             positions.append((prompt.next_position + own).expand(len(prompt.position_ids), -1))
             predicts[number] = torch.cat([torch.tensor([start + length - 1]), place + own])
+            places[number] = place
             place += count
         trees.append(Tree(start, length, tuple(len(tokens[number]) - 1 for number in members)))
         start = place
@@ -153,7 +162,28 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
         token_ids=_pad(tokens),
         mask=_pad([torch.ones(len(row)) for row in tokens]),
         temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+        experts=_experts(rows, places, start),
     )
+
+
+def _experts(rows: Sequence[Row], places: Sequence[int], size: int) -> Tensor | None:
+    """``MicroBatch.experts`` of rows whose tokens begin at ``places`` of a pack of ``size``. Raises
+    ModelError for rows of different models."""
+    kinds = {row.experts.shape[1:] for row in rows if row.experts is not None}
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise ModelError(
+            f"completions with experts of {sorted(kinds)} (layers, each) in one pack: they are of "
+            "different models; start from an empty buffer"
+        )
+    [kind] = kinds
+    found = torch.full((size, *kind), -1, dtype=torch.int32)
+    for row, place in zip(rows, places, strict=True):
+        if row.experts is not None:
+            given = torch.from_numpy(row.experts.astype(np.int32))
+            found[place : place + len(given)] = given
+    return found
 
 
 def padded(values: Sequence[NDArray[np.float32]]) -> Tensor:

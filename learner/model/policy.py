@@ -5,7 +5,7 @@ Shapes: N positions of a pack, B completions, T completion tokens (right-padded)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from avatar_rl.learner.model import attention
 from avatar_rl.learner.model.head import TiledHead, chunked_scores, tiles
 from avatar_rl.learner.model.media import deepstack_inputs, embed, text_model
 from avatar_rl.learner.model.sequence import SequenceGroup
+
+#: ``Routers.replay``: takes (positions of this rank, layers, k), or None.
+Replay = Callable[[Tensor | None], None]
 
 
 class PolicyOutput(NamedTuple):
@@ -35,9 +38,15 @@ class Policy(nn.Module):
     With ``sequence`` a rank computes its slice of each pack, and every rank of the group gets the
     log-probabilities of all: they call ``forward`` together, on the same micro-batch."""
 
-    def __init__(self, model: nn.Module, sequence: SequenceGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: SequenceGroup | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        """``replay`` is told before each forward which experts its positions shall take."""
         super().__init__()
-        self.sequence = sequence
+        self.sequence, self.replay = sequence, replay
         # The model's own head would compute logits for every position of the pack; we apply it to
         # those that predict a completion token only.
         head = getattr(model, "lm_head", None)
@@ -87,6 +96,8 @@ class Policy(nn.Module):
         """
         batch = self._filled(batch)
         span, keep = self._span(batch), batch.mask.bool()
+        if self.replay is not None:
+            self.replay(None if batch.experts is None else batch.experts[span])
         if self.sequence is not None:
             keep = keep & (batch.predicts >= span.start) & (batch.predicts < span.stop)
         # (M, H), of real tokens only
@@ -125,6 +136,9 @@ class Policy(nn.Module):
             input_ids=F.pad(batch.input_ids, (0, missing)),
             positions=F.pad(batch.positions, (0, missing)),
             encoded=F.pad(batch.encoded, (0, missing)),
+            experts=None
+            if batch.experts is None
+            else F.pad(batch.experts, (0, 0, 0, 0, 0, missing), value=-1),
             trees=(*batch.trees, Tree(size, missing, ())),
         )
 

@@ -29,8 +29,9 @@ from avatar_rl.learner.media.encoder import StoredEncoder
 from avatar_rl.learner.media.store import EmbeddingStore
 from avatar_rl.learner.media.towers import TOWERS, Towers
 from avatar_rl.learner.model.load import load_model, recompute_activations
-from avatar_rl.learner.model.policy import Policy, PolicyOutput
+from avatar_rl.learner.model.policy import Policy, PolicyOutput, Replay
 from avatar_rl.learner.model.reference import ReferencePolicy
+from avatar_rl.learner.model.router import Routers
 from avatar_rl.learner.model.sequence import SequenceGroup
 from avatar_rl.learner.objective.step_metrics import StepMetrics
 from avatar_rl.learner.state import StateReplicator
@@ -43,7 +44,7 @@ from tests.integration.test_embedding_steps import prompts_of
 from tests.integration.test_learner_engine import settings
 from tests.integration.test_zero3 import rows_of
 from tests.ranks import rank_main, rank_results, run_ranks
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import EXPERTS, FAMILIES
 from tests.tiny_models import ArrayLoader, build_vision_language
 
 pytestmark = pytest.mark.timeout(600)
@@ -58,6 +59,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "omni with an adapter": ("qwen2_5_omni", ("video",), ("lora", "checkpointed")),
     "deepstack": ("qwen3_vl", ("image", "video"), ()),
     "experts": ("qwen3_vl_moe", ("video", ""), ("checkpointed",)),
+    "replayed experts": ("qwen3_vl_moe", ("video", ""), ("checkpointed", "replayed")),
     "text, a wrapped head": ("qwen3", ("", ""), ("wrapped",)),
     "sliding windows, a tied head": ("gemma3", ("", ""), ()),
 }
@@ -93,15 +95,25 @@ def rows_for(model: Path, kind: str, media: Sequence[str]) -> list[Row]:
     return completed(rows_of(model, *media))
 
 
+def with_experts(rows: Sequence[Row]) -> list[Row]:
+    """Two experts of each token and layer, drawn; the first row has none."""
+    rng, shape = np.random.default_rng(6), (EXPERTS["num_hidden_layers"], EXPERTS["num_experts"])
+    drawn = [rng.random((len(row.token_ids) - 1, *shape)).argsort(-1)[..., :2] for row in rows]
+    given = [replace(row, experts=d.astype(np.uint8)) for row, d in zip(rows, drawn, strict=True)]
+    return [rows[0], *given[1:]]
+
+
 def weighted(output: PolicyOutput, rows: Sequence[int]) -> Tensor:
     """A loss whose gradients are of the order of 1."""
     weights = torch.tensor([(1.0, -0.7, 0.4, -1.3, 0.6, 0.2)[i % 6] for i in rows])
     return 0.1 * (weights[:, None] * output.logprobs).sum() / len(rows)
 
 
-def gradients(model: nn.Module, batch: MicroBatch, group: SequenceGroup | None) -> dict[str, Any]:
+def gradients(
+    model: nn.Module, batch: MicroBatch, group: SequenceGroup | None, replay: Replay | None = None
+) -> dict[str, Any]:
     """Of one pack, summed over the ranks that share it."""
-    policy = Policy(model, group)
+    policy = Policy(model, group, replay)
     policy.zero_grad()
     output = policy(batch)
     loss = weighted(output, range(len(batch.mask)))
@@ -138,16 +150,21 @@ def equal_gradients(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             recompute_activations(model)
         if "wrapped" in options:
             model.lm_head = nn.Sequential(model.lm_head)
-        rows = rows_for(folder / kind, kind, media)
-        found[name] = compared(model, collate(rows), group)
+        rows, replay = rows_for(folder / kind, kind, media), None
+        if "replayed" in options:
+            rows, replay = with_experts(rows), Routers(model, "replay", 0.0).replay
+        found[name] = compared(model, collate(rows), group, replay)
     # A pack of fewer positions than ranks.
     short = [replace(row, token_ids=row.token_ids[:1]) for row in text_prompts([1])]
     found["one position"] = compared(load_model(folder / "qwen3"), collate(short), group)
     return found
 
 
-def compared(model: nn.Module, batch: MicroBatch, group: SequenceGroup) -> dict[str, float]:
-    alone, shared = gradients(model, batch, None), gradients(model, batch, group)
+def compared(
+    model: nn.Module, batch: MicroBatch, group: SequenceGroup, replay: Replay | None = None
+) -> dict[str, float]:
+    alone = gradients(model, batch, None, replay)
+    shared = gradients(model, batch, group, replay)
     assert alone["gradients"].keys() == shared["gradients"].keys()
     scale = max(float(g.abs().max()) for g in alone["gradients"].values())
     return {

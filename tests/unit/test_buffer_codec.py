@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from avatar_rl.buffer_service.config import BufferConfig, TierShares
 from avatar_rl.buffer_service.errors import RecordError
@@ -24,8 +25,17 @@ from tests.buffer_records import make_group
 from tests.reference_buffer import generator
 
 #: Fields that are no part of format 2's.
-LATER = ("token_ids", "logprobs", "details")
+LATER = ("token_ids", "logprobs", "details", "experts")
 finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def experts(draw: st.DrawFn, tokens: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    kind = draw(st.sampled_from([np.uint8, np.uint16]))
+    shape = (tokens, draw(st.integers(1, 3)), draw(st.integers(1, 2)))
+    count = int(np.prod(shape))
+    numbers = draw(st.lists(st.integers(0, 255), min_size=count, max_size=count))
+    return np.array(numbers, kind).reshape(shape)
 
 
 @st.composite
@@ -53,6 +63,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         components=draw(st.dictionaries(st.text(max_size=9), st.none() | finite, max_size=4)),
         step=draw(st.integers(0, 10**6)),
         details=draw(st.dictionaries(st.text(max_size=9), finite, max_size=3)),
+        experts=draw(st.none() | experts(len(tokens) - 1)),
     )
 
 

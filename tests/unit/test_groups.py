@@ -91,6 +91,7 @@ def finished(*lengths: int, texts: tuple[str, ...] = (), logprob: float = -1.0) 
             finish_reason="stop",
             versions=((2, length),),
             text=text,
+            experts=None,
         )
         for length, text in zip(lengths or [len(text) for text in texts], texts, strict=True)
     ]

@@ -4,7 +4,7 @@ forward.
 Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
 ``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py and experts.py:
 media and fused experts after a weight update; worker.py: log-probabilities; links.py: how weights
-come.
+come; routes.py: which experts tokens took.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def register() -> bool:
             CHECKED[0],
         )
         return False
-    from avatar_rl.actors.engine.vllm_plugin import experts, media, omni, seconds
+    from avatar_rl.actors.engine.vllm_plugin import experts, media, omni, routes, seconds
 
     experts.install()
     omni.install()
     seconds.install()
     media.install()
+    routes.install()
     return True

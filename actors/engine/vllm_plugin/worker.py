@@ -3,7 +3,7 @@ learner's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.outputs import SamplerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from avatar_rl.actors.engine.vllm_plugin.routes import Routes
 
 
 class RolloutSampler(Sampler):
@@ -199,6 +201,11 @@ class WorkerExtension:
         }
         found = held[version]().loras
         return [name for name in found if name not in places.modules and name not in packed]
+
+    def take_experts(self, counts: Mapping[str, int]) -> dict[str, Routes]:
+        """``RouteRecorder.take``; of an engine that records."""
+        found: dict[str, Routes] = self.model_runner.routes.take(counts)  # type: ignore[attr-defined]
+        return found
 
     def install_rollout_sampler(self, forbidden: list[int]) -> None:
         """Sample with ``RolloutSampler``. Raises RuntimeError where vLLM's sampler is unknown."""
