@@ -7,12 +7,11 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 from avatar_rl.prompts.config import MediaConfig
 from avatar_rl.prompts.encoding.template import EncodedPrompt
@@ -25,6 +24,9 @@ from avatar_rl.prompts.media.loader import (
     MediaLoader,
 )
 from avatar_rl.prompts.record import MediaItem, MediaPlan, ProblemType, Prompt
+
+if TYPE_CHECKING:  # a worker imports all test files, and only some of them need transformers
+    from transformers import PreTrainedTokenizerBase
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 VISION = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -86,6 +87,7 @@ def _cells(arms: ByArm, records: Sequence[Record], length: str, shape: str) -> l
     ]
 
 
+@cache
 def judged() -> dict[tuple[str, Fault], float]:
     """Mean of the rule judge's four criteria over reasoning of each length, honest and with each
     fault (docs/method.md 1.5)."""

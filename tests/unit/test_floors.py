@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,16 +35,19 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
-def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+@cache
+def imported(tree: ast.AST, package: tuple[str, ...]) -> list[tuple[int, str]]:
     """(line, absolute module or name in it) of every import, those inside functions and
     TYPE_CHECKING blocks included."""
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = ("avatar_rl", *package)[: len(package) + 2 - node.level] if node.level else ()
             module = ".".join((*parents, *filter(None, [node.module])))
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return found
 
 
 def violations(source: str | ast.Module, package: tuple[str, ...]) -> list[str]:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.state import load_weights
@@ -37,6 +35,9 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_what_a_learner_writes_is_read_back(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
     state = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),

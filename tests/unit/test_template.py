@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from avatar_rl.actors.feeder import Feeder
 from avatar_rl.actors.shared_state import SharedState
@@ -619,6 +618,8 @@ def test_what_the_prompt_ends_with_is_known(
 def test_a_template_without_the_models_bos_is_warned_of(
     folder: Path, tmp_path: Path, bos: str | None, known: str | None, template: str, warned: bool
 ) -> None:
+    from transformers import AutoTokenizer  # here: the other worker needs none of it
+
     model = with_template(folder, tmp_path / "model", template, text_only=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>"]})
