@@ -22,7 +22,7 @@ class RolloutTotals:
     tokens: int = 0  # delivered, as groups
     groups: int = 0
     busy_s: float = 0.0  # the engine had requests
-    wait_s: float = 0.0  # it had none
+    wait_s: float = 0.0  # it had none, or waited for more
     adopt_s: float = 0.0  # of both: taking weights in
 
 

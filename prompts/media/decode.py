@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from avatar_rl.common.errors import InputError
@@ -352,6 +353,9 @@ def _read_targets(
     with _open(path) as container:
         stream = _video_stream(container, path)
         stream.codec_context.thread_count = threads
+        # One for all frames. A frame's own would start a thread for each core and end them again,
+        # which took ten times as long as converting a small frame.
+        reformatter = VideoReformatter()
         decoded = _ticked(container, stream, line)
         current: tuple[int, av.VideoFrame] | None = None
         ahead = next(decoded, None)
@@ -368,7 +372,7 @@ def _read_targets(
                 and target - current[0] <= tolerance
                 and not current[1].is_corrupt
             ):
-                found[target] = _rgb(current[1], max_pixels)
+                found[target] = _rgb(reformatter, current[1], max_pixels, threads)
     return found
 
 
@@ -383,15 +387,17 @@ def _ticked(
             yield int(frame.pts), frame
 
 
-def _rgb(frame: av.VideoFrame, max_pixels: int) -> NDArray[np.uint8]:
+def _rgb(
+    reformatter: VideoReformatter, frame: av.VideoFrame, max_pixels: int, threads: int
+) -> NDArray[np.uint8]:
     """uint8 (H, W, 3), upright, at most ``max_pixels``."""
     width, height = shrunk(frame.width, frame.height, max_pixels)
-    if (width, height) == (frame.width, frame.height):
-        image = frame.to_ndarray(format="rgb24")
-    else:
-        image = frame.to_ndarray(
-            format="rgb24", width=width, height=height, interpolation="BICUBIC"
-        )
+    same = (width, height) == (frame.width, frame.height)
+    interpolation = None if same else "BICUBIC"
+    converted = reformatter.reformat(
+        frame, width, height, "rgb24", interpolation=interpolation, threads=threads
+    )
+    image = converted.to_ndarray()
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)), dtype=np.uint8)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,31 @@ def test_frames_beyond_the_bound_shrink_and_keep_their_proportions(folder: Path)
     np.testing.assert_allclose(
         mean_colours(decoded.frames), np.array([COLOURS[i] for i in (3, 9, 15, 21)]), atol=4
     )
+
+
+@pytest.mark.parametrize("bound", [768, 3072])
+def test_converting_frames_starts_no_threads_and_changes_no_pixel(folder: Path, bound: int) -> None:
+    running = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+    seen, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(running())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    before = running()
+    try:
+        for number in range(20):  # not of the cache
+            decoded = video(folder, frames=24, max_pixels=bound + number % 2)
+    finally:
+        done.set()
+        watcher.join()
+    assert seen and max(seen) == before
+    with av.open(str(folder / "clip.mp4")) as container:  # by a context of each frame's own
+        size = {} if bound == 3072 else {"width": 32, "height": 24, "interpolation": "BICUBIC"}
+        frames = [one.to_ndarray(format="rgb24", **size) for one in container.decode(video=0)]
+    assert np.array_equal(decoded.frames, np.stack(frames))
 
 
 def test_a_video_without_time_stamps_goes_by_its_average_rate(folder: Path, tmp_path: Path) -> None:
