@@ -8,8 +8,9 @@ get half of the interpreter's time. So it gathers first.
 
 from __future__ import annotations
 
-#: Longest wait, seconds. A large model's answers take many times as long.
-GATHER_S = 0.5
+#: Longest wait, seconds. On a busy machine a load takes seconds to prepare. A large model's long
+#: answers wait for the first load alone, and take minutes.
+GATHER_S = 5.0
 
 
 class GatherPolicy:
