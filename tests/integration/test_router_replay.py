@@ -22,6 +22,9 @@ from avatar_rl.actors.groups import make_group
 from avatar_rl.buffer_service.records.codec import decode, encode
 from avatar_rl.buffer_service.records.requests import RequestLease, RolloutRequest
 from avatar_rl.buffer_service.records.validate import check_group
+from avatar_rl.cluster.config import RunConfig
+from avatar_rl.cluster.recipe.assets import Datasets
+from avatar_rl.cluster.workers.pool import rollout_spec
 from avatar_rl.common.errors import ConfigError, ModelError
 from avatar_rl.common.scoring import CompletionScore
 from avatar_rl.learner.batch.microbatch import Row, collate
@@ -228,6 +231,14 @@ def test_recorded_experts_reach_the_learner_if_it_replays(ground: Ground, mode: 
     else:
         assert found.experts is not None and row.experts is not None
         np.testing.assert_array_equal(found.experts, row.experts)
+
+
+@pytest.mark.parametrize("mode", ["replay", "frozen"])
+def test_rollouts_record_for_a_learner_that_replays(tmp_path: Path, mode: str) -> None:
+    config = RunConfig.model_validate({"data": {"synthetic": {}}, "learner": {"router": mode}})
+    datasets = Datasets(train=tmp_path / "train.jsonl", heldout=None, sft=None)
+    spec = rollout_spec(config, "run", tmp_path, datasets, "unix:///nowhere")
+    assert spec.records_experts is (mode == "replay")
 
 
 def same_experts(part: GeneratedCompletion, expected: Tensor) -> float:
