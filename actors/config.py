@@ -14,6 +14,10 @@ from avatar_rl.common.config import Section
 CPU_SEQUENCES, GPU_SEQUENCES = 64, 256
 
 
+#: Processes of an actor on a GPU that prepare prompts, and cores of the machine for each.
+MEDIA_WORKERS, CORES_PER_WORKER = 2, 4
+
+
 def default_sequences(device: str) -> int:
     """Of an engine on "cpu" or "cuda"."""
     return CPU_SEQUENCES if device == "cpu" else GPU_SEQUENCES
@@ -160,6 +164,13 @@ class EngineConfig(Section):
         description="Preprocessed prompts kept for their next visit, in bytes; 0 preprocesses "
         "each time.",
     )
+    media_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes per actor that decode and preprocess the media of coming prompts "
+        "ahead of the engine; 0 does it in the actor; null is 2 on a GPU (1 on a machine of fewer "
+        "than 8 cores), 0 on a CPU, whose cores the engine has.",
+    )
     weight_update: Literal["drain", "keep"] = Field(
         "keep",
         description="keep: requests in flight continue with new weights (their context is "
@@ -186,6 +197,12 @@ class EngineConfig(Section):
     def sequences_on(self, device: str) -> int:
         """``max_num_seqs``, resolved for "cpu" or "cuda"."""
         return self.max_num_seqs or default_sequences(device)
+
+    def media_workers_on(self, device: str, *, cores: int) -> int:
+        """``media_workers``, resolved for a machine with ``cores``."""
+        if self.media_workers is not None:
+            return self.media_workers
+        return 0 if device == "cpu" else min(MEDIA_WORKERS, cores // CORES_PER_WORKER)
 
     def dtype_on(self, device: str) -> str:
         """``dtype``, resolved for "cpu" or "cuda"."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,10 +21,13 @@ from avatar_rl.prompts.record import Prompt
 if TYPE_CHECKING:
     from avatar_rl.actors.engine.engine import RolloutEngine
     from avatar_rl.actors.engine.prompt_cache import RenderedPrompt
+    from avatar_rl.actors.prompt_workers import PromptWorkers
     from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.store import ReplayBuffer
     from avatar_rl.prompts.datasets import PromptIndex
     from avatar_rl.prompts.encoding.template import PromptEncoder
+
+log = logging.getLogger(__name__)
 
 # Between two looks for requests. Each look costs the engine's thread time, which matters only while
 # the engine works.
@@ -35,7 +42,8 @@ BUNCH_S = 0.005
 class Feeder:
     """Fills ``SharedState.ready``. One thread calls ``run``.
 
-    ``give_up(lease, error)`` is told of each prompt that cannot be prepared.
+    ``give_up(lease, error)`` is told of each prompt that cannot be prepared. With ``workers`` media
+    are preprocessed in other processes, and this thread only hands on.
     """
 
     def __init__(
@@ -48,9 +56,12 @@ class Feeder:
         engine: RolloutEngine,
         state: SharedState,
         give_up: Callable[[RequestLease, AvatarError], None],
+        workers: PromptWorkers | None = None,
     ) -> None:
         self.name, self.spec, self.buffer, self.prompts = name, spec, buffer, prompts
         self.encoder, self.engine, self.state, self.give_up = encoder, engine, state, give_up
+        self.workers = workers
+        self._under_way: list[_Begun] = []  # in the order of their leases
 
     def run(self) -> None:
         """Lease and prepare until the actor stops, drains or breaks."""
@@ -58,7 +69,7 @@ class Feeder:
         while self.state.running and not self.state.drain.is_set():
             room = 0 if self.state.rest.is_set() else self._room()
             leases = self._lease(room) if room >= smallest else []
-            self.state.preparing = bool(leases)
+            self.state.preparing = bool(leases or self._under_way)
             # An expired lease of our own that came back goes on under its new attempt.
             self.prepare(self.state.hold(leases))
             if leases:
@@ -68,20 +79,48 @@ class Feeder:
                 self.state.wake.wait(BUSY_POLL_S if self.engine.in_flight else IDLE_POLL_S)
                 self.state.wake.clear()
         self.state.preparing = False
+        if self.state.running:
+            self._give_back()
 
     def prepare(self, leases: list[RequestLease]) -> None:
-        """Preprocess the media of ``leases`` and queue their groups, a bunch at a time."""
-        bunch: list[PendingGroup] = []
+        """Preprocess the media of ``leases`` and queue their groups, a bunch at a time; and those
+        that workers have done meanwhile."""
         start = time.perf_counter()
         for lease in leases:
             try:
-                bunch.append(self._pending_group(lease))
+                self._under_way.append(self._begun(lease))
             except AvatarError as error:
                 self.give_up(lease, error)
             if time.perf_counter() - start > BUNCH_S:
-                self.state.ready.extend(bunch)
-                bunch, start = [], time.perf_counter()
+                self._queue_done()
+                start = time.perf_counter()
+        self._queue_done()
+
+    def _queue_done(self) -> None:
+        """Queue what is prepared. A group may pass others of its own step, for one with a long
+        clip would hold them all up, but none of an earlier step."""
+        left: list[_Begun] = []
+        bunch: list[PendingGroup] = []
+        earliest = math.inf  # step of those that are left
+        for begun in self._under_way:
+            if not begun.done or begun.step > earliest:
+                left.append(begun)
+                earliest = min(earliest, begun.step)
+                continue
+            try:
+                bunch.append(self._pending_group(begun))
+            except AvatarError as error:
+                self.give_up(begun.lease, error)
+        # `ready` first: `_room` may count a group twice, but must not miss one.
         self.state.ready.extend(bunch)
+        self._under_way = left
+
+    def _give_back(self) -> None:
+        """The actor drains: what is with a worker has not begun."""
+        leases = [self.state.take_back(begun.lease) for begun in self._under_way]
+        self._under_way = []
+        if leases:
+            self.buffer.requests.release(leases)
 
     def _room(self) -> int:
         """Completions that may be leased.
@@ -91,7 +130,8 @@ class Feeder:
         state, load = self.state, self.spec.max_sequences
         width = MAX_PARTS if self.spec.unimodal else 1
         # `ready` before `working`: see SharedState, rule 3.
-        ahead = sum(group.sequences for group in (*state.ready, *list(state.working.values())))
+        ahead = sum(begun.sequences for begun in self._under_way)
+        ahead += sum(group.sequences for group in (*state.ready, *list(state.working.values())))
         held = width * sum(lease.request.n for lease in list(state.held.values()))
         return min(load + load // 2 - ahead, MAX_UNSCORED_LOADS * load - held) // width
 
@@ -104,26 +144,86 @@ class Feeder:
             completions=room,
         )
 
-    def _pending_group(self, lease: RequestLease) -> PendingGroup:
+    def _begun(self, lease: RequestLease) -> _Begun:
+        """The group with what is there of it. Media are handed to a worker where one is up, else
+        preprocessed here. Raises DataError."""
         prompt, train = self.prompts[lease.request.prompt_id], lease.request.kind == "train"
         if lease.hinted and not prompt.hint:
             # The hint gate knows no data set. What is asked plainly has to count as plain.
             lease = msgspec.structs.replace(lease, hinted=False)
-        parts = parts_of(prompt, unimodal=self.spec.unimodal and train)
-        prepared = {
-            part: render(self.engine, self.encoder, one, hinted=lease.hinted, part=part)
-            for part, one in parts.items()
-        }
+        begun = _Begun(lease, prompt, parts_of(prompt, unimodal=self.spec.unimodal and train))
+        workers = self.workers
+        if workers is None or not workers.up or not prompt.media.items:
+            self._prepare_here(begun)
+            return begun
+        for part in begun.parts:
+            known = self.engine.prepared((prompt.id, lease.hinted, part))
+            if known is not None:
+                begun.prepared[part] = known
+        missing = {part: one for part, one in begun.parts.items() if part not in begun.prepared}
+        if missing:
+            begun.asked = workers.ask(missing, hinted=lease.hinted)
+            begun.asked.add_done_callback(lambda _: self.state.wake.set())
+        return begun
+
+    def _prepare_here(self, begun: _Begun) -> None:
+        for part, one in begun.parts.items():
+            begun.prepared[part] = render(
+                self.engine, self.encoder, one, hinted=begun.lease.hinted, part=part
+            )
+
+    def _pending_group(self, begun: _Begun) -> PendingGroup:
+        lease, prompt, train = begun.lease, begun.prompt, begun.lease.request.kind == "train"
+        if begun.asked is not None:
+            self._take(begun, begun.asked)
         if train:  # the learner refuses longer ones, which would end the run
-            for rendered in prepared.values():
+            for rendered in begun.prepared.values():
                 self.encoder.check_length(prompt, len(rendered["prompt_token_ids"]))
         return PendingGroup(
             lease,
             prompt,
-            prepared,
+            {part: begun.prepared[part] for part in begun.parts},
             opened_tag=self.encoder.chat.opened_tag,
             decode=self.encoder.tokenizer.decode if self.spec.confidence and train else None,
         )
+
+    def _take(self, begun: _Begun, asked: Future[Mapping[str, RenderedPrompt]]) -> None:
+        """What a worker made. Raises DataError where the prompt is at fault."""
+        try:
+            found = asked.result()
+        except AvatarError:
+            raise
+        except Exception as error:  # of the worker
+            log.warning("prompt %s is prepared in the actor itself: %s", begun.prompt.id, error)
+            self._prepare_here(begun)
+            return
+        for part, rendered in found.items():
+            key = (begun.prompt.id, begun.lease.hinted, part)
+            begun.prepared[part] = self.engine.keep(key, rendered)
+
+
+@dataclass
+class _Begun:
+    """A leased prompt whose media are being preprocessed."""
+
+    lease: RequestLease
+    prompt: Prompt
+    parts: Mapping[str, Prompt]  # the whole prompt first
+    prepared: dict[str, RenderedPrompt] = field(default_factory=dict)  # by part, as far as known
+    asked: Future[Mapping[str, RenderedPrompt]] | None = None  # the others, of a worker
+
+    @property
+    def done(self) -> bool:
+        return self.asked is None or self.asked.done()
+
+    @property
+    def step(self) -> int:
+        return self.lease.request.step
+
+    @property
+    def sequences(self) -> int:
+        """Completions that the engine will generate for it."""
+        return self.lease.request.n * len(self.parts)
 
 
 def render(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ray.actor import ActorHandle
 
+    from avatar_rl.actors.prompt_workers import PromptWorkers
     from avatar_rl.buffer_service.weights.receiver import WeightReceiver
     from avatar_rl.buffer_service.weights.road_receiver import RoadReceiver
     from avatar_rl.common.types import JsonObject
@@ -101,10 +102,25 @@ class RolloutActor:
             records_experts=spec.records_experts,
         )
         self.receiver = self._open_receiver(WeightReceiver(self.weight_store, self.engine.version))
+        self.workers = self._prompt_workers()
+        if self.workers is not None:
+            self.workers.start()
         self.state = SharedState()
         self.turn = EngineTurn(self.engine, self.state, lock) if lock is not None else None
         self.update_policy = WeightUpdatePolicy()
         self._heap = HeapTrimmer(active=self.engine.device == "cpu")
+
+    def _prompt_workers(self) -> PromptWorkers | None:
+        """Processes that prepare prompts; None where there are none, or no media."""
+        from avatar_rl.actors.prompt_workers import PromptWorkers, PromptWorkerSpec
+        from avatar_rl.prompts.encoding.rope import MULTIMODAL
+
+        spec = self.spec
+        count = spec.engine.media_workers_on(self.engine.device, cores=os.cpu_count() or 1)
+        if not count or self.encoder.kind not in MULTIMODAL:
+            return None
+        settings = PromptWorkerSpec(spec.model, spec.media, spec.template, self.engine.settings)
+        return PromptWorkers(settings, count)
 
     def _open_receiver(self, board: WeightReceiver) -> WeightReceiver | RoadReceiver:
         """What hears of new versions; the engine's workers become members of the transfers."""
@@ -171,6 +187,8 @@ class RolloutActor:
         """
         state = self.state
         self._starting.end()  # ``_keep_alive`` beats from now on
+        if self.workers is not None:
+            self.workers.start()  # of an earlier ``run`` they have ended
         scoring_loop = ScoringLoop(self.spec, self.buffer, self.scorer, state)
         feeder = Feeder(
             self.name,
@@ -181,6 +199,7 @@ class RolloutActor:
             self.engine,
             state,
             scoring_loop.give_up,
+            self.workers,
         )
         generation = Generation(
             self.spec, self.buffer, self.engine, state, self.update_policy, scoring_loop, self.turn
@@ -195,6 +214,8 @@ class RolloutActor:
             state.wake.set()
             scoring_loop.close()
             wait(helpers)
+        if self.workers is not None:
+            self.workers.close()
         state.stop.clear()
         state.drain.clear()
         if state.failure is not None:

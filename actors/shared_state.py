@@ -63,7 +63,7 @@ class SharedState:
     4. ``incoming`` has room for one version: a newer one replaces it. The engine's thread takes it
        between two steps.
     5. ``wake`` ends the feeder's sleep: there may be room, a newer version that admits more
-       requests, or a reason to end.
+       requests, media that a worker process has prepared, or a reason to end.
     6. While ``rest`` is set nothing is leased and nothing enters the engine: the learner has the
        device, or will (engine_turn.py).
     7. The first failure of any thread is kept in ``failure`` and ends all loops (``running``).
@@ -72,7 +72,7 @@ class SharedState:
 
     def __init__(self) -> None:
         self.ready: deque[PendingGroup] = deque()  # prepared, in the order of their leases
-        self.preparing = False  # the feeder's last look brought leases: more comes into ``ready``
+        self.preparing = False  # the feeder or a worker is at it: more comes into ``ready``
         self.working: dict[str, PendingGroup] = {}  # in the engine, by request key
         self.held: dict[str, RequestLease] = {}  # leased and not yet settled, by request key
         self._held_lock = threading.Lock()

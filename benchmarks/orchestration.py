@@ -1,8 +1,10 @@
 """What orchestration costs -> build/bench/orchestration.json; run with ``make bench
-NAME=orchestration``, 6 minutes.
+NAME=orchestration``, 8 minutes.
 
 ``rollout_efficiency``: tokens/s of the rollout path (lease, media, scoring, insert into Redis) over
 tokens/s of its own engine on the same prompts, seeds and lengths, by turns in one process.
+``media_workers_ratio``: prompts/s of prompts seen for the first time, with short completions, their
+media prepared by a worker process, over those of an actor that prepares them itself.
 ``overlap_efficiency``: max(G, T) over the step time at staleness 1, G being the time to generate a
 step's groups alone and T the time of a trainer that only sleeps. docs/benchmarks.md says how to
 read them."""
@@ -28,6 +30,7 @@ from avatar_rl.actors.engine.engine import FinishedRequest
 from avatar_rl.actors.engine.prompt_cache import EngineInput, RenderedPrompt
 from avatar_rl.actors.feeder import render
 from avatar_rl.actors.groups import completions_of
+from avatar_rl.actors.prompt_workers import PromptWorkers, PromptWorkerSpec
 from avatar_rl.actors.rollout import RolloutActor
 from avatar_rl.buffer_service.records.requests import InsertReceipt, RequestLease, RolloutRequest
 from avatar_rl.buffer_service.requests import RequestQueue
@@ -38,7 +41,7 @@ from avatar_rl.cluster.recipe.assets import prepare_base_model, prepare_datasets
 from avatar_rl.cluster.services.services import Services
 from avatar_rl.cluster.workers.pool import Pool, rollout_spec
 from avatar_rl.common.scoring import UnscoredGroup
-from benchmarks.harness import Figures, parser
+from benchmarks.harness import Figures, parser, spread
 
 RUN_ID = "bench"
 SEQUENCES = 64  # in flight
@@ -70,6 +73,7 @@ class Sizes:
     shapes: tuple[tuple[int, int], ...] = ((64, 4), (64, 8), (24, 4), (24, 8))  # (tokens, n)
     waves: int = 8  # engine loads of 64 tokens in a round
     cold_rounds: int = 3
+    media_tokens: int = 8  # of a completion, where media shall be most of the work
     trainers: tuple[tuple[str, float], ...] = (
         ("equal", 1.0),
         ("slow_trainer", 2.0),
@@ -133,6 +137,25 @@ class MeasuredActor(RolloutActor):
         start = Spent.now()
         self.run()
         return self.delivered.since(start)
+
+    def begin_workers(self, count: int) -> None:
+        """Until the next ``path`` has ended, ``count`` processes prepare prompts; returns once one
+        is up."""
+        self.workers = None
+        if count:
+            spec = self.spec
+            settings = PromptWorkerSpec(spec.model, spec.media, spec.template, self.engine.settings)
+            self.workers = PromptWorkers(settings, count)
+            self.workers.start()
+            deadline = time.monotonic() + DEADLINE_S
+            while not self.workers.up:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no media worker came up within {DEADLINE_S:g} s")
+                time.sleep(POLL_S)
+
+    def worker_s(self) -> float:
+        """Seconds that the workers of the last ``path`` spent on prompts."""
+        return 0.0 if self.workers is None else self.workers.busy_s
 
     def bare(self, requests: list[RolloutRequest]) -> Spent:
         """Time the engine alone needs for ``requests``: all queued at once, media preprocessed
@@ -202,7 +225,7 @@ class Stage:
 
     def __init__(self, folder: Path, cache: Path, sizes: Sizes) -> None:
         self.sizes = sizes
-        prompts = sizes.pool * (1 + 2 * sizes.cold_rounds)
+        prompts = sizes.pool * (1 + 4 * sizes.cold_rounds)
         settings: dict[str, Any] = {
             "data": {
                 "synthetic": {"n_train": prompts, "n_heldout": 8, "n_sft": 0},
@@ -315,6 +338,31 @@ def cold_pass(stage: Stage) -> Figure:
         path = stage.path(stage.requests(pool, 4, first=first + pool))
         pairs.append(bare.wall / path.wall)
     yield "rollout_efficiency_cold", statistics.median(pairs)
+
+
+def worker_pass(stage: Stage) -> Figure:
+    """New prompts with completions of ``media_tokens``: a worker process prepares them, or the
+    actor does."""
+    pool, rounds, n = stage.sizes.pool, stage.sizes.cold_rounds, 2
+    stage.call("set_length", stage.sizes.media_tokens)
+    begin = pool * (1 + 2 * rounds)
+    spent: dict[int, list[Spent]] = {0: [], 1: []}
+    share = []
+    for turn in range(2 * rounds):
+        count = (turn + turn // 2) % 2  # 0 1 1 0 0 1
+        stage.call("begin_workers", count)
+        spent[count].append(stage.path(stage.requests(pool, n, first=begin + turn * pool)))
+        if count:
+            share.append(stage.call("worker_s") / pool)
+    stage.call("begin_workers", 0)
+    pairs = list(zip(spent[0], spent[1], strict=True))
+    yield from spread("media_workers_ratio", [own.wall / other.wall for own, other in pairs])
+    # What the actor's own process computes: the rest of the machine hardly moves it.
+    yield from spread("media_workers_cpu_ratio", [own.cpu / other.cpu for own, other in pairs])
+    for count, rows in spent.items():
+        name = "worker" if count else "actor"
+        yield f"prompts_per_s_{name}", pool / statistics.median(row.wall for row in rows)
+    yield "worker_ms_per_prompt", 1e3 * statistics.median(share)
 
 
 class SimulatedTrainer:
@@ -432,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument(
         "--groups", type=int, default=32, help="groups of 4 per step of the overlap part"
     )
-    options_of.add_argument("--only", choices=("efficiency", "overlap"), help="one half")
+    options_of.add_argument("--only", choices=("efficiency", "workers", "overlap"), help="one part")
     options_of.add_argument(
         "--tokens", type=int, default=64, help="completion length of the overlap part, at most 190"
     )
@@ -443,9 +491,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes, options.rounds, options.steps, options.groups, options.tokens = SMOKE, 1, 1, 4, 24
     figures = Figures("orchestration", options.out)
     parts: list[Callable[[Stage], Figure]] = []
-    if options.only != "overlap":
+    if options.only in (None, "efficiency"):
         parts += [lambda stage: efficiency(stage, options.rounds), cold_pass]
-    if options.only != "efficiency":
+    if options.only in (None, "workers"):
+        parts.append(worker_pass)
+    if options.only in (None, "overlap"):
         parts.append(lambda stage: overlap(stage, options.steps, options.groups, 4, options.tokens))
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as name:
         folder = Path(name)

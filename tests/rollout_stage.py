@@ -36,9 +36,10 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Stage:
-    """Services and one actor in this process; every test gets a run of its own in Redis."""
+    """Services and one actor in this process; every test gets a run of its own in Redis.
+    ``engine``: further settings of its engine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **engine: Any) -> None:
         settings: dict[str, Any] = {
             "data": {
                 "synthetic": {"n_train": 8, "n_heldout": 4, "n_sft": 0},
@@ -50,6 +51,7 @@ class Stage:
                     "max_model_len": 320,
                     "max_num_seqs": 16,
                     "kv_cache_memory_bytes": 64 << 20,
+                    **engine,
                 },
                 "sampling": {"max_tokens": 24},
             },

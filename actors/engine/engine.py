@@ -11,6 +11,7 @@ engine.adopt(1, weights.items())                     # between steps
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from avatar_rl.actors.engine.launch import (
     stop_token_ids,
 )
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
+from avatar_rl.actors.engine.rendering import rendered_by
 from avatar_rl.actors.engine.routes import ExpertRoutes
 from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
 from avatar_rl.buffer_service.weights.member import MemberSettings
@@ -50,7 +52,6 @@ from avatar_rl.common.process import set_aside_imports
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.core_client import InprocClient
@@ -229,18 +230,21 @@ class RolloutEngine:
             key = self._prompts.key(engine_input)
         rendered = self._prompts.get(key)
         if rendered is None:
-            try:
-                prompt = cast("TokensPrompt", engine_input)
-                rendered = cast("RenderedPrompt", self._engine.renderer.render_cmpl([prompt])[0])
-            except MemoryError:
-                raise
-            except Exception as error:  # processors raise anything on odd media
-                raise DataError(
-                    f"request {request_id!r}: vLLM cannot process the prompt or its media "
-                    f"({type(error).__name__}: {error}); correct or leave out this prompt"
-                ) from error
+            rendered = rendered_by(self._engine.renderer, engine_input, request_id)
             self._prompts.put(key, rendered)
         return rendered.copy()
+
+    def keep(self, key: Hashable, rendered: RenderedPrompt) -> RenderedPrompt:
+        """What another process made of a prompt, for ``submit`` and under ``key`` for
+        ``prepared``."""
+        self._prompts.put(key, rendered)
+        return rendered.copy()
+
+    @property
+    def settings(self) -> bytes:
+        """What a process without an engine needs to prepare prompts for this one
+        (``renderer_of``)."""
+        return pickle.dumps(self._engine.vllm_config)
 
     def step(self) -> list[FinishedRequest]:
         """One decoding step of everything in flight; returns the requests whose last completion

@@ -56,6 +56,7 @@ HARMLESS = (
     "rollout.max_sequences",
     "rollout.engine.gpu_memory_utilization",
     "rollout.engine.max_num_seqs",
+    "rollout.engine.media_workers",
     "rewards.judge.base_url",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",

@@ -142,7 +142,7 @@ _NO_MATTER: Mapping[str, set[str]] = {
     "engine": {
         *("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"),
         *("gpu_memory_utilization", "enforce_eager", "tensor_parallel_size", "block_size"),
-        *("prompt_cache_bytes", "weight_update", "threads"),
+        *("prompt_cache_bytes", "media_workers", "weight_update", "threads"),
     },
     # Public sets are asked greedily; the length is told by itself.
     "sampling": {"temperature", "top_p", "top_k", "max_tokens"},

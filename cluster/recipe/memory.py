@@ -374,14 +374,15 @@ class MemoryPlan:
     def rollout_host(self) -> dict[str, float]:
         """Of the host of one rollout actor."""
         data, engine = self.config.data, self.config.rollout.engine
+        machine = self.config.resources.machine
+        cores = machine.cpus if machine is not None else 1 << 10
+        workers = engine.media_workers_on("cuda", cores=cores) if self.model.encoders else 0
+        caches = data.media.memory_cache_bytes + data.template.cache_bytes
         return {
             "process": float(PROCESS_BYTES * engine.tensor_parallel_size),
             "weights asleep": self.weights if self.config.resources.colocate else 0.0,
-            "prompts and media": float(
-                engine.prompt_cache_bytes
-                + data.media.memory_cache_bytes
-                + data.template.cache_bytes
-            ),
+            "prompts and media": float(engine.prompt_cache_bytes) + caches,
+            "media workers": float(workers * WORKER_BYTES),
         }
 
     @property

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from avatar_rl.common.errors import AvatarError
 from avatar_rl.learner.media.encoder import StoredEncoder
-from avatar_rl.learner.media.workers import MediaWorkers, WorkerGoneError
+from avatar_rl.learner.media.workers import MediaWorkers
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.record import Prompt
+from avatar_rl.prompts.workers.pool import WorkerGoneError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,7 +128,7 @@ class AheadEncoder:
                 # Of its memory or its device: the rank tries by itself, and fails by name.
                 log.warning("a media worker failed at prompt %s: %r", prompt.id, error)
                 return None
-            found = made.prompt or self._stored.read(key, prompt)
+            found = made or self._stored.read(key, prompt)
             if found is not None:
                 return found
         return None

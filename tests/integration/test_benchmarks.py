@@ -75,7 +75,12 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "loading": ("host_share_ratio", "whole_load_ratio"),
     "loop": ("image_fresh", "image_ceiling", "image_trl_core_s", "image_target_seeds_trl"),
     "mistakes": ("tried", "named", "slow", "longest_s", "median_s"),
-    "orchestration": ("rollout_efficiency", "rollout_efficiency_cold", "overlap_efficiency"),
+    "orchestration": (
+        "rollout_efficiency",
+        "rollout_efficiency_cold",
+        "media_workers_ratio",
+        "overlap_efficiency",
+    ),
     "parity": ("logprob_worst", "logprob_fresh_qwen3_vl_moe", "families"),
     "real_text": ("parity_gap_ppm", "step_speedup", "packed_vs_copied", "packed_loss_gap_ppm"),
     "soak": ("steps", "kills", "replaced_actors", "trained_twice", "memory_mib_driver"),
