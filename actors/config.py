@@ -18,6 +18,10 @@ CPU_SEQUENCES, GPU_SEQUENCES = 64, 256
 MEDIA_WORKERS, CORES_PER_WORKER = 2, 4
 
 
+#: Stored embeddings that an actor holds ready (rollout.stored_embeddings).
+HELD_BYTES = 1 << 30
+
+
 def default_sequences(device: str) -> int:
     """Of an engine on "cpu" or "cuda"."""
     return CPU_SEQUENCES if device == "cpu" else GPU_SEQUENCES

@@ -21,7 +21,7 @@ from avatar_rl.prompts.record import Prompt
 if TYPE_CHECKING:
     from avatar_rl.actors.engine.engine import RolloutEngine
     from avatar_rl.actors.engine.prompt_cache import RenderedPrompt
-    from avatar_rl.actors.prompt_workers import PromptWorkers
+    from avatar_rl.actors.prompt_workers import Prepared, PromptWorkers
     from avatar_rl.buffer_service.records.requests import RequestLease
     from avatar_rl.buffer_service.store import ReplayBuffer
     from avatar_rl.prompts.datasets import PromptIndex
@@ -176,9 +176,11 @@ class Feeder:
         lease, prompt, train = begun.lease, begun.prompt, begun.lease.request.kind == "train"
         if begun.asked is not None:
             self._take(begun, begun.asked)
-        if train:  # the learner refuses longer ones, which would end the run
-            for rendered in begun.prepared.values():
+        for rendered in begun.prepared.values():
+            if train:  # the learner refuses longer ones, which would end the run
                 self.encoder.check_length(prompt, len(rendered["prompt_token_ids"]))
+            if self.engine.stored is not None:
+                self.engine.stored.fetch(rendered)
         return PendingGroup(
             lease,
             prompt,
@@ -187,7 +189,7 @@ class Feeder:
             decode=self.encoder.tokenizer.decode if self.spec.confidence and train else None,
         )
 
-    def _take(self, begun: _Begun, asked: Future[Mapping[str, RenderedPrompt]]) -> None:
+    def _take(self, begun: _Begun, asked: Future[Mapping[str, Prepared]]) -> None:
         """What a worker made. Raises DataError where the prompt is at fault."""
         try:
             found = asked.result()
@@ -197,9 +199,11 @@ class Feeder:
             log.warning("prompt %s is prepared in the actor itself: %s", begun.prompt.id, error)
             self._prepare_here(begun)
             return
-        for part, rendered in found.items():
+        for part, (rendered, names) in found.items():
             key = (begun.prompt.id, begun.lease.hinted, part)
             begun.prepared[part] = self.engine.keep(key, rendered)
+            if self.engine.stored is not None:
+                self.engine.stored.note(names)
 
 
 @dataclass
@@ -210,7 +214,7 @@ class _Begun:
     prompt: Prompt
     parts: Mapping[str, Prompt]  # the whole prompt first
     prepared: dict[str, RenderedPrompt] = field(default_factory=dict)  # by part, as far as known
-    asked: Future[Mapping[str, RenderedPrompt]] | None = None  # the others, of a worker
+    asked: Future[Mapping[str, Prepared]] | None = None  # the others, of a worker
 
     @property
     def done(self) -> bool:
@@ -241,5 +245,8 @@ def render(
     key = (prompt.id, hinted, part)
     known = engine.prepared(key)
     if known is None:
-        known = engine.prepare(encoder.engine_input(prompt, hinted=hinted), prompt.id, key=key)
+        engine_input = encoder.engine_input(prompt, hinted=hinted)
+        known = engine.prepare(engine_input, prompt.id, key=key)
+        if engine.stored is not None:
+            engine.stored.note_prompt(encoder.loader, prompt, engine_input, known)
     return known

@@ -32,6 +32,7 @@ class PromptWorkerSpec:
     media: MediaConfig
     template: TemplateConfig
     engine: bytes  # RolloutEngine.settings
+    revision: str = ""  # of the store's embeddings; empty where none are taken
 
 
 class _Question(NamedTuple):
@@ -44,7 +45,9 @@ class _Question(NamedTuple):
         return self.prompt_id, tuple(part for part, _ in self.parts), self.hinted
 
 
-_Rendered = Mapping[str, "RenderedPrompt"]  # by part
+#: A prompt as the engine takes it, and the store's names of its media by vLLM's hash.
+Prepared = tuple["RenderedPrompt", Mapping[str, str]]
+_ByPart = Mapping[str, Prepared]
 
 
 class PromptWorkers:
@@ -55,7 +58,7 @@ class PromptWorkers:
 
     def __init__(self, spec: PromptWorkerSpec, count: int) -> None:
         self._spec, self._count = spec, count
-        self._pool: WorkerPool[_Question, _Rendered] | None = None
+        self._pool: WorkerPool[_Question, _ByPart] | None = None
         self._busy_s = 0.0  # of workers that have ended
 
     @property
@@ -86,7 +89,7 @@ class PromptWorkers:
             self._busy_s += self._pool.busy_s
             self._pool = None
 
-    def ask(self, parts: Mapping[str, Prompt], *, hinted: bool) -> Future[_Rendered]:
+    def ask(self, parts: Mapping[str, Prompt], *, hinted: bool) -> Future[_ByPart]:
         """The ``parts`` of one prompt as the engine takes them.
 
         A worker that dies is replaced and its prompt asked again. The future fails with DataError
@@ -94,11 +97,11 @@ class PromptWorkers:
         other error says nothing of the prompt: do it yourself.
         """
         [prompt_id] = {prompt.id for prompt in parts.values()}
-        future: Future[_Rendered] = Future()
+        future: Future[_ByPart] = Future()
         self._try(future, _Question(prompt_id, tuple(parts.items()), hinted), 1)
         return future
 
-    def _try(self, future: Future[_Rendered], question: _Question, attempt: int) -> None:
+    def _try(self, future: Future[_ByPart], question: _Question, attempt: int) -> None:
         pool = self._pool
         if pool is None:
             future.set_exception(WorkerGoneError("the workers were ended"))
@@ -108,10 +111,10 @@ class PromptWorkers:
 
     def _tried(
         self,
-        future: Future[_Rendered],
+        future: Future[_ByPart],
         question: _Question,
         attempt: int,
-        inner: Future[_Rendered],
+        inner: Future[_ByPart],
     ) -> None:
         error = inner.exception()
         if error is None:
@@ -131,11 +134,12 @@ class PromptWorkers:
             )
 
 
-def _open(spec: PromptWorkerSpec) -> Callable[[_Question], _Rendered]:
+def _open(spec: PromptWorkerSpec) -> Callable[[_Question], _ByPart]:
     """In a worker: what prepares prompts."""
     import torch
 
     from avatar_rl.actors.engine.rendering import rendered_by, renderer_of
+    from avatar_rl.actors.engine.stored_media import stored_names
     from avatar_rl.prompts.encoding.template import PromptEncoder
     from avatar_rl.prompts.media.loader import MediaLoader
 
@@ -144,10 +148,15 @@ def _open(spec: PromptWorkerSpec) -> Callable[[_Question], _Rendered]:
     loader = MediaLoader(spec.media, base=Path("."))
     encoder = PromptEncoder(spec.model, loader, spec.template)
 
-    def prepare(asked: _Question) -> _Rendered:
-        return {
-            part: rendered_by(renderer, encoder.engine_input(prompt, asked.hinted), prompt.id)
-            for part, prompt in asked.parts
-        }
+    def prepare(asked: _Question) -> _ByPart:
+        found: dict[str, Prepared] = {}
+        for part, prompt in asked.parts:
+            given = encoder.engine_input(prompt, asked.hinted)
+            rendered = rendered_by(renderer, given, prompt.id)
+            names: Mapping[str, str] = {}
+            if spec.revision:
+                names = stored_names(spec.revision, loader, prompt, given, rendered)
+            found[part] = rendered, names
+        return found
 
     return prepare

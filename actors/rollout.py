@@ -81,6 +81,7 @@ class RolloutActor:
     def _load(self) -> None:
         """The engine and what it is fed with: imports vLLM and torch."""
         from avatar_rl.actors.engine.engine import RolloutEngine
+        from avatar_rl.actors.engine.stored_media import StoredMedia
         from avatar_rl.actors.engine_turn import EngineTurn
         from avatar_rl.buffer_service.weights.receiver import WeightReceiver
         from avatar_rl.prompts.datasets import PromptIndex
@@ -94,12 +95,16 @@ class RolloutActor:
         lock = TurnLock(spec.turn_lock, self.name) if spec.turn_lock is not None else None
         if lock is not None:
             lock.take()
+        stored = None
+        if (store := spec.stored) is not None:
+            stored = StoredMedia.open(spec.model, store.folder, store.bytes, store.dtype)
         self.engine = RolloutEngine(
             spec.model,
             spec.engine,
             adapter=spec.adapter,
             sleeps=lock is not None,
             records_experts=spec.records_experts,
+            stored=stored,
         )
         self.receiver = self._open_receiver(WeightReceiver(self.weight_store, self.engine.version))
         self.workers = self._prompt_workers()
@@ -119,7 +124,14 @@ class RolloutActor:
         count = spec.engine.media_workers_on(self.engine.device, cores=os.cpu_count() or 1)
         if not count or self.encoder.kind not in MULTIMODAL:
             return None
-        settings = PromptWorkerSpec(spec.model, spec.media, spec.template, self.engine.settings)
+        stored = self.engine.stored
+        settings = PromptWorkerSpec(
+            spec.model,
+            spec.media,
+            spec.template,
+            self.engine.settings,
+            "" if stored is None else stored.revision,
+        )
         return PromptWorkers(settings, count)
 
     def _open_receiver(self, board: WeightReceiver) -> WeightReceiver | RoadReceiver:

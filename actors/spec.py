@@ -13,6 +13,15 @@ from avatar_rl.prompts.config import DataConfig, MediaConfig, TemplateConfig
 
 
 @dataclass(frozen=True)
+class StoreSpec:
+    """The learner's store of embeddings, as a rollout actor opens it."""
+
+    folder: Path | None  # None: the default of the node
+    bytes: int
+    dtype: str  # of the learner's towers
+
+
+@dataclass(frozen=True)
 class RolloutSpec:
     """All that a rollout actor needs to know; plain data, sent once."""
 
@@ -40,4 +49,5 @@ class RolloutSpec:
     adapter: AdapterShape | None = None  # set: versions are adapters on ``model``
     turn_lock: Path | None = None  # set: the learner works on the same device, by turns
     records_experts: bool = False  # the learner takes the experts that the engine took
+    stored: StoreSpec | None = None  # set: embeddings are taken in the place of towers' runs
     transport: str = "board"  # how versions come: weights.transport, resolved

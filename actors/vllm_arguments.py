@@ -55,6 +55,7 @@ OURS = {
     "enable_sleep_mode": "use resources.colocate",
     "enable_return_routed_experts": "use learner.router: replay",
     "aux_output_config": "use learner.router: replay",
+    "ec_transfer_config": "use rollout.stored_embeddings",
 }
 #: That shape how adapters run, and are yours to set where rollouts take adapters.
 OF_ADAPTERS = frozenset({"fully_sharded_loras", "specialize_active_lora"})

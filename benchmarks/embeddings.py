@@ -32,9 +32,9 @@ from avatar_rl.learner.batch.plan import StepWork
 from avatar_rl.learner.config import EmbeddingsConfig
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.opening import MediaSetting, open_encoder
-from avatar_rl.learner.media.towers import TOWERS
 from avatar_rl.learner.model.media import embed
 from avatar_rl.learner.spec import LearnerSpec
+from avatar_rl.prompts.embeddings.names import TOWERS
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt

@@ -246,6 +246,11 @@ class RolloutSection(Section):
         "began with, and nothing is prefilled again. merged: whole weights. Adapters on towers or "
         "projectors are always merged, which the run says.",
     )
+    stored_embeddings: bool = Field(
+        False,
+        description="Take what the learner's store (learner.embeddings) has of a medium on an "
+        "actor's node in the place of a tower's run; the rest is computed. Needs frozen towers.",
+    )
     engine: EngineConfig = Field(EngineConfig(), description="vLLM engine settings.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are sampled.")
     max_sequences: int | None = Field(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from avatar_rl.actors.config import EngineConfig, RequestSampling
 from avatar_rl.actors.engine.engine import FinishedRequest, RolloutEngine
+from avatar_rl.actors.engine.stored_media import StoredMedia
 from avatar_rl.buffer_service.config import BufferConfig
 from avatar_rl.buffer_service.redis.server import EmbeddedRedis
 from avatar_rl.buffer_service.weights.block import unpack_weights
@@ -33,6 +34,8 @@ from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.names import NameMap
 from avatar_rl.learner.publication import Road, Take, changing_tensors, published_adapter
 from avatar_rl.prompts.config import TemplateConfig
+from avatar_rl.prompts.embeddings.names import store_revision, tower_revision
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import PromptEncoder
 from avatar_rl.prompts.record import Prompt
@@ -136,8 +139,10 @@ class Stage:
         family: str,
         config: EngineConfig = ENGINE,
         lora: LoraConfig | None = None,
+        store: EmbeddingStore | None = None,
     ) -> None:
-        """With ``lora`` the learner's model has an adapter, which ``publish`` sends."""
+        """With ``lora`` the learner's model has an adapter, which ``publish`` sends. With ``store``
+        the engine takes what that has of media."""
         self.family, self.config = family, config
         self.folder = folder / "model"
         respawn(FAMILIES[family](folder / "base"), self.folder, seed=1)
@@ -153,7 +158,11 @@ class Stage:
             shape, why = adapter_road(RunConfig.model_validate(recipe), self.folder)
             assert shape is not None, why
             self.adapter = Adapter.attach(self.model, lora)
-        self.engine = RolloutEngine(self.folder, config, adapter=shape)
+        self.stored = None
+        if store is not None:
+            revision = store_revision(self.folder, "float32", tower_revision(self.folder))
+            self.stored = StoredMedia(store, revision)
+        self.engine = RolloutEngine(self.folder, config, adapter=shape, stored=self.stored)
         self.twin: Twin | None = None
 
     def prompts(self, layouts: Layouts | None = None) -> list[Prompt]:

@@ -41,6 +41,7 @@ from avatar_rl.actors.engine.launch import (
 from avatar_rl.actors.engine.prompt_cache import EngineInput, PromptCache, RenderedPrompt
 from avatar_rl.actors.engine.rendering import rendered_by
 from avatar_rl.actors.engine.routes import ExpertRoutes
+from avatar_rl.actors.engine.stored_media import StoredMedia
 from avatar_rl.buffer_service.weights.adapter_contract import AdapterContract
 from avatar_rl.buffer_service.weights.member import MemberSettings
 from avatar_rl.buffer_service.weights.receiver import ProvenWeights, WeightContract
@@ -103,9 +104,11 @@ class RolloutEngine:
         adapter: AdapterShape | None = None,
         sleeps: bool = False,
         records_experts: bool = False,
+        stored: StoredMedia | None = None,
     ) -> None:
         self.config = config
         self.version = version
+        self.stored = stored  # embeddings of media, taken in the place of a tower's run
         path = Path(model_path)
         kind = model_kind(path)
         self.device = pick_device(config)
@@ -121,7 +124,7 @@ class RolloutEngine:
         prepare_environment(config, self.device)
         from vllm import EngineArgs, LLMEngine
 
-        from avatar_rl.actors.engine.vllm_plugin import register
+        from avatar_rl.actors.engine.vllm_plugin import embeddings, register
 
         register()
         quieten()
@@ -131,6 +134,7 @@ class RolloutEngine:
             arguments |= adapter_arguments(adapter) if adapter is not None else {}
             arguments |= sleep_arguments(self.device) if sleeps else {}
             arguments |= recording_arguments(arguments) if records_experts else {}
+            arguments |= embeddings.connector_arguments(stored)
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"vLLM cannot serve {path} (model_type {kind!r}): {error}") from error
@@ -235,15 +239,13 @@ class RolloutEngine:
         return rendered.copy()
 
     def keep(self, key: Hashable, rendered: RenderedPrompt) -> RenderedPrompt:
-        """What another process made of a prompt, for ``submit`` and under ``key`` for
-        ``prepared``."""
+        """What another process made of a prompt; ``prepared`` finds it under ``key``."""
         self._prompts.put(key, rendered)
         return rendered.copy()
 
     @property
     def settings(self) -> bytes:
-        """What a process without an engine needs to prepare prompts for this one
-        (``renderer_of``)."""
+        """For ``renderer_of``: to prepare prompts in a process without an engine."""
         return pickle.dumps(self._engine.vllm_config)
 
     def step(self) -> list[FinishedRequest]:
@@ -411,6 +413,8 @@ class RolloutEngine:
             self._engine.collective_rpc("leave_transfers")
         self._engine.engine_core.shutdown()
         self._engine.renderer.shutdown()
+        if self.stored is not None:
+            self.stored.withdraw()
         RolloutEngine._occupied = False
 
     def _parameters(self, sampling: RequestSampling, seed: int | None) -> SamplingParams:

@@ -53,6 +53,7 @@ HARMLESS = (
     "rollout.autoscale",
     "rollout.drain_s",
     "rollout.lease_s",
+    "rollout.stored_embeddings",
     "rollout.max_sequences",
     "rollout.engine.gpu_memory_utilization",
     "rollout.engine.max_num_seqs",

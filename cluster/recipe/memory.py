@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from avatar_rl.actors.config import HELD_BYTES
 from avatar_rl.cluster.adapter_road import takes_adapter
 from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.architecture import (
@@ -383,6 +384,7 @@ class MemoryPlan:
             "weights asleep": self.weights if self.config.resources.colocate else 0.0,
             "prompts and media": float(engine.prompt_cache_bytes) + caches,
             "media workers": float(workers * WORKER_BYTES),
+            "stored embeddings": float(HELD_BYTES * self.config.rollout.stored_embeddings),
         }
 
     @property

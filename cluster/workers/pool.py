@@ -20,6 +20,7 @@ from avatar_rl.cluster.config import RunConfig
 from avatar_rl.cluster.recipe.assets import Datasets
 from avatar_rl.cluster.services.placement import release, reserve, shortage
 from avatar_rl.cluster.services.services import Services
+from avatar_rl.cluster.workers.stored_media import store_spec
 from avatar_rl.cluster.workers.supervision import StartWatch
 from avatar_rl.cluster.workers.weight_road import engine_device, weight_transport
 from avatar_rl.common import errors
@@ -342,6 +343,7 @@ def rollout_spec(
         adapter=adapter_road(config, model)[0],
         turn_lock=turn_lock,
         records_experts=config.learner.router == "replay",
+        stored=store_spec(config, model, on_gpu=engine_device(config, on_gpu) == "cuda"),
         transport=weight_transport(config, model, on_gpu=on_gpu)[0],
     )
 

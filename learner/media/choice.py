@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.config import EmbeddingsConfig
-from avatar_rl.learner.media.towers import TOWERS
+from avatar_rl.prompts.embeddings.names import TOWERS
 
 
 def trained_towers(trained: Iterable[str]) -> list[str]:

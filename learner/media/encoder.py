@@ -6,20 +6,18 @@ through the processor."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from avatar_rl.common.errors import ModelError
-from avatar_rl.learner.media.store import EmbeddingStore, Stored
+from avatar_rl.prompts.embeddings.names import KINDS, PIXELS, content_name, embedding_name
+from avatar_rl.prompts.embeddings.store import EmbeddingStore, Stored
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.embeddings import MediaEmbeddings
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
@@ -30,14 +28,6 @@ if TYPE_CHECKING:
 
     from avatar_rl.learner.media.towers import Towers
 
-#: Raise it when towers or layouts are stored in another way.
-VERSION = 1
-KINDS: tuple[Modality, ...] = ("image", "video", "audio")
-#: The processor's tensors of each kind: those cut by medium, and the one that says where.
-_PIXELS = {
-    "image": ("pixel_values", "image_grid_thw"),
-    "video": ("pixel_values_videos", "video_grid_thw"),
-}
 _SOUND = ("input_features", "feature_attention_mask")
 
 
@@ -73,7 +63,7 @@ class StoredEncoder:
     def _of_prompt(self, what: str, prompt: Prompt, *words: str) -> str:
         config = self.prompts.config
         loader = self.prompts.loader
-        return _name(
+        return content_name(
             what,
             self.revision,
             *words,
@@ -193,12 +183,9 @@ class StoredEncoder:
         settings: Mapping[str, object],
         tensors: Mapping[str, Tensor],
     ) -> str:
-        """Of one medium: its content, how it was decoded and processed, and the towers."""
-        # Sound is padded to the longest of its prompt, which changes nothing of what is heard.
-        pixels = tensors if kind != "audio" else {}
-        shapes = {name: list(tensor.shape) for name, tensor in sorted(pixels.items())}
-        said = json.dumps([settings.get(f"{kind}s_kwargs"), shapes], sort_keys=True)
-        return _name("embedding", self.revision, kind, address, said)
+        """See ``embedding_name``; ``tensors`` are the processor's."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return embedding_name(self.revision, kind, address, settings, shapes)
 
     def _kept(self, key: str, encoded: EncodedPrompt) -> EncodedPrompt:
         """``encoded``, remembered up to ``data.template.cache_bytes``."""
@@ -225,42 +212,14 @@ def _embedding_names(layout: Stored) -> dict[Modality, list[str]] | None:
         return None
 
 
-def processing_words(folder: Path, dtype: str) -> list[str]:
-    """What else an embedding depends on: dtype, the model's configs, transformers' version."""
-    import transformers
-
-    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.jinja"))]
-    skipped = ("index.json", "generation_config.json")
-    return [
-        f"version {VERSION}",
-        dtype,
-        transformers.__version__,
-        *(
-            f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
-            for file in files
-            if not file.name.endswith(skipped)
-        ),
-    ]
-
-
 def _of_medium(kind: Modality, number: int, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The processor's tensors of the prompt's ``number``-th medium of its kind."""
     if kind == "audio":
         return {name: features[name][number : number + 1] for name in _SOUND}
-    values, grids = _PIXELS[kind]
+    values, grids = PIXELS[kind]
     sizes = features[grids].prod(-1).tolist()
     start = sum(sizes[:number])
     return {
         values: features[values][start : start + sizes[number]],
         grids: features[grids][number : number + 1],
     }
-
-
-def _name(*parts: str) -> str:
-    """Content address; every part's length goes in, which keeps ("ab", "c") and ("a", "bc")
-    apart."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(np.int64(len(data)).tobytes() + data)
-    return digest.hexdigest()

@@ -13,11 +13,10 @@ import torch.distributed as dist
 from avatar_rl.learner.config import EmbeddingsConfig
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.choice import why_off
-from avatar_rl.learner.media.encoder import processing_words
-from avatar_rl.learner.media.store import default_folder
-from avatar_rl.learner.media.towers import revision_of, tower_revision
 from avatar_rl.learner.media.workers import MediaWorkers, WorkerSpec, make_encoder
 from avatar_rl.prompts.config import MediaConfig, TemplateConfig
+from avatar_rl.prompts.embeddings.names import store_revision, tower_revision
+from avatar_rl.prompts.embeddings.store import default_folder
 from avatar_rl.prompts.encoding.rope import MULTIMODAL
 from avatar_rl.prompts.encoding.template import PromptEncoder
 
@@ -69,7 +68,7 @@ def open_encoder(
         model=model,
         dtype=setting.dtype,
         device=str(setting.device),
-        revision=revision_of([of_weights, *processing_words(model, setting.dtype)]),
+        revision=store_revision(model, setting.dtype, of_weights),
         media=setting.media,
         template=setting.template.model_copy(update={"cache_bytes": 0}),
         folder=config.folder or default_folder(),

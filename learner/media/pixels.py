@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from avatar_rl.common.errors import ModelError
 from avatar_rl.learner.media.encoder import StoredEncoder
-from avatar_rl.learner.media.store import EmbeddingStore, Stored
+from avatar_rl.prompts.embeddings.store import EmbeddingStore, Stored
 from avatar_rl.prompts.encoding.digest import prompt_digest
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 

@@ -5,8 +5,7 @@ them is the model's own (``get_image_features`` and its kin)."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,56 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from avatar_rl.common.errors import ModelError
-from avatar_rl.common.weight_files import WeightFiles
 from avatar_rl.learner.model.kinds import DTYPES, class_name
+from avatar_rl.prompts.embeddings.names import TOWERS, tower_tensors
 from avatar_rl.prompts.record import Modality
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-#: Words of a parameter's name that say it belongs to a tower.
-TOWERS = ("visual", "audio_tower")
-
-
-def tower_suffix(name: str) -> str | None:
-    """A tensor's name from its tower on; None for one of the language model."""
-    parts = name.split(".")
-    return next(
-        (".".join(parts[place:]) for place, part in enumerate(parts) if part in TOWERS), None
-    )
-
-
-def tower_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name from the tower on, tensor) of a checkpoint's towers, in the order of their names."""
-    from safetensors import safe_open
-
-    found: dict[str, tuple[str, Path]] = {}
-    for name, file in WeightFiles.find(folder).tensors.items():
-        suffix = tower_suffix(name)
-        # An omni checkpoint also holds a talker and a vocoder.
-        if suffix is not None and not name.startswith(("talker.", "token2wav.", "code2wav.")):
-            found[suffix] = (name, file)
-    for suffix in sorted(found):
-        name, file = found[suffix]
-        with safe_open(file, framework="pt") as tensors:
-            yield suffix, tensors.get_tensor(name)
-
-
-def tower_revision(folder: Path) -> str:
-    """sha256 of the towers' weights, names and types; empty where a checkpoint has no tower. Reads
-    all their bytes, about 1 s per GB."""
-    digest, towers = hashlib.sha256(), 0
-    for name, tensor in tower_tensors(folder):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        values = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(values)  # type: ignore[arg-type]  # an array is a buffer
-        towers += 1
-    return digest.hexdigest() if towers else ""
-
-
-def revision_of(words: Iterable[str]) -> str:
-    """One name for towers and all that their embeddings depend on."""
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
 
 class Towers:

@@ -15,9 +15,9 @@ import torch
 
 from avatar_rl.learner.media.encoder import StoredEncoder
 from avatar_rl.learner.media.pixels import StoredPixels
-from avatar_rl.learner.media.store import EmbeddingStore
 from avatar_rl.learner.media.towers import Towers
 from avatar_rl.prompts.config import MediaConfig, TemplateConfig
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import Prompt

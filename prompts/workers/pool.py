@@ -170,7 +170,8 @@ class WorkerPool(Generic[Question, Answer]):
                 pipe.close()
                 pipe = None
                 self._lost(number)
-                error = WorkerGoneError(f"a worker died ({_words(gone)})", at_work=True)
+                words = f"a worker died ({_words(gone)})"
+                error = WorkerGoneError(words, at_work=not self._closed)
                 self._settle(asked.name, _Reply(None, error, 0.0))
             except Exception as unreadable:  # a question or an answer that no pipe takes
                 self._settle(asked.name, _Reply(None, unreadable, 0.0))

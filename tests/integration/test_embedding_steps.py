@@ -13,8 +13,7 @@ import torch
 from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.encoder import StoredEncoder
-from avatar_rl.learner.media.store import EmbeddingStore
-from avatar_rl.learner.media.towers import TOWERS, Towers
+from avatar_rl.learner.media.towers import Towers
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy
 from avatar_rl.learner.model.reference import ReferencePolicy
@@ -23,6 +22,8 @@ from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepTrainer
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.embeddings.names import TOWERS
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.encoding.template import PromptEncoder
 from avatar_rl.prompts.record import Prompt
 from avatar_rl.prompts.synthetic.tiny_model import build_tiny_omni

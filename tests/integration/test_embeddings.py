@@ -26,11 +26,12 @@ from avatar_rl.learner.config import EmbeddingsConfig
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.encoder import StoredEncoder
 from avatar_rl.learner.media.opening import MediaSetting, open_encoder
-from avatar_rl.learner.media.store import EmbeddingStore
-from avatar_rl.learner.media.towers import TOWERS, Towers, tower_revision
+from avatar_rl.learner.media.towers import Towers
 from avatar_rl.learner.model.load import load_model
 from avatar_rl.learner.model.policy import Policy, freeze
 from avatar_rl.prompts.config import MediaConfig, TemplateConfig
+from avatar_rl.prompts.embeddings.names import TOWERS, tower_revision
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from avatar_rl.prompts.media.loader import MediaLoader
 from avatar_rl.prompts.record import MediaItem, MediaPlan, ProblemType, Prompt
@@ -225,7 +226,7 @@ import sys
 from pathlib import Path
 from typing import Any
 import numpy as np, torch
-from avatar_rl.learner.media.store import EmbeddingStore
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.datasets import PromptIndex
 from avatar_rl.prompts.record import ProblemType, Prompt
 store = EmbeddingStore(Path(sys.argv[1]), 60_000)

@@ -48,6 +48,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage.close()
 
 
+@pytest.mark.timeout(900)  # two workers start, one after the other
 def test_groups_are_those_of_an_actor_without_workers_whatever_becomes_of_one(
     stage: Stage,
 ) -> None:
@@ -144,7 +145,7 @@ def test_a_worker_prepares_what_the_engine_would(kind: str, tmp_path: Path) -> N
     assert list(made) == ["", "video"]
     for name, prompt in (("", whole), ("video", part)):
         own: Any = rendered_by(renderer, encoder.engine_input(prompt, True), "own")
-        found: Any = made[name]
+        found: Any = made[name][0]
         assert found["prompt_token_ids"] == own["prompt_token_ids"]
         assert found["mm_hashes"] == own["mm_hashes"]
         assert found["mm_placeholders"] == own["mm_placeholders"]

@@ -26,8 +26,7 @@ from avatar_rl.learner.engine import TrainEngine
 from avatar_rl.learner.lora_config import LoraConfig
 from avatar_rl.learner.media.ahead import AheadEncoder
 from avatar_rl.learner.media.encoder import StoredEncoder
-from avatar_rl.learner.media.store import EmbeddingStore
-from avatar_rl.learner.media.towers import TOWERS, Towers
+from avatar_rl.learner.media.towers import Towers
 from avatar_rl.learner.model.load import load_model, recompute_activations
 from avatar_rl.learner.model.policy import Policy, PolicyOutput, Replay
 from avatar_rl.learner.model.reference import ReferencePolicy
@@ -38,6 +37,8 @@ from avatar_rl.learner.state import StateReplicator
 from avatar_rl.learner.step import StepTrainer
 from avatar_rl.prompts.config import TemplateConfig
 from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.embeddings.names import TOWERS
+from avatar_rl.prompts.embeddings.store import EmbeddingStore
 from avatar_rl.prompts.encoding.template import EncodedPrompt, PromptEncoder
 from benchmarks.learner_side import make_spec, make_step
 from tests.integration.test_embedding_steps import prompts_of

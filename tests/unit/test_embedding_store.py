@@ -16,8 +16,8 @@ from avatar_rl.common.errors import ConfigError, InputError
 from avatar_rl.learner.config import EmbeddingsConfig, LearnerConfig
 from avatar_rl.learner.media.ahead import Lookahead
 from avatar_rl.learner.media.choice import why_off
-from avatar_rl.learner.media.store import EmbeddingStore, default_folder
 from avatar_rl.prompts.datasets import PromptIndex
+from avatar_rl.prompts.embeddings.store import EmbeddingStore, default_folder
 from avatar_rl.prompts.record import ProblemType, Prompt
 
 NAME = "ab" * 32

@@ -52,7 +52,8 @@ class Workers:
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result({part: rendered(f"{name}/{part} of a worker") for part in parts})
+            made = {part: rendered(f"{name}/{part} of a worker") for part in parts}
+            future.set_result({part: (one, {"hash": name}) for part, one in made.items()})
 
 
 def rendered(what: str) -> dict[str, Any]:
@@ -69,7 +70,11 @@ class Stage:
         self.released: list[RequestLease] = []
         self.state, self.workers = SharedState(), Workers()
         engine = SimpleNamespace(
-            prepared=self.cache.get, prepare=self.prepare, keep=self.keep, in_flight=0
+            prepared=self.cache.get,
+            prepare=self.prepare,
+            keep=self.keep,
+            in_flight=0,
+            stored=None,
         )
         requests = SimpleNamespace(lease=lambda *_, **__: [], release=self.released.extend)
         encoder = SimpleNamespace(
@@ -180,6 +185,20 @@ def test_parts_of_a_prompt_go_to_one_worker_and_come_back_in_order() -> None:
     stage.workers.finish("p")
     assert stage.ready == ["p"]
     assert list(stage.state.ready[0].prepared) == ["", "video", "audio"]
+
+
+def test_names_of_stored_media_are_noted_and_media_fetched_before_a_group_is_ready(
+    stage: Stage,
+) -> None:
+    seen: list[Any] = []
+    stage.feeder.engine.stored = SimpleNamespace(  # type: ignore[assignment]
+        note=lambda names: seen.append(names), fetch=lambda one: seen.append(one["prompt"])
+    )
+    stage.lease("a")
+    stage.workers.finish("a")
+    assert stage.ready == ["a"] and seen == [{"hash": "a"}, "a/ of a worker"]
+    stage.lease("a")  # from the cache; its names are known
+    assert stage.ready == ["a", "a"] and seen[2:] == ["a/ of a worker"]
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -292,7 +292,7 @@ def test_an_actor_sets_a_prompt_aside_that_its_media_make_too_long(folder: Path)
         )
 
     refused: list[tuple[RequestLease, str]] = []
-    state, engine = SharedState(), SimpleNamespace(prepared=kept.get, prepare=prepare)
+    state, engine = SharedState(), SimpleNamespace(prepared=kept.get, prepare=prepare, stored=None)
     feeder = Feeder(
         "a",
         SimpleNamespace(unimodal=False, confidence=False),  # type: ignore[arg-type]
@@ -539,7 +539,9 @@ def test_a_prompt_that_the_template_refuses_is_named_on_every_path(
     # A rollout actor sets the prompt aside and prepares the next.
     refused: list[str] = []
     state = SharedState()
-    engine = SimpleNamespace(prepared=lambda key: None, prepare=lambda given, name, key: given)
+    engine = SimpleNamespace(
+        prepared=lambda key: None, prepare=lambda given, name, key: given, stored=None
+    )
     feeder = Feeder(
         "a",
         SimpleNamespace(unimodal=False, confidence=False),  # type: ignore[arg-type]

@@ -3,8 +3,9 @@ forward.
 
 Loaded through the ``vllm.general_plugins`` entry point in every vLLM process, and by
 ``RolloutEngine`` directly. omni.py: positions; seconds.py: frame times; media.py and experts.py:
-media and fused experts after a weight update; worker.py: log-probabilities; links.py: how weights
-come; routes.py: which experts tokens took.
+media and fused experts after a weight update; embeddings.py: stored embeddings in the place of a
+tower's run; worker.py: log-probabilities; links.py: how weights come; routes.py: which experts
+tokens took.
 """
 
 from __future__ import annotations
