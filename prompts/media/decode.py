@@ -393,11 +393,9 @@ def _rgb(
     """uint8 (H, W, 3), upright, at most ``max_pixels``."""
     width, height = shrunk(frame.width, frame.height, max_pixels)
     same = (width, height) == (frame.width, frame.height)
-    interpolation = None if same else "BICUBIC"
-    converted = reformatter.reformat(
-        frame, width, height, "rgb24", interpolation=interpolation, threads=threads
-    )
-    image = converted.to_ndarray()
+    how = None if same else "BICUBIC"
+    made = reformatter.reformat(frame, width, height, "rgb24", interpolation=how, threads=threads)
+    image = made.to_ndarray()
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)), dtype=np.uint8)
 
 
