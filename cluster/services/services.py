@@ -109,6 +109,14 @@ class Services:
         local = LOOPBACK if cluster_address(self.config) is None else {}
         return {**ENVIRONMENT, **local, **({} if self.on_gpu else CPU_ENVIRONMENT | jemalloc())}
 
+    def engine_environment(self) -> dict[str, str]:
+        """Environment of rollout processes. OpenMP reads its count for every thread from there, and
+        vLLM refuses threads that count differently."""
+        threads = (
+            {} if self.on_gpu else {"OMP_NUM_THREADS": str(self.config.rollout.engine.threads)}
+        )
+        return self.worker_environment() | threads
+
     def rewards(self) -> RewardConfig:
         """The recipe's rewards; a judge that was started here is named by its address."""
         rewards, longest = self.config.rewards, self.config.rollout.sampling.max_tokens

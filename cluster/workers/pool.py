@@ -144,6 +144,7 @@ class Pool:
                 gpus=self._gpus(resources.rollout_gpus, shared=resources.colocate),
                 max_concurrency=4,
                 resources=resources.rollout_resources,
+                environment=self.services.engine_environment(),
                 **where,
             )
             scorer = self.scorers[number % len(self.scorers)] if self.scorers else None
