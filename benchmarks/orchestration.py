@@ -81,7 +81,7 @@ class Sizes:
     )
 
 
-SMOKE = Sizes(8, ((24, 4),), 1, 1, (("equal", 1.0),))
+SMOKE = Sizes(8, ((24, 4),), 1, 1, trainers=(("equal", 1.0),))
 
 
 class TimedRequests:

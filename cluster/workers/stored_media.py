@@ -11,7 +11,6 @@ from avatar_rl.common.errors import ConfigError
 from avatar_rl.learner.adapter.files import chosen_layers
 from avatar_rl.learner.adapter.targets import encoder_layers
 from avatar_rl.prompts.embeddings.names import TOWERS
-from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI
 
 
 def store_spec(config: RunConfig, model: Path, *, on_gpu: bool) -> StoreSpec | None:
@@ -36,6 +35,8 @@ def store_spec(config: RunConfig, model: Path, *, on_gpu: bool) -> StoreSpec | N
 
 def _hindrance(config: RunConfig, model: Path, dtype: str, engine: str) -> str:
     """What hinders it and the remedy; empty where nothing does."""
+    from avatar_rl.prompts.encoding.rope import MULTIMODAL, OMNI  # torch: not with every driver
+
     learner = config.learner
     kind = str(json.loads((model / "config.json").read_text()).get("model_type", ""))
     if kind not in MULTIMODAL:

@@ -8,13 +8,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from avatar_rl.common.weight_files import WeightFiles
 from avatar_rl.prompts.record import Modality
+
+if TYPE_CHECKING:  # the driver names towers, and does without torch
+    from torch import Tensor
 
 #: Raise it when towers or layouts are stored in another way.
 VERSION = 1
@@ -56,6 +58,8 @@ def tower_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def tower_revision(folder: Path) -> str:
     """sha256 of the towers' weights, names and types; empty where a checkpoint has no tower. Reads
     all their bytes, about 1 s per GB."""
+    import torch
+
     digest, towers = hashlib.sha256(), 0
     for name, tensor in tower_tensors(folder):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

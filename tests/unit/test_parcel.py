@@ -12,6 +12,13 @@ import torch
 from avatar_rl.prompts.workers import parcel
 
 
+def memory_files() -> int:
+    """Memory files of parcels that this process holds open."""
+    names = os.listdir("/proc/self/fd")
+    links = (f"/proc/self/fd/{name}" for name in names)
+    return sum("memfd:parcel" in os.readlink(link) for link in links if os.path.islink(link))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
 @pytest.mark.parametrize("size", [0, 3, 1 << 18])
 def test_a_parcel_holds_what_was_sent(dtype: torch.dtype, size: int) -> None:
@@ -24,10 +31,10 @@ def test_a_parcel_holds_what_was_sent(dtype: torch.dtype, size: int) -> None:
         "words": ["a", ("b", 2)],
     }
     ours, its = Pipe()
-    opened = len(os.listdir("/proc/self/fd"))
+    opened = memory_files()
     parcel.send(its, os.getpid(), sent)
     found = parcel.receive(ours)
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert memory_files() == opened
     for name in ("whole", "column", "scalar"):
         assert found[name].dtype == sent[name].dtype and torch.equal(found[name], sent[name])  # type: ignore[attr-defined,arg-type]
     assert np.array_equal(found["array"], np.arange(size, dtype=np.int16))
