@@ -54,8 +54,13 @@ class StateReplica:
         self._pinned: dict[int, dict[int, Files]] = {}
 
     def store(self, version: int, rank: int, files: Files) -> None:
-        """Take one rank's part of ``version``; a repeat replaces it."""
-        self._held.setdefault(version, {})[rank] = files
+        """Take a copy of one rank's part of ``version``; a repeat replaces it.
+
+        What came lies in Ray's object store. Two states there, and a third on its way, would fill
+        it: then every third step waits seconds for room."""
+        self._held.setdefault(version, {})[rank] = {
+            name: content.copy() for name, content in files.items()
+        }
         for old in sorted(self._held)[: -self.keep]:
             del self._held[old]
 

@@ -225,3 +225,12 @@ def test_a_pinned_version_stays_until_it_is_written(tmp_path: Path) -> None:
         state_replica.store(version, 0, a_state(version))
     assert state_replica.write(1, tmp_path) is not None
     assert state_replica.write(1, tmp_path) is None
+
+
+def test_the_replica_keeps_a_copy_of_its_own(tmp_path: Path) -> None:
+    """What it is sent lies in the object store, where two states leave no room for a third."""
+    state_replica, sent = StateReplica(ranks=1), a_state(1)
+    state_replica.store(1, 0, sent)
+    sent["model.pt"][:] = 0
+    state_replica.write(1, tmp_path)
+    assert (tmp_path / "state" / "model.pt").read_bytes() == a_state(1)["model.pt"].tobytes()
