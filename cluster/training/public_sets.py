@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from avatar_rl.actors.config import MEDIA_WORKERS
 from avatar_rl.buffer_service.store import ReplayBuffer
 from avatar_rl.cluster.benchmarks.answers import AnswerStore
 from avatar_rl.cluster.benchmarks.convert import (
@@ -94,7 +92,7 @@ def ask_sets(
 
 def _ask(system: System, model: Path, asked: Sequence[tuple[SetToAsk, Question]]) -> Asking:
     """Asks until every question is answered or refused."""
-    config = with_free_cores(system.config, os.cpu_count() or 1)
+    config = system.config
     run_id = system.folder.path.name[-64:]
     owners = {f"{one.benchmark.name}/{q.id}": (one.store, q.id) for one, q in asked}
     with ReplayBuffer.connect(config.buffer, run_id, url=system.services.redis_url) as buffer:
@@ -109,18 +107,6 @@ def _ask(system: System, model: Path, asked: Sequence[tuple[SetToAsk, Question]]
             begin = time.perf_counter()
             rounds.run(fleet.watch, lambda done: system.screen.progress(done, len(asked)))
             return Asking(buffer.requests.quarantined(), time.perf_counter() - begin)
-
-
-def with_free_cores(config: RunConfig, cores: int) -> RunConfig:
-    """The configuration with media workers on the cores that no engine takes: nothing is trained
-    beside an evaluation. What the recipe says of them stays."""
-    engine, actors = config.rollout.engine, config.rollout.workers
-    if engine.media_workers is not None:
-        return config
-    free = max(0, cores // actors - engine.threads)
-    engine = engine.model_copy(update={"media_workers": min(MEDIA_WORKERS, free)})
-    rollout = config.rollout.model_copy(update={"engine": engine})
-    return config.model_copy(update={"rollout": rollout})
 
 
 class _Rounds:

@@ -44,7 +44,6 @@ from avatar_rl.cluster.training.public_sets import (
     PublicSetRounds,
     evenly,
     public_questions,
-    with_free_cores,
 )
 from avatar_rl.common.errors import ConfigError, DataError, InputError
 from avatar_rl.common.files import read_jsonl
@@ -643,21 +642,3 @@ def test_the_interval_covers_a_mean_over_tasks() -> None:
 def test_accuracy_by_length() -> None:
     marked = [mark(question(str(n)), "A" if n < 3 else "B", tokens=n) for n in range(6)]
     assert by_length(marked) == {"0-1 tokens": 1.0, "2-3 tokens": 0.5, "4-5 tokens": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "threads", "expected"),
-    [(1, 1, 1, 0), (2, 1, 1, 1), (2, 1, 2, 0), (16, 1, 1, 2), (4, 2, 1, 1), (2, 2, 1, 0)],
-)
-def test_an_evaluation_prepares_media_on_the_cores_that_no_engine_takes(
-    cores: int, workers: int, threads: int, expected: int
-) -> None:
-    raw = {
-        "data": {"synthetic": {}},
-        "rollout": {"workers": workers, "engine": {"threads": threads}},
-    }
-    config = RunConfig.model_validate(raw)
-    assert with_free_cores(config, cores).rollout.engine.media_workers == expected
-    raw["rollout"]["engine"]["media_workers"] = 0  # type: ignore[index]
-    stated = RunConfig.model_validate(raw)
-    assert with_free_cores(stated, 16) is stated
