@@ -54,10 +54,10 @@ from benchmarks.studies.runs import (
     Records,
     add_options,
     cold_start,
+    measured,
     on_ground,
     perform_all,
     recipe_digest,
-    resolve,
 )
 
 FOLDER = Path("build/study_length")
@@ -100,11 +100,8 @@ def configure(
     ground: Ground, name: str, seed: int, cache: Path, completions: int = COMPLETIONS
 ) -> RunConfig:
     """A cell's checked configuration, measured after every MEASURE completions."""
-    arm, base = CELLS[name].arm, on_ground(ground, cache)
-    loop = resolve(base, arm, seed).loop
-    every = max(1, MEASURE // (loop.prompts_per_step * loop.fresh))
-    pool = {"every": every, "samples": SAMPLES}
-    return resolve(merge(base, {"evaluation": {"pool": pool}}), arm, seed, completions)
+    base, pool = on_ground(ground, cache), {"samples": SAMPLES}
+    return measured(base, CELLS[name].arm, seed, completions, between=MEASURE, pool=pool)
 
 
 def length_of(config: RunConfig) -> str:

@@ -42,10 +42,10 @@ from benchmarks.studies.runs import (
     Records,
     add_options,
     cold_start,
+    measured,
     on_ground,
     perform_all,
     recipe_digest,
-    resolve,
 )
 from benchmarks.studies.sparse_arms import (
     ARMS,
@@ -118,10 +118,8 @@ def take_kept(wanted: Path) -> None:
 def configure(ground: Ground, name: str, seed: int, cache: Path, cap: int = CAP) -> RunConfig:
     """An arm's checked configuration, measured after every MEASURE completions."""
     arm, base = (ARMS | CANDIDATES)[name], on_ground(ground, cache)
-    loop = resolve(base, arm, seed).loop
-    every = max(1, MEASURE // (RECIPE["loop"]["prompts_per_step"] * loop.fresh))
-    pool = {"every": every, "samples": SAMPLES, "stop_at": TARGET}
-    return resolve(merge(on_ground(ground, cache), {"evaluation": {"pool": pool}}), arm, seed, cap)
+    pool = {"samples": SAMPLES, "stop_at": TARGET}
+    return measured(base, arm, seed, cap, between=MEASURE, pool=pool)
 
 
 def stale(records: Sequence[dict[str, Any]]) -> list[str]:

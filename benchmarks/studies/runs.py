@@ -168,6 +168,16 @@ def resolve(base: Overlay, arm: Arm, seed: int, cap: int | None = None) -> RunCo
     return check(merge(raw, {"loop": {"steps": steps}}), source=f"arm {arm.preset}")
 
 
+def measured(
+    base: Overlay, arm: Arm, seed: int, cap: int, *, between: int, pool: Overlay
+) -> RunConfig:
+    """The arm's checked configuration, whose pool is measured after every ``between`` completions
+    (whole steps). Raises ConfigError."""
+    loop = resolve(base, arm, seed).loop
+    every = max(1, between // (loop.prompts_per_step * loop.fresh))
+    return resolve(merge(base, {"evaluation": {"pool": {**pool, "every": every}}}), arm, seed, cap)
+
+
 def digest(config: RunConfig) -> str:
     """Of everything that may change a run's outcome: equal digests are equal runs. Where files lie
     is left out."""

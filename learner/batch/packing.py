@@ -101,14 +101,12 @@ def split(sizes: Sequence[Size], budget: int, ranks: int) -> list[list[list[int]
         return shares
     most, even = _busiest(shares, sizes), _tokens(range(len(sizes)), sizes) / ranks
     longest = max(size.prompt_tokens + size.tokens for size in sizes)
-    tried = {budget}
-    for parts in _PARTS:
-        for room in _ROOM:
-            smaller = max(longest, math.ceil(room * even / parts))
-            if most <= UNEVEN * even or smaller > budget or smaller in tried:
-                continue
-            tried.add(smaller)
-            candidate = share_out(pack(sizes, smaller), sizes, ranks)
+    smaller = (math.ceil(room * even / parts) for parts in _PARTS for room in _ROOM)
+    for size in dict.fromkeys(max(longest, tokens) for tokens in smaller):
+        if most <= UNEVEN * even:
+            break
+        if size < budget:
+            candidate = share_out(pack(sizes, size), sizes, ranks)
             if (load := _busiest(candidate, sizes)) < 0.95 * most:
                 shares, most = candidate, load
     return shares
